@@ -1,0 +1,1 @@
+"""Uni-Med on fused kernels: data, model, training, evaluation and analysis. Research use, not for diagnosis."""

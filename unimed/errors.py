@@ -1,0 +1,8 @@
+"""The one error a user is meant to see."""
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: one line that says what, where and what would be right.
+
+    The command line prints it without a traceback and exits with code 2 (`--debug` shows the traceback).
+    """
