@@ -1,0 +1,123 @@
+"""Which backend serves which op on which device.
+
+Four backends implement the same functions: ``reference`` (plain PyTorch, every device, the definition of correct), ``cpu``
+(C++, csrc/), ``triton`` and ``cuda``. ``auto`` takes the first of a device's order that has a kernel for the op. The choice is
+made in the public function, before the op is called: so it is recorded with the autograd graph, and a backward pass runs on the
+backend of its forward pass, also outside ``use_backend`` and on another thread, and ``torch.compile`` guards on it.
+"""
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPS = ("soft_gate", "topk_gate", "task_router", "grouped_linear", "soft_experts", "sparse_experts", "balance_loss")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+DEVICE_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source}: {name!r} is not a backend; choose one of {', '.join(BACKENDS)} or auto")
+    return name
+
+
+_selected = _checked(os.environ.get("CMOE_BACKEND") or "auto", "CMOE_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run ops on one backend inside a ``with`` block.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", or "auto" for the best one that the op and the device have.
+
+    The setting is process-wide, as torch's own backend flags are. An op that the named backend lacks raises a RuntimeError: it
+    never falls back in silence. The environment variable CMOE_BACKEND sets the value outside every block.
+    """
+    global _selected
+    outer, _selected = _selected, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _selected = outer
+
+
+def register(op: str, backend: str, kernel: Callable[..., Any]) -> None:
+    """Let ``backend`` serve ``op``. Kernels of one op share one signature, that of its reference."""
+    _kernels[op, backend] = kernel
+
+
+def serving(op: str, device_type: str) -> list[str]:
+    """The backends that can run ``op`` on a device, best first."""
+    return [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
+
+
+def choose(op: str, device_type: str) -> str:
+    """The backend that ``op`` will use on a device now."""
+    able = serving(op, device_type)
+    if _selected == "auto":
+        return able[0]
+    if _selected not in able:
+        raise RuntimeError(f"backend {_selected!r} has no {op} for device {device_type!r}; it is served there by {', '.join(able)} (use_backend('auto') picks one)")
+    return _selected
+
+
+def run(op: str, backend: str, device_type: str, *arguments: Any) -> Any:
+    """Call a backend's kernel. Autocast is off inside: dtypes were settled by the public function. Outputs are contiguous, as the fakes say."""
+    kernel = _kernels.get((op, backend))
+    if kernel is None:
+        raise RuntimeError(f"{op} was recorded with backend {backend!r}, which is not there on this machine: {missing_reason(backend)}")
+    with torch.autocast(device_type, enabled=False):
+        result = kernel(*arguments)
+    return result.contiguous() if isinstance(result, torch.Tensor) else tuple(t.contiguous() for t in result)
+
+
+def missing_reason(backend: str) -> str:
+    """Why a backend, or a part of it, does not serve here."""
+    if backend == "cpu":
+        return native_error or "it has no kernel for this op yet"
+    if backend in ("triton", "cuda") and not torch.cuda.is_available():
+        return "no GPU that torch can use was found"
+    return "it has no kernel for this op yet"
+
+
+# --- the native library -------------------------------------------------------------------------------------------------
+# Schemas cmoe::* belong to Python, so that they exist without a compiler. The library brings cmoe_native::*, called from here only.
+native_library: Path | None = None
+native_error: str | None = None
+
+
+def _load_native() -> None:
+    global native_library, native_error
+    spec = importlib.util.find_spec("cmoe_kernels._C")
+    if spec is None or spec.origin is None:
+        native_error = "the native library was not built (no C++ compiler, or no torch when the package was built)"
+    else:
+        try:
+            torch.ops.load_library(spec.origin)
+        except OSError as error:
+            native_error = f"the native library {spec.origin} does not load: {error}"
+        else:
+            native_library = Path(spec.origin)
+    if native_error:
+        warnings.warn(
+            f"cmoe_kernels: {native_error}; CPU ops run on plain PyTorch. For the native kernels install a C++ compiler and run "
+            "`pip install --no-build-isolation cmoe-kernels` (`make install` in a checkout).",
+            stacklevel=2,
+        )
+        return
+    for op in OPS:
+        for name in (op, f"{op}_backward"):
+            if hasattr(torch.ops.cmoe_native, name):
+                register(name, "cpu", getattr(torch.ops.cmoe_native, name))
+
+
+_load_native()

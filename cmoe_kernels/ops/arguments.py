@@ -1,0 +1,83 @@
+"""What the public functions check before an op is called: each message names the argument, what it was and what it must be.
+
+Shapes and dtypes are checked here, where torch.compile can trace them. Values of index tensors are checked by the kernels, which may
+read them: always on the CPU; on a GPU, where reading would wait for the device, only with CMOE_CHECK=1.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from cmoe_kernels.ops.precision import FLOATS
+
+CHECK_ON_DEVICE = os.environ.get("CMOE_CHECK", "0") not in ("", "0")
+
+
+def require_tensor(name: str, value: object, letters: str) -> None:
+    """A tensor with one dimension per letter of ``letters`` ("TE": tokens by experts)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {_brackets(letters)}, got {type(value).__name__}")
+    if value.dim() != len(letters):
+        raise ValueError(f"{name} must have the dimensions {_brackets(letters)}, got shape {tuple(value.shape)}")
+
+
+def require_float(name: str, value: Tensor, letters: str) -> None:
+    require_tensor(name, value, letters)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def require_size(name: str, value: Tensor, dim: int, size: int, of: str) -> None:
+    if value.shape[dim] != size:
+        raise ValueError(f"{name} has {value.shape[dim]} in dimension {dim} of shape {tuple(value.shape)}, must be {size} ({of})")
+
+
+def require_device(name: str, value: Tensor | None, x: Tensor, of: str = "x") -> None:
+    if value is not None and value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, must be on {x.device} like {of}")
+
+
+def require_index(name: str, value: Tensor, letters: str, x: Tensor, dtype: torch.dtype = torch.int64) -> None:
+    """An index tensor of one dtype on the device of ``x``; its values are the kernel's to check."""
+    require_tensor(name, value, letters)
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+    require_device(name, value, x)
+
+
+def require_weight(name: str, value: Tensor, letters: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight or bias in ``dtype``, the dtype of the products, or in fp32 to be rounded to it by the kernel."""
+    require_float(name, value, letters)
+    require_device(name, value, x)
+    if value.dtype == dtype or (value.dtype == torch.float32 and dtype != torch.float64):
+        return value
+    if value.dtype != torch.float64 and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return value.to(dtype)
+    raise TypeError(f"{name} is {value.dtype}, must be {dtype} like x" + ("" if dtype in (torch.float32, torch.float64) else " or torch.float32"))
+
+
+def require_gates(name: str, value: Tensor, letters: str, x: Tensor) -> Tensor:
+    """Gates and weights of experts, in fp32 (fp64 with an fp64 ``x``); half precision is widened."""
+    require_float(name, value, letters)
+    require_device(name, value, x)
+    if value.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(f"{name} is torch.float64, must be torch.float32 where x is {x.dtype}")
+    return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
+
+
+def require_range(name: str, index: Tensor, size: int, what: str) -> None:
+    """Values in [0, size); reads the tensor, so it is for kernels (see the module's note)."""
+    if index.numel() and (index.device.type == "cpu" or CHECK_ON_DEVICE):
+        low, high = (int(v) for v in index.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} holds {low if low < 0 else high}, must be in 0..{size - 1} ({what})")
+
+
+def _brackets(letters: str) -> str:
+    return "[" + ", ".join(letters) + "]"
