@@ -1,0 +1,1 @@
+"""What a run learned: router telemetry, plots and the report page."""

@@ -1,0 +1,288 @@
+"""Recipes: one YAML file a run, checked key by key against the dataclasses below.
+
+A recipe file only holds what differs from the defaults here. Command-line overrides are dotted
+(`train.max_steps=50`). Every wrong key or value is one line that names it and the nearest valid keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from unimed.errors import UserError
+
+IMAGE_TASKS = ("vqa", "refer", "identify", "caption", "cls")
+ALL_TASKS = (*IMAGE_TASKS, "qa")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass
+class Data:
+    root: str = ".cache/unimed/sample"
+    tasks: list[str] = field(default_factory=lambda: list(ALL_TASKS))
+    cache_images: int = 4096  # decoded training images kept in memory
+
+
+@dataclass
+class Augment:
+    """Random views of a training image; boxes move along. Nothing is mirrored: side is a label."""
+
+    zoom: float = 0.0  # the window's side is drawn from [1 - zoom, 1 + zoom] of the image's
+    shift: float = 0.0  # and its centre moves by up to this share of the side
+    brightness: float = 0.0
+    contrast: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass
+class Vision:
+    image_size: int = 96
+    patch_size: int = 8
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    mlp_width: int = 512
+    freeze: bool = False
+
+
+@dataclass
+class Connector:
+    """The fields of CMoEConfig that a recipe chooses; widths come from the vision and language sides."""
+
+    num_experts: int = 5
+    hidden_features: int | None = None
+    expert: Literal["mlp", "linear"] = "mlp"
+    router: Literal["soft", "sparse", "hard", "constant"] = "soft"
+    router_inputs: Literal["task_token", "token", "task"] = "task_token"
+    router_features: int | None = None
+    task_features: int | None = None
+    num_task_tokens: int = 1
+    top_k: int = 2
+    resample: Literal["projection", "avgpool", "maxpool", "none"] = "projection"
+    resample_rate: int = 4
+    aux_losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Language:
+    kind: Literal["tiny", "smollm2", "llama2"] = "tiny"
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    mlp_width: int = 384
+    vocab_size: int = 1024
+    archive: str = ""  # a downloaded model archive or folder (smollm2)
+
+
+@dataclass
+class Lora:
+    enabled: bool = False
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+
+
+@dataclass
+class Sampler:
+    """`homogeneous`: each step draws one source by ratio (as released). `mixed`: each sample does.
+
+    A source is a task (`vqa`) or one dataset's share of it (`slake/vqa`).
+    """
+
+    mode: Literal["homogeneous", "mixed"] = "mixed"
+    ratios: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALL_TASKS, 1.0))
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-3
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    warmup_steps: int = 50
+    schedule: Literal["continuous", "released"] = "continuous"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.05
+    no_decay: list[str] = field(default_factory=lambda: ["bias", "norm"])  # and every tensor with fewer than two axes
+    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+
+@dataclass
+class Train:
+    max_steps: int = 500
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 42
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2  # checkpoints kept
+    threads: int = 0  # 0: as many as PyTorch chooses
+
+
+@dataclass
+class Evaluate:
+    splits: list[str] = field(default_factory=lambda: ["slab", "subject"])
+    batch_size: int = 40
+    max_new_tokens: int = 100
+    limit: int = 0  # examples a task and split, evenly spaced; 0: all
+
+
+@dataclass
+class Recipe:
+    name: str = "run"
+    description: str = ""
+    cannot_run: str = ""  # why this recipe is a record and not something that trains here
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    vision: Vision = field(default_factory=Vision)
+    connector: Connector = field(default_factory=Connector)
+    language: Language = field(default_factory=Language)
+    lora: Lora = field(default_factory=Lora)
+    sampler: Sampler = field(default_factory=Sampler)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe called `source` (a name in unimed/recipes, or a path to a YAML file) with dotted overrides."""
+    path = find(str(source))
+    try:
+        raw = OmegaConf.load(path)
+    except Exception as error:  # PyYAML, OmegaConf and the file system each have their own
+        raise UserError(f"recipe {path}: not readable as YAML ({_first_line(error)})") from error
+    if not isinstance(raw, DictConfig):
+        raise UserError(f"recipe {path}: must be a mapping of sections such as `train:`, it is a {type(raw).__name__}")
+    config = OmegaConf.structured(Recipe)
+    config.name = path.stem
+    for key, value in _leaves(OmegaConf.to_container(raw), Recipe):
+        _set(config, key, value, where=f"recipe {path}")
+    for text in overrides or []:
+        key, equals, _ = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"override {text!r}: write it as key=value, for example train.max_steps=50")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text.partition("=")[2]]))["value"]  # type: ignore[index, call-overload]
+        except Exception as error:
+            raise UserError(f"override {text!r}: the value is not readable ({_first_line(error)})") from error
+        _set(config, key.strip(), value, where="override")
+    recipe = OmegaConf.to_object(config)
+    assert isinstance(recipe, Recipe)
+    check(recipe)
+    return recipe
+
+
+def find(source: str) -> Path:
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    path = RECIPES / f"{source}.yaml" if source in names else Path(source)
+    if not path.is_file():
+        raise UserError(f"recipe {source!r}: neither a file nor one of {', '.join(names)}")
+    return path
+
+
+def dump(recipe: Recipe) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def keys(node: Any = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key a recipe has."""
+    found: list[str] = []
+    for item in fields(node):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        found += keys(default, f"{prefix}{item.name}.") if is_dataclass(default) else [prefix + item.name]
+    return found
+
+
+def nearest(key: str, candidates: list[str]) -> str:
+    """Valid keys to offer for a wrong one: by the whole key, or by its last word alone."""
+    last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
+    tail = key.rpartition(".")[2]
+    similar = {c: max(difflib.SequenceMatcher(None, key, c).ratio(), difflib.SequenceMatcher(None, tail, last[c]).ratio()) for c in candidates}
+    best = sorted((c for c in candidates if similar[c] >= 0.6 or tail in last[c]), key=lambda c: -similar[c])[:3]
+    return ", ".join(best or sorted({c.partition(".")[0] for c in candidates}))
+
+
+def check(recipe: Recipe) -> None:
+    """What types cannot say: ranges, task names, sizes that must divide one another."""
+    r = recipe
+    for key, value in r.sampler.ratios.items():
+        if key.rpartition("/")[2] not in ALL_TASKS:
+            raise UserError(f"sampler.ratios.{key}: no such task; valid are {', '.join(ALL_TASKS)}, or dataset/task")
+        if not 0 <= value < float("inf"):
+            raise UserError(f"sampler.ratios.{key}={value}: must be zero or more")
+    if not any(r.sampler.ratios.values()):
+        raise UserError("sampler.ratios: at least one ratio must be above zero")
+    for task in r.data.tasks:
+        if task not in ALL_TASKS:
+            raise UserError(f"data.tasks: no task {task!r}; valid are {', '.join(ALL_TASKS)}")
+    for split in r.evaluate.splits:
+        if split not in ("train", "slab", "subject"):
+            raise UserError(f"evaluate.splits: no split {split!r}; valid are train, slab, subject")
+    positive = (
+        "vision.image_size vision.patch_size vision.width vision.layers vision.heads vision.mlp_width connector.num_experts connector.top_k "
+        "connector.resample_rate language.width language.layers language.heads language.kv_heads language.mlp_width language.vocab_size lora.r "
+        "train.max_steps train.batch_size train.accumulate train.log_every train.save_every train.keep evaluate.batch_size evaluate.max_new_tokens"
+    )
+    for key in positive.split():
+        if _get(r, key) < 1:
+            raise UserError(f"{key}={_get(r, key)}: must be 1 or more")
+    for key in "data.cache_images optim.warmup_steps optim.lr optim.min_lr optim.warmup_lr optim.weight_decay optim.clip train.threads evaluate.limit".split():
+        if not 0 <= _get(r, key) < float("inf"):
+            raise UserError(f"{key}={_get(r, key)}: must be zero or more")
+    for key in "augment.zoom augment.shift augment.brightness augment.contrast augment.noise lora.dropout".split():
+        if not 0 <= _get(r, key) < 1:
+            raise UserError(f"{key}={_get(r, key)}: must be at least 0 and below 1")
+    if len(r.optim.betas) != 2 or not all(0 <= beta < 1 for beta in r.optim.betas):
+        raise UserError(f"optim.betas={r.optim.betas}: must be two numbers in [0, 1)")
+    for key, total, part in (
+        ("vision.image_size", r.vision.image_size, r.vision.patch_size),
+        ("vision.width", r.vision.width, r.vision.heads),
+        ("language.width", r.language.width, r.language.heads),
+        ("language.heads", r.language.heads, r.language.kv_heads),
+        ("train.save_every", r.train.save_every, r.train.log_every),
+    ):
+        if total % part:
+            raise UserError(f"{key}={total}: must be a multiple of {part}")
+    if r.optim.warmup_steps >= r.train.max_steps and r.optim.schedule == "continuous":
+        raise UserError(f"optim.warmup_steps={r.optim.warmup_steps}: must be below train.max_steps={r.train.max_steps}")
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _leaves(raw: Any, node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) pairs of a YAML tree, going down only where the recipe has a section."""
+    sections = {item.name: item.default_factory for item in fields(node) if is_dataclass(item.default_factory)}
+    found = []
+    for key, value in raw.items():
+        if key in sections and isinstance(value, dict):
+            found += _leaves(value, sections[key], f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
+    valid = keys()
+    mapping = next((known for known in ("sampler.ratios", "connector.aux_losses") if key.startswith(known + ".")), None)
+    if key not in valid and mapping is None:
+        if any(known.startswith(key + ".") for known in valid):
+            raise UserError(f"{where}: {key}={value!r} is a section, not a value; its keys are {', '.join(k for k in valid if k.startswith(key + '.'))}")
+        raise UserError(f"{where}: unknown key {key!r} (value {value!r}); nearest valid keys: {nearest(key, valid)}")
+    try:
+        OmegaConf.update(config, key, value, merge=False)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {key}={value!r}: {_first_line(error)}; default: {OmegaConf.select(OmegaConf.structured(Recipe), key)!r}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).strip()

@@ -1,0 +1,91 @@
+"""Writing files so that a killed run leaves whole ones: beside their place, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unimed.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` writes into a folder beside `path`; it takes its place with a manifest once complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        fill(beside)
+        place_folder(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def place_folder(beside: Path, path: Path) -> None:
+    """Seals the finished folder `beside` with a manifest of its files and renames it to `path`."""
+    files = sorted(file for file in beside.rglob("*") if file.is_file() and file.name != MANIFEST)
+    write_json(beside / MANIFEST, {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files})
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(beside, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def verify_folder(path: Path) -> None:
+    """Raises UserError naming the first file that is not as it was written."""
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: no {MANIFEST}, so it is not a checkpoint that unimed finished writing")
+    listed = read_json(path / MANIFEST)
+    for name, expected in listed.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{path}: corrupt checkpoint: {name} is missing; delete this folder to resume from the one before")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(f"{path}: corrupt checkpoint: {name} has {size} bytes, {expected['bytes']} were written; delete this folder to resume from the one before")
+        if _sha256(file) != expected["sha256"]:
+            raise UserError(f"{path}: corrupt checkpoint: {name} is not what was written (sha256 differs); delete this folder to resume from the one before")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""Batches drawn from several sources by ratio, the same for the same seed, from any step on.
+
+The source of step `s` depends on (seed, s) alone; within a source, examples come in a fresh permutation every pass.
+A batch sampler that starts again and skips `n` batches therefore gives exactly what an uninterrupted one gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from unimed.errors import UserError
+
+Draw = tuple[int, int]  # index of the example, seed of its prompt and augmentation
+
+
+def group(examples: Sequence, ratios: dict[str, float]) -> tuple[list[list[int]], np.ndarray]:
+    """Indices and probability of every source that has a ratio above zero and at least one example."""
+    members: list[list[int]] = []
+    weights: list[float] = []
+    for key, ratio in ratios.items():
+        dataset, _, task = key.rpartition("/")
+        found = [i for i, example in enumerate(examples) if example.task == task and (not dataset or example.dataset == dataset)]
+        if ratio > 0 and not found and dataset:
+            raise UserError(f"sampler.ratios.{key}: no training example of task {task!r} in dataset {dataset!r}")
+        if ratio > 0 and found:
+            members.append(found)
+            weights.append(ratio)
+    if not members:
+        raise UserError("sampler.ratios: none of the tasks with a ratio above zero has a training example")
+    return members, np.array(weights) / sum(weights)
+
+
+class TaskRatioSampler(Sampler[list[Draw]]):
+    """Yields `num_batches` lists of `batch_size` draws."""
+
+    drop_last = True  # read by accelerate when it shards batches over processes
+
+    def __init__(self, members: list[list[int]], probabilities: np.ndarray, batch_size: int, num_batches: int, seed: int, mode: str = "homogeneous"):
+        if mode not in ("homogeneous", "mixed"):
+            raise ValueError(f"mode must be 'homogeneous' or 'mixed', it is {mode!r}")
+        self.members, self.probabilities = members, probabilities
+        self.batch_size, self.num_batches, self.seed, self.mode = batch_size, num_batches, seed, mode
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        taken = [0] * len(self.members)
+        orders = [np.empty(0, int)] * len(self.members)
+        for step in range(self.num_batches):
+            rng = np.random.default_rng([self.seed, step])
+            sources = rng.choice(len(self.members), size=1 if self.mode == "homogeneous" else self.batch_size, p=self.probabilities)
+            seeds = rng.integers(2**62, size=self.batch_size)
+            batch = []
+            for position in range(self.batch_size):
+                source = int(sources[position % len(sources)])
+                size = len(self.members[source])
+                turn, place = divmod(taken[source], size)
+                if place == 0:
+                    orders[source] = np.random.default_rng([self.seed, 1 + source, turn, 1]).permutation(size)
+                taken[source] += 1
+                batch.append((self.members[source][orders[source][place]], int(seeds[position])))
+            yield batch
