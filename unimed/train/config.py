@@ -7,6 +7,7 @@ A recipe file only holds what differs from the defaults here. Command-line overr
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,23 @@ from unimed.errors import UserError
 IMAGE_TASKS = ("vqa", "refer", "identify", "caption", "cls")
 ALL_TASKS = (*IMAGE_TASKS, "qa")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+# What a number may be, by section: at least one, at least zero, a share in [0, 1).
+COUNTS = {
+    "vision": "image_size patch_size width layers heads",
+    "connector": "num_experts top_k resample_rate",
+    "language": "width layers heads mlp_width vocab_size",
+    "lora": "r",
+    "train": "max_steps batch_size accumulate log_every save_every keep",
+    "evaluate": "batch_size max_new_tokens",
+}
+AMOUNTS = {
+    "data": "cache_images",
+    "optim": "lr warmup_lr min_lr warmup_steps weight_decay clip",
+    "train": "threads",
+    "evaluate": "limit",
+}
+SHARES = {"augment": "zoom shift brightness contrast noise", "lora": "dropout"}
 
 
 @dataclass
@@ -46,7 +64,6 @@ class Vision:
     width: int = 128
     layers: int = 4
     heads: int = 4
-    mlp_width: int = 512
     freeze: bool = False
 
 
@@ -74,7 +91,6 @@ class Language:
     width: int = 128
     layers: int = 4
     heads: int = 4
-    kv_heads: int = 4
     mlp_width: int = 384
     vocab_size: int = 1024
     archive: str = ""  # a downloaded model archive or folder (smollm2)
@@ -191,12 +207,12 @@ def dump(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-def keys(node: Any = Recipe, prefix: str = "") -> list[str]:
+def dotted_keys(node: Any = Recipe, prefix: str = "") -> list[str]:
     """Every dotted key a recipe has."""
     found: list[str] = []
     for item in fields(node):
         default = item.default_factory() if callable(item.default_factory) else item.default
-        found += keys(default, f"{prefix}{item.name}.") if is_dataclass(default) else [prefix + item.name]
+        found += dotted_keys(default, f"{prefix}{item.name}.") if is_dataclass(default) else [prefix + item.name]
     return found
 
 
@@ -204,7 +220,11 @@ def nearest(key: str, candidates: list[str]) -> str:
     """Valid keys to offer for a wrong one: by the whole key, or by its last word alone."""
     last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
     tail = key.rpartition(".")[2]
-    similar = {c: max(difflib.SequenceMatcher(None, key, c).ratio(), difflib.SequenceMatcher(None, tail, last[c]).ratio()) for c in candidates}
+
+    def ratio(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    similar = {candidate: max(ratio(key, candidate), ratio(tail, last[candidate])) for candidate in candidates}
     best = sorted((c for c in candidates if similar[c] >= 0.6 or tail in last[c]), key=lambda c: -similar[c])[:3]
     return ", ".join(best or sorted({c.partition(".")[0] for c in candidates}))
 
@@ -212,11 +232,13 @@ def nearest(key: str, candidates: list[str]) -> str:
 def check(recipe: Recipe) -> None:
     """What types cannot say: ranges, task names, sizes that must divide one another."""
     r = recipe
-    for key, value in r.sampler.ratios.items():
-        if key.rpartition("/")[2] not in ALL_TASKS:
-            raise UserError(f"sampler.ratios.{key}: no such task; valid are {', '.join(ALL_TASKS)}, or dataset/task")
-        if not 0 <= value < float("inf"):
-            raise UserError(f"sampler.ratios.{key}={value}: must be zero or more")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", r.name):
+        raise UserError(f"name={r.name!r}: must start with a letter or digit and hold only letters, digits, '.', '_' and '-'; it names a folder")
+    for source, ratio in r.sampler.ratios.items():
+        if source.rpartition("/")[2] not in ALL_TASKS:
+            raise UserError(f"sampler.ratios.{source}: no such task; valid are {', '.join(ALL_TASKS)}, or dataset/task")
+        if not 0 <= ratio < float("inf"):
+            raise UserError(f"sampler.ratios.{source}={ratio}: must be zero or more")
     if not any(r.sampler.ratios.values()):
         raise UserError("sampler.ratios: at least one ratio must be above zero")
     for task in r.data.tasks:
@@ -225,27 +247,24 @@ def check(recipe: Recipe) -> None:
     for split in r.evaluate.splits:
         if split not in ("train", "slab", "subject"):
             raise UserError(f"evaluate.splits: no split {split!r}; valid are train, slab, subject")
-    positive = (
-        "vision.image_size vision.patch_size vision.width vision.layers vision.heads vision.mlp_width connector.num_experts connector.top_k "
-        "connector.resample_rate language.width language.layers language.heads language.kv_heads language.mlp_width language.vocab_size lora.r "
-        "train.max_steps train.batch_size train.accumulate train.log_every train.save_every train.keep evaluate.batch_size evaluate.max_new_tokens"
-    )
-    for key in positive.split():
-        if _get(r, key) < 1:
-            raise UserError(f"{key}={_get(r, key)}: must be 1 or more")
-    for key in "data.cache_images optim.warmup_steps optim.lr optim.min_lr optim.warmup_lr optim.weight_decay optim.clip train.threads evaluate.limit".split():
-        if not 0 <= _get(r, key) < float("inf"):
-            raise UserError(f"{key}={_get(r, key)}: must be zero or more")
-    for key in "augment.zoom augment.shift augment.brightness augment.contrast augment.noise lora.dropout".split():
-        if not 0 <= _get(r, key) < 1:
-            raise UserError(f"{key}={_get(r, key)}: must be at least 0 and below 1")
+    for section, names in COUNTS.items():
+        for key in (f"{section}.{name}" for name in names.split()):
+            if value(r, key) < 1:
+                raise UserError(f"{key}={value(r, key)}: must be 1 or more")
+    for section, names in AMOUNTS.items():
+        for key in (f"{section}.{name}" for name in names.split()):
+            if not 0 <= value(r, key) < float("inf"):
+                raise UserError(f"{key}={value(r, key)}: must be zero or more")
+    for section, names in SHARES.items():
+        for key in (f"{section}.{name}" for name in names.split()):
+            if not 0 <= value(r, key) < 1:
+                raise UserError(f"{key}={value(r, key)}: must be at least 0 and below 1")
     if len(r.optim.betas) != 2 or not all(0 <= beta < 1 for beta in r.optim.betas):
         raise UserError(f"optim.betas={r.optim.betas}: must be two numbers in [0, 1)")
     for key, total, part in (
         ("vision.image_size", r.vision.image_size, r.vision.patch_size),
         ("vision.width", r.vision.width, r.vision.heads),
         ("language.width", r.language.width, r.language.heads),
-        ("language.heads", r.language.heads, r.language.kv_heads),
         ("train.save_every", r.train.save_every, r.train.log_every),
     ):
         if total % part:
@@ -254,9 +273,10 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"optim.warmup_steps={r.optim.warmup_steps}: must be below train.max_steps={r.train.max_steps}")
 
 
-def _get(recipe: Recipe, key: str) -> Any:
+def value(recipe: Recipe, key: str) -> Any:
+    """What a recipe says under a dotted key."""
     section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
+    return getattr(getattr(recipe, section), name) if name else getattr(recipe, section)
 
 
 def _leaves(raw: Any, node: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -272,16 +292,18 @@ def _leaves(raw: Any, node: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
-    valid = keys()
+    valid = dotted_keys()
     mapping = next((known for known in ("sampler.ratios", "connector.aux_losses") if key.startswith(known + ".")), None)
     if key not in valid and mapping is None:
         if any(known.startswith(key + ".") for known in valid):
-            raise UserError(f"{where}: {key}={value!r} is a section, not a value; its keys are {', '.join(k for k in valid if k.startswith(key + '.'))}")
+            inside = ", ".join(known for known in valid if known.startswith(key + "."))
+            raise UserError(f"{where}: {key}={value!r} is a section, not a value; its keys are {inside}")
         raise UserError(f"{where}: unknown key {key!r} (value {value!r}); nearest valid keys: {nearest(key, valid)}")
     try:
         OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {key}={value!r}: {_first_line(error)}; default: {OmegaConf.select(OmegaConf.structured(Recipe), key)!r}") from error
+        default = OmegaConf.select(OmegaConf.structured(Recipe), key)
+        raise UserError(f"{where}: {key}={value!r}: {_first_line(error)}; default: {default!r}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -58,7 +58,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 def place_folder(beside: Path, path: Path) -> None:
     """Seals the finished folder `beside` with a manifest of its files and renames it to `path`."""
     files = sorted(file for file in beside.rglob("*") if file.is_file() and file.name != MANIFEST)
-    write_json(beside / MANIFEST, {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files})
+    listed = {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    write_json(beside / MANIFEST, listed)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -71,16 +72,17 @@ def verify_folder(path: Path) -> None:
     """Raises UserError naming the first file that is not as it was written."""
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path}: no {MANIFEST}, so it is not a checkpoint that unimed finished writing")
-    listed = read_json(path / MANIFEST)
-    for name, expected in listed.items():
+    for name, expected in read_json(path / MANIFEST).items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{path}: corrupt checkpoint: {name} is missing; delete this folder to resume from the one before")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise UserError(f"{path}: corrupt checkpoint: {name} has {size} bytes, {expected['bytes']} were written; delete this folder to resume from the one before")
-        if _sha256(file) != expected["sha256"]:
-            raise UserError(f"{path}: corrupt checkpoint: {name} is not what was written (sha256 differs); delete this folder to resume from the one before")
+            wrong = f"{name} is missing"
+        elif (size := file.stat().st_size) != expected["bytes"]:
+            wrong = f"{name} has {size} bytes, {expected['bytes']} were written"
+        elif _sha256(file) != expected["sha256"]:
+            wrong = f"{name} is not what was written (sha256 differs)"
+        else:
+            continue
+        raise UserError(f"{path}: corrupt: {wrong}; delete this folder, and --resume goes on from the checkpoint before it")
 
 
 def _sha256(path: Path) -> str:

@@ -38,7 +38,15 @@ class TaskRatioSampler(Sampler[list[Draw]]):
 
     drop_last = True  # read by accelerate when it shards batches over processes
 
-    def __init__(self, members: list[list[int]], probabilities: np.ndarray, batch_size: int, num_batches: int, seed: int, mode: str = "homogeneous"):
+    def __init__(
+        self,
+        members: list[list[int]],
+        probabilities: np.ndarray,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        mode: str = "homogeneous",
+    ):
         if mode not in ("homogeneous", "mixed"):
             raise ValueError(f"mode must be 'homogeneous' or 'mixed', it is {mode!r}")
         self.members, self.probabilities = members, probabilities

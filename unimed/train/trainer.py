@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,23 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
 class UniMedTrainer(Trainer):
     """`data` draws by task ratio; `sample_tasks` of the collator says which task each row of a batch is."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, processor: Any, data: TrainingSet, run: Path, callbacks: list[TrainerCallback] | None = None):
-        super().__init__(model=model, args=arguments(recipe, run), train_dataset=data, data_collator=Collator(processor), processing_class=processor, callbacks=callbacks)
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        processor: Any,
+        data: TrainingSet,
+        run: Path,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        super().__init__(
+            model=model,
+            args=arguments(recipe, run),
+            train_dataset=data,
+            data_collator=Collator(processor),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         # The model's loss is the mean over one batch, also under accumulation: the Trainer divides it by the number of batches.
@@ -62,6 +78,11 @@ class UniMedTrainer(Trainer):
         self.router = RouterHistory()
         self._beside: Path | None = None
         self._sums: dict[str, list[float]] = {}  # name -> [sum, weight] since the last log
+        self._start, self._seconds_before = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        """Training time so far, that before a resume included."""
+        return self._seconds_before + time.perf_counter() - self._start
 
     # Data
 
@@ -72,7 +93,8 @@ class UniMedTrainer(Trainer):
         batches = recipe.train.max_steps * recipe.train.accumulate * self.accelerator.num_processes
         sampler = TaskRatioSampler(members, probabilities, recipe.train.batch_size, batches, recipe.train.seed, recipe.sampler.mode)
         # On resuming, the Trainer skips the batches already seen: the sampler gives their indices, no image is read.
-        return self.accelerator.prepare(DataLoader(data, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory))
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory)
+        return self.accelerator.prepare(loader)
 
     # Optimiser
 
@@ -83,7 +105,9 @@ class UniMedTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             optim = self.recipe.optim
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule.rate(step, num_training_steps, optim) / optim.lr if optim.lr else 0.0)
+            # LambdaLR multiplies the optimiser's rate, which is optim.lr.
+            factor = (lambda step: schedule.rate(step, num_training_steps, optim) / optim.lr) if optim.lr else (lambda step: 0.0)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -126,6 +150,7 @@ class UniMedTrainer(Trainer):
         if "loss" in logs:
             logs.update({name: total / weight for name, (total, weight) in sorted(self._sums.items()) if weight})
             logs.update({f"router_entropy/{task}": entry["entropy"] for task, entry in self.router.close(self.state.global_step).items()})
+            logs["seconds"] = round(self.seconds(), 2)
             self._sums = {}
         super().log(logs, start_time)
         if self.args.should_save:
@@ -167,6 +192,8 @@ class UniMedTrainer(Trainer):
     def resume(self, checkpoint: Path) -> None:
         files.verify_folder(checkpoint)
         self.router.entries = files.read_json(checkpoint / ROUTER_FILE)
+        history = files.read_json(checkpoint / "trainer_state.json")["log_history"]
+        self._seconds_before, self._start = max((entry.get("seconds", 0.0) for entry in history), default=0.0), time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint))
 
 
