@@ -1,0 +1,112 @@
+"""Models ready to train: a tiny one from scratch, one around SmolLM2, and the released sizes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import Blip2VisionConfig, BlipImageProcessorPil, GenerationConfig, LlamaConfig
+
+from unimed.model.configuration import TASKS, UniMedConfig
+from unimed.model.modeling import UniMedForConditionalGeneration
+from unimed.model.processing import UniMedProcessor
+from unimed.model.tokenization import COORDINATES, IMAGE_TOKEN, token_id, train_tokenizer
+
+
+def build_tiny(
+    texts_for_tokenizer: Iterable[str],
+    *,
+    image_size: int = 96,
+    patch_size: int = 8,
+    vision_width: int = 128,
+    vision_layers: int = 3,
+    vision_heads: int = 4,
+    text_width: int = 192,
+    text_layers: int = 4,
+    text_heads: int = 3,
+    text_hidden: int = 512,
+    vocab_size: int = 1024,
+    connector: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
+    """A small model from scratch, all of it trained, and its processor with a tokenizer trained on the given texts.
+
+    `connector` changes fields of the connector's configuration (5 soft experts of 128 hidden features, task-aware router of 64).
+    """
+    tokenizer = train_tokenizer(texts_for_tokenizer, vocab_size)
+    config = UniMedConfig(
+        vision_config=Blip2VisionConfig(
+            hidden_size=vision_width,
+            intermediate_size=3 * vision_width,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=vision_heads,
+            image_size=image_size,
+            patch_size=patch_size,
+            initializer_range=0.02,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=text_width,
+            intermediate_size=text_hidden,
+            num_hidden_layers=text_layers,
+            num_attention_heads=text_heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        connector={"hidden_features": 128, "router_features": 64, "task_features": 64, **(connector or {})},
+        image_token_index=token_id(tokenizer, IMAGE_TOKEN),
+        freeze_vision=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UniMedForConditionalGeneration(config)
+        _smooth_coordinates(model, [token_id(tokenizer, number) for number in COORDINATES])
+    model.generation_config = greedy(tokenizer)
+    return model, make_processor(config, tokenizer)
+
+
+def released_config() -> UniMedConfig:
+    """The released sizes: EVA-CLIP ViT-g, five two-layer experts, task-token router, Llama-2-7B and a row for `<image>`."""
+    return UniMedConfig(
+        vision_config=Blip2VisionConfig(),
+        text_config=LlamaConfig(vocab_size=32001, max_position_embeddings=4096, rms_norm_eps=1e-5),
+        connector={"num_experts": 5, "expert": "mlp", "router": "soft", "router_inputs": "task_token", "tasks": list(TASKS)},
+        image_token_index=32000,
+        freeze_vision=True,
+    )
+
+
+def make_processor(config: UniMedConfig, tokenizer: Any, answer_prefix: str = " ") -> UniMedProcessor:
+    """The processor that fits a configuration: CLIP mean and deviation, bicubic, aspect ratio not kept."""
+    side = config.vision_config.image_size
+    return UniMedProcessor(
+        image_processor=BlipImageProcessorPil(size={"height": side, "width": side}),
+        tokenizer=tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        tasks=config.tasks,
+        answer_prefix=answer_prefix,
+    )
+
+
+def greedy(tokenizer: Any, max_new_tokens: int = 100) -> GenerationConfig:
+    """Greedy answers of at most 100 tokens, as the released evaluation makes them."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@torch.no_grad()
+def _smooth_coordinates(model: UniMedForConditionalGeneration, ids: list[int]) -> None:
+    # Neighbouring coordinates start alike (random waves of the number): what is learned for <41> helps <42>, and samples are few.
+    weight = model.language_model.model.embed_tokens.weight
+    number = torch.linspace(0, 1, len(ids))
+    frequency = torch.arange(8) * torch.pi
+    waves = torch.cat([torch.cos(number[:, None] * frequency), torch.sin(number[:, None] * frequency[1:])], dim=1)
+    rows = waves @ torch.randn(waves.shape[1], weight.shape[1])
+    weight[ids] = (rows / rows.std() * model.config.text_config.initializer_range).to(weight)
