@@ -1,0 +1,103 @@
+// What row-wise operations on the CPU share: strided views, dtype dispatch, and the loop over rows.
+//
+// Work is cut into at most one chunk of rows per thread. Each row is computed by the same code wherever a chunk begins, and chunks
+// exchange integers only, so results do not depend on the number of threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace cmoe::cpu {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The type in which values of type T are computed, and in which gates and weights are returned.
+template <class T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// A tensor [T, columns] with any strides, zero among them, read in the type of the computation.
+template <class T>
+class Rows {
+ public:
+  explicit Rows(const Tensor& t) : data_(static_cast<const T*>(t.const_data_ptr())), row_(t.stride(0)), column_(t.stride(1)) {}
+  accumulate_t<T> operator()(int64_t row, int64_t column) const { return static_cast<accumulate_t<T>>(data_[row * row_ + column * column_]); }
+
+ private:
+  const T* data_;
+  int64_t row_, column_;
+};
+
+// Calls f with a value of the C++ type of t's dtype.
+template <class F>
+void dispatch_float(const char* name, const Tensor& t, F&& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+struct Chunks {
+  int64_t rows, size, count;
+
+  Chunks(int64_t rows_, int64_t elements_per_row) : rows(rows_) {
+    // Below some thousand elements a chunk costs less than waking a thread.
+    const int64_t least = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, elements_per_row));
+    const int64_t threads = torch::stable::get_num_threads();
+    size = std::max(least, (rows + threads - 1) / threads);
+    count = (rows + size - 1) / size;
+  }
+
+  // f(chunk, first, last). An exception must not leave f: torch's C interface would lose its message.
+  template <class F>
+  void run(const F& f) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, chunk * size, std::min(rows, (chunk + 1) * size));
+    });
+  }
+};
+
+// One block of n values per chunk, on cache lines that no other chunk writes.
+template <class T>
+class Scratch {
+ public:
+  Scratch(const Chunks& chunks, int64_t n) : stride_(n + static_cast<int64_t>(64 / sizeof(T))), values_(chunks.count * stride_) {}
+  T* operator[](int64_t chunk) { return values_.data() + chunk * stride_; }
+
+ private:
+  int64_t stride_;
+  std::vector<T> values_;
+};
+
+inline std::string shape(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + ")";
+}
+
+inline void require_2d(const char* name, const Tensor& t, const char* letters) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must have the dimensions ", letters, ", got shape ", shape(t));
+}
+
+inline void require_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns, const char* like) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape(t), ", must be (", rows, ", ", columns, ") like ", like);
+}
+
+}  // namespace cmoe::cpu
