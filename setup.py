@@ -1,0 +1,135 @@
+"""Builds cmoe_kernels/_C.abi3.so where torch and a C++ compiler are found; elsewhere the package installs in pure Python.
+
+torch is located and not imported: this file also runs to write metadata, and then an import of some seconds would be wasted. Every
+source is compiled by a command line of its own, in parallel, into build/native, and again only when the command, the source or a header
+it includes has changed. CXX and CXXFLAGS are honoured, CMOE_NATIVE=0 leaves the library out on purpose.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
+OBJECTS = Path("build", "native")
+
+# The oldest torch and Python that the library may be loaded into, whatever it is built with.
+TORCH_TARGET, TORCH_OLDEST = "0x020a000000000000ULL", (2, 10)
+PYTHON_TARGET, PYTHON_TAG = "0x030A0000", "cp310"
+
+
+def compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    return []
+
+
+def torch_folder() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def missing() -> str | None:
+    """What the native library would need here and does not find."""
+    if os.environ.get("CMOE_NATIVE", "1") == "0":
+        return "CMOE_NATIVE=0 asks for none"
+    if platform.system() == "Windows":
+        return "there is no build for Windows"
+    if torch_folder() is None:
+        return "torch is not installed where the package is built (with build isolation it never is)"
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < TORCH_OLDEST:
+        return f"torch is {version}, at least {'.'.join(map(str, TORCH_OLDEST))} is needed"
+    if not compiler():
+        return "no C++ compiler was found (c++, g++, clang++, or the one that CXX names)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the headers of Python are not installed (python3-dev on Debian)"
+    return None
+
+
+MISSING = missing()
+
+
+class Build(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        folder = torch_folder()
+        assert folder is not None
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: compiled(source, compile_command(folder)), SOURCES))
+        library = linked(objects, folder)
+        target = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(target))
+        self.copy_file(str(library), target)
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if MISSING:
+            print(
+                f"cmoe_kernels: installed WITHOUT its native library: {MISSING}. Everything works, on plain PyTorch. For the native kernels, "
+                "install torch and a C++ compiler, then: pip install --no-build-isolation --force-reinstall --no-deps <this package>",
+                file=sys.stderr,
+            )
+        super().run()
+
+
+def compile_command(torch: Path) -> list[str]:
+    # No -march: the library must run on every machine of its architecture. -isystem: warnings are for our own files.
+    return [
+        *compiler(), "-c", "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}",
+        "-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), f"-ffile-prefix-map={torch / 'include'}/=",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]  # fmt: skip
+
+
+def compiled(source: str, command: list[str]) -> Path:
+    target = OBJECTS / (source + ".o")
+    dependencies = target.with_suffix(".d")
+    run_if_stale([*command, "-MD", "-MF", str(dependencies), "-o", str(target), source], target, dependencies)
+    return target
+
+
+def linked(objects: list[Path], torch: Path) -> Path:
+    target = OBJECTS / "_C.abi3.so"
+    # One symbol leaves the library: another library's copy of a template, built for other instructions, must never be taken for ours.
+    exports = Path("csrc", "exports.map")
+    shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared", f"-Wl,--version-script={exports}"]
+    command = [*compiler(), *shared, *shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(target), *map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    run_if_stale(command, target, exports, *objects)
+    return target
+
+
+def run_if_stale(command: list[str], target: Path, *inputs: Path) -> None:
+    """Run a command unless it has made ``target`` before, exactly so, from these inputs; a .d file stands for the files it lists."""
+    record, line = target.with_name(target.name + ".cmd"), shlex.join(command)
+    if target.exists() and record.exists() and record.read_text() == line and all(map(Path.exists, inputs)):
+        files = [Path(f) for i in inputs for f in (i.read_text().replace("\\\n", " ").split(": ", 1)[1].split() if i.suffix == ".d" else [i])]
+        if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in files):
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    print(line, flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    record.write_text(line)
+
+
+setup(
+    ext_modules=[] if MISSING else [Extension("cmoe_kernels._C", SOURCES, py_limited_api=True)],
+    cmdclass={"build_ext": Build, "build_py": BuildPython},
+    options={} if MISSING else {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
+)
