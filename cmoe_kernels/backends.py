@@ -70,14 +70,20 @@ def choose(op: str, device_type: str) -> str:
     return _selected
 
 
-def run(op: str, backend: str, device_type: str, *arguments: Any) -> Any:
-    """Call a backend's kernel. Autocast is off inside: dtypes were settled by the public function. Outputs are contiguous, as the fakes say."""
+def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
+    """Call a backend's kernel.
+
+    Autocast is off inside: dtypes were settled by the public function. Outputs are made contiguous, as the fakes say, and None (a
+    gradient that nobody asked for, nothing saved) becomes an empty tensor of its own.
+    """
     kernel = _kernels.get((op, backend))
     if kernel is None:
         raise RuntimeError(f"{op} was recorded with backend {backend!r}, which is not there on this machine: {missing_reason(backend)}")
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         result = kernel(*arguments)
-    return result.contiguous() if isinstance(result, torch.Tensor) else tuple(t.contiguous() for t in result)
+    if isinstance(result, torch.Tensor):
+        return result.contiguous()
+    return tuple(torch.empty(0, device=device) if t is None else t.contiguous() for t in result)
 
 
 def missing_reason(backend: str) -> str:

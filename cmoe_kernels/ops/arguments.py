@@ -66,6 +66,34 @@ def require_gates(name: str, value: Tensor, letters: str, x: Tensor) -> Tensor:
     return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def require_expert_weights(
+    x: Tensor, dtype: torch.dtype, w1: Tensor, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None, gated: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The weights of E experts against ``x`` and each other: w1 [E, H, D] (gated: [E, 2H, D]), b1, w2 [E, O, H], b2."""
+    w1 = require_weight("w1", w1, "EHD", x, dtype)
+    require_size("w1", w1, 2, x.shape[1], "width of x")
+    if b1 is not None:
+        b1 = require_weight("b1", b1, "EH", x, dtype)
+        require_size("b1", b1, 0, w1.shape[0], "experts in w1")
+        require_size("b1", b1, 1, w1.shape[1], "rows of an expert in w1")
+    if w2 is None:
+        if b2 is not None:
+            raise ValueError("b2 is given without w2")
+        if gated:
+            raise ValueError("w2 must be given with gated=True")
+        return w1, b1, None, None
+    w2 = require_weight("w2", w2, "EOH", x, dtype)
+    require_size("w2", w2, 0, w1.shape[0], "experts in w1")
+    if gated and w1.shape[1] % 2:
+        raise ValueError(f"w1 has {w1.shape[1]} in dimension 1 of shape {tuple(w1.shape)}, must be even (gate rows, then up rows)")
+    require_size("w2", w2, 2, w1.shape[1] // 2 if gated else w1.shape[1], "hidden width of w1")
+    if b2 is not None:
+        b2 = require_weight("b2", b2, "EO", x, dtype)
+        require_size("b2", b2, 0, w2.shape[0], "experts in w2")
+        require_size("b2", b2, 1, w2.shape[1], "output width of w2")
+    return w1, b1, w2, b2
+
+
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(choices)}")

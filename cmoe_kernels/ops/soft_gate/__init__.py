@@ -33,7 +33,7 @@ def soft_gate(logits: Tensor) -> Tensor:
 
 @torch.library.custom_op("cmoe::soft_gate", mutates_args=())
 def _soft_gate(logits: Tensor, backend: str) -> Tensor:
-    return backends.run("soft_gate", backend, logits.device.type, logits)
+    return backends.run("soft_gate", backend, logits.device, logits)
 
 
 @_soft_gate.register_fake
@@ -43,7 +43,7 @@ def _(logits, backend):
 
 @torch.library.custom_op("cmoe::soft_gate_backward", mutates_args=())
 def _soft_gate_backward(dgates: Tensor, logits: Tensor, backend: str) -> Tensor:
-    return backends.run("soft_gate_backward", backend, logits.device.type, dgates, logits)
+    return backends.run("soft_gate_backward", backend, logits.device, dgates, logits)
 
 
 @_soft_gate_backward.register_fake

@@ -66,7 +66,7 @@ def topk_gate(
 def _topk_gate(
     logits: Tensor, k: int, score: str, renormalize: bool, scale: float, selection: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.run("topk_gate", backend, logits.device.type, logits, k, score, renormalize, scale, selection)
+    return backends.run("topk_gate", backend, logits.device, logits, k, score, renormalize, scale, selection)
 
 
 @_topk_gate.register_fake
@@ -83,7 +83,7 @@ def _(logits, k, score, renormalize, scale, selection, backend):
 def _topk_gate_backward(
     dweights: Tensor, logits: Tensor, indices: Tensor, score: str, renormalize: bool, scale: float, backend: str
 ) -> Tensor:
-    return backends.run("topk_gate_backward", backend, logits.device.type, dweights, logits, indices, score, renormalize, scale)
+    return backends.run("topk_gate_backward", backend, logits.device, dweights, logits, indices, score, renormalize, scale)
 
 
 @_topk_gate_backward.register_fake

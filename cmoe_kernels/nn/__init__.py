@@ -1,0 +1,1 @@
+from cmoe_kernels.nn import convert as convert

@@ -1,0 +1,212 @@
+"""The connector: image tokens of an encoder to tokens of a language model, by a mixture of projection experts."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmoe_kernels.nn.config import CMoEConfig
+from cmoe_kernels.nn.experts import Experts
+from cmoe_kernels.nn.router import TaskRouter
+from cmoe_kernels.ops.arguments import require_float, require_index, require_range, require_size
+from cmoe_kernels.ops.balance_loss import balance_loss
+from cmoe_kernels.ops.groups import per_token
+from cmoe_kernels.ops.precision import accumulate_dtype
+from cmoe_kernels.ops.soft_gate import soft_gate
+from cmoe_kernels.ops.topk_gate import topk_gate
+
+
+class ConnectorOutput(NamedTuple):
+    """``embeddings`` [B, N, O] or packed [T, O]; ``gates`` [B, N, E] or [T, E], fp32, attached to the graph (detach them before keeping
+    them); ``aux_loss``, the weighted fp32 sum; ``aux_losses``, its unweighted parts by name."""
+
+    embeddings: Tensor
+    gates: Tensor
+    aux_loss: Tensor
+    aux_losses: dict[str, Tensor]
+
+
+class _Routing(NamedTuple):
+    embeddings: Tensor  # [T, O]
+    gates: Tensor  # [T, E]
+    logits: Tensor | None  # [T, E]
+    indices: Tensor | None  # [T, K]
+
+
+class CMoEConnector(nn.Module):
+    """Connector mixture of experts (Uni-Med, NeurIPS 2024, section 3): resample, route, project.
+
+    Args:
+        config: a :class:`CMoEConfig`.
+        device, dtype: of the parameters.
+
+    One module serves every combination of ``expert``, ``router``, ``router_inputs`` and ``resample``. A batch may mix tasks.
+    """
+
+    def __init__(self, config: CMoEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.router = TaskRouter(config, device, dtype) if config.learned else None
+        self.experts = Experts(config, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialise anew, as the release does (torch.nn.Linear's initialisation; task tokens from N(0, 0.02^2))."""
+        for part in (self.router, self.experts):
+            if part is not None:
+                part.reset_parameters()
+
+    def forward(
+        self,
+        features: Tensor,
+        task: str | Sequence[str] | Tensor | None = None,
+        group_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> ConnectorOutput:
+        """Project image tokens.
+
+        Args:
+            features: [B, P, C], the encoder's tokens (class token dropped, after its last norm); or packed [T, C] with resample="none".
+            task: the task of all samples (a name), of each sample (names), or LongTensor [B] of places in ``config.tasks``. Not needed
+                for router_inputs="token" and router="constant".
+            group_ids: [T] int64, the task of each token, for packed features in place of ``task``.
+            mask: [B, N] (packed: [T]) bool, False for padding: such tokens give zeros and are left out of the auxiliary losses.
+
+        Returns:
+            ConnectorOutput(embeddings, gates, aux_loss, aux_losses).
+
+        Raises:
+            TypeError, ValueError: wrong shape, an unknown task, a missing task; the message names it.
+        """
+        x, lead = self._resample(features)
+        group, group_ids = self._groups(task, group_ids, features, x.shape[0])
+        routing = self._route(x, group, group_ids)
+        keep = None
+        embeddings, gates = routing.embeddings, routing.gates
+        if mask is not None:
+            require_index("mask", mask, "TN"[: len(lead)], x, torch.bool)
+            for dim, size in enumerate(lead):
+                require_size("mask", mask, dim, size, "tokens after resampling" if dim == len(lead) - 1 else "samples")
+            keep = mask.reshape(-1)
+            embeddings, gates = (t.masked_fill(~keep[:, None], 0) for t in (embeddings, gates))
+        aux_losses = self._aux_losses(routing, gates, keep)
+        aux_loss = gates.new_zeros(())
+        for name, loss in aux_losses.items():
+            aux_loss = aux_loss + self.config.aux_losses[name] * loss
+        return ConnectorOutput(embeddings.view(*lead, -1), gates.view(*lead, -1), aux_loss, aux_losses)
+
+    def _resample(self, features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens [T, D], and the leading dimensions of the result."""
+        c = self.config
+        packed = isinstance(features, Tensor) and features.dim() == 2
+        require_float("features", features, "TC" if packed else "BPC")
+        require_size("features", features, -1, c.in_features, "in_features")
+        if packed:
+            if c.resample != "none":
+                raise ValueError(f"features is packed [T, C]; that needs resample='none', not {c.resample!r}")
+            return features, (features.shape[0],)
+        batch, patches, width = features.shape
+        if c.resample == "projection":
+            if patches % c.resample_rate:
+                raise ValueError(f"features has {patches} tokens per sample, must be a multiple of resample_rate={c.resample_rate}")
+            features = features.reshape(batch, patches // c.resample_rate, c.features)
+        elif c.resample != "none":
+            side, stride = math.isqrt(patches), math.isqrt(c.resample_rate)
+            if side * side != patches or side % stride:
+                raise ValueError(f"features has {patches} tokens per sample, must be a square grid whose side is a multiple of {stride}")
+            pool = F.avg_pool2d if c.resample == "avgpool" else F.max_pool2d
+            grid = features.transpose(1, 2).reshape(batch, width, side, side)
+            features = pool(grid, stride).flatten(2).transpose(1, 2)
+        return features.reshape(-1, c.features), (batch, features.shape[1])
+
+    def _groups(
+        self, task: str | Sequence[str] | Tensor | None, group_ids: Tensor | None, features: Tensor, tokens: int
+    ) -> tuple[int | None, Tensor | None]:
+        """The one task of all tokens, or the task of each token."""
+        if not self.config.needs_task:
+            return None, None
+        packed = features.dim() == 2
+        if (task is None) == (group_ids is None):
+            names = ", ".join(self.config.tasks)
+            raise ValueError(
+                f"task is {'missing' if task is None else 'given together with group_ids'}; this router needs one of the two: a name out "
+                f"of {names}, a name per sample or LongTensor [B]" + (", or group_ids [T]" if packed else "")
+            )
+        if group_ids is not None:
+            if not packed:
+                raise ValueError("group_ids is for packed features [T, C]; give task with features [B, P, C]")
+            require_index("group_ids", group_ids, "T", features)
+            require_size("group_ids", group_ids, 0, tokens, "tokens in features")
+            self._check_tasks("group_ids", group_ids)
+            return None, group_ids
+        if isinstance(task, str):
+            return self._task_index(task), None
+        if packed:
+            raise ValueError("task must be one name with packed features [T, C]; give group_ids [T] for several")
+        batch = features.shape[0]
+        if not isinstance(task, Tensor):
+            assert task is not None
+            places = [self._task_index(name) for name in task]
+            if len(places) == batch and len(set(places)) == 1:
+                return places[0], None
+            task = torch.tensor(places, dtype=torch.int64, device=features.device)
+        require_index("task", task, "B", features)
+        require_size("task", task, 0, batch, "samples in features")
+        self._check_tasks("task", task)
+        return None, task.repeat_interleave(tokens // batch if batch else 0)
+
+    def _task_index(self, name: str) -> int:
+        if name not in self.config.tasks:
+            raise ValueError(f"task is {name!r}, must be one of {', '.join(self.config.tasks)}")
+        return self.config.tasks.index(name)
+
+    def _check_tasks(self, name: str, places: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            require_range(name, places, len(self.config.tasks), ", ".join(self.config.tasks))
+
+    def _route(self, x: Tensor, group: int | None, group_ids: Tensor | None) -> _Routing:
+        c = self.config
+        tokens, exact = x.shape[0], accumulate_dtype(x.dtype)
+        if c.router == "constant":
+            # In fp32 for every dtype, as in the release: an fp64 connector reproduces it to the last digits.
+            gates = x.new_full((1, c.num_experts), 1 / c.num_experts, dtype=torch.float32).to(exact)
+            return _Routing(self.experts.mix(x, gates, None), gates.expand(tokens, -1), None, None)
+        if c.router == "hard":
+            indices = torch.arange(len(c.tasks), device=x.device)[:, None]
+            if group is not None:
+                indices = indices[group : group + 1]
+            gates = F.one_hot(indices[:, 0], c.num_experts).to(exact)
+            return _Routing(self.experts.select(x, None, indices, group_ids), _expand(gates, group_ids, tokens), None, None)
+
+        assert self.router is not None
+        logits = self.router(x, group, group_ids)
+        # A router that reads the task alone gives one row per task; gates then stay one row per task, which the experts can use.
+        rows = group_ids if c.router_inputs == "task" else None
+        if c.router == "soft":
+            gates = soft_gate(logits)
+            return _Routing(self.experts.mix(x, gates, rows), _expand(gates, rows, tokens), _expand(logits, rows, tokens), None)
+        weights, indices, _ = topk_gate(logits, c.top_k)
+        # One column more for "no expert", which a router whose logits are -inf can choose.
+        gates = weights.new_zeros(weights.shape[0], c.num_experts + 1).scatter(1, indices, weights)[:, :-1]
+        embeddings = self.experts.select(x, weights, indices, rows)
+        indices = (indices if rows is None else indices[rows]).expand(tokens, -1)
+        return _Routing(embeddings, _expand(gates, rows, tokens), _expand(logits, rows, tokens), indices)
+
+    def _aux_losses(self, routing: _Routing, gates: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        losses = {}
+        for name in self.config.aux_losses:
+            if name == "switch":
+                assert routing.logits is not None
+                losses[name] = balance_loss(routing.logits.softmax(-1), routing.indices, mask)
+            else:
+                scores = gates if name == "importance" else routing.logits
+                assert scores is not None
+                losses[name] = balance_loss(scores, mask=mask, kind=name)
+        return losses
+
+
+def _expand(table: Tensor, group_ids: Tensor | None, tokens: int) -> Tensor:
+    """One row per token, from one row per token, per group, or for all."""
+    return per_token(table, group_ids).expand(tokens, -1)
