@@ -13,7 +13,7 @@ def _card(config: UniMedConfig, parameters: int, base: str | None) -> str:
     vision, text, connector = config.vision_config, config.text_config, config.connector
     settings = json.dumps(config.training, indent=2, sort_keys=True, default=str) if config.training else "not recorded"
     image = f"{vision.image_size} px in patches of {vision.patch_size}"
-    router = f"{connector.get('router', 'soft')} router on {connector.get('router_inputs', 'task_token')}"
+    router = f"{connector['router']} router on {connector['router_inputs']}"
     kind = f"LoRA and connector weights for the model in `{base}`" if base else "Whole model"
     return f"""---
 library_name: transformers
@@ -31,7 +31,7 @@ tags: [medical, mixture-of-experts, uni-med]
 | part | settings |
 |---|---|
 | vision tower | {vision.num_hidden_layers} layers, width {vision.hidden_size}, {image}, {"frozen" if config.freeze_vision else "trained"} |
-| connector | {connector.get("num_experts", 5)} experts, {router}, {config.num_image_tokens} tokens an image |
+| connector | {connector["num_experts"]} experts, {router}, {config.num_image_tokens} tokens an image |
 | language model | {text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size} |
 | image tasks | {", ".join(config.tasks)} |
 

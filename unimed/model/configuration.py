@@ -1,5 +1,6 @@
 """What a Uni-Med model is made of: a vision tower, a CMoE connector and a language model."""
 
+import math
 from typing import Any
 
 from transformers import Blip2VisionConfig, LlamaConfig, PreTrainedConfig
@@ -20,7 +21,7 @@ class UniMedConfig(PreTrainedConfig):
         text_config: the language model.
         connector: fields of :class:`cmoe_kernels.CMoEConfig`; `in_features` and `out_features` follow from the other two. The router's
             auxiliary losses (`aux_losses`) live here.
-        image_token_index: the token that stands for one image embedding, a row of the language model's vocabulary.
+        image_token_index: the token that stands for one image embedding, a row of the language model's vocabulary (default: the last).
         freeze_vision: keep the encoder as it is, and run it without recording a graph.
         training: whatever settings trained the weights; copied into the model card.
     """
@@ -33,7 +34,7 @@ class UniMedConfig(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     connector: Any = None
-    image_token_index: int = 32000
+    image_token_index: int | None = None
     freeze_vision: bool = True
     tie_word_embeddings: bool = False
     training: dict | None = None
@@ -41,24 +42,26 @@ class UniMedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # Both ends of the connector are fixed by its neighbours: filled in when absent, checked when given.
-        widths = {"in_features": self.vision_config.hidden_size, "out_features": self.text_config.hidden_size}
-        self.connector = {**widths, "tasks": list(TASKS), **(self.connector or {})}
-        for name, width in widths.items():
-            if self.connector[name] != width:
-                part = "vision_config" if name == "in_features" else "text_config"
-                raise UserError(f"config: connector.{name} is {self.connector[name]}, it must be {width} ({part}.hidden_size)")
-        if isinstance(self.connector["tasks"], tuple):
-            self.connector["tasks"] = list(self.connector["tasks"])  # JSON knows no tuples
-        self.tie_word_embeddings = self.text_config.tie_word_embeddings
-
-    def connector_config(self) -> CMoEConfig:
-        """The connector's own configuration; a wrong field is one line that names it."""
-        fields = dict(self.connector)
-        fields["tasks"] = tuple(fields["tasks"])
+        widths = {
+            "in_features": ("vision_config", self.vision_config.hidden_size),
+            "out_features": ("text_config", self.text_config.hidden_size),
+        }
+        given = {**{name: width for name, (_, width) in widths.items()}, "tasks": TASKS, **(self.connector or {})}
+        for name, (part, width) in widths.items():
+            if given[name] != width:
+                raise UserError(f"config: connector.{name} is {given[name]}, it must be {width} ({part}.hidden_size)")
         try:
-            return CMoEConfig(**fields)
+            connector = CMoEConfig.from_dict(given)
         except (TypeError, ValueError) as error:
             raise UserError(f"config: connector: {error}") from error
+        self.connector = connector.to_dict()  # with every default, so that config.json records all settings
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if self.image_token_index is None:
+            self.image_token_index = self.text_config.vocab_size - 1
+        if not 0 <= self.image_token_index < self.text_config.vocab_size:
+            raise UserError(
+                f"config: image_token_index is {self.image_token_index}, it must be below {self.text_config.vocab_size} (vocab_size)"
+            )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -67,14 +70,10 @@ class UniMedConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Embeddings that one image becomes."""
-        vision, connector = self.vision_config, self.connector
-        side = vision.image_size // vision.patch_size
-        resample, rate = connector.get("resample", "projection"), connector.get("resample_rate", 4)
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        resample, rate = self.connector["resample"], self.connector["resample_rate"]
         if resample == "none":
             return side * side
-        if resample == "projection":
-            if side * side % rate:
-                raise UserError(f"config: {side}x{side} patches cannot be joined in groups of connector.resample_rate = {rate}")
-            return side * side // rate
-        root = round(rate**0.5)
-        return (side // root) ** 2
+        if side * side % rate or (resample != "projection" and side % math.isqrt(rate)):
+            raise UserError(f"config: {side}x{side} patches cannot be joined {rate} to one (connector.resample_rate)")
+        return side * side // rate

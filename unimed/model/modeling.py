@@ -21,7 +21,7 @@ from transformers import Blip2VisionModel, GenerationMixin, LlamaForCausalLM, Pr
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from cmoe_kernels import CMoEConnector
+from cmoe_kernels import CMoEConfig, CMoEConnector
 from unimed.model.card import write_card
 from unimed.model.configuration import UniMedConfig
 
@@ -62,7 +62,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vision_tower = Blip2VisionModel(config.vision_config)
         # The release puts a LayerNorm of its own, with torch's default eps, after the encoder; here it is the encoder's last norm.
         self.vision_tower.post_layernorm.eps = 1e-5
-        self.connector = CMoEConnector(config.connector_config())
+        self.connector = CMoEConnector(CMoEConfig.from_dict(config.connector))
         self.language_model = LlamaForCausalLM(config.text_config)
         if config.freeze_vision:
             self.vision_tower.requires_grad_(False)
