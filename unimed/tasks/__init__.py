@@ -1,0 +1,1 @@
+"""Prompts, metrics and the answers one can give without looking."""
