@@ -30,7 +30,7 @@ class Maximum {
 template <class A>
 class ScaledSigmoid {
  public:
-  explicit ScaledSigmoid(A largest) : c_(std::min(largest, A(0))), exp_c_(std::exp(c_)) {}
+  explicit ScaledSigmoid(A largest) : c_(std::min(largest, A(0))), exp_c_(c_ < 0 ? std::exp(c_) : A(1)) {}
 
   A tail(A l) const { return std::exp(c_ - l); }
   A value(A tail) const { return 1 / (exp_c_ + tail); }

@@ -29,8 +29,9 @@ Tensor soft_gate(Tensor logits) {
         Maximum<A> largest;
         for (int64_t e = 0; e < experts; ++e) largest.see(l(t, e));
         const ScaledSigmoid<A> scaled(largest.value());
-        A total = 0;
-        for (int64_t e = 0; e < experts; ++e) total += row[e] = scaled(l(t, e));
+        sum_t sum = 0;
+        for (int64_t e = 0; e < experts; ++e) sum += row[e] = scaled(l(t, e));
+        const A total = static_cast<A>(sum);
         for (int64_t e = 0; e < experts; ++e) row[e] /= total;
       }
     });
@@ -58,14 +59,14 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
         Maximum<A> largest;
         for (int64_t e = 0; e < experts; ++e) largest.see(l(t, e));
         const ScaledSigmoid<A> scaled(largest.value());
-        A total = 0, dot = 0;
+        sum_t sum = 0, product = 0;
         for (int64_t e = 0; e < experts; ++e) {
           tails[e] = scaled.tail(l(t, e));
           const A s = scaled.value(tails[e]);
-          total += s;
-          dot += s * dg(t, e);
+          sum += s;
+          product += s * dg(t, e);
         }
-        dot /= total;
+        const A total = static_cast<A>(sum), dot = static_cast<A>(product / sum);
         for (int64_t e = 0; e < experts; ++e) {
           const A gate = scaled.value(tails[e]) / total;
           out[t * experts + e] = static_cast<L>(gate * (dg(t, e) - dot) * scaled.derivative(l(t, e), tails[e]));

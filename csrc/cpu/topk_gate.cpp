@@ -71,8 +71,9 @@ void softmax(const Rows<L>& l, int64_t t, int64_t experts, A* p) {
     std::fill_n(p, experts, A(0));
     return;
   }
-  A total = 0;
-  for (int64_t e = 0; e < experts; ++e) total += p[e] = std::exp(l(t, e) - largest.value());
+  sum_t sum = 0;
+  for (int64_t e = 0; e < experts; ++e) sum += p[e] = std::exp(l(t, e) - largest.value());
+  const A total = static_cast<A>(sum);
   for (int64_t e = 0; e < experts; ++e) p[e] /= total;
 }
 
@@ -96,12 +97,13 @@ void weigh(const Rows<L>& l, int64_t t, int64_t experts, const int64_t* chosen, 
     return;
   }
   const ScaledSigmoid<A> scaled(largest.value());
-  A total = 0;
+  sum_t sum = 0;
   for (int64_t i = 0; i < k; ++i) {
     const int64_t e = chosen[i];
     weights[i] = e == experts ? A(0) : score == Score::softmax ? std::exp(l(t, e) - largest.value()) : scaled(l(t, e));
-    total += weights[i];
+    sum += weights[i];
   }
+  const A total = static_cast<A>(sum);
   for (int64_t i = 0; i < k; ++i) weights[i] /= total;
 }
 
@@ -191,10 +193,11 @@ Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedS
           return;
         }
         weigh(l, t, experts, picked, k, score, renormalize, row, w);
-        A total = 0;
+        sum_t sum = 0;
         for (int64_t i = 0; i < k; ++i) {
-          if (picked[i] != experts) total += dw(t, i) * static_cast<A>(scale) * w[i];
+          if (picked[i] != experts) sum += dw(t, i) * static_cast<A>(scale) * w[i];
         }
+        const A total = static_cast<A>(sum);
         if (score == Score::softmax && !renormalize) {
           for (int64_t e = 0; e < experts; ++e) row[e] *= -total;
         } else {
