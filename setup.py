@@ -23,7 +23,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
-OBJECTS = Path("build", "native")
+OBJECTS, LIBRARY = Path("build", "native"), "_C.abi3.so"
 
 # The oldest torch and Python that the library may be loaded into, whatever it is built with.
 TORCH_TARGET, TORCH_OLDEST = "0x020a000000000000ULL", (2, 10)
@@ -80,10 +80,12 @@ class BuildPython(build_py):
     def run(self) -> None:
         if MISSING:
             print(
-                f"cmoe_kernels: installed WITHOUT its native library: {MISSING}. Everything works, on plain PyTorch. For the native kernels, "
-                "install torch and a C++ compiler, then: pip install --no-build-isolation --force-reinstall --no-deps <this package>",
+                f"cmoe_kernels: installed WITHOUT its native library: {MISSING}. Everything works, on plain PyTorch. For the native "
+                "kernels, have torch and a C++ compiler, then: pip install --no-build-isolation --force-reinstall --no-deps <this package>",
                 file=sys.stderr,
             )
+            # A library from an earlier build in place would be loaded all the same, whatever it was built from.
+            Path("cmoe_kernels", LIBRARY).unlink(missing_ok=True)
         super().run()
 
 
@@ -105,11 +107,13 @@ def compiled(source: str, command: list[str]) -> Path:
 
 
 def linked(objects: list[Path], torch: Path) -> Path:
-    target = OBJECTS / "_C.abi3.so"
+    target, exports = OBJECTS / LIBRARY, Path("csrc", "exports.map")
     # One symbol leaves the library: another library's copy of a template, built for other instructions, must never be taken for ours.
-    exports = Path("csrc", "exports.map")
-    shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared", f"-Wl,--version-script={exports}"]
-    command = [*compiler(), *shared, *shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(target), *map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    elf, mac = ["-shared", f"-Wl,--version-script={exports}"], ["-dynamiclib", "-undefined", "dynamic_lookup"]
+    command = [
+        *compiler(), *(mac if platform.system() == "Darwin" else elf), *shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(target),
+        *map(str, objects), "-L" + str(torch / "lib"), "-ltorch_cpu",
+    ]  # fmt: skip
     run_if_stale(command, target, exports, *objects)
     return target
 
@@ -118,14 +122,19 @@ def run_if_stale(command: list[str], target: Path, *inputs: Path) -> None:
     """Run a command unless it has made ``target`` before, exactly so, from these inputs; a .d file stands for the files it lists."""
     record, line = target.with_name(target.name + ".cmd"), shlex.join(command)
     if target.exists() and record.exists() and record.read_text() == line and all(map(Path.exists, inputs)):
-        files = [Path(f) for i in inputs for f in (i.read_text().replace("\\\n", " ").split(": ", 1)[1].split() if i.suffix == ".d" else [i])]
+        files = [file for i in inputs for file in (listed(i) if i.suffix == ".d" else [i])]
         if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in files):
             return
     target.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     print(line, flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, check=True)
     record.write_text(line)
+
+
+def listed(dependencies: Path) -> list[Path]:
+    """The files in a make rule that the compiler has written: "target: file file ...", over several lines."""
+    return [Path(file) for file in dependencies.read_text().replace("\\\n", " ").split(": ", 1)[1].split()]
 
 
 setup(
