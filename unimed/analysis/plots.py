@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from unimed.train.config import ALL_TASKS
+from unimed.data.example import TASKS
 
 INK, MUTED, GRID = "#1c2733", "#66758a", "#e3e8ee"
-TASK_COLOURS = dict(zip(ALL_TASKS, ("#0b6e99", "#d55e00", "#009e73", "#8a5fbf", "#c9a100", "#66758a"), strict=True))
+TASK_COLOURS = dict(zip(TASKS, ("#0b6e99", "#d55e00", "#009e73", "#8a5fbf", "#c9a100", "#66758a"), strict=True))
 EXPERT_COLOURS = ("#0b6e99", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#8a5fbf", "#66758a")
 STYLE = {
     "font.family": "sans-serif",
@@ -68,7 +68,7 @@ def smooth(values: list[float], share: float = 0.8) -> list[float]:
 
 def loss_per_task(log: list[dict[str, Any]]) -> str:
     """One panel a task, logarithmic: the logged values faint, their running mean on top."""
-    tasks = [task for task in ALL_TASKS if series(log, f"loss/{task}")[0]]
+    tasks = [task for task in TASKS if series(log, f"loss/{task}")[0]]
     with plt.rc_context(STYLE):
         columns = min(3, max(len(tasks), 1))
         rows = max(-(-len(tasks) // columns), 1)
@@ -100,7 +100,7 @@ def learning_rate(log: list[dict[str, Any]]) -> str:
 
 def gate_heat_map(entry: dict[str, Any], title: str) -> str:
     """Mean gate of every expert for every task."""
-    tasks = [task for task in ALL_TASKS if task in entry["tasks"]]
+    tasks = [task for task in TASKS if task in entry["tasks"]]
     gates = [entry["tasks"][task]["gates"] for task in tasks]
     experts = len(gates[0])
     with plt.rc_context({**STYLE, "axes.grid": False}):
@@ -121,7 +121,7 @@ def gate_heat_map(entry: dict[str, Any], title: str) -> str:
 
 def gates_over_training(history: list[dict[str, Any]]) -> str:
     """One panel a task: how its image tokens' mean gates divide among the experts, step by step."""
-    tasks = [task for task in ALL_TASKS if any(task in entry["tasks"] for entry in history)]
+    tasks = [task for task in TASKS if any(task in entry["tasks"] for entry in history)]
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = plt.subplots(1, len(tasks), figsize=(2.0 * len(tasks) + 0.8, 2.0), sharey=True, squeeze=False, layout="constrained")
         experts = 0

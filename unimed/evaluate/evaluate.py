@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from unimed.data.example import Example
+from unimed.data.example import TASKS, Example
 from unimed.evaluate.predict import answers
 from unimed.tasks import metrics
 from unimed.tasks.baselines import WithoutLooking
-from unimed.train.config import ALL_TASKS
 
 UNTRAINED, WITHOUT_LOOKING, BLANKED, TRAINED = ROWS = ("untrained", "without looking", "image blanked", "trained")
 
 
 def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    return {task: found for task in ALL_TASKS if (found := [example for example in examples if example.task == task])}
+    return {task: found for task in TASKS if (found := [example for example in examples if example.task == task])}
 
 
 def spread(examples: Sequence[Example], limit: int) -> list[Example]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unimed.data import load_image
 from unimed.data.example import Example
+from unimed.data.images import load_image
 from unimed.tasks import prompts
 
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unimed.data import load_image
-from unimed.data.example import Example
+from unimed.data.example import TASKS, Example
+from unimed.data.images import load_image
 from unimed.tasks import prompts
 from unimed.train.augment import augment
-from unimed.train.config import ALL_TASKS, Augment
+from unimed.train.config import Augment
 from unimed.train.sampler import Draw
 
 
@@ -47,7 +47,7 @@ class TrainingSet(Dataset[Sample]):
 
 
 class Collator:
-    """Samples to model inputs and labels, plus `sample_tasks` [B]: positions in ALL_TASKS, for the logs."""
+    """Samples to model inputs and labels, plus `sample_tasks` [B]: positions in TASKS, for the logs."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -60,4 +60,4 @@ class Collator:
             task=[sample.task for sample in samples],
             answers=[sample.answer for sample in samples],
         )
-        return {**batch, "sample_tasks": torch.tensor([ALL_TASKS.index(sample.task) for sample in samples])}
+        return {**batch, "sample_tasks": torch.tensor([TASKS.index(sample.task) for sample in samples])}

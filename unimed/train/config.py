@@ -15,10 +15,9 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from unimed.data.example import TASKS as ALL_TASKS
 from unimed.errors import UserError
 
-IMAGE_TASKS = ("vqa", "refer", "identify", "caption", "cls")
-ALL_TASKS = (*IMAGE_TASKS, "qa")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 # What a number may be, by section: at least one, at least zero, a share in [0, 1).

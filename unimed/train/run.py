@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed.data import load_examples
 from unimed.data.example import Example
+from unimed.data.load import load_examples
 from unimed.errors import UserError
 from unimed.tasks import prompts
 from unimed.train import config as recipes
@@ -116,6 +116,7 @@ def train(recipe: Recipe, run: Path, resume: bool = False, overwrite: bool = Fal
             "examples": len(train_examples),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "class_questions": sorted({example.question for example in train_examples if example.task == "cls"}),
             "machine": machine.describe(),
         }
         files.write_json(run / RUN_FILE, record)
@@ -151,6 +152,6 @@ def load_model(run: Path) -> tuple[Any, Any]:
         files.verify_folder(folder)
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
-    from unimed.model.build import load
+    from unimed.model.load import load
 
     return load(folder)

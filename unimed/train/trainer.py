@@ -16,9 +16,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from unimed.analysis.router import RouterHistory
+from unimed.data.example import IMAGE_TASKS, TASKS
 from unimed.train import files, schedule
 from unimed.train.collate import Collator, TrainingSet
-from unimed.train.config import ALL_TASKS, IMAGE_TASKS, Recipe
+from unimed.train.config import Recipe
 from unimed.train.sampler import TaskRatioSampler, group
 
 ROUTER_FILE = "router.json"
@@ -39,7 +40,7 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
         seed=train.seed,
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
-        gradient_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing=train.gradient_checkpointing,
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,
         save_steps=train.save_every,
@@ -126,13 +127,13 @@ class UniMedTrainer(Trainer):
         present = tasks.unique().tolist()
         labels = inputs["labels"][:, 1:]
         if len(present) == 1:
-            self._add(f"loss/{ALL_TASKS[present[0]]}", float(outputs.lm_loss), int((labels != -100).sum()))
+            self._add(f"loss/{TASKS[present[0]]}", float(outputs.lm_loss), int((labels != -100).sum()))
         else:
             losses = cross_entropy(outputs.logits[:, :-1].float().transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
             counts = (labels != -100).sum(1)
             for task in present:
                 rows = tasks == task
-                self._add(f"loss/{ALL_TASKS[task]}", float(losses[rows].sum()) / max(int(counts[rows].sum()), 1), int(counts[rows].sum()))
+                self._add(f"loss/{TASKS[task]}", float(losses[rows].sum()) / max(int(counts[rows].sum()), 1), int(counts[rows].sum()))
         for name, value in (outputs.aux_losses or {}).items():
             self._add(f"aux/{name}", float(value), 1)
         if outputs.gates is not None and inputs.get("task_ids") is not None:

@@ -1,0 +1,198 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from unimed.data.example import TASKS
+from unimed.errors import UserError
+from unimed.train import config
+from unimed.train.run import build, examples, load_model, train
+from unimed.train.trainer import UniMedTrainer, checkpoints
+
+SMALL = [
+    "vision={image_size: 32, width: 16, layers: 1, heads: 2}",
+    "connector.hidden_features=16",
+    "language={width: 32, layers: 1, heads: 2, mlp_width: 32, vocab_size: 400}",
+    "train={max_steps: 12, batch_size: 4, log_every: 2, save_every: 4, threads: 1}",
+    "optim.warmup_steps=2",
+]
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def overrides(sample_folder):
+    flat = []
+    for text in SMALL:
+        key, _, value = text.partition("=")
+        if value.startswith("{"):
+            flat += [f"{key}.{item.replace(': ', '=')}" for item in value.strip("{}").split(", ")]
+        else:
+            flat.append(text)
+    return [f"data.root={sample_folder}", *flat]
+
+
+@pytest.fixture(scope="module")
+def recipe(overrides):
+    return config.load("tiny", overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    return train(recipe, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def log_of(run):
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if "second" not in key} for entry in entries if "loss" in entry]
+
+
+def test_a_run_leaves_its_model_logs_and_settings(whole, recipe):
+    log = log_of(whole)
+    assert [entry["step"] for entry in log] == [2, 4, 6, 8, 10, 12]
+    seen = {key for entry in log for key in entry}
+    assert {"loss", "learning_rate", "grad_norm"} | {f"loss/{task}" for task in TASKS} <= seen
+    assert config.load(whole / "recipe.yaml") == recipe
+    assert [path.name for path in checkpoints(whole)] == ["checkpoint-8", "checkpoint-12"]
+    assert not list(whole.rglob("training_args.bin"))
+    record = json.loads((whole / "run.json").read_text())
+    assert record["steps"] == 12
+    assert record["trained_parameters"] == record["parameters"] > 0
+    model, _ = load_model(whole)
+    stored = load_file(whole / "checkpoint-12" / "model.safetensors")
+    assert stored
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in stored.items())
+
+
+def test_the_loss_of_the_log_is_the_mean_of_its_tasks_weighted_by_tokens(whole):
+    for entry in log_of(whole):
+        tasks = [value for key, value in entry.items() if key.startswith("loss/")]
+        assert min(tasks) <= entry["loss"] * 1.2
+        assert max(tasks) >= entry["loss"] * 0.8
+
+
+def test_gates_are_logged_by_task_and_sum_to_one(whole):
+    history = json.loads((whole / "router.json").read_text())
+    assert [entry["step"] for entry in history] == [2, 4, 6, 8, 10, 12]
+    assert {task for entry in history for task in entry["tasks"]} == {"vqa", "refer", "identify", "caption", "cls"}
+    for entry in history:
+        for task in entry["tasks"].values():
+            assert sum(task["gates"]) == pytest.approx(1, abs=1e-5)
+            assert sum(task["load"]) == pytest.approx(1, abs=1e-5)
+            assert 0 < task["entropy"] <= 1 + 1e-6
+    assert json.loads((whole / "checkpoint-12" / "router.json").read_text()) == history
+
+
+@pytest.mark.parametrize("killed_at", [5, 9])
+def test_a_killed_and_resumed_run_is_the_same_run(whole, recipe, tmp_path, killed_at):
+    run = tmp_path / "killed"
+    with pytest.raises(Killed):
+        train(recipe, run, callbacks=[KillAt(killed_at)])
+    assert not (run / "model").exists()
+    train(recipe, run, resume=True)
+    assert log_of(run) == log_of(whole)
+    assert json.loads((run / "router.json").read_text()) == json.loads((whole / "router.json").read_text())
+    ours, theirs = load_file(run / "model" / "model.safetensors"), load_file(whole / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_homogeneous_batches_resume_too_and_accumulation_sees_the_same_samples(overrides, tmp_path):
+    recipe = config.load("tiny", [*overrides, "sampler.mode=homogeneous", "train.accumulate=2", "train.max_steps=8"])
+    with pytest.raises(Killed):
+        train(recipe, tmp_path / "killed", callbacks=[KillAt(6)])
+    train(recipe, tmp_path / "killed", resume=True)
+    train(recipe, tmp_path / "whole")
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(whole, recipe, tmp_path, monkeypatch):
+    run, written = tmp_path / "killed", []
+
+    def dying(self, output_dir):
+        written.append(output_dir)
+        if len(written) == 2:
+            raise Killed
+
+    monkeypatch.setattr(UniMedTrainer, "_save_rng_state", dying)
+    with pytest.raises(Killed):
+        train(recipe, run)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4"]
+    train(recipe, run, resume=True)
+    assert log_of(run) == log_of(whole)
+
+
+def test_a_corrupt_checkpoint_is_named(whole, recipe, tmp_path):
+    for name, damage, words in (
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-10]), "bytes"),
+        ("optimizer.pt", lambda path: path.unlink(), "missing"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "sha256"),
+        ("manifest.json", lambda path: path.write_text("{"), "not valid JSON"),
+        ("manifest.json", lambda path: path.unlink(), "manifest.json"),
+    ):
+        run = tmp_path / "run"
+        shutil.copytree(whole, run)
+        damage(run / "checkpoint-12" / name)
+        with pytest.raises(UserError, match=words) as caught:
+            train(recipe, run, resume=True)
+        assert "checkpoint-12" in str(caught.value)
+        shutil.rmtree(run)
+
+
+def test_a_run_is_not_overwritten_or_resumed_by_mistake(whole, recipe, overrides, tmp_path):
+    with pytest.raises(UserError, match="--resume"):
+        train(recipe, whole)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(recipe, tmp_path / "new", resume=True)
+    other = config.load("tiny", [*overrides, "optim.lr=0.5"])
+    with pytest.raises(UserError, match=r"optim.lr=0.5.*0.001"):
+        train(other, whole, resume=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a run"):
+        train(recipe, tmp_path / "precious", overwrite=True)
+    assert (tmp_path / "precious" / "letter.txt").read_text() == "dear"
+
+
+def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, tmp_path):
+    with pytest.raises(UserError, match="unimed sample build"):
+        examples(config.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
+    with pytest.raises(UserError, match="cannot run here"):
+        train(config.load("released", [f"data.root={sample_folder}"]), tmp_path / "released")
+
+
+def test_weight_decay_goes_where_the_release_puts_it(recipe, tmp_path):
+    train_examples = examples(recipe, "train")
+    model, processor = build(recipe, train_examples)
+    trainer = UniMedTrainer(recipe, model, processor, None, tmp_path)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim >= 2 and "bias" not in name and "norm" not in name
+        assert (name in decayed) == plain, name
+    assert any("task" in name for name in decayed)
+    groups = trainer.create_optimizer().param_groups
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, recipe.optim.weight_decay]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, overrides):
+    train_examples = examples(recipe, "train")
+    first, second = build(recipe, train_examples)[0].state_dict(), build(recipe, train_examples)[0].state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = build(config.load("tiny", [*overrides, "train.seed=1"]), train_examples)[0].state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)

@@ -1,0 +1,355 @@
+"""The `unimed` command. Heavy imports wait until a command needs them, so that --help is quick."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from unimed.errors import UserError
+
+NOTICE = "Research use, not for diagnosis"
+RUNS = Path("runs")
+
+console = Console()
+errors = Console(stderr=True)
+debugging = False
+
+app = typer.Typer(
+    name="unimed",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=f"[bold red]{NOTICE}.[/]",
+    help=(
+        "Uni-Med: one medical vision-language model for six tasks, with a mixture of experts as its connector.\n\n"
+        "Start here:\n\n"
+        "  [cyan]unimed demo[/]                    sample, training, evaluation, report\n\n"
+        "  [cyan]unimed predict ct.png liver --task refer[/]   ask the newest model\n\n"
+        "  [cyan]unimed COMMAND --help[/]          what a command does, with examples"
+    ),
+)
+sample_app = typer.Typer(no_args_is_help=True, help="The small CT and MR data set that the demo learns from.", epilog=f"{NOTICE}.")
+app.add_typer(sample_app, name="sample")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted recipe overrides, for example train.max_steps=50", show_default=False)]
+RunPath = Annotated[str, typer.Argument(help="a run: its name under runs/, or its folder")]
+
+
+def command(owner: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose UserErrors become one line and exit code 2 (with --debug: the traceback)."""
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                _quiet_libraries()
+                body(*args, **kwargs)
+            except (UserError, OSError) as error:
+                if debugging:
+                    raise
+                errors.print("[bold red]error:[/] ", end="")
+                errors.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                errors.print("stopped")
+                raise typer.Exit(130) from None
+
+        return owner.command(name, epilog=f"{NOTICE}.")(run)
+
+    return register
+
+
+def _quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    if not debugging:
+        warnings.filterwarnings("ignore")
+        for library in ("transformers", "accelerate", "peft"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            console.print(f"unimed {version('cmoe-kernels')} · {NOTICE}", highlight=False)
+        except PackageNotFoundError:
+            console.print(f"unimed, not installed as a package · {NOTICE}", highlight=False)
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and stop")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error; may stand anywhere on the line")] = False,
+) -> None:
+    pass
+
+
+@command(sample_app, "build")
+def sample_build(
+    out: Annotated[Path, typer.Option(help="folder of the data set")] = Path(".cache/unimed/sample"),
+) -> None:
+    """Cut the vendored CT and MR volumes into slices with questions, boxes and synthetic reports.
+
+    Works offline, gives the same bytes every time, and does nothing when the sample is there already.
+
+    Example: [cyan]unimed sample build[/]
+    """
+    _build_sample(out)
+
+
+@command(sample_app, "fetch")
+def sample_fetch(
+    dest: Annotated[Path, typer.Option(help="folder for the archives")] = Path(".cache/unimed/archives"),
+    names: Annotated[list[str] | None, typer.Argument(help="which archives; all of them by default", show_default=False)] = None,
+) -> None:
+    """Download the larger archives (more volumes, SmolLM2), each checked against its pinned sha256.
+
+    Example: [cyan]unimed sample fetch[/]
+    """
+    from unimed.data.fetch import fetch_sample
+
+    with _bar() as progress:
+        task = progress.add_task("fetching", total=None, note="")
+        fetch_sample(dest, names or None, progress=lambda done, total, what: progress.update(task, completed=done, total=total, note=what))
+    console.print(f"archives are in {dest} · {NOTICE}", highlight=False)
+
+
+@command(app, "train")
+def train(
+    recipe: Annotated[str, typer.Argument(help="tiny, smollm2, released, or a YAML file")] = "tiny",
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="the run's name; by default the recipe's")] = None,
+    llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start again where a run of this name exists")] = False,
+) -> None:
+    """Train a model by a recipe; the run goes to runs/NAME.
+
+    Examples:
+
+      [cyan]unimed train[/]                                            the tiny recipe
+
+      [cyan]unimed train tiny train.max_steps=50 connector.router=hard --name hard[/]
+
+      [cyan]unimed train tiny --resume[/]                              after it was interrupted
+
+      [cyan]unimed train --llm smollm2[/]                              SmolLM2-135M with LoRA
+    """
+    loaded = _recipe(recipe, llm, overrides, name)
+    _train(loaded, RUNS / loaded.name, resume, overwrite)
+
+
+@command(app, "evaluate")
+def evaluate(run: RunPath, overrides: Overrides = None) -> None:
+    """Score a run on the held-out slabs and the held-out subject, beside answers that need no image.
+
+    Writes metrics.json and predictions.json into the run.
+
+    Examples:
+
+      [cyan]unimed evaluate tiny[/]
+
+      [cyan]unimed evaluate tiny evaluate.limit=20 'evaluate.splits=[slab]'[/]
+    """
+    _evaluate(_run_folder(run), overrides)
+
+
+@command(app, "report")
+def report(run: RunPath) -> None:
+    """Write the run's report.html: the table, boxes on slices, answers, losses, router gates. One file, no network.
+
+    Example: [cyan]unimed report tiny[/]
+    """
+    _report(_run_folder(run))
+
+
+@command(app, "predict")
+def predict(
+    image: Annotated[str, typer.Argument(help="jpg, png, DICOM (.dcm) or NIfTI (.nii.gz) file; - for the text-only task qa")],
+    question: Annotated[str, typer.Argument(help="the question; an organ for refer, a box x1,y1,x2,y2 in pixels for identify")] = "",
+    task: Annotated[str, typer.Option(help="vqa, refer, identify, caption, cls or qa")] = "vqa",
+    model: Annotated[str | None, typer.Option(help="a run or a saved model; by default the newest run")] = None,
+    save: Annotated[Path | None, typer.Option(help="refer, identify: write the image with its box drawn here")] = None,
+    plane: Annotated[str, typer.Option(help="volumes: axial, coronal or sagittal")] = "axial",
+    index: Annotated[int | None, typer.Option("--slice", help="volumes: which slice; the middle one by default")] = None,
+    window: Annotated[str | None, typer.Option(help="volumes and DICOM: lowest,highest value shown, for example --window=-160,240")] = None,
+) -> None:
+    """Answer one question about one image.
+
+    Examples:
+
+      [cyan]unimed predict slice.png 'which plane is shown' --task vqa[/]
+
+      [cyan]unimed predict ct.nii.gz liver --task refer --slice 12 --save boxed.png[/]
+
+      [cyan]unimed predict slice.png 12,30,80,96 --task identify[/]
+
+      [cyan]unimed predict slice.png --task caption[/]
+
+      [cyan]unimed predict - 'Which organ makes bile?' --task qa[/]
+    """
+    from unimed.evaluate.ask import ask
+
+    answer = ask(image, question, task, _model_folder(model), plane, index, window)
+    console.print(answer.text, highlight=False, markup=False, soft_wrap=True)
+    if answer.box is not None:
+        x1, y1, x2, y2 = answer.box
+        console.print(f"box in pixels (x1, y1, x2, y2): {x1:.0f}, {y1:.0f}, {x2:.0f}, {y2:.0f} of {answer.size[0]} x {answer.size[1]}", highlight=False)
+    elif task == "refer":
+        console.print("the answer holds no readable box", style="yellow")
+    if save is not None:
+        answer.draw(save)
+        console.print(f"drawn in {save}", highlight=False)
+    console.print(f"[dim]{answer.note}{NOTICE}[/]", highlight=False)
+
+
+@command(app, "demo")
+def demo(
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="the run's name")] = "demo",
+    llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
+) -> None:
+    """The whole job: build the sample, train the tiny model, evaluate it, write the report. Starts again each time.
+
+    Examples:
+
+      [cyan]unimed demo[/]
+
+      [cyan]unimed demo --llm smollm2[/]
+
+      [cyan]unimed demo train.max_steps=20 evaluate.limit=5[/]    a quick look
+    """
+    start = time.perf_counter()
+    loaded = _recipe("tiny", llm, overrides, name)
+    run = RUNS / loaded.name
+    _build_sample(Path(loaded.data.root))
+    _train(loaded, run, resume=False, overwrite=True)
+    _evaluate(run, None)
+    _report(run)
+    console.print(f"demo: {(time.perf_counter() - start) / 60:.1f} minutes in all", highlight=False)
+
+
+@command(app, "doctor")
+def doctor() -> None:
+    """Say what is installed, which kernels this machine uses, and what is missing for what.
+
+    Example: [cyan]unimed doctor[/]
+    """
+    from unimed.doctor import lines
+
+    for title, text in lines():
+        console.print(f"[bold]{title:<24}[/] {text}", highlight=False, soft_wrap=True)
+    console.print(f"{NOTICE}.", style="bold red")
+
+
+def _recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> Any:
+    from unimed.train import config
+
+    if llm not in (None, "tiny", "smollm2"):
+        raise UserError(f"--llm {llm}: no such language model; valid are tiny, smollm2")
+    if llm and recipe != llm:
+        if recipe not in ("tiny", "smollm2"):
+            raise UserError(f"--llm {llm}: chooses between the recipes tiny and smollm2; for {recipe} set language.kind instead")
+        recipe = llm
+    return config.load(recipe, [*(overrides or []), *([f"name={name}"] if name is not None else [])])
+
+
+def _bar() -> Any:
+    from unimed.train.progress import bar
+
+    return bar(console)
+
+
+def _build_sample(out: Path) -> None:
+    from unimed.data.sample import build_sample
+
+    with _bar() as progress:
+        task = progress.add_task("sample", total=None, note="")
+        build_sample(out, progress=lambda done, total, what: progress.update(task, completed=done, total=total, note=what))
+    console.print(f"sample: {out} · {NOTICE}", highlight=False)
+
+
+def _train(recipe: Any, run: Path, resume: bool, overwrite: bool) -> None:
+    from unimed.train.progress import TrainingProgress
+    from unimed.train.run import train as run_training
+
+    run_training(recipe, run, resume, overwrite, [TrainingProgress(console)])
+    console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
+
+
+def _evaluate(run: Path, overrides: list[str] | None) -> None:
+    from rich.table import Table
+
+    from unimed.evaluate.run import answer_table, evaluate_run
+
+    with _bar() as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(split: str, row: str, done: int, total: int) -> None:
+            key = f"{split}: {row}"
+            if key not in tasks:
+                tasks[key] = progress.add_task(key, total=total, note="")
+            progress.update(tasks[key], completed=done, total=total)
+
+        result = evaluate_run(run, overrides, show)
+    header, lines = answer_table(result)
+    table = Table(title=f"{result['run']}: headline metric of each task · {NOTICE}")
+    for i, text in enumerate(header):
+        table.add_column(text, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for line in lines:
+        table.add_row(*line, style="bold" if line[0].startswith("trained") else None, end_section=line[0].startswith("trained"))
+    console.print(table)
+    for split, part in result["splits"].items():
+        better = [task for task, good in part["better"].items() if good]
+        console.print(f"{split}: better than both baselines on {len(better)} of {len(part['better'])} tasks: {', '.join(better) or 'none'}", highlight=False)
+
+
+def _report(run: Path) -> None:
+    from unimed.analysis.report import write
+
+    with console.status("report") if console.is_terminal else _nothing():
+        path = write(run)
+    console.print(f"report: {path} · {NOTICE}", highlight=False)
+
+
+def _nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def _run_folder(run: str) -> Path:
+    for path in (RUNS / run, Path(run)):
+        if path.is_dir():
+            return path
+    known = sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml"))
+    raise UserError(f"no run {run!r}: not a folder, and runs/ has {', '.join(known) or 'none'}; train one with: unimed train tiny")
+
+
+def _model_folder(model: str | None) -> Path:
+    if model is not None:
+        return _run_folder(model)
+    found = sorted(RUNS.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("no trained model under runs/; train one with: unimed demo, or name one with --model")
+    return found[-1].parent.parent
+
+
+def main() -> None:
+    """Entry point of the command; `--debug` may stand anywhere on the line."""
+    global debugging
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debugging = len(arguments) < len(sys.argv) - 1
+    app(args=arguments)

@@ -1,0 +1,32 @@
+"""What is installed, what this machine will use, and what is missing for what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+OPTIONAL = {
+    "nibabel": "NIfTI volumes",
+    "pydicom": "DICOM images",
+    "matplotlib": "report.html",
+    "nltk": "BLEU of short answers",
+    "rouge": "ROUGE of reports",
+    "sacrebleu": "BLEU of reports",
+    "peft": "LoRA",
+}
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """(title, finding) pairs."""
+    from unimed.train import config, machine
+
+    for name, text in machine.describe().items():
+        yield name, text
+    for name, purpose in OPTIONAL.items():
+        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; pip install '.[unimed]'"
+    root = Path(config.Data().root)
+    yield "sample", f"{root} is there" if (root / "sample.json").is_file() else f"{root} is not built: unimed sample build"
+    runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
+    yield "runs", ", ".join(runs) or "none yet: unimed demo"
+    yield "kernels", "details with: python -m cmoe_kernels"

@@ -1,0 +1,114 @@
+"""One question about one image, answered by a saved model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from unimed.data import boxes
+from unimed.data.example import TASKS, Example
+from unimed.data.images import read_image_file
+from unimed.errors import UserError
+from unimed.evaluate.predict import answers
+from unimed.train import files
+from unimed.train.run import RUN_FILE, load_model
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    image: Image.Image | None
+    box: boxes.Box | None  # pixels of the image: found by refer, given to identify
+    note: str  # what was done to the file, and by which model
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.size if self.image else (0, 0)
+
+    def draw(self, path: Path) -> None:
+        """The image with the box on it, written beside and renamed."""
+        if self.image is None or self.box is None:
+            raise UserError(f"--save {path}: there is no box to draw; it needs --task refer or identify and an answer that holds a box")
+        suffix = path.suffix.lower()
+        if suffix not in (".png", ".jpg", ".jpeg"):
+            raise UserError(f"--save {path}: must end in .png, .jpg or .jpeg")
+        drawn = self.image.copy()
+        ImageDraw.Draw(drawn).rectangle(self.box, outline=(255, 138, 31), width=max(1, max(drawn.size) // 128))
+        beside = path.with_name(f".{path.name}.partial{suffix}")
+        try:
+            drawn.save(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def ask(
+    image: str, question: str, task: str, model: Path, plane: str = "axial", index: int | None = None, window: str | None = None
+) -> Answer:
+    """`image` is a path, or "-" for the text-only task. Errors name the argument that is wrong."""
+    if task not in TASKS:
+        raise UserError(f"--task {task}: no such task; valid are {', '.join(TASKS)}")
+    if (image == "-") != (task == "qa"):
+        raise UserError(f"--task {task}: " + ("takes no image; give - in its place" if task == "qa" else "needs an image, not -"))
+    if not question.strip() and task in ("vqa", "refer", "identify", "qa"):
+        raise UserError(f"--task {task}: needs a question (refer: the organ's name; identify: a box x1,y1,x2,y2 in pixels)")
+    picture = read_image_file(Path(image), plane=plane, index=index, grey=_window(window)) if task != "qa" else None
+    size = picture.size if picture else None
+    box = None
+    if task == "identify" and size:
+        box = read_box(question, size)
+        question = boxes.to_text(box, size)
+    if task == "cls" and not question.strip():
+        question = _class_question(model)
+    pixels = np.asarray(picture) if picture else None
+    example = Example("asked", task, "asked", question.strip(), "", pixels, size, box, template=task)
+    network, processor = load_model(model)
+    text = answers(network, processor, [example], batch_size=1)[0]
+    if task == "refer" and size:
+        found = boxes.from_text(text)
+        box = boxes.to_pixels(found, size) if found else None
+    shown = f"{size[0]} x {size[1]} pixels shown to the model {model} · " if size else f"model {model} · "
+    return Answer(text, picture, box, shown)
+
+
+def read_box(text: str, size: tuple[int, int]) -> boxes.Box:
+    """Pixel corners from "x1,y1,x2,y2", or from the model's own form {<x1><y1><x2><y2>} in hundredths."""
+    found = boxes.from_text(text)
+    if found:
+        box = boxes.to_pixels(found, size)
+    else:
+        parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
+        try:
+            values = [float(part) for part in parts]
+        except ValueError:
+            values = []
+        if len(values) != 4:
+            raise UserError(f"box {text!r}: write it as x1,y1,x2,y2 in pixels, for example 12,30,80,96")
+        box = (values[0], values[1], values[2], values[3])
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
+        raise UserError(f"box {text!r}: must have x1 < x2 and y1 < y2 and lie inside the image of {size[0]} x {size[1]} pixels")
+    return box
+
+
+def _window(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--window {text}: write it as lowest,highest, for example --window=-160,240") from None
+    if not low < high:
+        raise UserError(f"--window {text}: the first number must be below the second")
+    return low, high
+
+
+def _class_question(model: Path) -> str:
+    asked = files.read_json(model / RUN_FILE).get("class_questions", []) if (model / RUN_FILE).is_file() else []
+    if not asked:
+        raise UserError("--task cls: needs the question that lists the classes, as in training")
+    return str(asked[0])

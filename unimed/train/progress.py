@@ -1,0 +1,48 @@
+"""Training progress: a bar on a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+LINES = 10  # lines of a whole run where there is no terminal
+
+
+def bar(console: Console) -> Progress:
+    """The bar all commands use. Without a terminal it draws nothing: there `Lines` speaks."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class TrainingProgress(TrainerCallback):
+    def __init__(self, console: Console):
+        self.console, self.note = console, ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress = bar(self.console)
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+        self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step, note=self.note)
+        if not self.console.is_terminal and state.global_step % max(state.max_steps // LINES, 1) == 0:
+            self.console.print(f"training: step {state.global_step} of {state.max_steps}{', ' + self.note if self.note else ''}", highlight=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.note = f"loss {logs['loss']:.3f}"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
