@@ -1,0 +1,54 @@
+"""The best answer without looking: what the training set says most often for a question of this kind."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from unimed.data.boxes import to_text
+from unimed.data.example import Example
+from unimed.errors import UserError
+
+
+class WithoutLooking:
+    """Most frequent training answer per question template (vqa, identify, cls, caption, qa); for refer the mean box of that object.
+
+    A template that training does not have falls back to the most frequent answer (the mean box) of the whole task. Ties go to the answer
+    that training has first.
+    """
+
+    def __init__(self, answers: dict[str, str], fallback: dict[str, str]) -> None:
+        self._answers = answers
+        self._fallback = fallback
+
+    @classmethod
+    def fit(cls, train_examples: Iterable[Example]) -> "WithoutLooking":
+        """Counts answers and averages boxes (0 to 100, each axis by its own image)."""
+        by_template: dict[tuple[str, str], list[Example]] = defaultdict(list)
+        by_task: dict[str, list[Example]] = defaultdict(list)
+        for example in train_examples:
+            by_template[example.task, example.template].append(example)
+            by_task[example.task].append(example)
+        answers = {template: _best(task, found) for (task, template), found in by_template.items()}
+        return cls(answers, {task: _best(task, found) for task, found in by_task.items()})
+
+    def predict(self, example: Example) -> str:
+        """The answer for an example, from its template alone."""
+        answer = self._answers.get(example.template, self._fallback.get(example.task))
+        if answer is None:
+            raise UserError(f"{example.id}: nothing was fitted for task {example.task!r}")
+        return answer
+
+
+def _best(task: str, examples: list[Example]) -> str:
+    if task != "refer":
+        return Counter(example.answer for example in examples).most_common(1)[0][0]
+    scaled = [
+        np.asarray(example.box) * 100 / np.asarray(example.size * 2)
+        for example in examples
+        if example.box is not None and example.size is not None
+    ]
+    if not scaled:
+        raise UserError(f"{examples[0].id}: a refer example needs a box and the image's size")
+    x1, y1, x2, y2 = np.mean(scaled, axis=0)
+    return to_text((x1, y1, x2, y2), (100, 100))

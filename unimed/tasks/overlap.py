@@ -1,0 +1,123 @@
+"""How much two texts share: F1, BLEU, ROUGE, METEOR, each as the release computes it."""
+
+import math
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+_WEIGHTS = {n: tuple(1 / n for _ in range(n)) for n in (1, 2, 3, 4)}
+# Marks that the PTB tokenizer of the coco captions code splits off and then drops.
+_DROPPED = {"''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['-]\w+)*|\S")
+
+
+def f1(prediction: str, reference: str) -> float:
+    """Bag of words on normalised text, as released.
+
+    TP counts predicted words (with repeats) that the reference has, FP those it lacks, FN reference words (with repeats) that were not
+    predicted. Not the usual min-count F1. 0 when either side is empty.
+    """
+    predicted, wanted = Counter(prediction.split()), Counter(reference.split())
+    hit = sum(count for word, count in predicted.items() if word in wanted)
+    wrong = sum(count for word, count in predicted.items() if word not in wanted)
+    missed = sum(count for word, count in wanted.items() if word not in predicted)
+    return 2 * hit / (2 * hit + wrong + missed) if hit else 0.0
+
+
+def sentence_bleu(prediction: str, reference: str) -> tuple[float, float, float, float]:
+    """Cumulative BLEU-1..4 of nltk, without smoothing."""
+    from nltk.translate.bleu_score import sentence_bleu as bleu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nltk suggests smoothing whenever an n-gram order has no match
+        one, two, three, four = (float(bleu([reference.split()], prediction.split(), weights=_WEIGHTS[n])) for n in (1, 2, 3, 4))
+    return one, two, three, four
+
+
+def has_coco() -> bool:
+    """Whether pycocoevalcap and a Java runtime are there, so that its PTB tokenizer and METEOR can run."""
+    try:
+        import pycocoevalcap.meteor.meteor
+        import pycocoevalcap.tokenizer.ptbtokenizer  # noqa: F401
+    except ImportError:
+        return False
+    return shutil.which("java") is not None
+
+
+def ptb_like(text: str) -> list[str]:
+    """Lower-case words and numbers without punctuation marks: on plain prose the same tokens as the PTB tokenizer's."""
+    return [token for token in _TOKEN.findall(text.lower()) if token not in _DROPPED]
+
+
+def tokenise(texts: Sequence[str], coco: bool) -> list[list[str]]:
+    """Tokens of each text, by pycocoevalcap's PTB tokenizer (``coco``) or by `ptb_like`."""
+    if not coco:
+        return [ptb_like(text) for text in texts]
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    lines = [" ".join(text.split()) for text in texts]  # the program counts lines, and knows more line ends than "\n"
+    tokens = PTBTokenizer().tokenize({i: [{"caption": line}] for i, line in enumerate(lines)})
+    return [tokens[i][0].split() for i in range(len(texts))]
+
+
+def corpus_bleu(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> tuple[float, float, float, float]:
+    """Corpus BLEU-1..4 with one reference each: clipped n-gram matches and lengths are summed over the corpus before dividing.
+
+    The formula of the coco captions code, its tiny constants included, so an order without any match gives nearly 0 and not an error.
+    """
+    tiny, small = 1e-15, 1e-9
+    matched, total = [0, 0, 0, 0], [0, 0, 0, 0]
+    length = sum(len(prediction) for prediction in predictions)
+    wanted_length = sum(len(reference) for reference in references)
+    for prediction, reference in zip(predictions, references, strict=True):
+        for n in (1, 2, 3, 4):
+            have, want = _ngrams(prediction, n), _ngrams(reference, n)
+            matched[n - 1] += sum(min(count, want[gram]) for gram, count in have.items())
+            total[n - 1] += max(0, len(prediction) - n + 1)
+    ratio = (length + tiny) / (wanted_length + small)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    scores, product = [], 1.0
+    for n in (1, 2, 3, 4):
+        product *= (matched[n - 1] + tiny) / (total[n - 1] + small)
+        scores.append(product ** (1 / n) * brevity)
+    return scores[0], scores[1], scores[2], scores[3]
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F of ROUGE-1, -2 and -L by the `rouge` package; pairs with an empty side (after its own splitting) count 0."""
+    from rouge import Rouge
+
+    scorer, totals = Rouge(), {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    for prediction, reference in zip(predictions, references, strict=True):
+        if not prediction.strip(" .") or not reference.strip(" ."):
+            continue
+        scores = scorer.get_scores(prediction, reference)[0]
+        for ours, theirs in (("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")):
+            totals[ours] += float(scores[theirs]["f"])
+    return {name: total / max(1, len(predictions)) for name, total in totals.items()}
+
+
+@lru_cache(maxsize=1)
+def _meteor() -> Any:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor()  # one Java process, which reads its paraphrase tables for several seconds: kept for the next call
+
+
+def meteor(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """METEOR 1.5 by pycocoevalcap (a Java program; ask `has_coco` first) over the pairs with words on both sides."""
+    pairs = [(given, wanted) for given, wanted in zip(predictions, references, strict=True) if given.strip() and wanted.strip()]
+    if not pairs:
+        return 0.0
+    score, _ = _meteor().compute_score(
+        {i: [wanted] for i, (_, wanted) in enumerate(pairs)}, {i: [given] for i, (given, _) in enumerate(pairs)}
+    )
+    return float(score)
