@@ -1,0 +1,157 @@
+"""What a user gets: the sdist, the wheel built from it, and an installation without a compiler.
+
+Everything happens in copies and environments of its own, without network; torch comes from the environment of the tests.
+"""
+
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmoe_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE_OPS = ("soft_gate", "topk_gate")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these tests run in a checkout")
+builds_native = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
+
+
+def run(*command, without_compiler=False, **environment):
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1", **environment}
+    if without_compiler:
+        env = {name: value for name, value in env.items() if name not in ("CC", "CXX")} | {"PATH": "/no/such/folder"}
+    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, check=False)
+
+
+def succeed(*command, **settings):
+    done = run(*command, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout, without what an earlier build left in it."""
+    folder = tmp_path_factory.mktemp("source") / "cmoe_kernels"
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs")
+    shutil.copytree(ROOT, folder, ignore=leftovers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    succeed("-m", "build", "--sdist", "--no-isolation", "--outdir", folder, source)
+    (file,) = folder.iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the sdist alone, so that the sdist is known to hold all it takes."""
+    folder = tmp_path_factory.mktemp("wheel")
+    succeed("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", folder, sdist)
+    (file,) = folder.iterdir()
+    return file
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A virtual environment with nothing but the torch, and the build tools, that the tests run with."""
+    succeed("-m", "venv", "--without-pip", tmp_path / "env")
+    (packages,) = (tmp_path / "env").glob("lib/python3*/site-packages")
+    folders = dict.fromkeys([str(Path(torch.__file__).parent.parent), *site.getsitepackages()])
+    (packages / "torch.pth").write_text("\n".join(folders))
+    return tmp_path / "env" / "bin" / "python"
+
+
+def install(python, package):
+    """Into an environment of its own, by the pip of the tests, with no compiler in reach."""
+    options = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "--verbose")
+    return succeed("-m", "pip", "--python", python, "install", *options, package, without_compiler=True)
+
+
+def every_op(python):
+    command = [str(python), "-I", str(ROOT / "tests" / "every_op.py")]
+    done = subprocess.run(
+        command, env={"PATH": "/no/such/folder", "OMP_NUM_THREADS": "1"}, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout)
+    assert Path(seen["file"]).is_relative_to(python.parent.parent), "the installed package ran, and not the checkout"
+    assert seen["extras"] == [], "the base package needs torch alone"
+    assert seen["unimed"]
+    return seen
+
+
+def test_sdist_holds_what_a_build_needs(sdist, source):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {"setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+    native = {p.relative_to(source).as_posix() for p in (source / "csrc").rglob("*") if p.is_file()}
+    assert native
+    assert native <= names
+    assert [name for name in names if name.startswith("tests/") or name.endswith((".so", ".o"))] == []
+
+
+@builds_native
+def test_wheel_is_one_for_all_pythons(wheel, source):
+    assert re.fullmatch(r"cmoe_kernels-[^-]+-cp310-abi3-[^-]+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        library = archive.read("cmoe_kernels/_C.abi3.so")
+    assert [name for name in names if name.endswith(".so")] == ["cmoe_kernels/_C.abi3.so"]
+    assert [name for name in names if name.startswith(("csrc/", "tests/", "build/"))] == []
+    for place in (ROOT, source.parent, Path(torch.__file__).parent):
+        assert str(place).encode() not in library, "a path of the machine that built it"
+
+
+@builds_native
+def test_wheel_keeps_to_the_limited_api(wheel):
+    pytest.importorskip("abi3audit")
+    succeed("-m", "abi3audit", "--strict", wheel)
+
+
+@builds_native
+def test_wheel_runs_every_op_where_no_compiler_is(wheel, fresh):
+    install(fresh, wheel)
+    seen = every_op(fresh)
+    assert seen["notices"] == []
+    assert Path(seen["library"]).is_relative_to(fresh.parent.parent)
+    for op in NATIVE_OPS:
+        assert seen["served"][op] == ["cpu", "reference"]
+
+
+def test_without_a_compiler_the_reference_serves(sdist, fresh):
+    log = install(fresh, sdist)
+    assert log.count("WITHOUT its native library") == 1
+    assert "no C++ compiler was found" in log
+    seen = every_op(fresh)
+    assert len(seen["notices"]) == 1
+    assert "--no-build-isolation" in seen["notices"][0]
+    assert all(served == ["reference"] for served in seen["served"].values())
+
+
+@pytest.mark.parametrize(("environment", "reason"), [({"CMOE_NATIVE": "0"}, "CMOE_NATIVE=0"), ({"CXX": "no-such-compiler"}, "CXX names")])
+def test_wheel_without_the_library_is_pure(sdist, tmp_path, environment, reason):
+    log = succeed("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-v", "-w", tmp_path, sdist, **environment)
+    assert reason in log
+    (file,) = tmp_path.iterdir()
+    assert file.name.endswith("-py3-none-any.whl")
+
+
+@builds_native
+def test_a_compiler_that_fails_is_an_error(sdist, tmp_path):
+    done = run("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", tmp_path, sdist, CXX="false")
+    assert done.returncode != 0
+    assert list(tmp_path.iterdir()) == []
