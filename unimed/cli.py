@@ -205,8 +205,8 @@ def predict(
     answer = ask(image, question, task, _model_folder(model), plane, index, window)
     console.print(answer.text, highlight=False, markup=False, soft_wrap=True)
     if answer.box is not None:
-        x1, y1, x2, y2 = answer.box
-        console.print(f"box in pixels (x1, y1, x2, y2): {x1:.0f}, {y1:.0f}, {x2:.0f}, {y2:.0f} of {answer.size[0]} x {answer.size[1]}", highlight=False)
+        corners = ", ".join(f"{value:.0f}" for value in answer.box)
+        console.print(f"box in pixels (x1, y1, x2, y2): {corners} of {answer.size[0]} x {answer.size[1]}", highlight=False)
     elif task == "refer":
         console.print("the answer holds no readable box", style="yellow")
     if save is not None:
@@ -313,7 +313,8 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
     console.print(table)
     for split, part in result["splits"].items():
         better = [task for task, good in part["better"].items() if good]
-        console.print(f"{split}: better than both baselines on {len(better)} of {len(part['better'])} tasks: {', '.join(better) or 'none'}", highlight=False)
+        count = f"{len(better)} of {len(part['better'])} tasks"
+        console.print(f"{split}: better than both baselines on {count}: {', '.join(better) or 'none'}", highlight=False)
 
 
 def _report(run: Path) -> None:

@@ -52,7 +52,8 @@ def test_nothing_is_mirrored_and_intensities_stay_in_range():
     ramp = np.tile(np.arange(100, dtype=np.uint8), (50, 1))
     example = Example("a", "vqa", "d", "q", "a", ramp, (100, 50), None, "t")
     for seed in range(20):
-        new, view = augment(example, Image.fromarray(ramp).convert("RGB"), Augment(brightness=0.1, contrast=0.3, noise=0.01), np.random.default_rng(seed))
+        settings = Augment(brightness=0.1, contrast=0.3, noise=0.01)
+        new, view = augment(example, Image.fromarray(ramp).convert("RGB"), settings, np.random.default_rng(seed))
         assert new is example
         columns = np.asarray(view, float)[..., 0].mean(0)
         assert columns[-10:].mean() > columns[:10].mean()

@@ -11,7 +11,8 @@ body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,-
 main{max-width:1080px;margin:0 auto;padding:32px 24px 64px}
 header h1{font-size:30px;margin:0 0 4px;letter-spacing:-.01em}
 header p{margin:0;color:var(--muted)}
-.notice{display:inline-block;margin:14px 0 0;padding:4px 12px;border-radius:999px;background:#fdecea;color:var(--bad);font-weight:600;font-size:13px}
+.notice{display:inline-block;margin:14px 0 0;padding:4px 12px;border-radius:999px;background:#fdecea;color:var(--bad)}
+.notice{font-weight:600;font-size:13px}
 nav{margin:18px 0 0;font-size:14px}nav a{color:var(--accent);text-decoration:none;margin-right:16px}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px 26px;margin-top:22px}
 h2{font-size:19px;margin:0 0 6px}h3{font-size:15px;margin:18px 0 6px}
@@ -38,7 +39,8 @@ figcaption{font-size:12.5px;color:var(--muted);margin-top:4px;line-height:1.35}f
 .example figure{flex:0 0 116px}.example div{min-width:0;overflow-wrap:anywhere;font-size:13.5px}
 .example p{margin:0 0 5px}.tag{font-size:12px;font-weight:600}
 .key i{display:inline-block;width:12px;height:12px;border-radius:3px;margin:0 5px -1px 12px}
-pre{background:var(--back);border:1px solid var(--line);border-radius:8px;padding:12px;overflow:auto;font-size:12.5px;line-height:1.4;max-height:420px}
+pre{background:var(--back);border:1px solid var(--line);border-radius:8px;padding:12px;overflow:auto;max-height:420px}
+pre{font-size:12.5px;line-height:1.4}
 footer{color:var(--muted);font-size:13px;margin-top:22px}
 @media print{body{background:#fff}section{break-inside:avoid}}
 """
@@ -51,11 +53,12 @@ def page(title: str, subtitle: str, cards: str, sections: list[tuple[str, str, s
     links = "".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in sections)
     bodies = "".join(f'<section id="{key}"><h2>{escape(heading)}</h2>{body}</section>' for key, heading, body in sections)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    header = f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p><span class=notice>{NOTICE}</span><nav>{links}</nav></header>"
+    footer = f"<footer>{NOTICE}. This file stands alone: it loads nothing from anywhere.</footer>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body><main><header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p><span class=notice>{NOTICE}</span><nav>{links}</nav></header>"
-        f"<div class=cards>{cards}</div>{bodies}<footer>{NOTICE}. This file stands alone: it loads nothing from anywhere.</footer></main></body></html>\n"
+        f"<body><main>{header}<div class=cards>{cards}</div>{bodies}{footer}</main></body></html>\n"
     )
 
 

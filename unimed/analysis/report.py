@@ -67,7 +67,7 @@ def _answered(recipe: recipes.Recipe, split: str, stored: dict[str, Any]) -> tup
     known = {example.id: example for example in load_split(recipe, split)}
     missing = [key for key in stored["ids"] if key not in known]
     if missing:
-        raise UserError(f"{recipe.data.root}: example {missing[0]!r} of {PREDICTIONS_FILE} is not there any more; run unimed evaluate again")
+        raise UserError(f"{recipe.data.root}: no example {missing[0]!r} any more, {PREDICTIONS_FILE} has it; run unimed evaluate again")
     return [known[key] for key in stored["ids"]], stored["rows"][TRAINED]
 
 
@@ -103,17 +103,17 @@ def _table(result: dict[str, Any]) -> str:
             body.append(f"<tr{last}>{name}<td>{row}</td>{''.join(cells)}</tr>")
     verdicts = []
     for split in splits:
-        words = "".join(
-            f'<td class="{"yes" if good else "no"}">{task}: {"yes" if good else "no"}</td>' for task, good in splits[split]["better"].items()
-        )
+        marks = {task: "yes" if good else "no" for task, good in splits[split]["better"].items()}
+        words = "".join(f'<td class="{mark}">{task}: {mark}</td>' for task, mark in marks.items())
         verdicts.append(f"<tr><th>{escape(SPLIT_NAMES[split])}</th>{words}</tr>")
     text = (
-        "The same questions, answered four ways: by the model before training; by the majority answer to each kind of question (for a box, the "
-        "organ's mean box in training), which looks at nothing; by the trained model with every image black; and by the trained model."
+        "The same questions, answered four ways: by the model before training; by the majority answer to each kind of question (for a box, "
+        "the organ's mean box in training), which looks at nothing; by the trained model with every image black; and by the trained model."
     )
     return (
         f"{lead(text)}<div class=scroll><table><tr><th>task, metric</th><th>answers by</th>{head}</tr>{''.join(body)}</table></div>"
-        f"<h3>Better than both the answers without looking and the blanked images?</h3><div class=scroll><table>{''.join(verdicts)}</table></div>"
+        "<h3>Better than both the answers without looking and the blanked images?</h3>"
+        f"<div class=scroll><table>{''.join(verdicts)}</table></div>"
     )
 
 
@@ -122,7 +122,10 @@ def _boxes(examples: list[Example], given: list[str]) -> str:
         f'<span class=key><i style="background:{gallery.TRUE}"></i>true box (from the mask)<i style="background:{gallery.GUESS}"></i>'
         "predicted box (dashed)</span>"
     )
-    text = "Evenly spaced over the ranking by IoU, from the best to the worst, not hand-picked. Radiological view: the patient's right is on the left."
+    text = (
+        "Evenly spaced over the ranking by IoU, from the best to the worst, not hand-picked. "
+        "Radiological view: the patient's right is on the left."
+    )
     return f"{lead(text)}<p>{key}</p>{gallery.box_grid(examples, given, load_image)}"
 
 
@@ -158,7 +161,8 @@ def _settings(recipe: recipes.Recipe, record: dict[str, Any], result: dict[str, 
     seconds = [("training", record["seconds"])] + [(f"evaluation, {split}", part["seconds"]) for split, part in result["splits"].items()]
     times = [(name, f"{value:.0f} s") for name, value in seconds]
     counts = [
-        (SPLIT_NAMES[split], ", ".join(f"{task} {count}" for task, count in part["counts"].items())) for split, part in result["splits"].items()
+        (SPLIT_NAMES[split], ", ".join(f"{task} {count}" for task, count in part["counts"].items()))
+        for split, part in result["splits"].items()
     ]
     return (
         f"<h3>Machine</h3>{rows(list(record['machine'].items()))}<h3>Time</h3>{rows(times)}<h3>Examples evaluated</h3>{rows(counts)}"
@@ -168,12 +172,12 @@ def _settings(recipe: recipes.Recipe, record: dict[str, Any], result: dict[str, 
 
 def _limits(result: dict[str, Any]) -> str:
     points = [
-        "No generalisation beyond the two held-out sets. Training images come from two volumes, one CT and one MR; the held-out slabs are other "
-        "slices of the same two people, with a gap of two slices; the held-out subject is one more CT.",
-        "The reports are synthetic: sentences composed from facts of the organ masks. They are not radiologists' reports, and scores against them "
-        "say nothing about report writing.",
-        "The masks and therefore the boxes and organ names come from TotalSegmentator's own test data, not from human annotation made for this purpose.",
-        "Text QA asks about a small table of anatomy facts that training has seen in other words; it uses no image, so blanking changes nothing.",
+        "No generalisation beyond the two held-out sets. Training images come from two volumes, one CT and one MR; the held-out slabs are "
+        "other slices of the same two people, with a gap of two slices; the held-out subject is one more CT.",
+        "The reports are synthetic: sentences composed from facts of the organ masks. They are not radiologists' reports, and scores "
+        "against them say nothing about report writing.",
+        "Masks, boxes and organ names are automatic: they come from TotalSegmentator's own test data, not from annotation by people.",
+        "Text QA asks about a small table of anatomy facts that training saw in other words; it has no image, so blanking changes nothing.",
         "One seed and one run: differences of a few examples are noise.",
         "No score here can be compared with the published Uni-Med: its data, encoder and language model are other and far larger.",
     ]

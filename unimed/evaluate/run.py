@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unimed.errors import UserError
 from unimed.evaluate import evaluate
-from unimed.evaluate.evaluate import UNTRAINED
 from unimed.tasks import metrics
 from unimed.train import config as recipes
 from unimed.train import files, machine
@@ -18,13 +18,15 @@ METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.json"
 NOTICE = "Research use, not for diagnosis"
 
 
-def evaluate_run(run: Path, overrides: list[str] | None = None, progress: Callable[[str, str, int, int], None] | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, overrides: list[str] | None = None, progress: Callable[[str, str, int, int], None] | None = None
+) -> dict[str, Any]:
     """Writes metrics.json and predictions.json of a trained run and returns the former.
 
     `overrides` change the stored recipe (`evaluate.limit=20`, `data.root=...`). `progress` gets split, row, examples done and their number.
     """
     if not (run / training.RECIPE_FILE).is_file():
-        raise training.UserError(f"{run}: not a run of unimed (no {training.RECIPE_FILE}); train one with: unimed train tiny")
+        raise UserError(f"{run}: not a run of unimed (no {training.RECIPE_FILE}); train one with: unimed train tiny")
     recipe = recipes.load(run / training.RECIPE_FILE, overrides)
     if recipe.train.threads:
         import torch
@@ -80,5 +82,3 @@ def answer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             lines.append([f"{row} · {split}", *scores])
     return header, lines
 
-
-__all__ = ["UNTRAINED", "answer_table", "evaluate_run"]

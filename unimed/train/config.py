@@ -232,7 +232,7 @@ def check(recipe: Recipe) -> None:
     """What types cannot say: ranges, task names, sizes that must divide one another."""
     r = recipe
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", r.name):
-        raise UserError(f"name={r.name!r}: must start with a letter or digit and hold only letters, digits, '.', '_' and '-'; it names a folder")
+        raise UserError(f"name={r.name!r}: it names a folder: letters, digits, '.', '_' and '-' only, and a letter or digit first")
     for source, ratio in r.sampler.ratios.items():
         if source.rpartition("/")[2] not in ALL_TASKS:
             raise UserError(f"sampler.ratios.{source}: no such task; valid are {', '.join(ALL_TASKS)}, or dataset/task")

@@ -38,7 +38,8 @@ class TrainingProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step, note=self.note)
         if not self.console.is_terminal and state.global_step % max(state.max_steps // LINES, 1) == 0:
-            self.console.print(f"training: step {state.global_step} of {state.max_steps}{', ' + self.note if self.note else ''}", highlight=False)
+            note = f", {self.note}" if self.note else ""
+            self.console.print(f"training: step {state.global_step} of {state.max_steps}{note}", highlight=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:

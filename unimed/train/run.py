@@ -40,10 +40,12 @@ def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
 
     set_seed(recipe.train.seed)
     connector = {name: value for name, value in vars(recipe.connector).items() if value is not None}
+    model: Any
     if recipe.language.kind == "smollm2":
         from unimed.model.build import build_smollm2
 
-        model, processor = build_smollm2(recipe.language.archive or None, connector=connector, **_vision(recipe))
+        source = recipe.language.archive or None
+        model, processor = build_smollm2(source, None, connector=connector, seed=recipe.train.seed, **_vision(recipe))
     else:
         from unimed.model.build import build_tiny
 
@@ -70,7 +72,7 @@ def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
     return model, processor
 
 
-def _vision(recipe: Recipe) -> dict[str, int]:
+def _vision(recipe: Recipe) -> dict[str, Any]:
     side = recipe.vision
     sizes = {"image_size": side.image_size, "patch_size": side.patch_size}
     return {**sizes, "vision_width": side.width, "vision_layers": side.layers, "vision_heads": side.heads}
@@ -105,7 +107,7 @@ def train(recipe: Recipe, run: Path, resume: bool = False, overwrite: bool = Fal
         trainer.train()
 
     def save(folder: Path) -> None:
-        trainer.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
     if trainer.args.should_save:

@@ -75,7 +75,7 @@ class UniMedTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         # The model's loss is the mean over one batch, also under accumulation: the Trainer divides it by the number of batches.
         self.model_accepts_loss_kwargs = False
-        self.recipe = recipe
+        self.recipe, self.run = recipe, run
         self.router = RouterHistory()
         self._beside: Path | None = None
         self._sums: dict[str, list[float]] = {}  # name -> [sum, weight] since the last log
@@ -108,7 +108,9 @@ class UniMedTrainer(Trainer):
             optim = self.recipe.optim
             # LambdaLR multiplies the optimiser's rate, which is optim.lr.
             factor = (lambda step: schedule.rate(step, num_training_steps, optim) / optim.lr) if optim.lr else (lambda step: 0.0)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            used = optimizer or self.optimizer
+            assert used is not None
+            self.lr_scheduler = LambdaLR(used, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -155,9 +157,8 @@ class UniMedTrainer(Trainer):
             self._sums = {}
         super().log(logs, start_time)
         if self.args.should_save:
-            run = Path(self.args.output_dir)
-            files.write_text(run / "metrics.jsonl", "".join(f"{files.json_line(entry)}\n" for entry in self.state.log_history))
-            files.write_json(run / ROUTER_FILE, self.router.entries)
+            files.write_text(self.run / "metrics.jsonl", "".join(f"{files.json_line(entry)}\n" for entry in self.state.log_history))
+            files.write_json(self.run / ROUTER_FILE, self.router.entries)
 
     # Checkpoints
 
@@ -166,7 +167,7 @@ class UniMedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything is written into a folder beside, sealed with a manifest, then renamed."""
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        run, name = self.run, f"checkpoint-{self.state.global_step}"
         beside = run / ".checkpoint.partial"
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)
@@ -188,7 +189,7 @@ class UniMedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle of the TrainingArguments: recipe.yaml says the same, and nobody should have to load a pickle.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (Path(output_dir or self.run) / "training_args.bin").unlink(missing_ok=True)
 
     def resume(self, checkpoint: Path) -> None:
         files.verify_folder(checkpoint)
