@@ -6,8 +6,10 @@ image's left (axial, coronal), anterior on the left (sagittal), and anterior (ax
 Oblique volumes are shown along the nearest axes.
 """
 
+import gzip
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,24 +62,31 @@ def _canonical(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def read_nifti(path: Path, modality: str = "") -> Volume:
     """A 3-D NIfTI file (.nii, .nii.gz) on the canonical grid."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    return nifti_from_bytes(str(path), data, modality)
+
+
+def nifti_from_bytes(name: str, data: bytes, modality: str = "") -> Volume:
+    """A NIfTI file that is already in memory, for example a member of an archive; ``name`` is for messages."""
     import nibabel as nib
 
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
-        image = nib.load(path)
-        data, affine = np.asarray(image.dataobj), np.asarray(image.affine)  # type: ignore[attr-defined]
+        image = nib.Nifti1Image.from_bytes(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        voxels, affine = np.asarray(image.dataobj), np.asarray(image.affine)
     except Exception as error:  # nibabel lets errors of gzip, zlib and its own parsers through
-        raise UserError(f"{path}: not a readable NIfTI file ({error})") from error
-    if data.ndim == 4 and data.shape[3] == 1:
-        data = data[..., 0]
-    if data.ndim != 3 or 0 in data.shape:
-        raise UserError(f"{path}: shape {data.shape}, expected a volume of three axes")
+        raise UserError(f"{name}: not a readable NIfTI file ({error})") from error
+    if voxels.ndim == 4 and voxels.shape[3] == 1:
+        voxels = voxels[..., 0]
+    if voxels.ndim != 3 or 0 in voxels.shape:
+        raise UserError(f"{name}: shape {voxels.shape}, expected a volume of three axes")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(f"{path}: its affine cannot be inverted, so left and right are unknown")
-    data, affine = _canonical(data, affine)
-    return Volume(data, affine, modality)
+        raise UserError(f"{name}: its affine cannot be inverted, so left and right are unknown")
+    voxels, affine = _canonical(voxels, affine)
+    return Volume(voxels, affine, modality)
 
 
 def _dicom_files(path: Path) -> Iterable[tuple[str, bytes]]:
@@ -91,7 +100,7 @@ def _dicom_files(path: Path) -> Iterable[tuple[str, bytes]]:
             for name in sorted(archive.namelist()):
                 if not name.endswith("/"):
                     yield f"{path}:{name}", archive.read(name)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # RuntimeError: an encrypted member
         raise UserError(f"{path}: expected a folder or a zip of DICOM files ({error})") from error
 
 
