@@ -66,7 +66,10 @@ def choose(op: str, device_type: str) -> str:
     if _selected == "auto":
         return able[0]
     if _selected not in able:
-        raise RuntimeError(f"backend {_selected!r} has no {op} for device {device_type!r}; it is served there by {', '.join(able)} (use_backend('auto') picks one)")
+        raise RuntimeError(
+            f"backend {_selected!r} has no {op} for device {device_type!r}; it is served there by {', '.join(able)} "
+            "(use_backend('auto') picks one)"
+        )
     return _selected
 
 

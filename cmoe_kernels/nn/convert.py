@@ -1,7 +1,8 @@
 """Between the released Uni-Med checkpoint layout and ours.
 
-Released names: ``task_tokens.<task>`` [1, 1, S], ``router.fc1.*``, ``router.fc2.*``, ``moe_layers.<e>.0.*`` and ``moe_layers.<e>.2.*``, and the
-same experts once more as ``llm_proj.<e>.*``. Ours: ``router.task_tokens`` [G, S], ``router.{w1,b1,w2,b2}``, ``experts.{w1,b1,w2,b2}``.
+Released names: ``task_tokens.<task>`` [1, 1, S], ``router.fc1.*``, ``router.fc2.*``, ``moe_layers.<e>.0.*`` and ``moe_layers.<e>.2.*``,
+and the same experts once more as ``llm_proj.<e>.*``.
+Ours: ``router.task_tokens`` [G, S], ``router.{w1,b1,w2,b2}``, ``experts.{w1,b1,w2,b2}``.
 """
 
 import dataclasses
@@ -45,7 +46,9 @@ def from_unimed(state_dict: Mapping[str, Any], **settings: Any) -> tuple[CMoECon
     """
     known = set(_SETTINGS)
     if not set(settings) <= known:
-        raise TypeError(f"{sorted(set(settings) - known)} cannot be given: read from the shapes, or unknown; settings are {', '.join(_SETTINGS)}")
+        raise TypeError(
+            f"{sorted(set(settings) - known)} cannot be given: read from the shapes, or unknown; settings are {', '.join(_SETTINGS)}"
+        )
     if isinstance(state_dict.get("model"), Mapping):
         state_dict = state_dict["model"]
     experts, router, tokens, ignored = _sort_keys(state_dict)
@@ -81,7 +84,7 @@ def to_unimed(state_dict: Mapping[str, Tensor | None], config: CMoEConfig) -> di
     """
     if config.learned and config.router_layers == 1:
         raise ValueError("router_layers is 1, must be 2: the release has no name for a single-layer router")
-    released = {}
+    released: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         if tensor is None:
             continue
@@ -91,7 +94,7 @@ def to_unimed(state_dict: Mapping[str, Tensor | None], config: CMoEConfig) -> di
         elif part == "router" and short in _ROUTER.values():
             released |= {long: tensor for long, s in _ROUTER.items() if s == short}
         elif part == "experts" and short in _LAYER.values():
-            (layer, kind), = (key for key, s in _LAYER.items() if s == short)
+            ((layer, kind),) = (key for key, s in _LAYER.items() if s == short)
             released |= {f"moe_layers.{e}.{layer}.{kind}": tensor[e] for e in range(config.num_experts)}
         else:
             raise ValueError(f"{name!r} is no key of a CMoEConnector")
@@ -123,7 +126,9 @@ def _sort_keys(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Tensor]], 
     first = set(experts[0])
     for e, tensors in experts.items():
         if set(tensors) != first or "w1" not in first:
-            raise ValueError(f"expert {e} has {sorted(tensors)}, expert 0 has {sorted(first)}: must be the same layers, the first one included")
+            raise ValueError(
+                f"expert {e} has {sorted(tensors)}, expert 0 has {sorted(first)}: must be the same layers, the first one included"
+            )
     if named["moe_layers"] and named["llm_proj"]:
         _check_agreement(named["moe_layers"], named["llm_proj"])
     return [experts[e] for e in range(len(experts))], router, tokens, ignored
@@ -180,7 +185,8 @@ def _read_config(
     c = dataclasses.replace(c, task_features=task_width, router_features=router["w1"].shape[0], router_bias="b1" in router)
     if router["w1"].shape[1] != c.router_in:
         raise ValueError(
-            f"router.fc1.weight reads {router['w1'].shape[1]} features; router_inputs={c.router_inputs!r} gives {c.router_in} (give the right one)"
+            f"router.fc1.weight reads {router['w1'].shape[1]} features, but router_inputs={c.router_inputs!r} gives {c.router_in}: "
+            "give the router_inputs it was trained with"
         )
     if router["w2"].shape[0] != c.num_experts:
         raise ValueError(f"router.fc2.weight gives {router['w2'].shape[0]} logits for {c.num_experts} experts")

@@ -9,7 +9,10 @@ from cmoe_kernels.ops.sparse_experts import sparse_experts
 
 
 class Experts(nn.Module):
-    """E independent experts, stacked: ``w1`` [E, H, D], ``b1`` [E, H], ``w2`` [E, O, H], ``b2`` [E, O]; linear experts have w1 [E, O, D], b1 alone."""
+    """E independent experts, stacked: ``w1`` [E, H, D], ``b1`` [E, H], ``w2`` [E, O, H], ``b2`` [E, O].
+
+    Linear experts have ``w1`` [E, O, D] and ``b1`` [E, O] alone.
+    """
 
     def __init__(self, config: CMoEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

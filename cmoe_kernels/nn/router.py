@@ -40,7 +40,7 @@ class TaskRouter(nn.Module):
 
     def forward(self, x: Tensor, group: int | None, group_ids: Tensor | None) -> Tensor:
         """Logits [T, E]; with inputs="task" [G, E], or [1, E] where all tokens belong to one group."""
-        task = self.task_tokens
+        task: Tensor | None = self.task_tokens
         if task is not None and group is not None:
             task = task[group : group + 1]
         if self.inputs == "task":

@@ -54,7 +54,9 @@ def require_weight(name: str, value: Tensor, letters: str, x: Tensor, dtype: tor
         return value
     if value.dtype != torch.float64 and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return value.to(dtype)
-    raise TypeError(f"{name} is {value.dtype}, must be {dtype} like x" + ("" if dtype in (torch.float32, torch.float64) else " or torch.float32"))
+    raise TypeError(
+        f"{name} is {value.dtype}, must be {dtype} like x" + ("" if dtype in (torch.float32, torch.float64) else " or torch.float32")
+    )
 
 
 def require_gates(name: str, value: Tensor, letters: str, x: Tensor) -> Tensor:

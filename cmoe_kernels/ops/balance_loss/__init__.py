@@ -1,8 +1,8 @@
 """Load-balancing losses of a router.
 
-    switch      E * sum_e f_e p_e      p_e: mean of scores[:, e];  f_e: share of the selections that went to e
-    importance  E * sum_e (m_e / sum_j m_j)^2 - 1      m_e: sum of scores[:, e]
-    z           mean_t logsumexp(scores[t])^2
+switch      E * sum_e f_e p_e      p_e: mean of scores[:, e];  f_e: share of the selections that went to e
+importance  E * sum_e (m_e / sum_j m_j)^2 - 1      m_e: sum of scores[:, e]
+z           mean_t logsumexp(scores[t])^2
 """
 
 import torch

@@ -10,7 +10,13 @@ from cmoe_kernels.ops.precision import accumulate_dtype
 
 
 def balance_loss(
-    scores: Tensor, indices: Tensor | None, mask: Tensor | None, kind: str, segments: Tensor | None, counts: Tensor | None, total: Tensor | None
+    scores: Tensor,
+    indices: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    segments: Tensor | None,
+    counts: Tensor | None,
+    total: Tensor | None,
 ) -> Tensor:
     experts = scores.shape[1]
     if indices is not None:
@@ -95,7 +101,9 @@ def _of_token(table: Tensor, seg: _Segments) -> Tensor:
     return table if seg.ids is None else table[seg.ids]
 
 
-def _selection_shares(seg: _Segments, live: Tensor, experts: int, indices: Tensor | None, counts: Tensor | None, total: Tensor | None) -> Tensor:
+def _selection_shares(
+    seg: _Segments, live: Tensor, experts: int, indices: Tensor | None, counts: Tensor | None, total: Tensor | None
+) -> Tensor:
     """f [S, E]: the share of the selections that went to each expert."""
     if counts is not None:
         selected = counts.to(live.dtype)[None]

@@ -1,6 +1,6 @@
 """One linear layer per expert, over rows that lie sorted by expert: the primitive under sparse experts.
 
-    y[scatter_idx[i]] = act(w[e] @ x[gather_idx[i] // k] + b[e])    for offsets[e] <= i < offsets[e + 1]
+y[scatter_idx[i]] = act(w[e] @ x[gather_idx[i] // k] + b[e])    for offsets[e] <= i < offsets[e + 1]
 """
 
 import torch

@@ -1,5 +1,7 @@
 """grouped_linear in plain PyTorch: one product per expert, whose row ranges are read on the host."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -81,9 +83,9 @@ def _sum_rows(drows: Tensor, gather_idx: Tensor | None, k: int) -> Tensor:
 
 def _bounds(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
     ends = offsets.tolist()
-    if ends[0] != 0 or ends[-1] > rows or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] != 0 or ends[-1] > rows or any(a > b for a, b in itertools.pairwise(ends)):
         raise ValueError(f"offsets are {ends}, must start at 0, not decrease and end at {rows} rows or before")
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def _require_permutation(name: str, index: Tensor) -> None:

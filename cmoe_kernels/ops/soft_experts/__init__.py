@@ -1,6 +1,6 @@
 """Dense experts: every token sees every expert, mixed by its gates.
 
-    y[t] = sum_e gates[t, e] * (w2[e] @ act(w1[e] @ x[t] + b1[e]) + b2[e])          (w2 None: sum_e gates[t, e] * (w1[e] @ x[t] + b1[e]))
+y[t] = sum_e gates[t, e] * (w2[e] @ act(w1[e] @ x[t] + b1[e]) + b2[e])          (w2 None: sum_e gates[t, e] * (w1[e] @ x[t] + b1[e]))
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Soft gates: mix every expert, weighted by normalised sigmoids.
 
-    gates[t, e] = sigmoid(logits[t, e]) / sum_j sigmoid(logits[t, j])
+gates[t, e] = sigmoid(logits[t, e]) / sum_j sigmoid(logits[t, j])
 """
 
 import torch

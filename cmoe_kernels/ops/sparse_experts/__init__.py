@@ -1,7 +1,8 @@
 """Sparse experts: each token sees the K experts that were chosen for it.
 
-    y[t] = sum_i weights[t, i] * (w2[e] @ h + b2[e]),   e = indices[t, i],   h = act(w1[e] @ x[t] + b1[e])
-    gated: h = act(gate) * up with [gate ; up] = w1[e] @ x[t] + b1[e]                 (w2 None: y[t] = sum_i weights[t, i] * (w1[e] @ x[t] + b1[e]))
+y[t] = sum_i weights[t, i] * (w2[e] @ h + b2[e]),   e = indices[t, i],   h = act(w1[e] @ x[t] + b1[e])
+gated: h = act(gate) * up with [gate ; up] = w1[e] @ x[t] + b1[e]
+w2 None: y[t] = sum_i weights[t, i] * (w1[e] @ x[t] + b1[e])
 """
 
 import torch

@@ -1,5 +1,7 @@
 """sparse_experts in plain PyTorch: selections sorted by expert, one pair of products per expert, whose row ranges are read on the host."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -129,7 +131,7 @@ def _row_weights(weights: Tensor | None, group_ids: Tensor | None, tokens: int, 
 
 def _ranges(offsets: Tensor) -> list[tuple[int, slice]]:
     ends = offsets.tolist()
-    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)) if stop > start]
+    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(itertools.pairwise(ends)) if stop > start]
 
 
 def _sum_selections(rows: Tensor, gather_idx: Tensor, k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The task-aware router: one or two linear layers on [task token ; image token].
 
-    hidden[t] = w1 @ [task[group_ids[t]] ; x[t]] + b1  =  W_task @ task[group_ids[t]] + W_img @ x[t] + b1
-    logits[t] = w2 @ act(hidden[t]) + b2               (w2 None: logits = hidden)
+hidden[t] = w1 @ [task[group_ids[t]] ; x[t]] + b1  =  W_task @ task[group_ids[t]] + W_img @ x[t] + b1
+logits[t] = w2 @ act(hidden[t]) + b2               (w2 None: logits = hidden)
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
-from cmoe_kernels.ops.arguments import require_choice, require_device, require_float, require_index, require_size, require_weight
+from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
 from cmoe_kernels.ops.registration import absent, fake_grads, needed, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.task_router import reference
@@ -87,7 +87,8 @@ def task_router(
             b2 = require_weight("b2", b2, "E", rows, dtype)
             require_size("b2", b2, 0, w2.shape[0], "rows of w2")
     if inputs == "task_token":
-        assert x is not None and task is not None
+        assert x is not None
+        assert task is not None
         if group_ids is not None:
             require_index("group_ids", group_ids, "T", x)
             require_size("group_ids", group_ids, 0, x.shape[0], "tokens in x")
@@ -138,9 +139,7 @@ def _task_router_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backends.run(
-        "task_router_backward", backend, w1.device, dlogits, x, task, w1, b1, w2, b2, group_ids, u, activation, needs
-    )
+    return backends.run("task_router_backward", backend, w1.device, dlogits, x, task, w1, b1, w2, b2, group_ids, u, activation, needs)
 
 
 @_task_router_backward.register_fake

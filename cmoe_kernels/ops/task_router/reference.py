@@ -66,20 +66,23 @@ def task_router_backward(
             db2 = dlogits.sum(0).to(b2.dtype)
 
     split = 0 if task is None else task.shape[1]
-    dbias = None if task is None else _sum_bias(du, x, group_ids, task.shape[0], exact)
-    if x is not None and needs[0]:
-        dx = (du @ w1[:, split:].to(dtype).to(du.dtype)).to(dtype)
-    if task is not None and needs[1]:
-        dtask = (dbias @ w1[:, :split].to(dtype).to(exact)).to(task.dtype)
+    # The gradient of the first layer's bias, one row per task: [G, R].
+    dbias = sum_per_group(du.to(exact), group_ids, 1 if task is None else task.shape[0])
     if needs[2]:
-        dw1 = torch.empty_like(w1, memory_format=torch.contiguous_format)
-        if task is not None:
+        dw1 = w1.new_empty(w1.shape)
+    if x is not None:
+        if needs[0]:
+            dx = (du @ w1[:, split:].to(dtype).to(du.dtype)).to(dtype)
+        if dw1 is not None:
+            dw1[:, split:] = du.T @ x.to(du.dtype)
+    if task is not None:
+        if needs[1]:
+            dtask = (dbias @ w1[:, :split].to(dtype).to(exact)).to(task.dtype)
+        if dw1 is not None:
             # One outer product per task: no product over tokens.
             dw1[:, :split] = dbias.T @ task.to(dtype).to(exact)
-        if x is not None:
-            dw1[:, split:] = du.T @ x.to(du.dtype)
     if b1 is not None and needs[3]:
-        db1 = (du.to(exact) if dbias is None else dbias).sum(0).to(b1.dtype)
+        db1 = dbias.sum(0).to(b1.dtype)
     return dx, dtask, dw1, db1, dw2, db2
 
 
@@ -89,7 +92,9 @@ def _rows(x: Tensor | None, task: Tensor | None) -> Tensor:
     return rows
 
 
-def _first_layer(x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor | None, group_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _first_layer(
+    x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor | None, group_ids: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """w1 @ [task; x] + b1 with products in ``dtype``, of operands rounded as x is."""
     rounded = _rows(x, task).dtype
     split = 0 if task is None else task.shape[1]
@@ -104,8 +109,3 @@ def _first_layer(x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor |
     if bias is not None:
         u += per_token(bias, group_ids if task is not None else None)
     return u
-
-
-def _sum_bias(du: Tensor, x: Tensor | None, group_ids: Tensor | None, groups: int, exact: torch.dtype) -> Tensor:
-    """The gradient of the task rows, [G, R]; where the router runs on the task rows alone, du is that already."""
-    return du.to(exact) if x is None else sum_per_group(du.to(exact), group_ids, groups)

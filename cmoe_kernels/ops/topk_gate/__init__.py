@@ -1,8 +1,8 @@
 """Sparse gates: the k best experts of each token and their weights.
 
-    score[t, e]   = softmax(logits[t])[e]  or  sigmoid(logits[t, e])
-    indices[t]    = the k experts with the highest selection (default: the logits, which rank as their scores do)
-    weights[t, i] = scale * score[t, indices[t, i]] / (sum_j score[t, indices[t, j]] if renormalize else 1)
+score[t, e]   = softmax(logits[t])[e]  or  sigmoid(logits[t, e])
+indices[t]    = the k experts with the highest selection (default: the logits, which rank as their scores do)
+weights[t, i] = scale * score[t, indices[t, i]] / (sum_j score[t, indices[t, j]] if renormalize else 1)
 """
 
 from typing import NamedTuple

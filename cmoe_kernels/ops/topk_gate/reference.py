@@ -7,7 +7,9 @@ from torch.nn.functional import logsigmoid
 from cmoe_kernels.ops.precision import accumulate_dtype
 
 
-def topk_gate(logits: Tensor, k: int, score: str, renormalize: bool, scale: float, selection: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def topk_gate(
+    logits: Tensor, k: int, score: str, renormalize: bool, scale: float, selection: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     experts = logits.shape[1]
     rank = logits if selection is None else selection
     # A stable sort, because torch.topk promises no order among equals.
