@@ -43,8 +43,8 @@ def close(ours, baseline, exact):
         assert norm(ours.double() - exact) <= allowed
 
 
-def draw(tokens, experts, dtype=torch.float64, seed=0):
-    return torch.randn(tokens, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def draw(shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def ks(experts):
@@ -57,9 +57,9 @@ def ks(experts):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_soft_gate(shape, dtype):
-    logits = draw(*shape, dtype) * 3
+    logits = draw(shape, dtype=dtype) * 3
     close(native.soft_gate(logits), soft.soft_gate(logits), soft.soft_gate(logits.double()))
-    dgates = draw(*shape, soft.soft_gate(logits).dtype, seed=1)
+    dgates = draw(shape, dtype=soft.soft_gate(logits).dtype, seed=1)
     exact = soft.soft_gate_backward(dgates.double(), logits.double())
     close(native.soft_gate_backward(dgates, logits), soft.soft_gate_backward(dgates, logits), exact)
 
@@ -67,9 +67,9 @@ def test_soft_gate(shape, dtype):
 @pytest.mark.parametrize("level", [-1000.0, -100.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_soft_gate_where_sigmoids_saturate(level, dtype):
-    logits = draw(33, 5, dtype) + level
+    logits = draw((33, 5), dtype) + level
     close(native.soft_gate(logits), soft.soft_gate(logits), soft.soft_gate(logits.double()))
-    dgates = draw(33, 5, dtype, seed=1)
+    dgates = draw((33, 5), dtype, seed=1)
     exact = soft.soft_gate_backward(dgates.double(), logits.double())
     close(native.soft_gate_backward(dgates, logits), soft.soft_gate_backward(dgates, logits), exact)
 
@@ -78,7 +78,7 @@ def test_soft_gate_where_sigmoids_saturate(level, dtype):
 @pytest.mark.parametrize(("score", "renormalize"), SCORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_topk_gate(shape, score, renormalize, dtype):
-    logits = draw(*shape, dtype)
+    logits = draw(shape, dtype=dtype)
     for k in ks(shape[1]):
         settings = (score, renormalize, 2.5)
         weights, indices, counts = native.topk_gate(logits, k, *settings, None)
@@ -86,7 +86,7 @@ def test_topk_gate(shape, score, renormalize, dtype):
         exact, exact_indices, exact_counts = topk.topk_gate(logits.double(), k, *settings, None)
         close(weights, baseline, exact)
         assert_same((indices, counts), (exact_indices, exact_counts))
-        dweights = draw(shape[0], k, weights.dtype, seed=1)
+        dweights = draw((shape[0], k), weights.dtype, seed=1)
         exact = topk.topk_gate_backward(dweights.double(), logits.double(), indices, *settings)
         baseline = topk.topk_gate_backward(dweights, logits, indices, *settings)
         close(native.topk_gate_backward(dweights, logits, indices, *settings), baseline, exact)
@@ -96,7 +96,7 @@ def test_topk_gate(shape, score, renormalize, dtype):
 @pytest.mark.parametrize(("score", "renormalize"), SCORES)
 def test_selection_ranks_in_its_own_dtype(score, renormalize, dtype):
     """A selection in fp64 tells apart what logits in bf16 could not; -inf excludes, and a row of nothing else chooses no expert."""
-    logits, selection = draw(65, 7, torch.bfloat16), draw(65, 7, dtype, seed=2) * 1e-3 + 1
+    logits, selection = draw((65, 7), torch.bfloat16), draw((65, 7), dtype, seed=2) * 1e-3 + 1
     selection[:, 3] = -INF
     selection[11] = -INF
     selection[12, 1:] = -INF
@@ -108,7 +108,7 @@ def test_selection_ranks_in_its_own_dtype(score, renormalize, dtype):
         assert_same((indices, counts), chosen)
         assert (indices[11] == 7).all()
         assert (weights[indices == 7] == 0).all()
-        dweights = draw(65, k, torch.float32, seed=3)
+        dweights = draw((65, k), torch.float32, seed=3)
         dlogits = native.topk_gate_backward(dweights, logits, indices, *settings)
         baseline = topk.topk_gate_backward(dweights, logits, indices, *settings)
         close(dlogits, baseline, topk.topk_gate_backward(dweights.double(), logits.double(), indices, *settings))
@@ -129,7 +129,8 @@ def test_ties_infinities_and_nan(experts, score, renormalize, dtype):
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **({} if a.is_floating_point() else {"rtol": 0, "atol": 0}))
+        exactly = None if a.is_floating_point() else 0
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=exactly, atol=exactly)
 
 
 # --- promises -----------------------------------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ def everything(logits, dgates, dweights, indices):
 
 def inputs(tokens=3001, experts=5):
     """logits, dgates, dweights, indices"""
-    grads = draw(tokens, experts, torch.float32, 1), draw(tokens, 2, torch.float32, 2)
-    return draw(tokens, experts, torch.float32), *grads, draw(tokens, experts).argsort(1)[:, :2]
+    grads = draw((tokens, experts), torch.float32, 1), draw((tokens, 2), torch.float32, 2)
+    return draw((tokens, experts), torch.float32), *grads, draw((tokens, experts)).argsort(1)[:, :2]
 
 
 def assert_equal(ours, theirs):
@@ -203,7 +204,7 @@ def test_calls_leak_nothing():
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    logits = draw(1, 5)
+    logits = draw((1, 5))
     for calls in (1000, 100_000):
         before = peak()
         for _ in range(calls):
@@ -233,7 +234,7 @@ def test_opcheck(dtype):
 
 @pytest.mark.parametrize("experts", [1, 5])
 def test_gradcheck(experts):
-    logits = draw(4, experts).requires_grad_()
+    logits = draw((4, experts)).requires_grad_()
     with cmoe.use_backend("cpu"):
         assert torch.autograd.gradcheck(cmoe.soft_gate, logits)
         for score, renormalize in SCORES:
@@ -272,7 +273,7 @@ def test_errors_name_the_argument(call, message):
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF symbols")
 def test_symbols():
     elffile = pytest.importorskip("elftools.elf.elffile")
-    with open(backends.native_library, "rb") as file:
+    with open(str(backends.native_library), "rb") as file:
         symbols = [s for s in elffile.ELFFile(file).get_section_by_name(".dynsym").iter_symbols() if s.name]
     undefined = {s.name for s in symbols if s["st_shndx"] == "SHN_UNDEF"}
     assert {s.name for s in symbols} - undefined == {"PyInit__C"}
