@@ -2,8 +2,10 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from unimed.model.build import build_tiny, released_config
+from unimed.model.build import build_smollm2, build_tiny, released_config
 from unimed.model.configuration import TASKS, UniMedConfig
+from unimed.model.load import apply_released, import_released, load
+from unimed.model.lora import add_lora, merge
 from unimed.model.modeling import UniMedForConditionalGeneration, UniMedOutput
 from unimed.model.processing import UniMedProcessor
 from unimed.model.tokenization import train_tokenizer
@@ -19,7 +21,13 @@ __all__ = [
     "UniMedForConditionalGeneration",
     "UniMedOutput",
     "UniMedProcessor",
+    "add_lora",
+    "apply_released",
+    "build_smollm2",
     "build_tiny",
+    "import_released",
+    "load",
+    "merge",
     "released_config",
     "train_tokenizer",
 ]

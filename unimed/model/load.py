@@ -33,22 +33,25 @@ def load(
         found = base or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not found:
             raise UserError(f"{folder}: the adapter names no base model, give its folder as base")
-        model, processor = load(found, dtype=dtype)
-        return load_adapter(model, folder, trainable), _processor(folder, model.config) if _has_processor(folder) else processor
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, it must be a folder written by save_pretrained")
-    kind = _read_json(folder / "config.json").get("model_type")
-    if kind != UniMedConfig.model_type:
-        raise UserError(f"{folder}: config.json is of a {kind!r} model, it must be {UniMedConfig.model_type!r}")
+        # A base that was saved with the adapter is named relative to it, and shares its processor.
+        where = folder / found if base is None and (folder / found).is_dir() else Path(found)
+        model = _model(where, dtype)
+        return load_adapter(model, folder, trainable), _processor(folder if _has_processor(folder) else where, model.config)
     model = _model(folder, dtype)
     return model, _processor(folder, model.config)
 
 
 def _model(folder: Path, dtype: torch.dtype | None) -> UniMedForConditionalGeneration:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, it must be a folder written by save_pretrained")
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != UniMedConfig.model_type:
+        raise UserError(f"{folder}: config.json is of a {kind!r} model, it must be {UniMedConfig.model_type!r}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report below says it in one line
+    load_with_report: Any = UniMedForConditionalGeneration.from_pretrained
     try:
-        model, info = UniMedForConditionalGeneration.from_pretrained(
+        model, info = load_with_report(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
@@ -137,7 +140,7 @@ def apply_released(model: UniMedPeftModel, released: Released) -> None:
 
 def _trained(model: UniMedPeftModel) -> dict[str, Tensor]:
     """The adapter's own tensors under the names that its file has."""
-    names = {}
+    names: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
             names[name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")] = parameter

@@ -7,45 +7,64 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from unimed.errors import UserError
 from unimed.model.card import write_card
+from unimed.model.configuration import UniMedConfig
 from unimed.model.modeling import UniMedForConditionalGeneration
 
 TARGETS = r"language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 WEIGHTS = "adapter_model.safetensors"
 
 
+BASE = "base"  # in an adapter folder: the base model, if it was never saved anywhere else
+
+
 class UniMedPeftModel(PeftModel):
-    """A PeftModel whose adapter folder has our model card; every file is complete before it takes its name."""
+    """A PeftModel whose adapter folder has our model card, and holds its base where nothing else does; every file is complete before it
+    takes its name."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
+        config = self.peft_config["default"]
+        config.base_model_name_or_path = config.base_model_name_or_path or BASE
         beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             # The vocabulary belongs to the base model; left to itself, peft would look the base up on a hub.
+            if config.base_model_name_or_path == BASE and kwargs.get("is_main_process", True):
+                self._save_base(target / BASE)
             super().save_pretrained(str(beside), *args, **{"save_embedding_layers": False, **kwargs})
             for file in beside.iterdir():
                 file.replace(target / file.name)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
+    def _save_base(self, folder: Path) -> None:
+        base = cast(UniMedForConditionalGeneration, self.get_base_model())
+        untouched = {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+            for name, value in base.state_dict().items()
+            if ".lora_" not in name and ".modules_to_save." not in name
+        }
+        base.save_pretrained(folder, state_dict=untouched)
+
     def create_or_update_model_card(self, output_dir: str) -> None:
-        base = self.get_base_model()
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        write_card(Path(output_dir), base.config, trained, base=self.peft_config["default"].base_model_name_or_path or "its base model")
+        base = self.peft_config["default"].base_model_name_or_path
+        write_card(Path(output_dir), cast(UniMedConfig, self.get_base_model().config), trained, base)
 
 
 def add_lora(model: UniMedForConditionalGeneration, r: int = 8, alpha: int = 16, dropout: float = 0.05) -> UniMedPeftModel:
-    """LoRA on every Linear of the language model but its head (as released); the connector trains whole, and so does an encoder that is not frozen."""
+    """LoRA on every Linear of the language model but its head; the connector, and an encoder that is not frozen, train whole."""
     whole = ["connector"] if model.config.freeze_vision else ["connector", "vision_tower"]
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, modules_to_save=whole)
-    config.base_model_name_or_path = model.config.name_or_path or None
+    saved = Path(model.config.name_or_path or "")
+    config.base_model_name_or_path = str(saved.resolve()) if (saved / "config.json").is_file() else None
     return UniMedPeftModel(model, config)
 
 
@@ -61,6 +80,7 @@ def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLik
         raise UserError(f"{folder}: no {WEIGHTS}, it must be a folder saved from a model with LoRA")
     try:
         config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
         adapted = UniMedPeftModel(model, config)
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             saved = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,14 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, CMoEConnector) and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
             module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.freeze_vision:  # weights are loaded as trainable tensors
+            model.vision_tower.requires_grad_(False)
+        return loaded
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -170,7 +178,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def _place_images(self, inputs_embeds: Tensor, input_ids: Tensor, embeddings: Tensor) -> Tensor:
-        where = input_ids == self.config.image_token_index
+        where = torch.eq(input_ids, cast(int, self.config.image_token_index))
         slots, needed = int(where.sum()), embeddings.shape[0] * embeddings.shape[1]
         if slots != needed:
             images, tokens = embeddings.shape[:2]
