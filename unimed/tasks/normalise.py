@@ -14,8 +14,8 @@ _ARTICLES = ("a", "an", "the")
 
 def _contractions() -> dict[str, str]:
     negated = (
-        "ai", "are", "ca", "could", "did", "does", "do", "had", "has", "have", "is", "might", "must", "need", "ought", "sha", "should", "was",
-        "were", "wo", "would",
+        "ai", "are", "ca", "could", "did", "does", "do", "had", "has", "have", "is", "might", "must", "need", "ought", "sha", "should",
+        "was", "were", "wo", "would",
     )  # fmt: skip
     full = [f"{word}n't" for word in negated]
     full += [f"{word}'ve" for word in ("could", "might", "must", "not", "should", "they", "we", "what", "where", "who", "would", "you")]

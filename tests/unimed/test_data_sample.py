@@ -1,0 +1,319 @@
+"""The built-in sample: what it holds, that it is the same every time, and that nothing held out is in training."""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from unimed.data import boxes, build_sample, load_examples, load_image
+from unimed.data.example import TASKS
+from unimed.data.masks import STRUCTURES
+from unimed.data.slices import ASSETS, BLOCKS, GAP, slices, subject, vendored_volume
+from unimed.data.vendor import KEPT_TAGS, vendor
+from unimed.errors import UserError
+
+SPLITS = ("train", "slab", "subject")
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def examples(sample_folder):
+    return {split: load_examples(sample_folder, split) for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def manifest(sample_folder):
+    return json.loads((sample_folder / "sample.json").read_text())
+
+
+# The vendored files.
+def test_the_vendored_files_are_small_and_their_origin_is_told():
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 5_000_000
+    notice = (ASSETS / "NOTICE").read_text()
+    assert "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03" in notice
+    assert all(path.name in notice for path in ASSETS.iterdir() if path.name != "NOTICE")
+    assert "Apache License" in (ASSETS / "LICENSE").read_text()
+
+
+def test_the_dicom_files_carry_geometry_and_nothing_about_a_person():
+    added = {
+        "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientName", "PatientID",
+        "PatientIdentityRemoved", "DeidentificationMethod", "StudyDate", "StudyTime",
+    }  # fmt: skip
+    with zipfile.ZipFile(ASSETS / "ct_dicom.zip") as packed:
+        assert len(packed.namelist()) == 20
+        for name in packed.namelist():
+            data = packed.read(name)
+            header = pydicom.dcmread(io.BytesIO(data))
+            assert {element.keyword for element in header} == added | set(KEPT_TAGS)
+            assert not any(element.tag.is_private for element in header)
+            assert (str(header.PatientName), header.PatientID, header.StudyDate, header.StudyTime) == ("", "sample", "", "")
+            for uid in (header.SOPInstanceUID, header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID):
+                assert uid.startswith("2.25.")
+            assert not any(word in data for word in (b"2022", b"60064", b"Basel", b"SIEMENS", b"PETCT"))
+
+
+def test_vendoring_again_gives_the_same_files(tmp_path):
+    archive = ASSETS.parents[2] / ".cache" / "unimed" / "archives" / "totalsegmentator-2.18.0.tar.gz"
+    if not archive.is_file():
+        pytest.skip("needs the TotalSegmentator sdist: unimed sample fetch totalsegmentator")
+    vendor(archive, tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (ASSETS / path.name).read_bytes()
+
+
+# Building.
+def test_the_same_bytes_every_time(sample_folder, tmp_path):
+    seen = []
+    build_sample(tmp_path / "again", progress=lambda done, total, what: seen.append((done, total, what)))
+    assert contents(tmp_path / "again") == contents(sample_folder)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*")}
+    build_sample(tmp_path / "again")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*")} == before
+
+    (tmp_path / "again" / "slake" / "train.txt").write_text("")
+    build_sample(tmp_path / "again")  # a damaged sample is built anew
+    assert contents(tmp_path / "again") == contents(sample_folder)
+
+
+def test_a_build_that_stops_leaves_nothing(tmp_path):
+    def stop(done, total, what):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_sample(tmp_path / "sample", progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a sample"):
+        build_sample(tmp_path)
+    with pytest.raises(UserError, match="not a sample"):
+        build_sample(tmp_path / "thesis.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# The split.
+def test_slabs_and_gaps():
+    for name, blocks in BLOCKS.items():
+        assert list(blocks) == sorted(blocks, key=lambda block: block.start)
+        for one, two in pairwise(blocks):
+            assert two.start - one.stop >= (GAP if one.split != two.split else 0)
+        depth = vendored_volume(name).data.shape[2]
+        assert blocks[0].start == 0
+        assert blocks[-1].stop == depth
+    assert {block.split for block in BLOCKS["ct_dicom"]} == {"subject"}
+
+
+def test_no_training_image_shows_a_held_out_voxel(manifest):
+    shapes = {name: vendored_volume(name).data.shape for name in BLOCKS}
+    shown = {split: {name: np.zeros(shape, bool) for name, shape in shapes.items()} for split in SPLITS}
+    for image in manifest["images"]:
+        shown[image["split"]][image["subject"]][tuple(slice(*bounds) for bounds in image["region"])] = True
+    assert not shown["train"]["ct_dicom"].any()
+    for name in ("ct", "mr"):
+        train, slab = (shown[split][name].any((0, 1)) for split in ("train", "slab"))
+        for z in np.nonzero(slab)[0]:
+            assert not train[max(0, z - GAP) : z + GAP + 1].any()
+        planes = Counter(image["plane"] for image in manifest["images"] if (image["subject"], image["split"]) == (name, "slab"))
+        assert set(planes) == {"axial", "coronal", "sagittal"}
+
+
+def test_held_out_voxels_cannot_change_a_training_file(sample_folder, tmp_path):
+    """Other voxels and labels in slabs, gaps and the held-out subject: every training file keeps its bytes."""
+    changed = {}
+    for name, blocks in BLOCKS.items():
+        volume = vendored_volume(name)
+        kept = np.zeros(volume.data.shape[2], bool)
+        for block in blocks:
+            kept[block.start : block.stop] |= block.split == "train"
+        data, labels = volume.data.copy(), volume.labels.copy()
+        data[:, :, ~kept] = data[::-1, :, ~kept] + 17
+        labels[:, :, ~kept] = labels[::-1, :, ~kept]
+        changed[name] = replace(volume, data=data, labels=labels)
+    build_sample(tmp_path / "changed", volumes=changed)
+    was, now = load_examples(sample_folder, "train"), load_examples(tmp_path / "changed", "train")
+    assert len(was) == len(now) > 1000
+    for one, two in zip(was, now, strict=True):
+        assert replace(one, image=None) == replace(two, image=None)
+        if isinstance(one.image, np.ndarray):
+            np.testing.assert_array_equal(one.image, two.image)
+        elif one.image is not None:
+            assert one.image.read_bytes() == two.image.read_bytes()
+    held = {example.id: example.answer for example in load_examples(sample_folder, "slab")}
+    other = {example.id: example.answer for example in load_examples(tmp_path / "changed", "slab")}
+    assert held != other
+
+
+# The content.
+def test_counts(examples):
+    for split, fewest in (("train", 200), ("slab", 40), ("subject", 40)):
+        counts = Counter(example.task for example in examples[split])
+        assert set(counts) == set(TASKS)
+        assert min(counts.values()) >= fewest
+    assert {example.subject for example in examples["train"] if example.image is not None} == {"ct", "mr"}
+    assert {example.subject for example in examples["subject"] if example.image is not None} == {"ct_dicom"}
+    for split in SPLITS:
+        assert len({example.id for example in examples[split]}) == len(examples[split])
+
+
+def test_every_held_out_class_was_trained(examples, manifest):
+    trained = Counter(example.question for example in examples["train"] if example.task == "refer")
+    assert min(trained.values()) >= 20
+    assert set(trained) == set(manifest["classes"])
+    assert set(manifest["classes"]) | set(manifest["left_out"]) == set(STRUCTURES)
+    for split in ("slab", "subject"):
+        assert {example.question for example in examples[split] if example.task == "refer"} <= set(trained)
+        assert {example.answer for example in examples[split] if example.task == "cls"} <= set(trained)
+
+
+@pytest.fixture(scope="module")
+def cut():
+    return {made.id: made for name in BLOCKS for made in slices(subject(name, vendored_volume(name)))}
+
+
+def test_boxes_surround_their_organ_on_the_written_image(examples, cut):
+    for split in SPLITS:
+        for example in examples[split]:
+            if example.task != "refer":
+                continue
+            made = cut[example.image.parent.name]
+            assert load_image(example).size == example.size == made.image.size
+            x1, y1, x2, y2 = example.box
+            assert 0 <= x1 < x2 <= example.size[0]
+            assert 0 <= y1 < y2 <= example.size[1]
+            assert made.finding(example.question).xyxy == example.box
+            assert example.answer == boxes.to_text(example.box, example.size)
+
+
+def test_the_written_image_is_the_slice(examples, cut):
+    for example in examples["slab"][::40]:
+        if example.task == "vqa":
+            written = np.asarray(load_image(example).convert("L")).astype(int)
+            assert np.abs(written - np.asarray(cut[example.image.parent.name].image)).mean() < 4  # JPEG
+
+
+def test_answers_follow_from_the_masks(examples, cut):
+    for split in SPLITS:
+        for example in examples[split]:
+            if example.task != "vqa":
+                continue
+            made, kind = cut[example.image.parent.name], example.template.split("/")[1:]
+            if kind[0] == "modality":
+                assert example.answer == {"CT": "CT", "MR": "MRI"}[made.modality]
+            elif kind[0] == "plane":
+                assert example.answer == made.plane
+            elif kind[0] == "presence":
+                assert example.answer == ("yes" if made.finding(kind[1]) else "no")
+                assert bool(made.finding(kind[1])) == (kind[1] in made.present)
+            elif kind[0] == "largest":
+                assert made.finding(example.answer).area_mm2 == max(
+                    found.area_mm2 for found in made.findings if found.name in STRUCTURES[:12]
+                )
+            elif kind == ["side", "body"]:
+                assert made.plane == "sagittal"
+                assert example.answer == made.body_side
+            else:
+                assert kind[0] == "side"
+                found = made.finding(kind[1]).xyxy
+                assert example.answer == ("left" if found[0] + found[2] < made.image.width else "right")
+                assert kind[1] in example.question
+            assert example.answer_type == ("CLOSED" if kind[0] in ("presence", "side") else "OPEN")
+
+
+def test_sagittal_sides_are_the_patients(cut):
+    """Right kidney and liver lie on slices called right, left kidney and spleen on slices called left."""
+    sides = {
+        name: Counter(made.body_side for made in cut.values() if made.plane == "sagittal" and made.finding(name)) for name in STRUCTURES
+    }
+    assert sides["right kidney"]["left"] == sides["left kidney"]["right"] == sides["spleen"]["right"] == 0
+    assert sides["right kidney"]["right"] > 10
+    assert sides["left kidney"]["left"] > 10
+    assert sides["liver"]["right"] > sides["liver"]["left"]
+
+
+def test_presence_is_asked_evenly(examples):
+    for split in SPLITS:
+        asked = Counter((example.template, example.answer) for example in examples[split] if example.template.startswith("vqa/presence/"))
+        assert asked
+        for (template, answer), count in asked.items():
+            assert asked[template, "no" if answer == "yes" else "yes"] == count
+
+
+def test_crops_show_the_organ(examples, cut, sample_folder):
+    crops = [example for example in examples["slab"] if example.task == "cls"]
+    found = [(made, one) for made in cut.values() if made.split == "slab" for one in made.findings if one.name in {c.answer for c in crops}]
+    assert len(crops) == len(found)
+    for example, (made, one) in zip(crops, found, strict=True):
+        assert example.answer == one.name
+        assert example.image.shape == (64, 64)
+        x, y, width, height = one.box
+        side = max(width, height)
+        inner = np.asarray(made.image)[y : y + height, x : x + width]
+        crop = np.asarray(Image.fromarray(example.image).resize((round(side * 1.1), round(side * 1.1))))
+        top, left = (crop.shape[0] - height) // 2, (crop.shape[1] - width) // 2
+        assert np.abs(crop[top : top + height, left : left + width].astype(int) - inner).mean() < 25
+
+
+def test_reports_say_what_is_there_and_are_called_synthetic(sample_folder, cut):
+    records = json.loads((sample_folder / "reports" / "annotation.json").read_text())
+    assert set(records) == {"train", "val", "test"}
+    for record in [one for part in records.values() for one in part]:
+        made, report = cut[record["id"]], record["report"]
+        assert record["synthetic"] is True
+        assert report.lower().startswith(f"{made.plane} {'ct' if made.modality == 'CT' else 'mri'} of the abdomen.")
+        assert len(report.split()) <= 50
+        for name in STRUCTURES[:8]:
+            assert (name in report) == bool(made.finding(name))
+        kidneys = [name for name in ("right kidney", "left kidney") if made.finding(name)]
+        assert ("Both kidneys" in report) == (len(kidneys) == 2)
+        if "No kidney" in report:
+            assert not {"right kidney", "left kidney"} & made.present
+        if "No large organ" in report:
+            assert not set(STRUCTURES[:12]) & made.present
+
+
+def test_text_questions_hold_out_wordings_and_no_facts(examples):
+    facts = {split: {(e.template, e.answer) for e in examples[split] if e.task == "qa"} for split in SPLITS}
+    questions = {split: {e.question for e in examples[split] if e.task == "qa"} for split in SPLITS}
+    assert facts["train"] == facts["slab"] == facts["subject"]
+    assert not questions["train"] & questions["slab"]
+    assert not questions["train"] & questions["subject"]
+    assert not questions["slab"] & questions["subject"]
+    assert {e.image for e in examples["train"] if e.task == "qa"} == {None}
+
+
+def test_layouts_on_disk(sample_folder):
+    case = (sample_folder / "slake" / "train.txt").read_text().split()[0]
+    place = sample_folder / "slake" / "imgs" / case
+    assert {path.name for path in place.iterdir()} == {"source.jpg", "detection.json", "question.json"}
+    assert all(len(one) == 1 and len(next(iter(one.values()))) == 4 for one in json.loads((place / "detection.json").read_text()))
+    with np.load(sample_folder / "medmnist" / "organsample_64.npz", allow_pickle=False) as archive:
+        assert sorted(archive) == sorted(f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels"))
+        assert archive["train_labels"].shape == (len(archive["train_images"]), 1)
+    record = json.loads((sample_folder / "medqa" / "questions" / "US" / "train.jsonl").read_text().splitlines()[0])
+    assert record["options"][record["answer_idx"]] == record["answer"]
+
+
+def test_the_manifest_names_every_file(sample_folder, manifest):
+    assert set(manifest["files"]) | {"sample.json"} == set(contents(sample_folder))
+    for name, digest in manifest["sources"].items():
+        if (ASSETS / name).is_file():
+            assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == digest
