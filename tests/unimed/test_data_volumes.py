@@ -123,7 +123,7 @@ def dicom_slice(pixels, position, orientation, spacing, number, **tags):
     return out.getvalue()
 
 
-# Columns and rows of the stored images in patient axes (R, A, S indices and signs): axial as usual, axial seen from above, coronal, sagittal.
+# Columns and rows of the stored images in patient axes (index and sign in R, A, S): axial, axial mirrored, coronal, sagittal, odd.
 @pytest.mark.parametrize(
     ("across", "down"), [((0, -1), (1, -1)), ((0, 1), (1, -1)), ((0, -1), (2, -1)), ((1, -1), (2, -1)), ((2, 1), (0, 1))]
 )
@@ -215,11 +215,6 @@ def test_affine_that_cannot_be_inverted():
     image.header["sform_code"] = 1
     for row in ("srow_x", "srow_y", "srow_z"):
         image.header[row] = [0, 0, 0, 0]
-        1,
-        [0, 0, 0, 0],
-        [0, 0, 0, 0],
-        [0, 0, 0, 0],
-    )
     with pytest.raises(UserError, match="cannot be inverted"):
         volumes.nifti_from_bytes("v", image.to_bytes())
 
