@@ -147,6 +147,20 @@ def test_bf16_weights():
     torch.testing.assert_close(loss, reference, atol=0.05, rtol=0.02)
 
 
+def test_bf16_autocast():
+    model, processor = small()
+    model.train()
+    rows = batch(processor)
+    model(**rows).loss.backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**rows).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == torch.float32
+        assert functional.cosine_similarity(p.grad.flatten(), exact[name].flatten(), dim=0) > 0.97, name
+
+
 def test_wrong_tensors_are_named():
     model, processor = small()
     rows = batch(processor)
@@ -154,6 +168,8 @@ def test_wrong_tensors_are_named():
         model(**{**rows, "pixel_values": rows.pixel_values[:1], "task_ids": rows.task_ids[:1]})
     with pytest.raises(ValueError, match="task is missing"):
         model(**{**rows, "task_ids": None})
+    with pytest.raises(ValueError, match=r"pixel_values are \[2, 3, 32, 16\], they must be \[images, 3, 32, 32\]"):
+        model(**{**rows, "pixel_values": rows.pixel_values[..., :16]})
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model(pixel_values=rows.pixel_values)
 

@@ -107,6 +107,7 @@ def test_merged_equals_adapted(tmp_path, freeze):
     processor.save_pretrained(tmp_path / "merged")
     again, _ = load(tmp_path / "merged")
     assert torch.equal(again(**rows).logits, after.logits)
+    assert add_lora(whole).peft_config["default"].base_model_name_or_path is None  # not the base that it once had
 
 
 def test_a_loaded_adapter_can_train_on(tmp_path):

@@ -1,6 +1,6 @@
 """Low-rank adapters on the language model, with the connector in the same adapter folder.
 
-`task_type` stays unset on purpose: peft's class for causal language models takes `task_ids` for itself: the connector would miss them.
+`task_type` stays unset on purpose: peft's class for causal language models takes `task_ids` for itself, and the connector would miss them.
 """
 
 import os
@@ -19,8 +19,6 @@ from unimed.model.modeling import UniMedForConditionalGeneration
 
 TARGETS = r"language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 WEIGHTS = "adapter_model.safetensors"
-
-
 BASE = "base"  # in an adapter folder: the base model, if it was never saved anywhere else
 
 
@@ -70,7 +68,9 @@ def add_lora(model: UniMedForConditionalGeneration, r: int = 8, alpha: int = 16,
 
 def merge(model: UniMedPeftModel) -> UniMedForConditionalGeneration:
     """The plain model with the adapter worked into its weights; same answers, up to rounding."""
-    return model.merge_and_unload()
+    whole = model.merge_and_unload()
+    whole.config.name_or_path = ""  # these weights are in no folder yet: an adapter put on them must not name the old base
+    return whole
 
 
 def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLike, trainable: bool = False) -> UniMedPeftModel:

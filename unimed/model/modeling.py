@@ -106,6 +106,9 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Patch features [I, P, C] of images [I, 3, H, W]; a frozen encoder records no graph."""
+        side = self.config.vision_config.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
+            raise ValueError(f"pixel_values are {list(pixel_values.shape)}, they must be [images, 3, {side}, {side}]")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             return self.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
 
@@ -144,6 +147,9 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.dim() == 2:
             # Counted over real tokens, so that padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+        if use_cache is None and labels is not None:
+            use_cache = False
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -198,7 +204,8 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             super().save_pretrained(beside, *args, **kwargs)
-            write_card(beside, self.config, sum(p.numel() for p in self.parameters()))
+            if kwargs.get("is_main_process", True):
+                write_card(beside, self.config, sum(p.numel() for p in self.parameters()))
             written = {file.name for file in beside.iterdir()}
             for file in beside.iterdir():
                 file.replace(target / file.name)
