@@ -95,7 +95,7 @@ class CMoEConnector(nn.Module):
         aux_loss = gates.new_zeros(())
         for name, loss in aux_losses.items():
             aux_loss = aux_loss + self.config.aux_losses[name] * loss
-        return ConnectorOutput(embeddings.view(*lead, -1), gates.view(*lead, -1), aux_loss, aux_losses)
+        return ConnectorOutput(embeddings.unflatten(0, lead), gates.unflatten(0, lead), aux_loss, aux_losses)
 
     def _resample(self, features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens [T, D], and the leading dimensions of the result."""

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from cmoe_kernels.ops.precision import FLOATS
+from cmoe_kernels.ops.precision import FLOATS, autocast_is_on
 
 CHECK_ON_DEVICE = os.environ.get("CMOE_CHECK", "0") not in ("", "0")
 
@@ -52,7 +52,7 @@ def require_weight(name: str, value: Tensor, letters: str, x: Tensor, dtype: tor
     require_device(name, value, x)
     if value.dtype == dtype or (value.dtype == torch.float32 and dtype != torch.float64):
         return value
-    if value.dtype != torch.float64 and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if value.dtype != torch.float64 and dtype != torch.float64 and autocast_is_on(x):
         return value.to(dtype)
     raise TypeError(
         f"{name} is {value.dtype}, must be {dtype} like x" + ("" if dtype in (torch.float32, torch.float64) else " or torch.float32")

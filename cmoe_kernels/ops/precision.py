@@ -16,6 +16,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which ``x`` enters a matrix product: autocast's, where it is on and would cast; else its own."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocast_is_on(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    # A device that autocast does not know, such as meta, is an error to ask about.
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)

@@ -37,7 +37,7 @@ class Largest(TorchDispatchMode):
 def test_split_router_never_multiplies_the_task_columns_per_token():
     w1, b1, w2, b2 = x(R, S + D), x(R), x(E, R), x(E)
     ids = torch.arange(T) % G
-    n, (logits, u) = flops("task_router", x(T, D), x(G, S), w1, b1, w2, b2, ids, "gelu", True)
+    n, (_, u) = flops("task_router", x(T, D), x(G, S), w1, b1, w2, b2, ids, "gelu", True)
     assert n == T * D * R + G * S * R + T * R * E
     arguments = (x(T, E), x(T, D), x(G, S), w1, b1, w2, b2, ids, u, "gelu")
     n, _ = flops("task_router_backward", *arguments, [True] * 6)

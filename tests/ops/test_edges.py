@@ -113,7 +113,9 @@ def test_soft_gate_where_every_sigmoid_underflows(backend):
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_topk_ties_exclusion_and_saturation(backend, score, renormalize):
     inf = torch.inf
-    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0], [300.0, 200.0, 100.0, 400.0], [0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]], requires_grad=True)
+    logits = torch.tensor(
+        [[1.0, 2.0, 2.0, 2.0], [300.0, 200.0, 100.0, 400.0], [0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]], requires_grad=True
+    )
     selection = torch.tensor([[1.0, 2.0, 2.0, 2.0], [300.0, 200.0, 100.0, 400.0], [0.0, 0.0, -inf, -inf], [-inf, -inf, -inf, 0.0]])
     with cmoe.use_backend(backend):
         weights, indices, counts = cmoe.topk_gate(logits, 2, score, renormalize, selection=selection)

@@ -58,13 +58,23 @@ BAD = [
     ("soft_experts-mlp", {"w2": t(4, 6, 9)}, ValueError, "w2 has 4 in dimension 0 .* must be 5 .experts in w1"),
     ("soft_experts-mlp", {"b2": t(5, 5)}, ValueError, "b2 has 5 in dimension 1 .* must be 6"),
     ("soft_experts-mlp-groups", {"group_ids": ids(*[0] * 10, 3)}, ValueError, "group_ids holds 3, must be in 0..2 .rows of gates"),
-    ("sparse_experts-mlp", {"indices": torch.full((11, 2), 6)}, ValueError, "indices holds 6, must be in 0..5 .5 experts, and 5 for no expert"),
+    (
+        "sparse_experts-mlp",
+        {"indices": torch.full((11, 2), 6)},
+        ValueError,
+        "indices holds 6, must be in 0..5 .5 experts, and 5 for no expert",
+    ),
     ("sparse_experts-mlp", {"indices": torch.full((11, 2), -1)}, ValueError, "indices holds -1, must be in 0..5"),
     ("sparse_experts-mlp", {"weights": t(11, 1)}, ValueError, "weights has 1 in dimension 1 .* must be 2"),
     ("sparse_experts-mlp", {"weights": None, "indices": ids([0], [1])}, ValueError, "indices has 2 rows, must have 11 .* or 1"),
     ("sparse_experts-mlp", {"gated": True}, ValueError, "w1 has 9 in dimension 1 .* must be even"),
     ("sparse_experts-linear", {"gated": True}, ValueError, "w2 must be given with gated=True"),
-    ("sparse_experts-linear", {"indices": torch.zeros(11, 0, dtype=torch.int64), "weights": None}, ValueError, "at least one expert per token"),
+    (
+        "sparse_experts-linear",
+        {"indices": torch.zeros(11, 0, dtype=torch.int64), "weights": None},
+        ValueError,
+        "at least one expert per token",
+    ),
     ("sparse_experts-hard", {"group_ids": ids(*[0] * 10, 3)}, ValueError, "group_ids holds 3, must be in 0..2 .rows of indices"),
     ("balance_loss-switch", {"kind": "cv"}, ValueError, "kind is 'cv', must be one of switch, importance, z"),
     ("balance_loss-switch", {"indices": None}, ValueError, "kind='switch' needs either indices or counts"),
@@ -77,7 +87,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("case", "change", "error", "message"), BAD, ids=[f"{c}-{'-'.join(ch)}-{i}" for i, (c, ch, _, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("case", "change", "error", "message"), BAD, ids=[f"{c}-{'-'.join(ch)}-{i}" for i, (c, ch, _, _) in enumerate(BAD)]
+)
 def test_wrong_input(case, change, error, message):
     case = BY_NAME[case]
     with cmoe.use_backend("reference"), pytest.raises(error, match=message) as raised:
@@ -117,7 +129,10 @@ def test_a_bad_index_on_a_gpu_reads_and_writes_nothing(monkeypatch):
 
 
 def test_an_unknown_backend_and_one_that_lacks_the_op():
-    with pytest.raises(ValueError, match="use_backend: 'tpu' is not a backend; choose one of reference, cpu, triton, cuda or auto"), cmoe.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="use_backend: 'tpu' is not a backend; choose one of reference, cpu, triton, cuda or auto"),
+        cmoe.use_backend("tpu"),
+    ):
         pass
     with (
         pytest.raises(RuntimeError, match="backend 'cuda' has no soft_gate for device 'cpu'; it is served there by"),
