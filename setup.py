@@ -17,9 +17,13 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation nobody compares it with pyproject.toml
+    sys.exit(f"setuptools is {setuptools.__version__}, at least 77 is needed: pip install --upgrade setuptools")
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
