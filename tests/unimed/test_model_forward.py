@@ -180,3 +180,13 @@ def test_constructed_the_same_for_the_same_seed():
     assert not torch.equal(one.connector.experts.w1, three.connector.experts.w1)
     bound = one.connector.config.features**-0.5  # torch.nn.Linear's initialisation, as released
     assert 0.9 * bound < one.connector.experts.w1.abs().max() <= bound
+
+
+def test_neighbouring_coordinates_start_alike():
+    model, processor = small()
+    ids = processor.tokenizer.convert_tokens_to_ids([f"<{number}>" for number in range(101)])
+    rows = model.get_input_embeddings().weight[ids]
+    near, far = (functional.cosine_similarity(rows[:-step], rows[step:]) for step in (1, 40))
+    assert near.min() > 0.85
+    assert far.abs().mean() < 0.5
+    assert 0.8 < rows.std() / model.config.text_config.initializer_range < 1.2
