@@ -16,6 +16,8 @@
 #include <atomic>
 #include <limits>
 
+#include <torch/headeronly/util/shim_utils.h>
+
 #include "ops.h"
 #include "rows.h"
 #include "sigmoid.h"
@@ -28,10 +30,10 @@ enum class Score { softmax, sigmoid };
 Score take_score(OwnedString handle) {
   const char* text = nullptr;
   size_t length = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
   const std::string name(text, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   STD_TORCH_CHECK(name == "softmax" || name == "sigmoid", "score is '", name, "', must be one of softmax, sigmoid");
   return name == "softmax" ? Score::softmax : Score::sigmoid;
 }
