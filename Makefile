@@ -1,0 +1,48 @@
+# make help lists what there is.
+VENV ?= .venv
+PYTHON ?= python3
+# Installed only where the environment has no torch yet; a CPU build will do.
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-full lint wheel demo doctor clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## .venv with the package (native library where a C++ compiler is) and everything the tests need
+
+# Build isolation would fetch a second torch, so the build runs inside the environment.
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "setuptools>=70" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m cmoe_kernels
+	@touch $@
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy cmoe_kernels unimed
+
+test: lint  ## what CI runs: lint and the tests, with what was skipped and why
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-full: lint  ## every case, also those that CI samples
+	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS)
+
+wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+demo: install  ## the main job: train a tiny Uni-Med on real CT and MR, evaluate six tasks, write runs/demo/report.html
+	$(BIN)/unimed demo
+
+doctor: install  ## what is built, what each op uses here, and why
+	$(BIN)/python -m cmoe_kernels
+
+clean:  ## everything that the above made, but not runs/
+	rm -rf $(VENV) build dist *.egg-info cmoe_kernels/_C*.so

@@ -1,0 +1,81 @@
+"""What is built, what each op will use here, and why: ``python -m cmoe_kernels``."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import cmoe_kernels
+from cmoe_kernels import backends
+
+
+def report() -> str:
+    """The whole report as text."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    blocks = [_versions(), *(_ops(device) for device in devices), _settings()]
+    if len(devices) == 1:
+        blocks.append("No GPU that torch can use was found; GPU backends are listed on a machine that has one.")
+    return "\n\n".join(blocks)
+
+
+def _versions() -> str:
+    native = f"{backends.native_library}" if backends.native_library else f"absent: {backends.native_error}"
+    rows = [
+        ("cmoe_kernels", cmoe_kernels.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, {torch.get_num_threads()} threads"),
+        ("triton", _version("triton")),
+        ("native library", native),
+        ("processor", f"{_processor()}, torch runs at {torch.backends.cpu.get_cpu_capability()}"),
+    ]
+    if torch.cuda.is_available():
+        rows += [("gpu", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}") for i in range(torch.cuda.device_count())]
+    return _table(rows)
+
+
+def _ops(device: str) -> str:
+    rows = [("op", f"backend on {device}", "why")]
+    for op in backends.OPS:
+        try:
+            chosen = backends.choose(op, device)
+        except RuntimeError as error:
+            rows.append((op, "error", str(error)))
+            continue
+        passed = backends.DEVICE_ORDER[device][: backends.DEVICE_ORDER[device].index(chosen)]
+        reasons = [f"{name}: {backends.missing_reason(name)}" for name in passed]
+        if backends._selected != "auto":
+            reasons = [f"chosen by {'CMOE_BACKEND' if os.environ.get('CMOE_BACKEND') else 'use_backend'}"]
+        rows.append((op, chosen, "; ".join(reasons) or "first choice for this device"))
+    return _table(rows)
+
+
+def _settings() -> str:
+    names = ("CMOE_BACKEND", "CMOE_CHECK")
+    return _table([(name, os.environ.get(name, "not set")) for name in names])
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+
+
+def _version(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
