@@ -1,4 +1,12 @@
 import pytest
+import torch
+
+SMALL = """
+vision.image_size=32 vision.width=16 vision.layers=1 vision.heads=2 connector.hidden_features=16
+language.width=32 language.layers=1 language.heads=2 language.mlp_width=32 language.vocab_size=400
+train.max_steps=12 train.batch_size=4 train.log_every=2 train.save_every=4 train.threads=1 optim.warmup_steps=2
+evaluate.limit=4 evaluate.max_new_tokens=12 name=small
+"""
 
 
 @pytest.fixture(scope="session")
@@ -9,3 +17,38 @@ def sample_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sample"
     build_sample(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_overrides(sample_folder):
+    """Overrides that make the tiny recipe train in seconds."""
+    return [f"data.root={sample_folder}", *SMALL.split()]
+
+
+@pytest.fixture(scope="session")
+def small_run(small_overrides, tmp_path_factory):
+    """A finished run: runs/small under a folder of its own. Read it, do not change it."""
+    from unimed.train import config
+    from unimed.train.run import train
+
+    torch.set_num_threads(1)
+    return train(config.load("tiny", small_overrides), tmp_path_factory.mktemp("work") / "runs" / "small")
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(small_run):
+    from unimed.evaluate.run import evaluate_run
+    from unimed.tasks import overlap
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "has_coco", lambda: False)
+        evaluate_run(small_run)
+    return small_run
+
+
+@pytest.fixture
+def without_java(monkeypatch):
+    """Report metrics from Python alone: starting a Java machine for every score takes longer than all else."""
+    from unimed.tasks import overlap
+
+    monkeypatch.setattr(overlap, "has_coco", lambda: False)

@@ -12,14 +12,6 @@ from unimed.train import config
 from unimed.train.run import build, examples, load_model, train
 from unimed.train.trainer import UniMedTrainer, checkpoints
 
-SMALL = [
-    "vision={image_size: 32, width: 16, layers: 1, heads: 2}",
-    "connector.hidden_features=16",
-    "language={width: 32, layers: 1, heads: 2, mlp_width: 32, vocab_size: 400}",
-    "train={max_steps: 12, batch_size: 4, log_every: 2, save_every: 4, threads: 1}",
-    "optim.warmup_steps=2",
-]
-
 
 class Killed(Exception):
     pass
@@ -35,25 +27,13 @@ class KillAt(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def overrides(sample_folder):
-    flat = []
-    for text in SMALL:
-        key, _, value = text.partition("=")
-        if value.startswith("{"):
-            flat += [f"{key}.{item.replace(': ', '=')}" for item in value.strip("{}").split(", ")]
-        else:
-            flat.append(text)
-    return [f"data.root={sample_folder}", *flat]
+def recipe(small_overrides):
+    return config.load("tiny", small_overrides)
 
 
 @pytest.fixture(scope="module")
-def recipe(overrides):
-    return config.load("tiny", overrides)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    return train(recipe, tmp_path_factory.mktemp("runs") / "whole")
+def whole(small_run):
+    return small_run
 
 
 def log_of(run):
@@ -111,8 +91,8 @@ def test_a_killed_and_resumed_run_is_the_same_run(whole, recipe, tmp_path, kille
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_homogeneous_batches_resume_too_and_accumulation_sees_the_same_samples(overrides, tmp_path):
-    recipe = config.load("tiny", [*overrides, "sampler.mode=homogeneous", "train.accumulate=2", "train.max_steps=8"])
+def test_homogeneous_batches_resume_too_and_accumulation_sees_the_same_samples(small_overrides, tmp_path):
+    recipe = config.load("tiny", [*small_overrides, "sampler.mode=homogeneous", "train.accumulate=2", "train.max_steps=8"])
     with pytest.raises(Killed):
         train(recipe, tmp_path / "killed", callbacks=[KillAt(6)])
     train(recipe, tmp_path / "killed", resume=True)
@@ -154,12 +134,12 @@ def test_a_corrupt_checkpoint_is_named(whole, recipe, tmp_path):
         shutil.rmtree(run)
 
 
-def test_a_run_is_not_overwritten_or_resumed_by_mistake(whole, recipe, overrides, tmp_path):
+def test_a_run_is_not_overwritten_or_resumed_by_mistake(whole, recipe, small_overrides, tmp_path):
     with pytest.raises(UserError, match="--resume"):
         train(recipe, whole)
     with pytest.raises(UserError, match="nothing to resume"):
         train(recipe, tmp_path / "new", resume=True)
-    other = config.load("tiny", [*overrides, "optim.lr=0.5"])
+    other = config.load("tiny", [*small_overrides, "optim.lr=0.5"])
     with pytest.raises(UserError, match=r"optim.lr=0.5.*0.001"):
         train(other, whole, resume=True)
     (tmp_path / "precious").mkdir()
@@ -190,9 +170,9 @@ def test_weight_decay_goes_where_the_release_puts_it(recipe, tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, overrides):
+def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, small_overrides):
     train_examples = examples(recipe, "train")
     first, second = build(recipe, train_examples)[0].state_dict(), build(recipe, train_examples)[0].state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = build(config.load("tiny", [*overrides, "train.seed=1"]), train_examples)[0].state_dict()
+    other = build(config.load("tiny", [*small_overrides, "train.seed=1"]), train_examples)[0].state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)

@@ -39,7 +39,3 @@ class RouterHistory:
             self.entries.append({"step": step, "tasks": tasks})
         return tasks
 
-    def cut(self, step: int) -> None:
-        """Forgets entries after `step`, when a run resumes from there."""
-        self.entries = [entry for entry in self.entries if entry["step"] <= step]
-        self._open = {}

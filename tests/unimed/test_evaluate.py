@@ -1,0 +1,170 @@
+import json
+
+import numpy as np
+import pytest
+
+from unimed.data import boxes
+from unimed.data.example import TASKS, Example
+from unimed.errors import UserError
+from unimed.evaluate import evaluate, predict
+from unimed.evaluate.ask import ask, read_box
+from unimed.evaluate.run import answer_table, evaluate_run
+from unimed.tasks import metrics
+from unimed.train import config
+from unimed.train.run import examples, load_model
+
+pytestmark = pytest.mark.usefixtures("without_java")
+
+
+@pytest.fixture(scope="module")
+def slab(small_run):
+    return evaluate.spread(examples(config.load(small_run / "recipe.yaml"), "slab"), 5)
+
+
+@pytest.fixture(scope="module")
+def pair(small_run):
+    return load_model(small_run)
+
+
+class Parrot:
+    """Stands for a model and its processor: answers every example as `speak` says, and remembers the images."""
+
+    def __init__(self, speak):
+        self.speak, self.images = speak, []
+
+
+@pytest.fixture
+def parrots(monkeypatch):
+    def answers(model, processor, part, batch_size=40, max_new_tokens=100, blank_images=False, progress=None):
+        return [model.speak(example, blank_images) for example in part]
+
+    monkeypatch.setattr(evaluate, "answers", answers)
+
+
+def test_batches_do_not_change_answers(pair, slab):
+    model, processor = pair
+    together = predict.answers(model, processor, slab, batch_size=7, max_new_tokens=8)
+    alone = [predict.answers(model, processor, [example], max_new_tokens=8)[0] for example in slab]
+    assert together == alone
+    assert not model.training
+
+
+def test_blanked_means_black_and_only_that(pair, slab, monkeypatch):
+    seen = []
+    model, processor = pair
+    original = type(processor).__call__
+
+    def spy(self, *args, **kwargs):
+        seen.extend(kwargs.get("images") or [])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "__call__", spy)
+    predict.answers(model, processor, slab, max_new_tokens=1, blank_images=True)
+    assert seen
+    assert all(np.asarray(image).max() == 0 for image in seen)
+    seen.clear()
+    predict.answers(model, processor, slab, max_new_tokens=1)
+    assert all(np.asarray(image).max() > 0 for image in seen)
+
+
+def test_progress_counts_every_example_once(pair, slab):
+    model, processor = pair
+    counts = []
+    result = evaluate.evaluate(model, processor, slab, batch_size=3, progress=counts.append, max_new_tokens=2)
+    assert sum(counts) == len(slab) == len(result["predictions"])
+    assert set(result["metrics"]) == set(TASKS)
+
+
+def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run, parrots):
+    train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
+    perfect = Parrot(lambda example, blanked: "nothing" if blanked else example.answer)
+    silent = Parrot(lambda example, blanked: "")
+    rows = evaluate.compare((silent, None), (perfect, None), train_examples, slab)
+    assert list(rows) == list(evaluate.ROWS)
+    for task in TASKS:
+        name = metrics.HEADLINE[task]
+        # A box is written in hundredths of the image, so even the right text is a little off.
+        assert rows[evaluate.TRAINED]["metrics"][task][name] == pytest.approx(1, abs=0.15 if task == "refer" else 1e-6)
+        assert rows[evaluate.UNTRAINED]["metrics"][task][name] == 0
+    better = evaluate.verdict(rows)
+    assert {task for task, good in better.items() if good} == {"vqa", "refer", "identify", "caption", "cls"}
+    assert rows[evaluate.BLANKED]["metrics"]["qa"] == rows[evaluate.TRAINED]["metrics"]["qa"]
+
+
+def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run, parrots):
+    train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
+    looker = evaluate.WithoutLooking.fit(train_examples)
+    rows = evaluate.compare(None, (Parrot(lambda example, blanked: looker.predict(example)), None), train_examples, slab)
+    assert evaluate.UNTRAINED not in rows
+    assert not any(evaluate.verdict(rows).values())
+
+
+def test_spread_takes_an_even_share_of_every_task():
+    many = [Example(str(i), task, "d", "", "", None, None, None, "t") for task in ("vqa", "qa") for i in range(100)]
+    kept = evaluate.spread(many, 4)
+    assert [example.id for example in kept] == ["0", "25", "50", "75"] * 2
+    assert evaluate.spread(many, 0) == many
+
+
+def test_evaluating_a_run_writes_its_metrics_and_predictions(evaluated_run):
+    result = json.loads((evaluated_run / "metrics.json").read_text())
+    stored = json.loads((evaluated_run / "predictions.json").read_text())
+    assert result["notice"] == "Research use, not for diagnosis"
+    assert set(result["splits"]) == {"slab", "subject"}
+    for split, part in result["splits"].items():
+        assert part["counts"] == dict.fromkeys(TASKS, 4)
+        assert set(part["rows"]) == set(evaluate.ROWS)
+        assert set(part["better"]) == set(TASKS)
+        assert all(len(texts) == len(stored[split]["ids"]) == 24 for texts in stored[split]["rows"].values())
+        held_out = {example.id: example for example in examples(config.load(evaluated_run / "recipe.yaml"), split)}
+        again = evaluate.score([held_out[key] for key in stored[split]["ids"]], stored[split]["rows"][evaluate.TRAINED])
+        assert again == part["rows"][evaluate.TRAINED]
+    header, lines = answer_table(result)
+    assert len(header) == 7
+    assert len(lines) == 8
+
+
+def test_evaluating_what_is_not_a_run_says_so(tmp_path):
+    with pytest.raises(UserError, match="not a run of unimed"):
+        evaluate_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["10,20,30,40", " 10 20 30 40 ", "10, 20, 30, 40"])
+def test_a_box_can_be_typed(text):
+    assert read_box(text, (50, 50)) == (10, 20, 30, 40)
+    assert read_box("{<20><40><60><80>}", (50, 50)) == (10, 20, 30, 40)
+
+
+@pytest.mark.parametrize("text", ["10,20,30", "a,b,c,d", "30,20,10,40", "10,20,30,60", "-1,0,5,5", "nan,0,5,5", "inf,0,5,5", ""])
+def test_a_wrong_box_says_how_to_write_one(text):
+    with pytest.raises(UserError, match="box"):
+        read_box(text, (50, 50))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("x.png", "q", "speech"), "vqa, refer"),
+        (("-", "q", "vqa"), "needs an image"),
+        (("x.png", "q", "qa"), "takes no image"),
+        (("x.png", "", "vqa"), "needs a question"),
+        (("x.png", "q", "vqa"), "no such image"),
+    ],
+)
+def test_asking_wrongly_names_what_is_wrong(arguments, words, small_run):
+    with pytest.raises(UserError, match=words):
+        ask(*arguments, small_run)
+
+
+def test_asking_each_task(small_run, sample_folder, tmp_path):
+    image = str(next((sample_folder / "slake" / "imgs").rglob("source.jpg")))
+    questions = {"vqa": "which plane is shown", "refer": "liver", "identify": "5,5,15,15", "caption": "", "cls": "", "qa": "where?"}
+    for task, question in questions.items():
+        answer = ask("-" if task == "qa" else image, question, task, small_run)
+        assert isinstance(answer.text, str)
+        assert (answer.box is not None) == (task == "identify" or (task == "refer" and boxes.from_text(answer.text) is not None))
+    drawn = tmp_path / "boxed.png"
+    ask(image, "5,5,15,15", "identify", small_run).draw(drawn)
+    assert drawn.stat().st_size > 0
+    with pytest.raises(UserError, match="no box to draw"):
+        ask("-", "where?", "qa", small_run).draw(drawn)

@@ -1,0 +1,160 @@
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from unimed.analysis import gallery, plots, report
+from unimed.analysis.router import RouterHistory, describe
+from unimed.data.example import TASKS, Example
+from unimed.errors import UserError
+
+VOID = {"meta", "br", "img", "input", "hr", "path", "use", "rect", "image", "link"}
+
+
+class Outline(HTMLParser):
+    """Collects ids and addresses, and checks that elements close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.addresses, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.addresses += [value for key, value in attrs.items() if key.split(":")[-1] in ("href", "src", "data", "action") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def html(evaluated_run):
+    return report.write(evaluated_run).read_text(encoding="utf-8")
+
+
+def outline(html):
+    found = Outline()
+    found.feed(html)
+    return found
+
+
+def test_the_page_is_whole_and_loads_nothing(html):
+    found = outline(html)
+    assert found.open == []
+    assert len(found.ids) == len(set(found.ids))
+    for address in found.addresses:
+        assert address.startswith(("#", "data:image/png;base64,")), address[:80]
+    assert {address[1:] for address in found.addresses if address.startswith("#")} <= set(found.ids)
+    assert "default-src 'none'" in html
+    assert not re.search(r"url\((?!#)|@import|<script", html)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http-equiv', "", html)
+
+
+def test_the_page_says_what_it_must(html, evaluated_run):
+    text = re.sub(r"<[^>]+>", " ", html)
+    for words in ("Research use, not for diagnosis", "synthetic", "No generalisation", "without looking", "image blanked", "untrained"):
+        assert words in text
+    assert all(f"<br>{metric}" in html for metric in json.loads((evaluated_run / "metrics.json").read_text())["headline"].values())
+    assert "max_steps: 12" in text
+
+
+def test_every_number_of_the_table_is_the_one_that_was_measured(html, evaluated_run):
+    result = json.loads((evaluated_run / "metrics.json").read_text())
+    shown = [float(value) for value in re.findall(r"<td class=value>([\d.]+)</td>", html)]
+    expected = [
+        part["rows"][row][task][result["headline"][task]]
+        for task in TASKS
+        for row in ("untrained", "without looking", "image blanked", "trained")
+        for part in result["splits"].values()
+    ]
+    assert shown == pytest.approx(expected, abs=5e-4)
+
+
+def test_text_of_a_model_cannot_become_markup(evaluated_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    stored = json.loads((run / "predictions.json").read_text())
+    for part in stored.values():
+        part["rows"]["trained"] = ["<script>alert(1)</script>" for _ in part["rows"]["trained"]]
+    (run / "predictions.json").write_text(json.dumps(stored))
+    page = report.write(run).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_same_run_gives_the_same_page(evaluated_run, html):
+    assert report.write(evaluated_run).read_text(encoding="utf-8") == html
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("metrics.json", "unimed evaluate"), ("recipe.yaml", "unimed train"), ("predictions.json", "unimed evaluate")]
+)
+def test_what_is_missing_is_named_with_its_command(evaluated_run, tmp_path, name, words):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    (run / name).unlink()
+    with pytest.raises(UserError, match=f"{name}.*{words}"):
+        report.write(run)
+
+
+def test_boxes_are_drawn_where_they_are():
+    image = Image.new("RGB", (200, 100))
+    drawn = gallery.slice_with_boxes(image, (10, 20, 30, 40), (50, 60, 80, 90))
+    assert 'viewBox="0 0 200 100"' in drawn
+    assert re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn) == [
+        ("10.0", "20.0", "20.0", "20.0"),
+        ("50.0", "60.0", "30.0", "30.0"),
+    ]
+    assert "<rect" not in gallery.slice_with_boxes(image, None, None)
+
+
+def test_the_grid_goes_from_the_best_box_to_the_worst():
+    box = (10.0, 10.0, 60.0, 60.0)
+    truth = Example("a", "refer", "d", "liver", "{<10><10><60><60>}", None, (100, 100), box, "refer/liver")
+    texts = ["none", "{<10><10><60><60>}", "{<10><10><30><60>}"]
+    grid = gallery.box_grid([truth] * 3, texts, lambda example: Image.new("RGB", (100, 100)))
+    scores = re.findall(r"IoU ([\d.]+)|(no box)", grid)
+    assert [bool(none) for _, none in scores] == [False, False, True]
+    assert float(scores[0][0]) > float(scores[1][0])
+    assert gallery.spread(100, 4) == [0, 25, 50, 75]
+
+
+def test_gates_are_described():
+    import torch
+
+    even = describe(torch.full((2, 3, 4), 0.25))
+    assert even["gates"] == pytest.approx([0.25] * 4)
+    assert even["entropy"] == pytest.approx(1)
+    sharp = describe(torch.eye(4)[[1, 1, 2]])
+    assert sharp["entropy"] == 0
+    assert sharp["load"] == pytest.approx([0, 2 / 3, 1 / 3, 0])
+    assert describe(torch.ones(5, 1)) == {"gates": [1.0], "entropy": 0.0, "load": [1.0]}
+
+
+def test_the_history_keeps_tasks_apart_and_lets_go_of_the_graph():
+    import torch
+
+    history = RouterHistory()
+    gates = torch.rand(2, 3, requires_grad=True).softmax(-1)
+    history.add("vqa", gates)
+    assert not any(part.requires_grad for parts in history._open.values() for part in parts)
+    history.add("cls", torch.eye(3))
+    assert set(history.close(4)) == {"vqa", "cls"}
+    assert history.close(6) == {}
+    assert [entry["step"] for entry in history.entries] == [4]
+
+
+def test_smoothing_keeps_a_constant_and_follows_a_step():
+    assert plots.smooth([2.0] * 5) == pytest.approx([2.0] * 5)
+    assert plots.smooth([0.0, 1.0])[1] == pytest.approx(1 / 1.8)
