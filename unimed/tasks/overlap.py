@@ -10,9 +10,10 @@ from functools import lru_cache
 from typing import Any
 
 _WEIGHTS = {n: tuple(1 / n for _ in range(n)) for n in (1, 2, 3, 4)}
-# Marks that the PTB tokenizer of the coco captions code splits off and then drops.
-_DROPPED = {"''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*%?|[^\W\d_]+(?:['-]\w+)*|\S")
+# What the coco captions code drops after the PTB tokenizer. It also lists brackets, but in upper case, after lowering: those stay.
+_DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_TOKEN = re.compile(r"\d+(?:[.,/]\d+)*|[^\W\d_]+(?:['/-]\w+)*|\.\.\.|--|\S")
 
 
 def f1(prediction: str, reference: str) -> float:
@@ -49,8 +50,8 @@ def has_coco() -> bool:
 
 
 def ptb_like(text: str) -> list[str]:
-    """Lower-case words and numbers without punctuation marks: on plain prose the same tokens as the PTB tokenizer's."""
-    return [token for token in _TOKEN.findall(text.lower()) if token not in _DROPPED]
+    """Lower-case words and numbers without punctuation marks: the PTB tokenizer's tokens on plain prose (contractions it would split)."""
+    return [_BRACKETS.get(token, token) for token in _TOKEN.findall(text.lower()) if token not in _DROPPED]
 
 
 def tokenise(texts: Sequence[str], coco: bool) -> list[list[str]]:

@@ -1,0 +1,343 @@
+"""The loaders on tiny files in the layouts of the released datasets, and on damaged ones."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimed.data import load_examples, load_image, medmnist, text
+from unimed.data.example import Example
+from unimed.errors import UserError
+
+
+def picture(path, size=(40, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, 128).save(path)
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+def slake(root, questions=None, detections=None, cases="xmlab0\n"):
+    picture(root / "imgs" / "xmlab0" / "source.jpg")
+    record = {"img_id": 0, "img_name": "xmlab0/source.jpg", "q_lang": "en", "qid": 0, "location": "Abdomen", "modality": "MRI"}
+    if questions is None:
+        questions = [
+            {
+                **record,
+                "question": "What modality is used  to take this image?",
+                "answer": "MRI",
+                "answer_type": "OPEN",
+                "content_type": "Modality",
+            },
+            {**record, "question": "Does the picture contain lung?", "answer": "No", "answer_type": "CLOSED", "content_type": "Organ"},
+            {**record, "question": "图中是否有肺?", "answer": "没有", "answer_type": "CLOSED", "q_lang": "zh"},
+            {**record, "question": "Where?", "answer": "", "answer_type": "OPEN"},
+        ]
+    write(root / "imgs" / "xmlab0" / "question.json", questions)
+    write(
+        root / "imgs" / "xmlab0" / "detection.json",
+        [{"Liver": [4.0, 5, 10, 10]}, {"Spleen": [30, 2, 8, 8]}] if detections is None else detections,
+    )
+    write(root / "train.txt", cases)
+    write(root / "test.txt", "")
+    return root
+
+
+def by_task(examples):
+    return {task: [example for example in examples if example.task == task] for task in {example.task for example in examples}}
+
+
+def test_slake(tmp_path):
+    found = by_task(load_examples(slake(tmp_path), "train"))
+    assert {task: len(part) for task, part in found.items()} == {"vqa": 2, "refer": 2, "identify": 2}
+    first, second = found["vqa"]
+    assert (first.question, first.answer, first.answer_type) == ("What modality is used to take this image?", "MRI", "OPEN")
+    assert (second.answer_type, second.template, second.subject) == ("CLOSED", "vqa/does the picture contain lung?", "xmlab0")
+    assert load_image(first).size == first.size == (40, 20)
+    liver = found["refer"][0]
+    assert (liver.question, liver.answer, liver.box, liver.template) == ("Liver", "{<10><25><35><75>}", (4, 5, 14, 15), "refer/liver")
+    assert (found["identify"][0].question, found["identify"][0].answer) == (liver.answer, "Liver")
+    assert load_examples(tmp_path, "test") == []
+    assert load_examples(tmp_path, "slab") == []  # no validate.txt
+
+
+def test_one_folder_down_and_chosen_tasks(tmp_path):
+    slake(tmp_path / "Slake1.0")
+    assert [example.task for example in load_examples(tmp_path, "train", ["refer"])] == ["refer", "refer"]
+
+
+def test_sa_med2d(tmp_path):
+    picture(tmp_path / "images_small_train" / "ct_00" / "ct_00--a--0001.png")
+    write(tmp_path / "regions_small_train" / "ct_00" / "ct_00--a--0001.json", [{"left kidney": [0, 0, 20, 10]}])
+    refer, identify = load_examples(tmp_path, "train")
+    assert (refer.dataset, refer.question, refer.answer, identify.answer) == ("sa-med2d", "left kidney", "{<0><0><50><50>}", "left kidney")
+    assert load_examples(tmp_path, "test") == []
+
+
+PATH_VQA = [
+    {
+        "img_id": "train_0422",
+        "sent": "Where are  liver cells?",
+        "question_id": 100422000,
+        "label": {"in the center": 1},
+        "answer_type": "other",
+    },
+    {"img_id": "train_0422", "sent": "Is it normal?", "question_id": 100422001, "label": {"no": 1, "yes": 0.3}, "answer_type": "yes/no"},
+    {"img_id": "train_0422", "sent": "Unanswered?", "question_id": 100422002, "label": {}, "answer_type": "other"},
+]
+
+
+@pytest.mark.parametrize("kind", ["json", "pkl"])
+def test_path_vqa(tmp_path, kind):
+    picture(tmp_path / "images" / "train" / "train_0422.jpg")
+    if kind == "json":
+        write(tmp_path / "train_vqa.json", PATH_VQA)
+    else:
+        (tmp_path / "train_vqa.pkl").write_bytes(pickle.dumps(PATH_VQA))
+    where, normal = load_examples(tmp_path, "train")
+    assert (where.question, where.answer, where.answer_type) == ("Where are liver cells?", "in the center", "OPEN")
+    assert (normal.answer, normal.answer_type, normal.id) == ("no", "CLOSED", "path-vqa/100422001")
+    assert load_image(normal).size == (40, 20)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bombed",)
+
+
+@pytest.mark.parametrize("evil", [_Bomb(), [{"img_id": _Bomb()}], print, {1, 2} and __import__("collections").OrderedDict(a=1)])
+def test_a_pickle_builds_no_objects(tmp_path, monkeypatch, evil):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train_vqa.pkl").write_bytes(pickle.dumps(evil))
+    with pytest.raises(UserError, match="only plain lists"):
+        load_examples(tmp_path, "train")
+    assert not (tmp_path / "bombed").exists()
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"\x80\x04cut", "not a readable pickle"), (pickle.dumps({"a": 1}), "expected a list")])
+def test_damaged_pickles(tmp_path, data, message):
+    (tmp_path / "train_vqa.pkl").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        load_examples(tmp_path, "train")
+
+
+@pytest.mark.parametrize("folder", ["files", "images"])
+def test_r2gen_annotation(tmp_path, folder, caplog):
+    picture(tmp_path / folder / "p10" / "a.jpg")
+    report = " ".join(["word"] * 60)
+    records = [
+        {
+            "id": "a",
+            "study_id": 1,
+            "subject_id": 10,
+            "image_path": ["p10/a.jpg", "p10/b.jpg"],
+            "report": f" Heart\n normal. {report}",
+            "split": "train",
+        },
+        {"id": "b", "study_id": 2, "subject_id": 10, "image_path": ["p10/gone.jpg"], "report": "Clear.", "split": "train"},
+    ]
+    write(tmp_path / "annotation.json", {"train": records, "val": [], "test": records[:1]})
+    (only,) = load_examples(tmp_path, "train")
+    assert "1 of 2 records dropped" in caplog.text
+    assert (only.task, only.dataset, only.subject, only.question) == ("caption", "mimic-cxr", "10", "")
+    assert only.answer.startswith("Heart normal. word")
+    assert len(only.answer.split()) == 50
+    assert len(load_examples(tmp_path, "test")) == 1
+
+    write(tmp_path / "annotation_small.json", {"train": [{**records[0], "id": "small"}]})
+    assert [example.id for example in load_examples(tmp_path, "train")] == ["mimic-cxr/small"]
+    assert [example.id for example in load_examples(tmp_path, "test")] == ["mimic-cxr/a"]
+
+
+def test_annotation_without_any_image(tmp_path):
+    write(tmp_path / "annotation.json", {"train": [{"image_path": ["x.jpg"], "report": "Clear."}]})
+    with pytest.raises(UserError, match="none of its 1 records"):
+        load_examples(tmp_path, "train")
+
+
+def test_medpix(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "images" / "b.png")
+    rows = [
+        "name,context,type",
+        'a.png,"A mass,\nin the liver",caption',
+        "b.png,Two,caption",
+        "a.png,What is it?,vqa",
+        "a.png,,caption",
+        "gone.png,x,caption",
+    ]
+    write(tmp_path / "MedPix_single_train.csv", "\n".join(rows))
+    one, two = load_examples(tmp_path, "train")
+    assert (one.answer, two.answer, one.task, one.dataset) == ("A mass, in the liver", "Two", "caption", "medpix")
+    write(tmp_path / "MedPix_single_test.csv", "file,text\na,b\n")
+    with pytest.raises(UserError, match="'name' is missing"):
+        load_examples(tmp_path, "test")
+
+
+def test_medqa(tmp_path):
+    lines = [
+        {"question": "A 23-year-old woman " + "x " * 60, "answer": "Nitrofurantoin", "options": {"A": "Ampicillin"}, "meta_info": "step2&3"}
+    ]
+    write(tmp_path / "questions" / "US" / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    (only,) = load_examples(tmp_path, "train")
+    assert (only.task, only.image, only.answer, only.template) == ("qa", None, "Nitrofurantoin", "qa/medqa")
+    assert len(only.question.split()) == 50
+
+
+def test_pubmedqa(tmp_path):
+    write(
+        tmp_path / "train_set.json",
+        {"21645374": {"QUESTION": "Do mitochondria play a role?", "CONTEXTS": ["..."], "final_decision": "yes"}},
+    )
+    (only,) = load_examples(tmp_path, "train")
+    assert (only.id, only.question, only.answer, only.dataset) == ("pubmedqa/21645374", "Do mitochondria play a role?", "yes", "pubmedqa")
+
+
+def test_medmnist_names_and_sides(tmp_path):
+    grey = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    np.savez(
+        tmp_path / "organsmnist_28.npz",
+        train_images=grey,
+        train_labels=np.array([[4], [5], [10]]),
+        test_images=grey[:1],
+        test_labels=np.array([[0]]),
+    )
+    found = load_examples(tmp_path, "train")
+    assert [example.answer for example in found] == ["left kidney", "right kidney", "spleen"]
+    assert "left kidney, right kidney" in found[0].question
+    assert load_image(found[2]).size == found[2].size == (28, 28)
+    np.testing.assert_array_equal(np.asarray(load_image(found[1]))[..., 2], grey[1])
+    assert load_examples(tmp_path, "val") == []
+
+
+def test_medmnist_colour(tmp_path):
+    colour = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "dermamnist_224.npz", test_images=colour, test_labels=np.array([[4], [5]], np.uint8))
+    assert [example.answer for example in load_examples(tmp_path, "test")] == ["melanoma", "melanocytic nevi"]
+
+
+def test_class_names():
+    assert medmnist.class_name("femur-left") == "left femur"
+    assert medmnist.class_name("benign keratosis-like lesions") == "benign keratosis-like lesions"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((1, 8, 8), np.uint8)}, "expected <split>_images"),
+        ({"train_images": np.zeros((1, 8, 8), np.uint8)}, "train_labels"),
+        ({"train_images": np.zeros((1, 8, 8)), "train_labels": np.zeros((1, 1), int)}, "expected uint8"),
+        ({"train_images": np.zeros((2, 8, 8), np.uint8), "train_labels": np.zeros((1, 1), int)}, "one integer for each of 2"),
+        ({"train_images": np.zeros((1, 8, 8), np.uint8), "train_labels": np.array([[11]])}, "but 11 class names"),
+        ({"train_images": np.array([None, {}]), "train_labels": np.zeros((1, 1), int)}, "not a readable"),
+    ],
+)
+def test_bad_medmnist(tmp_path, arrays, message):
+    np.savez(tmp_path / "organsmnist.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        load_examples(tmp_path, "train")
+
+
+def test_other_bad_medmnist(tmp_path):
+    (tmp_path / "organsmnist.npz").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UserError, match="not a readable"):
+        load_examples(tmp_path, "train")
+    (tmp_path / "organsmnist.npz").rename(tmp_path / "mine.npz")
+    with pytest.raises(UserError, match="class names unknown"):
+        load_examples(tmp_path, "train")
+    write(tmp_path / "mine.json", {"label": {"0": "a", "2": "b"}})
+    with pytest.raises(UserError, match="expected 0 to 1"):
+        load_examples(tmp_path, "train")
+
+
+QUESTION = {"img_name": "xmlab0/source.jpg", "q_lang": "en", "question": "What?", "answer": "MRI", "answer_type": "OPEN"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions": "[{]"}, "question.json: not valid JSON"),
+        ({"questions": "[" * 100_000}, "question.json: not valid JSON"),
+        ({"questions": {"a": 1}}, "expected a list"),
+        ({"questions": ["x"]}, "expected an object"),
+        ({"questions": [{"q_lang": "en", "answer": "a", "img_name": "xmlab0/source.jpg"}]}, "'question' is missing"),
+        ({"questions": [{**QUESTION, "question": 3}]}, "expected str"),
+        ({"questions": [{**QUESTION, "answer_type": "MAYBE"}]}, "OPEN or CLOSED"),
+        ({"questions": [{**QUESTION, "img_name": "xmlab0/gone.jpg"}]}, "no such image"),
+        ({"questions": [{**QUESTION, "img_name": "../../secret.jpg"}]}, "leads out of"),
+        ({"questions": [{**QUESTION, "img_name": "/etc/hostname"}]}, "leads out of"),
+        ({"cases": "../..\n"}, "leads out of"),
+        ({"cases": "xmlab7\n"}, "names case 'xmlab7'"),
+        ({"detections": [{"Liver": [1, 2, 3, 4], "Spleen": [1, 2, 3, 4]}]}, "one key"),
+        ({"detections": [{"Liver": [1, 2, 3]}]}, "expected \\[x, y, width, height\\]"),
+        ({"detections": [{"Liver": [1, 2, "3", 4]}]}, "expected \\[x, y, width, height\\]"),
+        ({"detections": [{"Liver": [1, 2, 0, 4]}]}, "does not lie in the image"),
+        ({"detections": [{"Liver": [30, 2, 30, 4]}]}, "does not lie in the image of 40 x 20"),
+    ],
+)
+def test_bad_slake(tmp_path, changes, message):
+    slake(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_examples(tmp_path, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_out_of_the_dataset_is_refused(tmp_path):
+    picture(tmp_path / "outside.jpg")
+    root = slake(tmp_path / "slake")
+    (root / "imgs" / "xmlab0" / "source.jpg").unlink()
+    (root / "imgs" / "xmlab0" / "source.jpg").symlink_to(tmp_path / "outside.jpg")
+    with pytest.raises(UserError, match="leads out of"):
+        load_examples(root, "train", ["vqa"])
+
+
+@pytest.mark.parametrize("name", ["annotation.json", "train_vqa.json"])
+def test_path_escapes_in_other_layouts(tmp_path, name):
+    picture(tmp_path / "secret.jpg")
+    records = {
+        "annotation.json": {"train": [{"image_path": ["../secret.jpg"], "report": "x"}]},
+        "train_vqa.json": [{**PATH_VQA[0], "img_id": "../../secret"}],
+    }
+    write(tmp_path / "set" / name, records[name])
+    (tmp_path / "set" / "images").mkdir()
+    with pytest.raises(UserError, match="leads out of"):
+        load_examples(tmp_path / "set", "train")
+
+
+def test_corrupt_image(tmp_path):
+    slake(tmp_path)
+    (tmp_path / "imgs" / "xmlab0" / "source.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"source\.jpg: not a readable image"):
+        load_examples(tmp_path, "train")
+
+
+def test_what_is_asked_of_load_examples(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_examples(tmp_path / "gone", "train")
+    with pytest.raises(UserError, match="no dataset found"):
+        load_examples(tmp_path, "train")
+    with pytest.raises(UserError, match="expected one of train, slab"):
+        load_examples(tmp_path, "holdout")
+    with pytest.raises(UserError, match="unknown task 'vqs'"):
+        load_examples(tmp_path, "train", ["vqs"])
+
+
+def test_load_image_of_arrays_and_nothing():
+    assert load_image(np.zeros((4, 6), np.uint8)).size == (6, 4)
+    with pytest.raises(UserError, match="expected uint8"):
+        load_image(np.zeros((4, 6)))
+    with pytest.raises(UserError, match="has no image"):
+        load_image(Example("q", "qa", "medqa", "?", "a", None, None, None, "qa"))
+
+
+def test_clean():
+    assert text.clean("  a \n\t b\u00a0 c ") == "a b c"
+    assert text.clean("Kept, as IT is.") == "Kept, as IT is."
+    assert text.clean(" ".join(map(str, range(60)))) == " ".join(map(str, range(50)))
+    assert text.clean("a b c", 2) == "a b"
