@@ -251,6 +251,9 @@ def doctor() -> None:
 
     for title, text in lines():
         console.print(f"[bold]{title:<24}[/] {text}", highlight=False, soft_wrap=True)
+    from cmoe_kernels.doctor import report as kernels
+
+    console.print(f"\n{kernels()}\n", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{NOTICE}.", style="bold red")
 
 

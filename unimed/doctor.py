@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 OPTIONAL = {
     "nibabel": "NIfTI volumes",
@@ -13,7 +14,7 @@ OPTIONAL = {
     "nltk": "BLEU of short answers",
     "rouge": "ROUGE of reports",
     "sacrebleu": "BLEU of reports",
-    "peft": "LoRA",
+    "gguf": "SmolLM2",
 }
 
 
@@ -26,7 +27,7 @@ def lines() -> Iterator[tuple[str, str]]:
     for name, purpose in OPTIONAL.items():
         yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; pip install '.[unimed]'"
     root = Path(config.Data().root)
+    yield "java", "found: BLEU by the PTB tokenizer, METEOR" if which("java") else "none: BLEU by our tokenizer, no METEOR"
     yield "sample", f"{root} is there" if (root / "sample.json").is_file() else f"{root} is not built: unimed sample build"
     runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
     yield "runs", ", ".join(runs) or "none yet: unimed demo"
-    yield "kernels", "details with: python -m cmoe_kernels"

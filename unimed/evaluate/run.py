@@ -81,4 +81,3 @@ def answer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             scores = [f"{part['rows'][row][task][result['headline'][task]]:.3f}" for task in part["counts"]]
             lines.append([f"{row} · {split}", *scores])
     return header, lines
-

@@ -1,6 +1,6 @@
 """One training run: a recipe in, a folder with the model, its logs and checkpoints out.
 
-    runs/<name>/recipe.yaml  metrics.jsonl  router.json  run.json  checkpoint-<step>/  model/
+runs/<name>/recipe.yaml  metrics.jsonl  router.json  run.json  checkpoint-<step>/  model/
 """
 
 from __future__ import annotations

@@ -1,0 +1,192 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from unimed import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTICE = "Research use, not for diagnosis"
+pytestmark = pytest.mark.usefixtures("without_java")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def shell(*arguments, cwd, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "unimed", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.fixture
+def at_work(small_run, monkeypatch):
+    monkeypatch.chdir(small_run.parents[1])
+    return small_run
+
+
+def test_help_is_quick_and_teaches(tmp_path):
+    code = "import sys, unimed.cli; print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib', 'omegaconf') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert loaded.stdout.strip() == "[]"
+    shown = shell("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    for name in ("train", "evaluate", "predict", "report", "demo", "doctor", "sample"):
+        assert name in shown.stdout
+    assert NOTICE in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "report", "demo", "doctor"])
+def test_every_command_has_an_example_and_the_notice(name):
+    shown = run(name, "--help").output
+    assert "Example" in shown
+    assert f"unimed {name}" in shown
+    assert NOTICE in shown
+
+
+def test_version():
+    shown = run("--version")
+    assert shown.exit_code == 0
+    assert "unimed" in shown.output
+    assert NOTICE in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "tiny", "train.max_stepz=5"], ["train.max_stepz", "5", "train.max_steps"]),
+        (["train", "gigantic"], ["gigantic", "tiny"]),
+        (["train", "released"], ["data", "unimed sample build"]),
+        (["train", "tiny", "--llm", "gpt"], ["gpt", "smollm2"]),
+        (["train", "tiny", "--name", "../outside"], ["../outside"]),
+        (["train", "tiny", "data.root=nowhere"], ["nowhere", "unimed sample build"]),
+        (["evaluate", "nothing"], ["nothing", "small"]),
+        (["report", "nothing"], ["nothing", "small"]),
+        (["predict", "x.png", "what", "--task", "speech"], ["speech", "vqa, refer, identify, caption, cls, qa"]),
+        (["predict", "absent.png", "what"], ["absent.png"]),
+        (["predict", "corrupt.png", "what"], ["corrupt.png", "not a readable image"]),
+        (["predict", "corrupt.dcm", "what"], ["corrupt.dcm"]),
+        (["predict", "corrupt.nii.gz", "what"], ["corrupt.nii.gz"]),
+        (["predict", "x.png", "what", "--model", "nothing"], ["nothing", "small"]),
+        (["predict", "corrupt.png", "what", "--window", "high"], ["--window high"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(at_work, arguments, words):
+    for name in ("corrupt.png", "corrupt.dcm", "corrupt.nii.gz"):
+        Path(name).write_bytes(b"not an image")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_debug_shows_the_traceback_anywhere_on_the_line(tmp_path):
+    plain = shell("train", "tiny", "train.max_stepz=5", cwd=tmp_path)
+    assert plain.returncode == 2
+    assert "Traceback" not in plain.stderr
+    assert len(plain.stderr.strip().splitlines()) == 1
+    deep = shell("train", "tiny", "train.max_stepz=5", "--debug", cwd=tmp_path)
+    assert "Traceback" in deep.stderr
+    assert "UserError" in deep.stderr
+
+
+def test_no_trained_model_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("predict", "x.png", "what")
+    assert result.exit_code == 2
+    assert "unimed demo" in result.output
+
+
+def test_a_model_with_missing_or_extra_keys_is_refused(at_work, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for change in ("missing", "extra"):
+        folder = tmp_path / change
+        shutil.copytree(at_work / "model", folder)
+        (folder / "manifest.json").unlink()
+        weights = load_file(folder / "model.safetensors")
+        if change == "missing":
+            weights.pop(next(key for key in weights if "connector" in key))
+        else:
+            weights["connector.surplus"] = next(iter(weights.values())).clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        result = run("predict", "-", "where is the liver?", "--task", "qa", "--model", folder)
+        assert result.exit_code == 2
+        assert change in result.output
+        assert "connector" in result.output
+
+
+def test_a_corrupt_model_is_refused(at_work, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(at_work / "model", folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    result = run("predict", "-", "where is the liver?", "--task", "qa", "--model", folder)
+    assert result.exit_code == 2
+    assert "corrupt" in result.output
+
+
+def test_predicting_prints_answer_and_notice_and_draws_the_box(at_work, sample_folder, tmp_path):
+    image = next((sample_folder / "slake" / "imgs").rglob("source.jpg"))
+    drawn = tmp_path / "boxed.png"
+    result = run("predict", image, "5,5,15,15", "--task", "identify", "--save", drawn)
+    assert result.exit_code == 0, result.output
+    assert NOTICE in result.output
+    assert "5, 5, 15, 15" in result.output
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["boxed.png"]
+
+
+def test_the_demo_does_it_all(small_overrides, sample_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = [text for text in small_overrides if not text.startswith(("name=", "data.root=", "evaluate.limit="))]
+    shutil.copytree(sample_folder, "data")
+    result = run("demo", *overrides, "data.root=data", "evaluate.limit=2")
+    assert result.exit_code == 0, result.output
+    made = tmp_path / "runs" / "demo"
+    assert {"report.html", "metrics.json", "predictions.json", "metrics.jsonl", "router.json", "model"} <= {
+        path.name for path in made.iterdir()
+    }
+    for words in (NOTICE, "without looking", "image blanked", "untrained", "report.html"):
+        assert words in result.output
+    assert run("demo", *overrides, "data.root=data", "evaluate.limit=2").exit_code == 0
+
+
+def test_a_killed_run_leaves_no_half_file_and_goes_on(small_overrides, tmp_path):
+    command = ["train", "tiny", *small_overrides, "train.max_steps=60", "train.log_every=2", "train.save_every=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "unimed", *command], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "runs" / "small"
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert not (folder / "model").exists()
+    done = shell(*command, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert reached < 60
+    assert steps[-1] == 60
+    assert sorted(set(steps)) == list(range(2, 61, 2))
+    assert not list(folder.glob(".*"))
