@@ -30,7 +30,7 @@ tr.last td,tr.last th{border-bottom:2px solid var(--line)}
 .yes{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}
 .scroll{overflow-x:auto}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(168px,1fr));gap:14px}
-figure{margin:0}figure svg,figure img{width:100%;height:auto;border-radius:8px;background:#000;display:block}
+figure{margin:0}figure svg{width:100%;aspect-ratio:1;border-radius:8px;background:#000;display:block}
 figcaption{font-size:12.5px;color:var(--muted);margin-top:4px;line-height:1.35}figcaption b{color:var(--ink)}
 .plot svg{width:100%;height:auto;display:block}.narrow{max-width:560px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:14px}

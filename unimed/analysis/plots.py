@@ -10,7 +10,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from unimed.data.example import TASKS
 
@@ -79,8 +81,9 @@ def loss_per_task(log: list[dict[str, Any]]) -> str:
             axis.plot(steps, smooth(values), color=TASK_COLOURS[task], linewidth=1.8)
             axis.set_title(task, loc="left", color=TASK_COLOURS[task])
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
         for axis in list(axes.flat)[len(tasks) :]:
             axis.set_visible(False)
         figure.supxlabel("optimiser step", color=MUTED, fontsize=9)
@@ -99,17 +102,20 @@ def learning_rate(log: list[dict[str, Any]]) -> str:
 
 
 def gate_heat_map(entry: dict[str, Any], title: str) -> str:
-    """Mean gate of every expert for every task."""
+    """Mean gate of every expert for every task; white is an even share, blue more and red less."""
     tasks = [task for task in TASKS if task in entry["tasks"]]
     gates = [entry["tasks"][task]["gates"] for task in tasks]
     experts = len(gates[0])
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axis = plt.subplots(figsize=(0.8 + 0.62 * experts, 0.6 + 0.42 * len(tasks)), layout="constrained")
-        top = max(max(row) for row in gates)
-        axis.imshow(gates, cmap="GnBu", vmin=0, vmax=top, aspect="auto")
+        even = 1 / experts
+        span = max(max(abs(gate - even) for row in gates for gate in row), 0.25 * even)
+        axis.imshow(gates, cmap="RdBu", norm=TwoSlopeNorm(even, even - span, even + span), aspect="auto")
         for y, row in enumerate(gates):
             for x, gate in enumerate(row):
-                axis.text(x, y, f"{gate:.2f}", ha="center", va="center", fontsize=8, color="white" if gate > 0.65 * top else INK)
+                axis.text(
+                    x, y, f"{gate:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(gate - even) > 0.7 * span else INK
+                )
         axis.set_xticks(range(experts), [f"expert {i + 1}" for i in range(experts)], fontsize=8)
         axis.set_yticks(range(len(tasks)), tasks)
         axis.tick_params(length=0)

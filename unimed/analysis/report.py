@@ -140,7 +140,8 @@ def _router(history: list[dict[str, Any]]) -> str:
     entropies = {task: entry["entropy"] for task, entry in _last_seen(history)["tasks"].items()}
     words = ", ".join(f"{task} {value:.3f}" for task, value in entropies.items())
     text = (
-        "Every image token is projected by a mixture of experts; the router sees the token and its task. Shown are mean gates. "
+        "Every image token is projected by a mixture of experts; the router sees the token and its task. Shown are mean gates; white is "
+        "an even share. "
         f"Entropy of a token's gates at the end, in shares of log E (1: all experts alike): {words}."
     )
     first, last = history[0], _last_seen(history)

@@ -38,4 +38,3 @@ class RouterHistory:
         if tasks:
             self.entries.append({"step": step, "tasks": tasks})
         return tasks
-
