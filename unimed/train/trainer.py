@@ -126,16 +126,15 @@ class UniMedTrainer(Trainer):
 
     @torch.no_grad()
     def _observe(self, outputs: Any, inputs: dict[str, Any], tasks: torch.Tensor) -> None:
-        present = tasks.unique().tolist()
         labels = inputs["labels"][:, 1:]
-        if len(present) == 1:
-            self._add(f"loss/{TASKS[present[0]]}", float(outputs.lm_loss), int((labels != -100).sum()))
-        else:
-            losses = cross_entropy(outputs.logits[:, :-1].float().transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
-            counts = (labels != -100).sum(1)
-            for task in present:
-                rows = tasks == task
-                self._add(f"loss/{TASKS[task]}", float(losses[rows].sum()) / max(int(counts[rows].sum()), 1), int(counts[rows].sum()))
+        learned = labels != -100
+        # Only the answers' tokens: a batch is mostly prompt, image and padding.
+        losses = cross_entropy(outputs.logits[:, :-1][learned].float(), labels[learned], reduction="none")
+        of_token = tasks[:, None].expand_as(labels)[learned]
+        for task in tasks.unique().tolist():
+            mine = losses[of_token == task]
+            if len(mine):
+                self._add(f"loss/{TASKS[task]}", float(mine.mean()), len(mine))
         for name, value in (outputs.aux_losses or {}).items():
             self._add(f"aux/{name}", float(value), 1)
         if outputs.gates is not None and inputs.get("task_ids") is not None:
