@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,10 @@ def _versions() -> str:
         ("processor", f"{_processor()}, torch runs at {torch.backends.cpu.get_cpu_capability()}"),
     ]
     if torch.cuda.is_available():
-        rows += [("gpu", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}") for i in range(torch.cuda.device_count())]
+        rows += [
+            ("gpu", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+            for i in range(torch.cuda.device_count())
+        ]
     return _table(rows)
 
 
@@ -58,7 +62,7 @@ def _settings() -> str:
     return _table([(name, os.environ.get(name, "not set")) for name in names])
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows)
 
