@@ -147,6 +147,8 @@ def train(
 
       [cyan]unimed train --llm smollm2[/]                              SmolLM2-135M with LoRA
     """
+    if "=" in recipe:  # an override, and the recipe left out
+        recipe, overrides = "tiny", [recipe, *(overrides or [])]
     loaded = _recipe(recipe, llm, overrides, name)
     _train(loaded, RUNS / loaded.name, resume, overwrite)
 
