@@ -268,8 +268,6 @@ def check(recipe: Recipe) -> None:
     ):
         if total % part:
             raise UserError(f"{key}={total}: must be a multiple of {part}")
-    if r.optim.warmup_steps >= r.train.max_steps and r.optim.schedule == "continuous":
-        raise UserError(f"optim.warmup_steps={r.optim.warmup_steps}: must be below train.max_steps={r.train.max_steps}")
 
 
 def value(recipe: Recipe, key: str) -> Any:
