@@ -18,7 +18,7 @@ install: $(VENV)/.installed  ## .venv with the package (native library where a C
 # Build isolation would fetch a second torch, so the build runs inside the environment.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "setuptools>=70" wheel
+	$(BIN)/pip install -q "setuptools>=77" wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m cmoe_kernels
@@ -30,13 +30,14 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy cmoe_kernels unimed
 
 test: lint  ## what CI runs: lint and the tests, with what was skipped and why
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-full: lint  ## every case, also those that CI samples
-	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS)
+	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz
 	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m abi3audit --strict dist/*.whl
 
 demo: install  ## the main job: train a tiny Uni-Med on real CT and MR, evaluate six tasks, write runs/demo/report.html
 	$(BIN)/unimed demo
