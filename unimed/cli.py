@@ -204,6 +204,7 @@ def predict(
     """
     from unimed.evaluate.ask import ask
 
+    _no_bars_of_transformers()
     answer = ask(image, question, task, _model_folder(model), plane, index, window)
     console.print(answer.text, highlight=False, markup=False, soft_wrap=True)
     if answer.box is not None:
@@ -214,7 +215,7 @@ def predict(
     if save is not None:
         answer.draw(save)
         console.print(f"drawn in {save}", highlight=False)
-    console.print(f"[dim]{answer.note}{NOTICE}[/]", highlight=False)
+    console.print(f"[dim]{answer.note}{NOTICE}[/]", highlight=False, soft_wrap=True)
 
 
 @command(app, "demo")
@@ -259,6 +260,14 @@ def doctor() -> None:
     console.print(f"{NOTICE}.", style="bold red")
 
 
+def _no_bars_of_transformers() -> None:
+    """Its bars for files that are read in a moment come between ours."""
+    if not debugging:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def _recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> Any:
     from unimed.train import config
 
@@ -290,6 +299,7 @@ def _train(recipe: Any, run: Path, resume: bool, overwrite: bool) -> None:
     from unimed.train.progress import TrainingProgress
     from unimed.train.run import train as run_training
 
+    _no_bars_of_transformers()
     run_training(recipe, run, resume, overwrite, [TrainingProgress(console)])
     console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
 
@@ -297,8 +307,10 @@ def _train(recipe: Any, run: Path, resume: bool, overwrite: bool) -> None:
 def _evaluate(run: Path, overrides: list[str] | None) -> None:
     from rich.table import Table
 
-    from unimed.evaluate.run import answer_table, evaluate_run
+    from unimed.evaluate.evaluate import TRAINED
+    from unimed.evaluate.run import SPLIT_NAMES, answer_table, evaluate_run
 
+    _no_bars_of_transformers()
     with _bar() as progress:
         tasks: dict[str, Any] = {}
 
@@ -312,14 +324,16 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
     header, lines = answer_table(result)
     table = Table(title=f"{result['run']}: headline metric of each task · {NOTICE}")
     for i, text in enumerate(header):
-        table.add_column(text, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for line in lines:
-        table.add_row(*line, style="bold" if line[0].startswith("trained") else None, end_section=line[0].startswith("trained"))
+        table.add_column(text, justify="left" if i == 0 else "right", no_wrap=True)
+    for split, rows in lines.items():
+        table.add_row(f"[italic]{SPLIT_NAMES[split]}[/]")
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == TRAINED else None, end_section=row[0] == TRAINED)
     console.print(table)
     for split, part in result["splits"].items():
         better = [task for task, good in part["better"].items() if good]
         count = f"{len(better)} of {len(part['better'])} tasks"
-        console.print(f"{split}: better than both baselines on {count}: {', '.join(better) or 'none'}", highlight=False)
+        console.print(f"{SPLIT_NAMES[split]}: better than both baselines on {count}: {', '.join(better) or 'none'}", highlight=False)
 
 
 def _report(run: Path) -> None:
@@ -347,10 +361,10 @@ def _run_folder(run: str) -> Path:
 def _model_folder(model: str | None) -> Path:
     if model is not None:
         return _run_folder(model)
-    found = sorted(RUNS.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(RUNS.glob("*/model"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("no trained model under runs/; train one with: unimed demo, or name one with --model")
-    return found[-1].parent.parent
+    return found[-1].parent
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def test_the_page_says_what_it_must(html, evaluated_run):
     text = re.sub(r"<[^>]+>", " ", html)
     for words in ("Research use, not for diagnosis", "synthetic", "No generalisation", "without looking", "image blanked", "untrained"):
         assert words in text
-    assert all(f"<br>{metric}" in html for metric in json.loads((evaluated_run / "metrics.json").read_text())["headline"].values())
+    assert all(f"<br>{metric}</th>" in html for metric in json.loads((evaluated_run / "metrics.json").read_text())["headline"].values())
     assert "max_steps: 12" in text
 
 

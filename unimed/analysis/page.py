@@ -21,7 +21,7 @@ h2{font-size:19px;margin:0 0 6px}h3{font-size:15px;margin:18px 0 6px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
 .card b{display:block;font-size:24px;letter-spacing:-.01em}.card span{color:var(--muted);font-size:13px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th{font-weight:600;color:var(--muted);text-align:left;font-size:13px}
+th b{color:var(--ink);font-size:15px}th{font-weight:500;color:var(--muted);text-align:left;font-size:13px}
 th,td{padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 tr.last td,tr.last th{border-bottom:2px solid var(--line)}
 .bar{position:relative;height:16px;background:#eef2f6;border-radius:4px;overflow:hidden;min-width:90px}

@@ -14,21 +14,21 @@ from unimed.data.example import TASKS, Example
 from unimed.data.images import load_image
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
+from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, SPLIT_NAMES
 from unimed.train import config as recipes
 from unimed.train import files
 from unimed.train.run import RECIPE_FILE, RUN_FILE
 from unimed.train.run import examples as load_split
 from unimed.train.trainer import ROUTER_FILE
 
-METRICS_FILE, PREDICTIONS_FILE, REPORT_FILE = "metrics.json", "predictions.json", "report.html"
-SPLIT_NAMES = {"slab": "held-out slabs", "subject": "held-out subject", "train": "training slices"}
+REPORT_FILE = "report.html"
 TASK_NAMES = {
-    "vqa": "visual question answering",
-    "refer": "referring expression: box of a named organ",
-    "identify": "region: organ in a given box",
+    "vqa": "questions about the image",
+    "refer": "box of a named organ",
+    "identify": "organ in a given box",
     "caption": "report (synthetic text)",
-    "cls": "classification of an organ crop",
-    "qa": "text question answering, no image",
+    "cls": "organ of a cropped image",
+    "qa": "text questions, no image",
 }
 
 
@@ -98,7 +98,8 @@ def _table(result: dict[str, Any]) -> str:
                 scores = splits[split]["rows"].get(row, {}).get(task)
                 value = f"{scores[metric]:.3f}" if scores else "–"
                 cells.append(f"<td>{bar(scores[metric] if scores else 0.0, row == TRAINED)}</td><td class=value>{value}</td>")
-            name = f"<th rowspan={len(ROWS)}>{task}<br>{escape(metric)}</th>" if row == ROWS[0] else ""
+            what = f"<b>{task}</b><br>{TASK_NAMES[task]}<br>{escape(metric)}"
+            name = f"<th rowspan={len(ROWS)}>{what}</th>" if row == ROWS[0] else ""
             last = " class=last" if row == ROWS[-1] else ""
             body.append(f"<tr{last}>{name}<td>{row}</td>{''.join(cells)}</tr>")
     verdicts = []

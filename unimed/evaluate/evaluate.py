@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from unimed.data.example import TASKS, Example
@@ -30,7 +33,22 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
 def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
     """Metrics of every task that has examples."""
     given = {id(example): prediction for example, prediction in zip(examples, predictions, strict=True)}
-    return {task: metrics.score(task, [given[id(e)] for e in found], found) for task, found in by_task(examples).items()}
+    with _quiet_programs():
+        return {task: metrics.score(task, [given[id(e)] for e in found], found) for task, found in by_task(examples).items()}
+
+
+@contextmanager
+def _quiet_programs() -> Iterator[None]:
+    """The Java programs behind BLEU and METEOR write to our standard error by its number; nothing there is an error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def evaluate(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unimed.data.example import TASKS
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
 from unimed.tasks import metrics
@@ -16,6 +17,7 @@ from unimed.train import run as training
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.json"
 NOTICE = "Research use, not for diagnosis"
+SPLIT_NAMES = {"slab": "held-out slabs", "subject": "held-out subject", "train": "training slices"}
 
 
 def evaluate_run(
@@ -69,15 +71,14 @@ def evaluate_run(
     return result
 
 
-def answer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the one table: headline metric of each task, for the four kinds of answers and every split."""
-    splits = result["splits"]
-    header = ["answers by"] + [f"{task}\n{result['headline'][task]}" for task in next(iter(splits.values()))["counts"]]
-    lines = []
-    for split, part in splits.items():
-        for row in evaluate.ROWS:
-            if row not in part["rows"]:
-                continue
-            scores = [f"{part['rows'][row][task][result['headline'][task]]:.3f}" for task in part["counts"]]
-            lines.append([f"{row} · {split}", *scores])
+def answer_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """Header, and rows by split, of the one table: headline metric of each task for the four kinds of answers."""
+    tasks = [task for task in TASKS if any(task in part["counts"] for part in result["splits"].values())]
+    header = ["answers by"] + [f"{task}\n{result['headline'][task]}" for task in tasks]
+    lines: dict[str, list[list[str]]] = {}
+    for split, part in result["splits"].items():
+        lines[split] = []
+        for row in part["rows"]:
+            scores = [part["rows"][row].get(task, {}).get(result["headline"][task]) for task in tasks]
+            lines[split].append([row, *("–" if score is None else f"{score:.3f}" for score in scores)])
     return header, lines
