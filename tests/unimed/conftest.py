@@ -2,7 +2,7 @@ import pytest
 import torch
 
 SMALL = """
-vision.image_size=32 vision.width=16 vision.layers=1 vision.heads=2 connector.hidden_features=16
+vision.image_size=32 vision.patch_size=8 vision.width=16 vision.layers=1 vision.heads=2 connector.hidden_features=16
 language.width=32 language.layers=1 language.heads=2 language.mlp_width=32 language.vocab_size=400
 train.max_steps=12 train.batch_size=4 train.log_every=2 train.save_every=4 train.threads=1 optim.warmup_steps=2
 evaluate.limit=4 evaluate.max_new_tokens=12 name=small

@@ -176,3 +176,36 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, sm
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build(config.load("tiny", [*small_overrides, "train.seed=1"]), train_examples)[0].state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "logged"),
+    [
+        (["connector.router=sparse", "connector.aux_losses={switch: 0.1, z: 0.01}"], {"aux/switch", "aux/z"}),
+        (["connector.router=hard", "train.gradient_checkpointing=true"], set()),
+        (["connector.router=constant", "train.precision=bf16"], set()),
+        (["connector.router_inputs=task", "connector.resample=avgpool", "optim.schedule=released"], {"router_entropy/vqa"}),
+        (["data.tasks=[qa]", "vision.freeze=true"], {"loss/qa"}),
+    ],
+)
+def test_other_settings_of_a_recipe_train_and_log(small_overrides, tmp_path, overrides, logged):
+    recipe = config.load("tiny", [*small_overrides, *overrides, "train.max_steps=4", "sampler.ratios={vqa: 4, refer: 1, qa: 1}"])
+    log = log_of(train(recipe, tmp_path / "run"))
+    assert [entry["step"] for entry in log] == [2, 4]
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log)
+    assert logged <= {key for entry in log for key in entry}
+
+
+def test_an_auxiliary_loss_adds_to_the_loss_by_its_weight(small_overrides, tmp_path):
+    same = [*small_overrides, "connector.router=sparse", "train.max_steps=2", "sampler.ratios={vqa: 1}", "optim.lr=0", "optim.warmup_lr=0"]
+    plain = log_of(train(config.load("tiny", [*same, "connector.aux_losses={z: 0}"]), tmp_path / "plain"))[0]
+    weighted = log_of(train(config.load("tiny", [*same, "connector.aux_losses={z: 100}"]), tmp_path / "weighted"))[0]
+    assert plain["aux/z"] == weighted["aux/z"] > 0
+    assert weighted["loss"] - plain["loss"] == pytest.approx(100 * weighted["aux/z"], rel=1e-3)
+
+
+def test_half_precision_without_a_gpu_is_refused(small_overrides, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"fp16.*GPU"):
+        train(config.load("tiny", [*small_overrides, "train.precision=fp16"]), tmp_path / "run")

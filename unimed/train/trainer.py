@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from unimed.analysis.router import RouterHistory
 from unimed.data.example import IMAGE_TASKS, TASKS
+from unimed.errors import UserError
 from unimed.train import files, schedule
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.config import Recipe
@@ -27,6 +28,8 @@ ROUTER_FILE = "router.json"
 
 def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
     train, optim = recipe.train, recipe.optim
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision='fp16': needs a GPU, and there is none; use bf16 or fp32")
     return TrainingArguments(
         output_dir=str(run),
         max_steps=train.max_steps,
@@ -38,6 +41,7 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.clip,
         seed=train.seed,
+        use_cpu=not torch.cuda.is_available(),
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         activation_checkpointing=train.gradient_checkpointing,
