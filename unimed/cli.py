@@ -320,6 +320,8 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
             if key not in tasks:
                 tasks[key] = progress.add_task(key, total=total, note="")
             progress.update(tasks[key], completed=done, total=total)
+            if done == total and not console.is_terminal:
+                console.print(f"evaluation of {SPLIT_NAMES[split]}: {row}, {total} answers", highlight=False)
 
         result = evaluate_run(run, overrides, show)
     header, lines = answer_table(result)

@@ -10,6 +10,7 @@ from typing import Any
 from unimed.data.example import TASKS
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
+from unimed.evaluate.evaluate import BLANKED
 from unimed.tasks import metrics
 from unimed.train import config as recipes
 from unimed.train import files, machine
@@ -42,13 +43,7 @@ def evaluate_run(
     predictions: dict[str, Any] = {}
     for split in settings.splits:
         held_out = evaluate.spread(training.examples(recipe, split), settings.limit)
-        done: dict[str, int] = {}
-
-        def report(row: str, count: int, split: str = split, done: dict[str, int] = done, total: int = len(held_out)) -> None:
-            done[row] = done.get(row, 0) + count
-            if progress:
-                progress(split, row, done[row], total)
-
+        report = _counter(progress, split, len(held_out), sum(example.image is not None for example in held_out))
         start = time.perf_counter()
         rows = evaluate.compare(untrained, trained, train_examples, held_out, settings.batch_size, settings.max_new_tokens, report)
         splits[split] = {
@@ -69,6 +64,18 @@ def evaluate_run(
     files.write_json(run / PREDICTIONS_FILE, predictions)
     files.write_json(run / METRICS_FILE, result)
     return result
+
+
+def _counter(progress: Callable[[str, str, int, int], None] | None, split: str, total: int, with_image: int) -> Callable[[str, int], None]:
+    """Turns "so many more answered" into "so many of so many", row by row."""
+    done: dict[str, int] = {}
+
+    def report(row: str, count: int) -> None:
+        done[row] = done.get(row, 0) + count
+        if progress:
+            progress(split, row, done[row], with_image if row == BLANKED else total)
+
+    return report
 
 
 def answer_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[list[str]]]]:
