@@ -127,7 +127,7 @@ def test_the_grid_goes_from_the_best_box_to_the_worst():
     scores = re.findall(r"IoU ([\d.]+)|(no box)", grid)
     assert [bool(none) for _, none in scores] == [False, False, True]
     assert float(scores[0][0]) > float(scores[1][0])
-    assert gallery.spread(100, 4) == [0, 25, 50, 75]
+    assert gallery.spread(100, 4) == [0, 33, 66, 99]
 
 
 def test_gates_are_described():

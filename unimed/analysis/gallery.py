@@ -23,8 +23,8 @@ def quality(example: Example, prediction: str) -> float:
 
 
 def is_right(example: Example, prediction: str) -> bool:
-    """A box counts from an IoU of one half on, a report from a headline score of one half on, anything else when it scores fully."""
-    return quality(example, prediction) >= (0.5 if example.task in ("refer", "caption") else 1.0)
+    """A box is right from an IoU of one half on; anything else when it has every word (ROUGE ends a hair below one)."""
+    return quality(example, prediction) >= (0.5 if example.task == "refer" else 1 - 1e-6)
 
 
 def data_uri(image: Image.Image) -> str:
@@ -49,11 +49,11 @@ def slice_with_boxes(image: Image.Image, true: boxes.Box | None, guess: boxes.Bo
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` positions out of `count`, evenly spaced."""
-    return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
+    """At most `wanted` (two or more) positions out of `count`, evenly spaced, the first and the last among them."""
+    return [i * (count - 1) // (wanted - 1) for i in range(wanted)] if count > wanted else list(range(count))
 
 
-def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, wanted: int = 12) -> str:
+def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, wanted: int = 15) -> str:
     """Predicted and true boxes on slices from best to worst, evenly spaced over the ranking: not the best ones alone."""
     found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == "refer"]
     found.sort(key=lambda pair: -quality(*pair))
@@ -69,7 +69,13 @@ def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, want
 
 
 def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], load) -> str:
-    """For every task an answer that is right and one that is not, where there are such."""
+    """For every task an answer that is right and one that is not, where there are such, on the slice with most to see."""
+
+    def visible(pair: tuple[Example, str]) -> int:
+        # Held-out slabs look like thin strips from the front and the side.
+        example = pair[0]
+        return min(example.size or load(example).size) if example.image is not None else 0
+
     blocks = []
     for task in TASKS:
         found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == task]
@@ -77,7 +83,7 @@ def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], loa
             continue
         right = [pair for pair in found if is_right(*pair)]
         wrong = [pair for pair in found if not is_right(*pair)]
-        cells = [_example(*pairs[len(pairs) // 2], load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
+        cells = [_example(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
         share = f"{len(right)} of {len(found)} right"
         blocks.append(f"<h3>{escape(task)} <span class=lead>· {share}</span></h3><div class=pair>{''.join(cells)}</div>")
     return "".join(blocks)

@@ -109,7 +109,7 @@ def gate_heat_map(entry: dict[str, Any], title: str) -> str:
     with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, axis = plt.subplots(figsize=(0.8 + 0.62 * experts, 0.6 + 0.42 * len(tasks)), layout="constrained")
         even = 1 / experts
-        span = max(max(abs(gate - even) for row in gates for gate in row), 0.25 * even)
+        span = max(max(abs(gate - even) for row in gates for gate in row), 0.5 * even)
         axis.imshow(gates, cmap="RdBu", norm=TwoSlopeNorm(even, even - span, even + span), aspect="auto")
         for y, row in enumerate(gates):
             for x, gate in enumerate(row):

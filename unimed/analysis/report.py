@@ -51,7 +51,8 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         examples, given = _answered(recipe, split, predictions[split])
         name = SPLIT_NAMES[split]
         sections.append((f"boxes-{split}", f"Boxes: {name}", _boxes(examples, given)))
-        sections.append((f"answers-{split}", f"Answers: {name}", gallery.right_and_wrong(examples, given, load_image)))
+        text = lead("One right and one wrong answer for each task, chosen by the size of the slice so that there is something to see.")
+        sections.append((f"answers-{split}", f"Answers: {name}", text + gallery.right_and_wrong(examples, given, load_image)))
     sections += [
         ("loss", "Loss per task", _loss(log)),
         ("router", "Router", _router(history)),
