@@ -375,8 +375,7 @@ def main() -> None:
     global debugging
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debugging = len(arguments) < len(sys.argv) - 1
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when PyTorch loads. By default its threads spin for each other so long that a second busy program makes a run ten times
-        # slower; this short spin costs nothing on a quiet machine.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Read when PyTorch loads. By default its threads spin while they wait for each other, and where a second program keeps a core busy
+    # that makes a training step ten times slower; waiting asleep costs a few percent on a quiet machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(args=arguments)
