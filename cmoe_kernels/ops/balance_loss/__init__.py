@@ -80,7 +80,8 @@ def balance_loss(
         counts = counts.detach()
     elif total is not None:
         raise ValueError("total is given without counts")
-    return _balance_loss(scores, indices, mask, kind, segments, counts, total, backends.choose("balance_loss", scores.device.type, scores.dtype))
+    backend = backends.choose("balance_loss", scores.device.type, scores.dtype)
+    return _balance_loss(scores, indices, mask, kind, segments, counts, total, backend)
 
 
 @torch.library.custom_op("cmoe::balance_loss", mutates_args=())

@@ -31,7 +31,7 @@ def soft_gate_fwd_kernel(logits, gates, T, E, stride_t, stride_e, BLOCK_T: tl.co
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     e = tl.arange(0, BLOCK_E)[None, :]
     live = (t < T) & (e < E)
-    l = tl.load(logits + t * stride_t + e * stride_e, live, other=-float("inf")).to(tl.float32)  # noqa: E741
+    l = tl.load(logits + t * stride_t + e * stride_e, live, other=-float("inf")).to(tl.float32)
     # A row past the end would be 0 / 0.
     g = _gates(tl.where(t < T, l, 0.0))
     tl.store(gates + t * E + e, g, live)
@@ -44,8 +44,8 @@ def soft_gate_bwd_kernel(
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     e = tl.arange(0, BLOCK_E)[None, :]
     live = (t < T) & (e < E)
-    l = tl.load(logits + t * stride_t + e * stride_e, live, other=-float("inf")).to(tl.float32)  # noqa: E741
-    l = tl.where(t < T, l, 0.0)  # noqa: E741
+    l = tl.load(logits + t * stride_t + e * stride_e, live, other=-float("inf")).to(tl.float32)
+    l = tl.where(t < T, l, 0.0)
     d = tl.load(dgates + t * stride_dt + e * stride_de, live, other=0.0).to(tl.float32)
     g = _gates(l)
     # d log(sigmoid(l)) / d l = sigmoid(-l)
