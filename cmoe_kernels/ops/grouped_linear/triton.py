@@ -89,7 +89,7 @@ def grouped_linear_backward(
 
 def _settled(offsets: Tensor, rows: int, gather_idx: Tensor | None, scatter_idx: Tensor | None) -> Tensor:
     """Offsets that start at 0, do not decrease and stay within the rows, whatever was given: then each row has one tile."""
-    if not offsets.is_cuda or CHECK_ON_DEVICE:
+    if offsets.device.type == "cpu" or CHECK_ON_DEVICE:
         require_layout(offsets, rows, gather_idx, scatter_idx)
     ends = offsets[1:].clamp(0, rows).cummax(0).values.to(torch.int32)
     return torch.cat([ends.new_zeros(1), ends])
