@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 # By the rows that an expert has on average. A half-precision product wants 64 rows for a warp group of Hopper; IEEE fp32 runs on the
 # vector units, where a wide tile only costs registers.
 HALF_TILES = ((16, Tile(16, 128, 64, 4, 4)), (64, Tile(64, 128, 64, 4, 4)), (None, Tile(128, 128, 64, 8, 3)))
-FULL_TILES = ((16, Tile(16, 64, 32, 4, 2)), (None, Tile(64, 64, 32, 4, 2)))
+FULL_TILES = ((16, Tile(16, 64, 32, 4, 2)), (None, Tile(64, 64, 32, 8, 2)))
 GROUP = 8
 
 
