@@ -204,7 +204,7 @@ def balance_loss_segments_kernel(
                 rows = tl.sum(mine.to(tl.int32), 0)
     if losses is not None:
         tl.store(losses + first, tl.where(n > 0.0, loss, 0.0))
-        tl.store(filled + first, (n > 0.0).to(tl.int32))
+        tl.store(filled + first, tl.where(n > 0.0, 1, 0))
 
 
 @triton.jit
@@ -317,7 +317,7 @@ def _by_segment(
     return loss
 
 
-def _selections(indices: Tensor | None) -> tuple[int, int, int]:
+def _selections(indices: Tensor | None) -> tuple[int, ...]:
     return (1, 0, 0) if indices is None else (indices.shape[1], *indices.stride())
 
 
