@@ -103,7 +103,7 @@ def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
     gradient that nobody asked for, nothing saved) becomes an empty tensor of its own.
     """
     kernel = _kernels.get((op, backend))
-    if kernel is None:
+    if kernel is None or backend not in DEVICE_ORDER.get(device.type, ("reference",)):
         raise RuntimeError(f"{op} was recorded with backend {backend!r}, which is not there on this machine: {missing_reason(backend)}")
     # Triton launches on the current device, which need not be that of the arguments.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
