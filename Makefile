@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-full lint wheel demo doctor clean
+.PHONY: help install test test-triton test-full lint wheel demo doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,10 +29,16 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy cmoe_kernels unimed
 
-test: lint  ## what CI runs: lint and the tests, with what was skipped and why
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: lint test-triton  ## what CI runs: lint and the tests, with what was skipped and why
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton
+
+# Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
+test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
+	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_aot.py
 
 test-full: lint  ## every case, also those that CI samples
+	CMOE_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
 	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz

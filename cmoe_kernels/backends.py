@@ -4,9 +4,13 @@ Four backends implement the same functions: ``reference`` (plain PyTorch, every 
 (C++, csrc/), ``triton`` and ``cuda``. ``auto`` takes the first of a device's order that has a kernel for the op. The choice is
 made in the public function, before the op is called: so it is recorded with the autograd graph, and a backward pass runs on the
 backend of its forward pass, also outside ``use_backend`` and on another thread, and ``torch.compile`` guards on it.
+
+Triton is imported by the first call that it serves, so a machine without a GPU never imports it. With TRITON_INTERPRET=1 in the
+environment its kernels also run on the CPU, interpreted: the last choice there, for tests.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
@@ -18,7 +22,13 @@ import torch
 
 OPS = ("soft_gate", "topk_gate", "task_router", "grouped_linear", "soft_experts", "sparse_experts", "balance_loss")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-DEVICE_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE_ORDER = {
+    "cpu": ("cpu", "reference", "triton") if INTERPRETED else ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+# GPU kernels accumulate in fp32: fp64 is left to the others.
+WITHOUT_DOUBLE = ("triton", "cuda")
 
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -55,19 +65,32 @@ def register(op: str, backend: str, kernel: Callable[..., Any]) -> None:
     _kernels[op, backend] = kernel
 
 
-def serving(op: str, device_type: str) -> list[str]:
-    """The backends that can run ``op`` on a device, best first."""
-    return [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
+def register_triton(op: str) -> None:
+    """Let ``ops/<op>/triton.py`` serve ``op`` and its backward; it is imported when first called."""
+    if importlib.util.find_spec("triton") is not None:
+        for name in (op, f"{op}_backward"):
+            register(name, "triton", functools.partial(_run_triton, f"cmoe_kernels.ops.{op}.triton", name))
 
 
-def choose(op: str, device_type: str) -> str:
-    """The backend that ``op`` will use on a device now."""
-    able = serving(op, device_type)
+def _run_triton(module: str, name: str, *arguments: Any) -> Any:
+    return getattr(importlib.import_module(module), name)(*arguments)
+
+
+def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that can run ``op`` on a device in a dtype, best first."""
+    able = [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
+    return [b for b in able if b not in WITHOUT_DOUBLE] if dtype == torch.float64 else able
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that ``op`` will use on a device, in a dtype, now."""
+    able = serving(op, device_type, dtype)
     if _selected == "auto":
         return able[0]
     if _selected not in able:
+        what = f"{op} in torch.float64" if _selected in serving(op, device_type) else op
         raise RuntimeError(
-            f"backend {_selected!r} has no {op} for device {device_type!r}; it is served there by {', '.join(able)} "
+            f"backend {_selected!r} has no {what} for device {device_type!r}; it is served there by {', '.join(able)} "
             "(use_backend('auto') picks one)"
         )
     return _selected
@@ -80,9 +103,11 @@ def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
     gradient that nobody asked for, nothing saved) becomes an empty tensor of its own.
     """
     kernel = _kernels.get((op, backend))
-    if kernel is None:
+    if kernel is None or backend not in DEVICE_ORDER.get(device.type, ("reference",)):
         raise RuntimeError(f"{op} was recorded with backend {backend!r}, which is not there on this machine: {missing_reason(backend)}")
-    with torch.autocast(device.type, enabled=False):
+    # Triton launches on the current device, which need not be that of the arguments.
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, enabled=False), current:
         result = kernel(*arguments)
     if isinstance(result, torch.Tensor):
         return result.contiguous()
@@ -93,6 +118,8 @@ def missing_reason(backend: str) -> str:
     """Why a backend, or a part of it, does not serve here."""
     if backend == "cpu":
         return native_error or "it has no kernel for this op yet"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         return "no GPU that torch can use was found"
     return "it has no kernel for this op yet"

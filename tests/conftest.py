@@ -5,6 +5,13 @@ import os
 import pytest
 import torch
 
+from cmoe_kernels import backends
+
+if backends.INTERPRETED:
+    from tests.triton import strict
+
+    strict.install()
+
 
 @pytest.fixture(autouse=True)
 def _settled():
@@ -25,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header():
-    from cmoe_kernels import backends
-
     library = backends.native_library or f"absent ({backends.native_error})"
-    return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}"
+    return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}" + (
+        "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`" if backends.INTERPRETED else ""
+    )

@@ -105,6 +105,17 @@ def test_a_compiled_function_follows_the_backend(monkeypatch):
     assert used == ["triton"]
 
 
+def test_triton_leaves_fp64_to_the_others(monkeypatch):
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    monkeypatch.setitem(backends.DEVICE_ORDER, "cpu", ("triton", "reference"))
+    monkeypatch.setitem(backends._kernels, ("soft_gate", "triton"), lambda logits: logits.new_zeros(logits.shape))
+    assert not cmoe.soft_gate(logits.float()).any()
+    torch.testing.assert_close(cmoe.soft_gate(logits).sum(-1), torch.ones(3, dtype=torch.float64))
+    message = "backend 'triton' has no soft_gate in torch.float64 for device 'cpu'; it is served there by reference"
+    with cmoe.use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        cmoe.soft_gate(logits)
+
+
 def test_autocast_around_an_op_does_not_reach_inside():
     """Products of the fp32 logits stay fp32 inside the op, whatever autocast would do to a plain matmul."""
     x, w1, w2 = torch.randn(5, 4), torch.randn(6, 4), torch.randn(3, 6)

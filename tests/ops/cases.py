@@ -251,7 +251,18 @@ CASES = [
 ONE_PER_OP = list({case.op: case for case in reversed(CASES)}.values())[::-1]
 
 
-def on_backends(cases: list[Case]) -> pytest.MarkDecorator:
-    """Parametrise a test over cases and the backends that serve them on the CPU."""
-    pairs = [(case, backend) for case in cases for backend in sorted(backends.serving(case.op, "cpu"))]
+def backends_of(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends to test here. In the interpreter's process Triton alone: the others were tested in the ordinary one."""
+    able = sorted(backends.serving(op, "cpu", dtype))
+    return [b for b in able if b == "triton"] if backends.INTERPRETED else able
+
+
+def widest(op: str, backend: str) -> torch.dtype:
+    """fp64 where the backend serves it."""
+    return torch.float64 if backend in backends.serving(op, "cpu", torch.float64) else torch.float32
+
+
+def on_backends(cases: list[Case], dtype: torch.dtype = torch.float32) -> pytest.MarkDecorator:
+    """Parametrise a test over cases and the backends that serve them on the CPU, in a dtype."""
+    pairs = [(case, backend) for case in cases for backend in backends_of(case.op, dtype)]
     return pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in pairs])

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 import cmoe_kernels as cmoe
-from cmoe_kernels import backends
 from tests.ops import naive
-from tests.ops.cases import CASES, Maker, leaves, on_backends
+from tests.ops.cases import CASES, Maker, backends_of, leaves, on_backends
 
 TOKEN_ARGUMENTS = ("logits", "x", "scores", "mask", "segments", "group_ids", "selection")
 
@@ -43,7 +42,7 @@ def test_no_tokens(case, backend):
         assert grad is None or (grad.shape == arguments[name].shape and not grad.any()), name
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("topk_gate", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("topk_gate"))
 def test_topk_of_no_tokens_counts_nothing(backend):
     with cmoe.use_backend(backend):
         weights, indices, counts = cmoe.topk_gate(torch.empty(0, 5), 2)
@@ -70,7 +69,7 @@ def test_sizes(op, tokens, width, hidden, out, experts):
     torch.testing.assert_close(getattr(cmoe, op)(**arguments), getattr(naive, op)(**arguments), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("sparse_experts", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("sparse_experts"))
 def test_all_tokens_to_one_expert_leaves_zero_gradients_elsewhere(backend):
     m = Maker(torch.float32, 0)
     weights = {n: t.requires_grad_() for n, t in m.mlp().items()}
@@ -83,7 +82,7 @@ def test_all_tokens_to_one_expert_leaves_zero_gradients_elsewhere(backend):
         assert not tensor.grad[[0, 1, 2, 4]].any()
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("sparse_experts", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("sparse_experts"))
 def test_no_expert_at_all(backend):
     m = Maker(torch.float32, 0)
     weights = m.mlp()
@@ -96,7 +95,7 @@ def test_no_expert_at_all(backend):
     assert not gates.grad.any()
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("soft_gate", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("soft_gate"))
 def test_soft_gate_where_every_sigmoid_underflows(backend):
     logits = torch.tensor([[-200.0, -201.0, -200.0], [-1e4, 0.0, 1e4]], requires_grad=True)
     with cmoe.use_backend(backend):
@@ -108,7 +107,7 @@ def test_soft_gate_where_every_sigmoid_underflows(backend):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("topk_gate", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("topk_gate"))
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_topk_ties_exclusion_and_saturation(backend, score, renormalize):
@@ -134,7 +133,7 @@ def test_topk_ties_exclusion_and_saturation(backend, score, renormalize):
     assert not nothing.grad.any()
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("balance_loss", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("balance_loss"))
 @pytest.mark.parametrize("kind", ["switch", "importance", "z"])
 def test_everything_masked(backend, kind):
     scores = torch.full((4, 3), torch.nan, requires_grad=True)
@@ -146,7 +145,7 @@ def test_everything_masked(backend, kind):
     assert not scores.grad.any()
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("balance_loss", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("balance_loss"))
 @pytest.mark.parametrize("experts", [1, 3, 5, 7])
 def test_importance_at_balance_is_zero_with_a_zero_gradient(backend, experts):
     """A loss through the standard deviation has a NaN gradient here."""
@@ -158,7 +157,7 @@ def test_importance_at_balance_is_zero_with_a_zero_gradient(backend, experts):
     assert scores.grad.abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("backend", sorted(backends.serving("balance_loss", "cpu")))
+@pytest.mark.parametrize("backend", backends_of("balance_loss"))
 def test_a_segment_without_a_token_does_not_count(backend):
     scores = torch.rand(6, 3).softmax(-1)
     indices = torch.randint(3, (6, 1))

@@ -80,7 +80,8 @@ def balance_loss(
         counts = counts.detach()
     elif total is not None:
         raise ValueError("total is given without counts")
-    return _balance_loss(scores, indices, mask, kind, segments, counts, total, backends.choose("balance_loss", scores.device.type))
+    backend = backends.choose("balance_loss", scores.device.type, scores.dtype)
+    return _balance_loss(scores, indices, mask, kind, segments, counts, total, backend)
 
 
 @torch.library.custom_op("cmoe::balance_loss", mutates_args=())
@@ -137,3 +138,4 @@ _balance_loss.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_balance_loss_backward)
 backends.register("balance_loss", "reference", reference.balance_loss)
 backends.register("balance_loss_backward", "reference", reference.balance_loss_backward)
+backends.register_triton("balance_loss")

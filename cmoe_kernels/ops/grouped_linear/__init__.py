@@ -65,7 +65,7 @@ def grouped_linear(
     if activation is not None:
         require_choice("activation", activation, ACTIVATIONS)
     save = activation is not None and wants_grad(x, w, b)
-    backend = backends.choose("grouped_linear", x.device.type)
+    backend = backends.choose("grouped_linear", x.device.type, x.dtype)
     return _grouped_linear(x, w, b, offsets, gather_idx, k, scatter_idx, activation, save, backend)[0]
 
 
@@ -136,3 +136,4 @@ _grouped_linear.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_grouped_linear_backward)
 backends.register("grouped_linear", "reference", reference.grouped_linear)
 backends.register("grouped_linear_backward", "reference", reference.grouped_linear_backward)
+backends.register_triton("grouped_linear")

@@ -19,10 +19,7 @@ def grouped_linear(
     activation: str | None,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    bounds = _bounds(offsets, x.shape[0] * k)
-    for name, index in (("gather_idx", gather_idx), ("scatter_idx", scatter_idx)):
-        if index is not None:
-            _require_permutation(name, index)
+    bounds = require_layout(offsets, x.shape[0] * k, gather_idx, scatter_idx)
     rows = _gather(x, gather_idx, k)
     u = x.new_zeros(rows.shape[0], w.shape[1])
     for e, (start, stop) in enumerate(bounds):
@@ -79,6 +76,14 @@ def _sum_rows(drows: Tensor, gather_idx: Tensor | None, k: int) -> Tensor:
     if gather_idx is not None:
         drows = torch.empty_like(drows).index_copy_(0, gather_idx, drows)
     return drows.view(-1, k, drows.shape[1]).sum(1) if k > 1 else drows
+
+
+def require_layout(offsets: Tensor, rows: int, gather_idx: Tensor | None, scatter_idx: Tensor | None) -> list[tuple[int, int]]:
+    """The rows of each expert. Reads the tensors, so it is for kernels (see ``ops/arguments.py``)."""
+    for name, index in (("gather_idx", gather_idx), ("scatter_idx", scatter_idx)):
+        if index is not None:
+            _require_permutation(name, index)
+    return _bounds(offsets, rows)
 
 
 def _bounds(offsets: Tensor, rows: int) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ def soft_experts(
     elif gates.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"gates has {gates.shape[0]} rows, must have {x.shape[0]} (tokens in x) or 1; or give group_ids")
     save = not recompute and w2 is not None and wants_grad(x, gates, w1, b1, w2, b2)
-    backend = backends.choose("soft_experts", x.device.type)
+    backend = backends.choose("soft_experts", x.device.type, x.dtype)
     return _soft_experts(x, gates, w1, b1, w2, b2, group_ids, activation, save, backend)[0]
 
 
@@ -130,3 +130,4 @@ _soft_experts.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_soft_experts_backward)
 backends.register("soft_experts", "reference", reference.soft_experts)
 backends.register("soft_experts_backward", "reference", reference.soft_experts_backward)
+backends.register_triton("soft_experts")

@@ -28,7 +28,7 @@ def soft_gate(logits: Tensor) -> Tensor:
     Saves ``logits`` for backward. Deterministic. ``T == 0`` gives an empty result.
     """
     require_float("logits", logits, "TE")
-    return _soft_gate(logits, backends.choose("soft_gate", logits.device.type))
+    return _soft_gate(logits, backends.choose("soft_gate", logits.device.type, logits.dtype))
 
 
 @torch.library.custom_op("cmoe::soft_gate", mutates_args=())
@@ -64,3 +64,4 @@ _soft_gate.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_soft_gate_backward)
 backends.register("soft_gate", "reference", reference.soft_gate)
 backends.register("soft_gate_backward", "reference", reference.soft_gate_backward)
+backends.register_triton("soft_gate")

@@ -97,7 +97,7 @@ def task_router(
     elif group_ids is not None:
         raise ValueError(f"group_ids must be None with inputs={inputs!r}")
     save = not recompute and wants_grad(x, task, w1, b1, w2, b2)
-    backend = backends.choose("task_router", rows.device.type)
+    backend = backends.choose("task_router", rows.device.type, rows.dtype)
     return _task_router(x, task, w1, b1, w2, b2, group_ids, activation, save, backend)[0]
 
 
@@ -167,3 +167,4 @@ _task_router.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_task_router_backward)
 backends.register("task_router", "reference", reference.task_router)
 backends.register("task_router_backward", "reference", reference.task_router_backward)
+backends.register_triton("task_router")

@@ -58,7 +58,7 @@ def topk_gate(
         for dim, of in enumerate(("tokens in logits", "experts in logits")):
             require_size("selection", selection, dim, logits.shape[dim], of)
         selection = selection.detach()
-    backend = backends.choose("topk_gate", logits.device.type)
+    backend = backends.choose("topk_gate", logits.device.type, logits.dtype)
     return TopK(*_topk_gate(logits, k, score, renormalize, float(scale), selection, backend))
 
 
@@ -110,3 +110,4 @@ _topk_gate.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_topk_gate_backward)
 backends.register("topk_gate", "reference", reference.topk_gate)
 backends.register("topk_gate_backward", "reference", reference.topk_gate_backward)
+backends.register_triton("topk_gate")

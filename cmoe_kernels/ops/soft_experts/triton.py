@@ -1,0 +1,95 @@
+"""soft_experts on Triton kernels.
+
+Two products forward: the first with N = E * H, whose epilogue applies bias, activation and gate and writes gate * act(u) [T, E, H] (and u
+when it is saved); the second with K = E * H, so the experts are added in its accumulator, with gates @ b2 in the epilogue. Backward: one
+product makes dh in registers and leaves du, gate * act(u) and the gate's partial sums; dx is one product with K = E * H, the weights'
+gradients one each. Nothing of size [E, T, O] exists in either direction. Single linear experts scale x (dy) by the gate on load.
+"""
+
+import torch
+from torch import Tensor
+
+from cmoe_kernels.ops.arguments import require_range
+from cmoe_kernels.ops.gemm_backward_triton import hidden_grads, weight_grads
+from cmoe_kernels.ops.gemm_triton import linear, linear_sum
+from cmoe_kernels.ops.groups import per_token
+from cmoe_kernels.ops.sums_triton import gate_grads, per_group
+
+
+def soft_experts(
+    x: Tensor,
+    gates: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    group_ids: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    g = _gates(x, gates, group_ids)
+    if w2 is None:
+        y = x.new_empty(x.shape[0], w1.shape[1])
+        linear_sum(x, w1, y, b1, g, scale=True)
+        return y, None
+    y, a = x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(x.shape[0], *w1.shape[:2])
+    u = torch.empty_like(a) if save else None
+    linear(x, w1, b1, scale=g, activation=activation, u=u, y=a)
+    linear_sum(a, w2, y, b2, g)
+    return y, u
+
+
+def soft_experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    group_ids: Tensor | None,
+    u: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    g = _gates(x, gates, group_ids)
+    tokens, experts = x.shape[0], w1.shape[0]
+    b_out = b1 if w2 is None else b2
+    dx = x.new_empty(x.shape) if needs[0] else None
+    dw1 = w1.new_empty(w1.shape) if needs[2] else None
+    dw2 = w2.new_empty(w2.shape) if w2 is not None and needs[4] else None
+    db_out = b_out.new_empty(b_out.shape) if b_out is not None and needs[3 if w2 is None else 5] else None
+    db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and needs[3] else None
+
+    if w2 is None:
+        parts = hidden_grads(dy, w1, x, None, None, True) if needs[1] else None
+        if dx is not None:
+            linear_sum(dy, w1.transpose(1, 2), dx, gates=g, scale=True)
+        weight_grads(dy, x, dw1, db_out, rows=tokens, scale=g, scale_dw=True)
+    else:
+        shape = tokens, experts, w1.shape[1]
+        if not u.numel():
+            u = x.new_empty(shape)
+            linear(x, w1, b1, activation=activation, u=u)
+        du = x.new_empty(shape) if needs[0] or needs[2] or db1 is not None else None
+        a = x.new_empty(shape) if dw2 is not None else None
+        parts = None
+        if du is not None or a is not None or needs[1]:
+            parts = hidden_grads(dy, w2, u, du, a, needs[1], scale=g, activation=activation)
+        if dx is not None and du is not None:
+            linear_sum(du, w1.transpose(1, 2), dx)
+        if du is not None:
+            weight_grads(du, x, dw1, db1, rows=tokens)
+        weight_grads(dy, x if a is None else a, dw2, db_out, rows=tokens, scale=g)
+    dgates = None
+    if parts is not None:
+        per_row = gate_grads(parts, dy, b_out, experts).view(tokens, experts)
+        dgates = per_group(per_row, group_ids, gates.shape[0])
+    return (dx, dgates, dw1, db_out, None, None) if w2 is None else (dx, dgates, dw1, db1, dw2, db_out)
+
+
+def _gates(x: Tensor, gates: Tensor, group_ids: Tensor | None) -> Tensor:
+    """[T, E], a view where every token has the same row."""
+    if group_ids is not None:
+        require_range("group_ids", group_ids, gates.shape[0], "rows of gates")
+    return per_token(gates, group_ids).expand(x.shape[0], -1)

@@ -1,0 +1,265 @@
+"""task_router on Triton kernels.
+
+The hidden layer is the wide one: R is 45056 in Uni-Med. One kernel makes a tile of it, adds the row of its task (a bias [G, R], made by a
+product over G rows), applies the activation and multiplies by w2 there and then, so without ``save`` nothing of size [T, R] is written;
+with it, the pre-activation is, once. Each tile leaves its part of the logits, [R / BN, T, E] in fp32, and these are added in the order
+of the tiles. More experts than MOST take the second layer as a product of its own.
+
+Backward reads u twice: once for du and once for dw2 = dlogits^T act(u); du is summed per task to the gradient of the bias [G, R], from
+which the task columns of w1, the task and b1 get theirs by products over G rows. dx, if x is not frozen, and the image columns of w1 are
+one product each. Single linear layers (R = E) are computed in fp32 throughout, as logits are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cmoe_kernels.ops.activation_triton import activate, derivative
+from cmoe_kernels.ops.arguments import require_range
+from cmoe_kernels.ops.gemm_backward_triton import weight_grads
+from cmoe_kernels.ops.gemm_triton import GROUP, TL_DTYPES, launch, linear, precision, strides, tile_for, tile_order
+from cmoe_kernels.ops.groups import per_token
+from cmoe_kernels.ops.sums_triton import column_sums, per_group
+
+MOST = 16
+
+
+@triton.jit
+def task_router_fwd_kernel(
+    x, w1, bias, ids, w2, u, h, parts,
+    rows, width, depth, groups, experts,
+    sx_r, sx_k, sw_n, sw_k, sb_g, sb_n, sv_e, sv_n,
+    ACT: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """u = x @ w1^T + bias[ids]; parts[tile] = act(u) @ w2^T over the tile's columns, or h = act(u)."""
+    tiles_n = tl.cdiv(width, BN)
+    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(rows, BM), tiles_n, GROUP)
+    r = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    far_r, far_n = r.to(tl.int64), n.to(tl.int64)
+    live, columns = r < rows, n < width
+    xs = x + far_r[:, None] * sx_r + k[None, :] * sx_k
+    ws = w1 + far_n[None, :] * sw_n + k[:, None] * sw_k
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, depth, BK):
+        a = tl.load(xs, mask=live[:, None] & (k[None, :] < depth - start), other=0.0)
+        v = tl.load(ws, mask=columns[None, :] & (k[:, None] < depth - start), other=0.0)
+        acc = tl.dot(a, v.to(ROUND), acc, input_precision=PRECISION)
+        xs += BK * sx_k
+        ws += BK * sw_k
+    inside = live[:, None] & columns[None, :]
+    if bias is not None:
+        if ids is None:
+            acc += tl.load(bias + far_n * sb_n, mask=columns, other=0.0).to(tl.float32)[None, :]
+        else:
+            group = tl.load(ids + far_r, mask=live, other=-1)
+            known = (group >= 0) & (group < groups)
+            acc += tl.load(bias + group[:, None] * sb_g + far_n[None, :] * sb_n, mask=known[:, None] & columns[None, :], other=0.0)
+    pre = acc.to(ROUND)
+    if u is not None:
+        tl.store(u + far_r[:, None] * width + n[None, :], pre, mask=inside)
+    act = activate(pre.to(tl.float32), ACT).to(ROUND)
+    if h is not None:
+        tl.store(h + far_r[:, None] * width + n[None, :], act, mask=inside)
+    if parts is not None:
+        # Columns past the end are act(0) times a weight of zero.
+        e = tl.arange(0, EP)
+        v = tl.load(w2 + e.to(tl.int64)[None, :] * sv_e + far_n[:, None] * sv_n, mask=(e < experts)[None, :] & columns[:, None], other=0.0)
+        logits = tl.dot(act, v.to(ROUND), input_precision=PRECISION)
+        place = (tile_n.to(tl.int64) * rows + far_r)[:, None] * experts + e[None, :]
+        tl.store(parts + place, logits, mask=live[:, None] & (e < experts)[None, :])
+
+
+@triton.jit
+def task_router_fwd_logits_kernel(parts, b2, logits, count, tiles, experts, sb, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+    """logits = b2 + the sum of the parts, in the order of the tiles."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(tiles):
+        total += tl.load(parts + tl.cast(tile, tl.int64) * count + i, mask=live, other=0.0)
+    if b2 is not None:
+        total += tl.load(b2 + (i % experts) * sb, mask=live, other=0.0).to(ROUND).to(tl.float32)
+    tl.store(logits + i, total, mask=live)
+
+
+@triton.jit
+def task_router_bwd_du_kernel(
+    dlogits, w2, u, du, rows, width, experts, sd_r, sd_e, sv_e, sv_n,
+    ACT: tl.constexpr, ROUND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """du = dlogits @ w2 * act'(u)"""
+    tiles_n = tl.cdiv(width, BN)
+    r = (tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)).to(tl.int64)
+    n = (tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)).to(tl.int64)
+    live, columns = r < rows, n < width
+    inside = live[:, None] & columns[None, :]
+    dh = tl.zeros((BM, BN), tl.float32)
+    for e in range(experts):
+        far = tl.cast(e, tl.int64)
+        d = tl.load(dlogits + r * sd_r + far * sd_e, mask=live, other=0.0)
+        v = tl.load(w2 + far * sv_e + n * sv_n, mask=columns, other=0.0).to(ROUND).to(tl.float32)
+        dh += d[:, None] * v[None, :]
+    place = r[:, None] * width + n[None, :]
+    pre = tl.load(u + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(du + place, (dh * derivative(pre, ACT)).to(du.dtype.element_ty), mask=inside)
+
+
+def task_router(
+    x: Tensor | None,
+    task: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    group_ids: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if group_ids is not None and task is not None:
+        require_range("group_ids", group_ids, task.shape[0], "rows of task")
+    rows = _rows(x, task)
+    if w2 is None:
+        return _one_layer(x, task, w1, b1, group_ids), None
+    u = rows.new_empty(rows.shape[0], w1.shape[0]) if save else None
+    if w2.shape[0] <= MOST:
+        return _hidden_layer(x, task, w1, b1, w2, b2, group_ids, activation, u), u
+    h = rows.new_empty(rows.shape[0], w1.shape[0])
+    _hidden_layer(x, task, w1, b1, None, None, group_ids, activation, u, h)
+    logits = rows.new_empty(rows.shape[0], w2.shape[0], dtype=torch.float32)
+    linear(h, w2[None], None if b2 is None else b2[None], y=logits)
+    return logits, u
+
+
+def task_router_backward(
+    dlogits: Tensor,
+    x: Tensor | None,
+    task: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    group_ids: Tensor | None,
+    u: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    rows = _rows(x, task)
+    dx = x.new_empty(x.shape) if x is not None and needs[0] else None
+    dtask = task.new_empty(task.shape) if task is not None and needs[1] else None
+    dw1 = w1.new_empty(w1.shape) if needs[2] else None
+    want_db1 = b1 is not None and needs[3]
+    dw2 = db2 = db1 = None
+
+    du = dlogits
+    if w2 is not None:
+        if not u.numel():
+            u = rows.new_empty(rows.shape[0], w1.shape[0])
+            _hidden_layer(x, task, w1, b1, None, None, group_ids, activation, u)
+        if needs[4]:
+            dw2 = column_sums(u, w2.shape[0], w2.dtype, c=dlogits, activation=activation)
+        if b2 is not None and needs[5]:
+            db2 = column_sums(dlogits, 1, b2.dtype)[0]
+        du = _hidden_grad(dlogits, w2, u, activation) if any(needs[:4]) else du
+
+    split = 0 if task is None else task.shape[1]
+    if x is not None:
+        if dx is not None:
+            linear(du, w1[:, split:].T[None], y=dx, round_to=x.dtype)
+        if dw1 is not None:
+            weight_grads(du, x, dw1[None, :, split:], None, rows=x.shape[0], round_to=x.dtype)
+    if (task is not None and (dtask is not None or dw1 is not None)) or want_db1:
+        dbias = per_group(du, group_ids, 1 if task is None else task.shape[0])
+        if dtask is not None:
+            linear(dbias, w1[:, :split].T[None], y=dtask, round_to=rows.dtype)
+        if task is not None and dw1 is not None:
+            weight_grads(dbias, task, dw1[None, :, :split], None, rows=task.shape[0], round_to=rows.dtype)
+        if b1 is not None and want_db1:
+            db1 = column_sums(dbias, 1, b1.dtype)[0]
+    return dx, dtask, dw1, db1, dw2, db2
+
+
+def _rows(x: Tensor | None, task: Tensor | None) -> Tensor:
+    rows = task if x is None else x
+    assert rows is not None
+    return rows
+
+
+def _task_bias(task: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
+    """What the first layer adds per task: [G, R], fp32."""
+    bias = task.new_empty(task.shape[0], w1.shape[0], dtype=torch.float32)
+    linear(task, w1[None, :, : task.shape[1]], None if b1 is None else b1[None], y=bias)
+    return bias
+
+
+def _one_layer(x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor | None, group_ids: Tensor | None) -> Tensor:
+    """logits = w1 @ [task; x] + b1 in fp32."""
+    if x is None or task is None:
+        rows = _rows(x, task)
+        logits = rows.new_empty(rows.shape[0], w1.shape[0], dtype=torch.float32)
+        linear(rows, w1[None], None if b1 is None else b1[None], y=logits)
+        return logits
+    bias = _task_bias(task, w1, b1)
+    logits = torch.empty(x.shape[0], w1.shape[0], dtype=torch.float32, device=x.device)
+    linear(x, w1[None, :, task.shape[1] :], y=logits)
+    return logits.add_(per_token(bias, group_ids))
+
+
+def _hidden_layer(
+    x: Tensor | None,
+    task: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    group_ids: Tensor | None,
+    activation: str,
+    u: Tensor | None,
+    h: Tensor | None = None,
+) -> Tensor:
+    """logits (with w2), u and h."""
+    rows, bias = _rows(x, task), None if b1 is None else b1[None]
+    if x is not None and task is not None:
+        bias, w1 = _task_bias(task, w1, b1), w1[:, task.shape[1] :]
+    elif bias is not None:
+        bias = bias.to(rows.dtype)
+    tokens, width = rows.shape[0], w1.shape[0]
+    experts = 0 if w2 is None else w2.shape[0]
+    tile = tile_for(tokens, rows.dtype, w1.dtype)
+    tiles_n = triton.cdiv(width, tile.n)
+    logits = rows.new_empty(tokens, experts, dtype=torch.float32)
+    parts = None if w2 is None else rows.new_empty(tiles_n, tokens, experts, dtype=torch.float32)
+    dtype = TL_DTYPES[rows.dtype]
+    launch(
+        task_router_fwd_kernel,
+        triton.cdiv(tokens, tile.m) * tiles_n,
+        *(rows, w1, bias, None if group_ids is None else group_ids.contiguous(), w2, u, h, parts),
+        *(tokens, width, w1.shape[1], 0 if bias is None else bias.shape[0], experts),
+        *(*rows.stride(), *w1.stride(), *strides(bias, 2), *strides(w2, 2)),
+        ACT=activation,
+        ROUND=dtype,
+        PRECISION=precision(),
+        EP=16,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        GROUP=GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if parts is not None:
+        arguments = (parts, b2, logits, tokens * experts, tiles_n, experts, 0 if b2 is None else b2.stride(0))
+        launch(task_router_fwd_logits_kernel, triton.cdiv(tokens * experts, 256), *arguments, ROUND=dtype, BLOCK=256)
+    return logits
+
+
+def _hidden_grad(dlogits: Tensor, w2: Tensor, u: Tensor, activation: str) -> Tensor:
+    rows, width = dlogits.shape[0], w2.shape[1]
+    du = u.new_empty(rows, width)
+    arguments = (dlogits, w2, u, du, rows, width, w2.shape[0], *dlogits.stride(), *w2.stride())
+    programs = triton.cdiv(rows, 32) * triton.cdiv(width, 128)
+    launch(task_router_bwd_du_kernel, programs, *arguments, ACT=activation, ROUND=TL_DTYPES[u.dtype], BM=32, BN=128)
+    return du
