@@ -34,5 +34,7 @@ def pytest_collection_modifyitems(items):
 def pytest_report_header():
     library = backends.native_library or f"absent ({backends.native_error})"
     return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}" + (
-        "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`" if backends.INTERPRETED else ""
+        "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
+        if backends.INTERPRETED
+        else ""
     )
