@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # Installed only where the environment has no torch yet; a CPU build will do.
 TORCH ?= torch==2.13.0
+# Interpreted and compiled in the tests, which are written for this version; a GPU build of torch has brought its own.
+TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -20,6 +22,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "setuptools>=77" wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)"
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m cmoe_kernels
 	@touch $@
