@@ -25,7 +25,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE_ORDER = {
     "cpu": ("cpu", "reference", "triton") if INTERPRETED else ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    # Triton's kernels are to be asked for until their proof is whole: the GEMM kernels are not compiled in CI, none has run on a GPU.
+    "cuda": ("cuda", "reference", "triton"),
 }
 # GPU kernels accumulate in fp32: fp64 is left to the others.
 WITHOUT_DOUBLE = ("triton", "cuda")

@@ -1,7 +1,7 @@
-"""Every Triton kernel, in every configuration that the table of calls launches, compiled for GPUs that are not here.
+"""The gate and loss kernels of Triton, in every configuration that the table of calls launches, compiled for GPUs that are not here.
 
 A sample in CI: sm_80 and sm_90, bf16 at the sizes of the connector and fp32 at odd ones. `make test-full` adds sm_100, gfx942,
-every dtype and the other sizes; the committed table is written by `python -m benchmarks.aot --write benchmarks/results/aot.json`.
+every dtype and the other sizes. The kernels of the GEMM ops are not compiled here yet; `python -m benchmarks.aot --ops ...` takes them.
 """
 
 import importlib.util
