@@ -337,6 +337,27 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
         better = [task for task, good in part["better"].items() if good]
         count = f"{len(better)} of {len(part['better'])} tasks"
         console.print(f"{SPLIT_NAMES[split]}: better than both baselines on {count}: {', '.join(better) or 'none'}", highlight=False)
+    _show_gates(run)
+
+
+def _show_gates(run: Path) -> None:
+    """The router's gates per task, as the last steps of training saw them."""
+    from rich.table import Table
+
+    from unimed.train import files
+    from unimed.train.trainer import ROUTER_FILE
+
+    history = files.read_json(run / ROUTER_FILE) if (run / ROUTER_FILE).is_file() else []
+    if not history:
+        return
+    last = history[-1]
+    table = Table(title=f"{run.name}: mean gate of each expert, at step {last['step']}", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for expert in range(len(next(iter(last["tasks"].values()))["gates"])):
+        table.add_column(f"expert {expert + 1}", justify="right")
+    for task, entry in last["tasks"].items():
+        table.add_row(task, *(f"{gate:.3f}" for gate in entry["gates"]))
+    console.print(table)
 
 
 def _report(run: Path) -> None:
