@@ -60,7 +60,12 @@ print(
             "library": str(backends.native_library),
             "notices": [str(n.message) for n in notices],
             "served": {op: backends.serving(op, "cpu") for op in calls},
-            "extras": [m for m in ("unimed", "transformers", "peft", "accelerate", "triton") if m in sys.modules],
+            # torch.compile imports triton wherever it is installed; our own kernels for it are what must stay out.
+            "extras": [
+                m
+                for m in sys.modules
+                if m in ("unimed", "transformers", "peft", "accelerate") or (m.startswith("cmoe_kernels") and "triton" in m)
+            ],
             "unimed": importlib.util.find_spec("unimed") is not None,
         }
     )
