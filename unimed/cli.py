@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -396,7 +395,4 @@ def main() -> None:
     global debugging
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debugging = len(arguments) < len(sys.argv) - 1
-    # Read when PyTorch loads. By default its threads spin while they wait for each other, and where a second program keeps a core busy
-    # that makes a training step ten times slower; waiting asleep costs a few percent on a quiet machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(args=arguments)
