@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from unimed import NOTICE
 from unimed.errors import UserError
 
-NOTICE = "Research use, not for diagnosis"
 RUNS = Path("runs")
 
 console = Console()

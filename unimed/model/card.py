@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unimed import NOTICE
 from unimed.model.configuration import UniMedConfig
-
-NOTICE = "Research use, not for diagnosis."
 
 
 def _card(config: UniMedConfig, parameters: int, base: str | None) -> str:
@@ -22,7 +21,7 @@ tags: [medical, mixture-of-experts, uni-med]
 ---
 # Uni-Med
 
-**{NOTICE}** Answers can be wrong, and nothing here was evaluated for clinical use.
+**{NOTICE}.** Answers can be wrong, and nothing here was evaluated for clinical use.
 
 ## What it is
 

