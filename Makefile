@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-full lint wheel demo doctor clean
+.PHONY: help install test test-triton test-full aot lint wheel demo doctor clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ test: lint test-triton  ## what CI runs: lint and the tests, with what was skipp
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
 	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_aot.py
+
+aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md (20 minutes of one core)
+	$(BIN)/python -m benchmarks.aot --jobs $(JOBS) --write
 
 test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton

@@ -1,24 +1,33 @@
 """Compile every Triton kernel for GPUs that are not here, and say what the compiler made of it.
 
-    python -m benchmarks.aot [--targets sm_80,sm_90,sm_100,gfx942] [--ops soft_gate,topk_gate] [--write benchmarks/results/aot.json]
+    python -m benchmarks.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels gemm_fwd_kernel,...] [--jobs 2] [--write]
 
-No GPU and no driver is needed. The calls of tests/ops/cases.py are made at the sizes of a connector and at small odd ones, on fake tensors:
-the wrappers choose grids and configurations as they would on a GPU, and each launch is compiled, by Triton's own path, for the target.
-So what is compiled is what would run, and a wrapper that asked a tensor for a value would fail here: fakes have none.
+No GPU and no driver is needed, and no kernel runs. The calls of tests/ops/cases.py are made at the sizes of a connector and at small odd
+ones, on tensors without memory (torch's meta device): the wrappers choose grids and configurations as they would on a GPU, and Triton's own
+launcher turns each launch into a signature, constants and divisibility hints. Launches that differ in one of these are compiled, each
+once. So what is compiled is what would run, and a wrapper that asked a tensor for a value would fail here.
 
-Run without TRITON_INTERPRET. Budgets and their reasons are in tests/triton/test_aot.py.
+Compiled is one launch for each target, kernel, configuration, dtype and alignment, the one with the most to hold (``cover``); for the
+targets that are proven, also every form of the bf16 products at the sizes of the connector. ``--write`` puts the rows into
+benchmarks/results/aot.json, in place of those of the same kernels and targets, and writes docs/aot.md from it. Budgets and their reasons
+are in tests/triton/test_aot.py.
+
+Run without TRITON_INTERPRET.
 """
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import importlib
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,9 +38,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction, MockTensor
+from triton.runtime.jit import JITFunction
 
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends
@@ -43,34 +52,122 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Held to budgets; the others are compiled and reported.
+PROVEN = ("sm_80", "sm_90")
+# Of a multiprocessor: warps and bytes of shared memory, of which each program takes 1 KiB more than it asks for.
+MULTIPROCESSOR = {"sm_80": (64, 164 << 10), "sm_90": (64, 228 << 10), "sm_100": (64, 228 << 10)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# The released connector for a batch of 16 images, and sizes that divide by nothing.
+RESULTS = Path(__file__).parent / "results" / "aot.json"
+PAGE = Path(__file__).parents[1] / "docs" / "aot.md"
+
+# The released connector for a batch of 16 images, for one image and for a few tokens, so that each row of the tile tables is chosen; many
+# experts; and sizes that divide by nothing.
+_CONNECTOR = {"T": 1024, "D": 5632, "H": 4096, "O": 4096, "E": 5, "K": 2, "R": 45056, "G": 4, "S": 5632}
 SIZES = {
-    "connector": {"T": 1024, "D": 5632, "H": 4096, "O": 4096, "E": 5, "K": 2, "R": 45056, "G": 4, "S": 5632},
-    "few_tokens": {"T": 64, "D": 5632, "H": 4096, "O": 4096, "E": 5, "K": 2, "R": 45056, "G": 4, "S": 5632},
+    "connector": _CONNECTOR,
+    "image": {**_CONNECTOR, "T": 64},
+    "tokens": {**_CONNECTOR, "T": 16},
     "many_experts": {"T": 4096, "D": 2048, "H": 768, "O": 2048, "E": 64, "K": 8, "R": 4096, "G": 4, "S": 2048},
     "odd": {"T": 11, "D": 7, "H": 9, "O": 6, "E": 5, "K": 2, "R": 13, "G": 3, "S": 4},
 }
+# "mixed" is bf16 with weights in fp32, tf32 is fp32 with the switch that asks for it.
+PRECISIONS = {"bf16": torch.bfloat16, "mixed": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 @dataclass
-class Compiled:
-    """One kernel in one configuration, compiled for one target."""
+class Launch:
+    """What Triton compiles one kernel for. Launches with one key run the same machine code."""
 
     kernel: str
-    op: str
     target: str
+    function: JITFunction
     signature: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    aligned: bool
-    seconds: float
-    registers: int
-    spills: int
-    shared: int
-    instructions: dict[str, int] = field(default_factory=dict)
-    calls: list[str] = field(default_factory=list)
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: Any
+    # Of the calls that make it: op, form, precision, size.
+    calls: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    @functools.cached_property
+    def key(self) -> str:
+        names = self.function.arg_names
+        constants = {names[path[0]]: str(value) for path, value in self.constants.items()}
+        hints = {names[path[0]]: str(value) for path, value in self.attributes.items()}
+        parts = (self.kernel, self.target, self.signature, sorted(constants.items()), sorted(hints.items()), self.config)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """Its constants by name, without those that are None."""
+        return {self.function.arg_names[path[0]]: _plain(value) for path, value in self.constants.items() if value is not None}
+
+    @property
+    def tile(self) -> str:
+        return "x".join(str(self.settings[n]) for n in ("BM", "BN", "BK", "BR", "BT", "BLOCK_T", "BLOCK_E", "BLOCK") if n in self.settings)
+
+    @property
+    def config(self) -> tuple[str, int, int]:
+        return self.tile, self.options.num_warps, self.options.num_stages
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(sorted({t for t in self.signature.values() if t.startswith("*")}))
+
+    @property
+    def product(self) -> bool:
+        """Whether it is one of the kernels with a loop of products on operands of its caller's dtype."""
+        return "BM" in self.settings and ("BK" in self.settings or "BR" in self.settings)
+
+    @property
+    def operand(self) -> str:
+        """What the products multiply: bf16, fp16, tf32 or fp32."""
+        if not self.product:
+            return ""
+        dtype = str(self.settings.get("OPERAND", self.settings.get("ROUND")))
+        return "tf32" if dtype == "fp32" and self.settings.get("PRECISION") == "tf32" else dtype
+
+    @property
+    def aligned(self) -> bool:
+        return any(size != "odd" for *_, size in self.calls)
+
+    @property
+    def of_a_connector(self) -> bool:
+        """In bf16, at the sizes of one."""
+        return any(precision == "bf16" and SIZES[size]["D"] == _CONNECTOR["D"] for _, _, precision, size in self.calls)
+
+    def compile(self) -> CompiledKernel:
+        """Always anew: a kernel from Triton's cache would say nothing about the compiler."""
+        source = ASTSource(self.function, self.signature, self.constants, self.attributes)
+        with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
+            triton.knobs.cache.dir = cache
+            return triton.compile(source, target=TARGETS[self.target], options=self.options.__dict__)
+
+    def report(self) -> dict[str, Any]:
+        """Compile it, and what became of it."""
+        kernel = self.compile()
+        registers, spills, instructions = (_amd if self.target.startswith("gfx") else _nvidia)(kernel)
+        return {
+            "kernel": self.kernel,
+            "target": self.target,
+            "key": self.key,
+            "tile": self.tile,
+            "warps": self.options.num_warps,
+            "stages": self.options.num_stages,
+            "operand": self.operand,
+            "aligned": self.aligned,
+            "call": " ".join(self.calls[0]),
+            "constants": self.settings,
+            "descriptors": sum("tensordesc" in t for t in self.signature.values()),
+            "pointers": {n: t[1:] for n, t in self.signature.items() if t.startswith("*")},
+            "registers": registers,
+            "spills": spills,
+            "shared": kernel.metadata.shared,
+            **instructions,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 class _NoDevice:
@@ -89,63 +186,140 @@ class _NoDevice:
         return 0
 
 
+class _Pointer:
+    """A tensor as a launch sees it; its storage begins at an aligned address, as an allocator's does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.offset = tensor.dtype, tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+    @staticmethod
+    def ptr_range() -> int:
+        return 0
+
+
 @contextlib.contextmanager
-def compiling(target: str, op: str, call: str, into: dict[Any, Compiled]) -> Iterator[None]:
-    """Inside, a launch compiles its kernel for ``target`` and records it instead of running."""
+def _recording(target: str, into: list[Launch]) -> Iterator[None]:
+    """Inside, a launch is taken down and nothing is compiled."""
+
+    def take(self: JITFunction, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool) -> None:
+        into.append(Launch(self.__name__, target, self, signature, constants, attributes, options))
 
     def getitem(self: JITFunction, grid: Any) -> Any:
-        def compile_one(*args: Any, **kwargs: Any) -> None:
-            args = tuple(MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in args)
-            start = time.perf_counter()
-            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            if id(kernel) not in into:
-                into[id(kernel)] = _report(kernel, self, op, target, time.perf_counter() - start)
-                into[id(kernel)].__dict__["kept"] = kernel
-            if call not in into[id(kernel)].calls:
-                into[id(kernel)].calls.append(call)
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.run(*(_Pointer(a) if isinstance(a, Tensor) else a for a in args), grid=grid, warmup=True, **kwargs)
 
-        return compile_one
+        return launch
 
     before = driver._active
     driver.set_active(_NoDevice(TARGETS[target]))  # type: ignore[arg-type]
     try:
-        with mock.patch.object(JITFunction, "__getitem__", getitem):
+        with mock.patch.object(JITFunction, "__getitem__", getitem), mock.patch.object(JITFunction, "_do_compile", take):
             yield
     finally:
         driver._active = before
 
 
-def _report(kernel: CompiledKernel, function: JITFunction, op: str, target: str, seconds: float) -> Compiled:
-    source, metadata = kernel.src, kernel.metadata
-    names = function.arg_names
-    constants = {names[path[0]]: str(v) for path, v in source.constants.items()}
-    pointers = [i for i, n in enumerate(names) if source.signature[n].startswith("*")]
-    look = _amd if target.startswith("gfx") else _nvidia
-    registers, spills, instructions = look(kernel)
-    return Compiled(
-        kernel=function.__name__,
-        op=op,
-        target=target,
-        signature={n: t for n, t in source.signature.items() if t != "constexpr"},
-        constants=constants,
-        warps=metadata.num_warps,
-        stages=metadata.num_stages,
-        aligned=all(source.attrs.get((i,)) for i in pointers),
-        seconds=round(seconds, 2),
-        registers=registers,
-        spills=spills,
-        shared=metadata.shared,
-        instructions=instructions,
-    )
+class _Calls(TorchDispatchMode):
+    """The calls of cmoe ops, forward and backward, their tensors without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cmoe":
+            # An op's last argument is its backend.
+            self.calls.append((func._schema.name.removeprefix("cmoe::"), list(args[:-1])))
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _op_calls(index: int, dtype: torch.dtype, master: bool, size: str) -> list[tuple[str, list[Any]]]:
+    """The ops that a case runs forward and backward, on the meta device; ``master``: with weights in fp32."""
+    case = cases.CASES[index]
+    with contextlib.ExitStack() as stack:
+        for letter, value in SIZES[size].items():
+            stack.enter_context(mock.patch.object(cases, letter, value))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(cmoe.use_backend("reference"))
+        recorder = stack.enter_context(_Calls())
+        arguments = case.make(dtype)
+        for name in ("w", "b", "w1", "b1", "w2", "b2") if master else ():
+            if arguments.get(name) is not None:
+                arguments[name] = arguments[name].detach().float().requires_grad_()
+        y = case.call(arguments)
+        torch.autograd.grad(y, [arguments[n] for n in cases.leaves(arguments)], torch.ones_like(y), allow_unused=True)
+    return [(name, [_meta(a) if isinstance(a, Tensor) else a for a in args]) for name, args in recorder.calls]
+
+
+def _meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@functools.cache
+def launches(target: str) -> list[Launch]:
+    """Every launch of every form of every op, in every precision and at every size, those with the same key as one."""
+    found: dict[str, Launch] = {}
+    for precision, dtype in PRECISIONS.items():
+        for size in SIZES:
+            for index, case in enumerate(cases.CASES):
+                if (case.op, "triton") not in backends._kernels:
+                    continue
+                kernels = importlib.import_module(f"cmoe_kernels.ops.{case.op}.triton")
+                taken: list[Launch] = []
+                calls = _op_calls(index, dtype, precision == "mixed", size)
+                with _tf32(precision == "tf32"), _recording(target, taken):
+                    for name, arguments in calls:
+                        getattr(kernels, name)(*arguments)
+                for launch in taken:
+                    found.setdefault(launch.key, launch).calls.append((case.op, case.form, precision, size))
+    return list(found.values())
+
+
+def cover(among: Iterable[Launch]) -> list[Launch]:
+    """One launch for each kernel, configuration, dtype and alignment: that with the most to hold, of the constants and pointers it has."""
+    chosen: dict[tuple[Any, ...], Launch] = {}
+
+    def held(launch: Launch) -> tuple[int, int]:
+        return sum(value not in (False, 1, 0) for value in launch.settings.values()), len(launch.signature) - len(launch.constants)
+
+    for launch in among:
+        group = (launch.kernel, launch.config, launch.operand or launch.dtypes, launch.aligned)
+        if group not in chosen or held(launch) > held(chosen[group]):
+            chosen[group] = launch
+    return list(chosen.values())
+
+
+def compiled(target: str) -> list[Launch]:
+    """The launches that benchmarks/results/aot.json has for a target."""
+    chosen = cover(launches(target))
+    if target in PROVEN:
+        keys = {launch.key for launch in chosen}
+        chosen += [launch for launch in launches(target) if launch.product and launch.of_a_connector and launch.key not in keys]
+    return sorted(chosen, key=lambda launch: (launch.kernel, launch.operand, launch.config, launch.key))
 
 
 NVIDIA = {
-    "mma": r"\bHMMA\.|\bHGMMA\.|\bUTC[A-Z]*MMA|\bQGMMA",
-    "async_copy": r"\bLDGSTS",
+    "mma": r"\bHMMA\.|\bHGMMA\.|\bUTC[A-Z]*MMA",
+    "wgmma": r"\bHGMMA\.",
+    "async_copies": r"\bLDGSTS",
     "tma": r"\bUTMALDG",
-    "spill": r"\b(?:STL|LDL)\b",
+    "spills": r"\b(?:STL|LDL)\b",
 }
-AMD = {"mma": r"\bv_mfma_", "async_copy": r"\bglobal_load_lds|\bbuffer_load_.* lds", "spill": r"\bscratch_(?:load|store)"}
+AMD = {"mma": r"\bv_mfma_", "async_copies": r"\b(?:global_load_lds|buffer_load_\w+ .* lds)"}
 
 
 def _nvidia(kernel: CompiledKernel) -> tuple[int, int, dict[str, int]]:
@@ -157,7 +331,7 @@ def _nvidia(kernel: CompiledKernel) -> tuple[int, int, dict[str, int]]:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in NVIDIA.items()}
-    return int(registers[1]), counts.pop("spill"), counts
+    return int(registers[1]), counts.pop("spills"), counts
 
 
 def _amd(kernel: CompiledKernel) -> tuple[int, int, dict[str, int]]:
@@ -165,89 +339,107 @@ def _amd(kernel: CompiledKernel) -> tuple[int, int, dict[str, int]]:
 
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
-        return int(found[1]) if found else 0
+        assert found is not None, name
+        return int(found[1])
 
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in AMD.items()}
-    return number("vgpr_count"), number("vgpr_spill_count"), {k: v for k, v in counts.items() if k != "spill"}
-
-
-class _Recorder(TorchDispatchMode):
-    """The calls of cmoe ops, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "cmoe":
-            self.calls.append((func._schema.name.removeprefix("cmoe::"), args))
-        return func(*args, **(kwargs or {}))
+    return number("vgpr_count"), number("vgpr_spill_count"), {name: len(re.findall(pattern, text)) for name, pattern in AMD.items()}
 
 
-def launches(case: cases.Case, dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...]]]:
-    """The ops that a case runs forward and backward, with fake tensors for arguments. Call inside a FakeTensorMode."""
-    arguments = case.make(dtype)
-    with cmoe.use_backend("reference"), _Recorder() as recorder:
-        y = case.call(arguments)
-        torch.autograd.grad(y, [arguments[n] for n in cases.leaves(arguments)], torch.ones_like(y), allow_unused=True)
-    # An op's last argument is its backend.
-    return [(name, args[:-1]) for name, args in recorder.calls]
+def blocks(row: dict[str, Any]) -> int:
+    """Programs that a multiprocessor runs at once, by registers (given out per warp, by eights), warps and shared memory; 0: not known."""
+    if row["target"] not in MULTIPROCESSOR:
+        return 0
+    warps, shared = MULTIPROCESSOR[row["target"]]
+    registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
+    return min(65536 // registers, warps // row["warps"], shared // (row["shared"] + 1024))
 
 
-def compile_op(
-    op: str, target: str, sizes: dict[str, dict[str, int]] = SIZES, dtypes: tuple[torch.dtype, ...] = cases.DTYPES
-) -> list[Compiled]:
-    """Every launch of every form of an op, for one target."""
-    into: dict[Any, Compiled] = {}
-    kernels = importlib.import_module(f"cmoe_kernels.ops.{op}.triton")
-    for size, letters in sizes.items():
-        with contextlib.ExitStack() as stack:
-            for letter, value in letters.items():
-                stack.enter_context(mock.patch.object(cases, letter, value))
-            stack.enter_context(FakeTensorMode())
-            for case in cases.CASES:
-                if case.op != op or (size != "odd" and _has_literal_sizes(case)):
-                    continue
-                for dtype in dtypes:
-                    for name, arguments in launches(case, dtype):
-                        with compiling(target, op, f"{name} {case.form} {str(dtype).removeprefix('torch.')} {size}", into):
-                            getattr(kernels, name)(*arguments)
-    return list(into.values())
+def read() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["kernels"] if RESULTS.exists() else []
 
 
-def _has_literal_sizes(case: cases.Case) -> bool:
-    """Forms written out for the table's own eleven tokens."""
-    return "mask" in case.form or (case.form.endswith("segments") and case.op == "balance_loss")
+def write(rows: list[dict[str, Any]]) -> None:
+    """benchmarks/results/aot.json, one line a row, and docs/aot.md."""
+    head = json.dumps({"triton": triton.__version__, "sizes": SIZES}, indent=1)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(head[:-2] + ',\n "kernels": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n ]\n}\n")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(rows))
 
 
-def served() -> list[str]:
-    return [op for op in backends.OPS if (op, "triton") in backends._kernels]
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/aot.md: one line for each kernel, configuration and dtype, of all its forms."""
+    parts = [PREFACE.format(triton=triton.__version__, count=len(rows))]
+    header = ("kernel", "operands", "tile", "warps, stages", "sizes", "forms", "registers", "spills", "shared KiB", "programs", *COUNTS)
+    for target in TARGETS:
+        parts += [f"\n## {target}\n\n", _line(header), _line(["---"] * len(header))]
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in (row for row in rows if row["target"] == target):
+            operands = row["operand"] or ", ".join(sorted(set(row["pointers"].values())))
+            config, sizes = f"{row['warps']}, {row['stages']}", "aligned" if row["aligned"] else "odd"
+            groups.setdefault((row["kernel"], operands, row["tile"], config, sizes), []).append(row)
+        for group, found in sorted(groups.items()):
+            registers, spills, shared = (max(row[n] for row in found) for n in ("registers", "spills", "shared"))
+            counts = [min(row.get(n, 0) for row in found) for n in COUNTS.values()]
+            parts.append(_line([*group, len(found), registers, spills, round(shared / 1024, 1), min(map(blocks, found)) or "", *counts]))
+    return "".join(parts)
+
+
+COUNTS = {"matrix": "mma", "async copies": "async_copies", "TMA": "tma"}
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
+
+
+PREFACE = """# What the compiler makes of the Triton kernels
+
+Written by `make aot` from `benchmarks/results/aot.json`: triton {triton}, {count} compiled launches, no GPU. Nothing here was run. These
+are the compiler's numbers and say nothing about speed.
+
+A line is a kernel in one configuration. "forms" counts the compiled launches behind it, which differ in activation, bias, gathering and
+the like; registers (per thread), spills (loads and stores of spilled registers) and shared memory are the largest of them, matrix
+instructions (mma, wgmma, tcgen05, mfma), asynchronous copies and TMA loads the smallest. "programs" is how many a multiprocessor holds at
+once. "odd" sizes divide by nothing, so no access is wide: they must compile, and may spill. `tests/triton/test_aot.py` holds sm_80 and
+sm_90 to budgets.
+"""
+
+
+def _report(which: tuple[str, str]) -> dict[str, Any]:
+    target, key = which
+    return next(launch for launch in launches(target) if launch.key == key).report()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--ops", default=",".join(served()))
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--kernels", help="all where not given")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="put the rows into benchmarks/results/aot.json and docs/aot.md")
     options = parser.parse_args()
-    rows: list[Compiled] = []
-    print(f"{'kernel':32} {'target':7} {'configs':>7} {'registers':>9} {'spills':>6} {'shared':>7} {'mma':>5} {'seconds':>8}")
-    for op in options.ops.split(","):
-        for target in options.targets.split(","):
-            found = compile_op(op, target)
-            rows += found
-            for kernel in sorted({r.kernel for r in found}):
-                mine = [r for r in found if r.kernel == kernel]
-                most = [max(getattr(r, n) for r in mine) for n in ("registers", "spills", "shared")]
-                mma = max(r.instructions["mma"] for r in mine)
+    for target in options.targets.split(","):
+        everything = {launch.key: launch for launch in compiled(target)}
+        wanted = [launch for launch in everything.values() if options.kernels is None or launch.kernel in options.kernels.split(",")]
+        rows, start = [], time.perf_counter()
+        # The children inherit what was recorded.
+        with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+            for number, row in enumerate(pool.imap(_report, [(target, launch.key) for launch in wanted]), 1):
+                rows.append(row)
                 print(
-                    f"{kernel:32} {target:7} {len(mine):7} {most[0]:9} {most[1]:6} {most[2]:7} {mma:5} {sum(r.seconds for r in mine):8.1f}",
+                    f"{target} {number}/{len(wanted)} {time.perf_counter() - start:.0f} s: {row['kernel']} {row['operand']} {row['tile']}, "
+                    f"{row['warps']} warps, {row['stages']} stages ({row['call']}): {row['registers']} registers, {row['spills']} spills, "
+                    f"{row['shared']} bytes shared, {row['mma']} matrix instructions",
                     flush=True,
                 )
-    if options.write:
-        document = {"triton": triton.__version__, "torch": torch.__version__, "sizes": SIZES, "kernels": [asdict(r) for r in rows]}
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(json.dumps(document, indent=1) + "\n")
+        if options.write:
+            fresh = {row["key"] for row in rows}
+            kept = [row for row in read() if row["key"] not in fresh and (row["target"] != target or row["key"] in everything)]
+            write(
+                sorted(
+                    kept + rows,
+                    key=lambda row: (list(TARGETS).index(row["target"]), row["kernel"], row["operand"], row["tile"], row["key"]),
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE_ORDER = {
     "cpu": ("cpu", "reference", "triton") if INTERPRETED else ("cpu", "reference"),
-    # Triton's kernels are to be asked for until their proof is whole: the GEMM kernels are not compiled in CI, none has run on a GPU.
+    # Triton's kernels are to be asked for until their proof is whole: its golden cases and mutants are missing, and none has run on a GPU.
     "cuda": ("cuda", "reference", "triton"),
 }
 # GPU kernels accumulate in fp32: fp64 is left to the others.
