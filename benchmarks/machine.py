@@ -1,0 +1,93 @@
+"""What the numbers were measured on, and how fast that machine copies and multiplies."""
+
+import datetime
+import functools
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY_BYTES = 256 * 2**20
+GEMM_SIDE = 2048
+# What decides which kernels run; the rest of a CPU's flags does not.
+FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512f", "avx2", "f16c", "fma")
+
+
+def describe() -> dict[str, Any]:
+    """The machine itself: what stays from run to run."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(re.findall(r"^(model name|flags|cpu family|model)\s*: (.*)$", info, flags=re.MULTILINE))
+    present = fields.get("flags", "").split()
+    memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text()) if info else None
+    return {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
+        "flags": [f for f in FLAGS if f in present],
+        "cores": len(re.findall(r"^processor", info, flags=re.MULTILINE)) or 1,
+        "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def slug(machine: dict[str, Any], threads: int) -> str:
+    """A file name for a machine and a number of threads."""
+    words = re.sub(r"\([^)]*\)|@.*|CPU|Processor", " ", machine["cpu"])
+    tier = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in machine["flags"]), "generic")
+    return re.sub(r"[^a-z0-9]+", "-", f"cpu {words} {tier} {threads} threads".lower()).strip("-")
+
+
+def run_info(threads: int) -> dict[str, Any]:
+    """What may change from run to run, with the peaks measured now."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "threads": threads,
+        "copy_gbps": round(copy_bandwidth(), 2),
+        "gemm_loop": f"torch.mm {GEMM_SIDE}^3",
+        "gemm_gflops": {},
+    }
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def best(call: Callable[[], Any], calls: int = 7) -> float:
+    """The shortest of several calls, in seconds: a peak is what the machine can do, not what it does on average."""
+    call()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a copy far larger than the caches; bytes read and bytes written both count."""
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / best(lambda: target.copy_(source)) / 1e9
+
+
+@functools.cache
+def gemm_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of the best large product in a dtype: torch.mm on random data (zeros flatter), into an existing buffer."""
+    a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * GEMM_SIDE**3 / best(lambda: torch.mm(a, b, out=out)) / 1e9

@@ -1,0 +1,67 @@
+"""Our and a peer's call, timed alternately in one process.
+
+On a shared machine speed drifts by tens of percent within minutes: two blocks of calls, one after the other, compare two machines. So
+the two take turns, and before each timed call stands an untimed one of the same side: it finds the caches as that side leaves them.
+What a call returns is freed inside the timed region, as a training step frees its gradients.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Call = Callable[[], Any]
+FEW, PATIENCE = 3, 6
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each timed call."""
+
+    seconds: tuple[float, ...]
+
+    def quantile(self, q: float) -> float:
+        """Linear interpolation between the sorted times."""
+        ordered = sorted(self.seconds)
+        place = q * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    def summary(self) -> dict[str, float | int]:
+        """p20, p50, p80 in milliseconds, and how many calls were timed."""
+        return {**{f"p{q}_ms": round(1e3 * self.quantile(q / 100), 5) for q in (20, 50, 80)}, "calls": len(self.seconds)}
+
+
+def alternate(
+    ours: Call, peer: Call, seconds: float, least: int = 5, most: int = 200, clock: Call = time.perf_counter
+) -> tuple[Times, Times]:
+    """Times of ``ours`` and ``peer``, in turn, until ``seconds`` have passed.
+
+    At least ``least`` calls of each are timed, at most ``most``; FEW are enough where they take PATIENCE times as long as asked for.
+    """
+    taken: tuple[list[float], list[float]] = ([], [])
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        begin = clock()
+        while True:
+            for call, times in zip((ours, peer), taken, strict=True):
+                call()
+                start = clock()
+                call()
+                times.append(clock() - start)
+            done, passed = len(taken[1]), clock() - begin
+            if (passed >= seconds and done >= least) or done >= most or (passed >= PATIENCE * seconds and done >= FEW):
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return Times(tuple(taken[0])), Times(tuple(taken[1]))
+
+
+def ratio(ours: Times, peer: Times) -> float:
+    """How many times faster ours is: p50 of the peer over p50 of ours. Below 1, ours is slower."""
+    return peer.quantile(0.5) / ours.quantile(0.5)

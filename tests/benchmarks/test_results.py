@@ -1,0 +1,247 @@
+"""What a run records, how files merge, and what the report makes of them."""
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import __main__ as driver
+from benchmarks import cases, machine, record, report
+
+RUN = {
+    "date": "2026-01-02 03:04 UTC",
+    "commit": "0123456789ab",
+    "torch": "2.13.0",
+    "torch_capability": "AVX2",
+    "python": "3.11.0",
+    "threads": 1,
+    "copy_gbps": 20.0,
+    "gemm_loop": "torch.mm 2048^3",
+    "gemm_gflops": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def _known_rate(monkeypatch):
+    monkeypatch.setattr(machine, "gemm_rate", lambda dtype: 100.0)
+
+
+def instance(key, **changes):
+    found = cases.find(key)
+    return dataclasses.replace(found, case=dataclasses.replace(found.case, **changes))
+
+
+def measured(key="soft_gate/tiny/T64/float32", memory=False, **changes):
+    return record.measure(instance(key, **changes), RUN, seconds=0, least=2, memory=memory)
+
+
+def test_a_record_holds_times_ratio_rates_and_bytes():
+    r = measured()
+    assert r["ours"]["calls"] == 2 * len(r["peers"])
+    assert r["ours"]["p20_ms"] <= r["ours"]["p50_ms"] <= r["ours"]["p80_ms"]
+    torch_peer = r["peers"]["torch"]
+    assert torch_peer["ratio"] == pytest.approx(torch_peer["p50_ms"] / torch_peer["ours_p50_ms"], rel=1e-2)
+    assert r["ours"]["copy_share"] == pytest.approx(r["bytes"] / r["ours"]["p50_ms"] / 1e6 / RUN["copy_gbps"], rel=0.05, abs=1e-4)
+    assert r["ours"]["saved_bytes"] == 0
+    assert torch_peer["saved_bytes"] == 64 * 5 * 4 + 64 * 4  # sigmoid, its sum
+    assert r["run"]["gemm_gflops"] == {"float32": 100.0}
+    assert json.loads(json.dumps(r)) == r
+
+
+def broken(side):
+    """A soft_gate case in which one side gives a wrong result."""
+    make = cases.CASES["soft_gate"].make
+
+    def build(shape, tokens, dtype):
+        work = make(shape, tokens, dtype)
+        right = work.ours if side == "ours" else work.peers[side]
+
+        def wrong():
+            step = right()
+            forward = step.forward
+            step.forward = lambda: forward().flip(0)
+            return step
+
+        if side == "ours":
+            work.ours = wrong
+        else:
+            work.peers[side] = wrong
+        return work
+
+    return build
+
+
+def test_a_wrong_kernel_posts_no_time():
+    r = measured(make=broken("ours"))
+    assert "y: largest error" in r["wrong"]["ours"]
+    assert not r["peers"]
+    assert "p50_ms" not in r.get("ours", {})
+
+
+def test_a_wrong_or_failing_peer_posts_no_time():
+    make = cases.CASES["soft_gate"].make
+
+    def build(shape, tokens, dtype):
+        work = broken("reference")(shape, tokens, dtype)
+        work.peers["absent"] = lambda: (_ for _ in ()).throw(cases.Skipped("it is not installed"))
+        work.peers["failing"] = lambda: 1 / 0
+        return work
+
+    r = measured(make=build)
+    if "reference" not in r["skipped"]:
+        assert "y: largest error" in r["wrong"]["reference"]
+    assert r["skipped"]["absent"] == "it is not installed"
+    assert r["skipped"]["failing"].startswith("it failed: ZeroDivisionError")
+    assert set(r["peers"]) == {"torch"}
+    assert make is cases.CASES["soft_gate"].make
+
+
+def test_a_case_that_cannot_run_says_why():
+    def absent(shape, tokens, dtype):
+        raise cases.Skipped("it is not written yet")
+
+    r = measured(make=absent)
+    assert r["skipped"] == {"ours": "it is not written yet"}
+    assert not r["peers"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_of_a_process_of_its_own():
+    peak = record.peak_bytes("soft_experts/tiny/T64/float32", "stacking torch", 1)
+    assert peak is None or 0 <= peak < 2**30
+
+
+def test_merging_keeps_the_other_cases(tmp_path):
+    path, described = tmp_path / "deep" / "results.json", {"cpu": "a cpu"}
+    one, two = ({"case": name, "run": RUN} for name in ("one", "two"))
+    record.merge(path, described, "one", one)
+    record.merge(path, described, "two", two)
+    record.merge(path, described, "one", {**one, "again": True})
+    document = json.loads(path.read_text())
+    assert document["cases"] == {"one": {**one, "again": True}, "two": two}
+    assert document["threads"] == RUN["threads"]
+    with pytest.raises(ValueError, match="another machine"):
+        record.merge(path, {"cpu": "another cpu"}, "one", one)
+    with pytest.raises(ValueError, match="another machine"):
+        record.merge(path, described, "one", {**one, "run": {**RUN, "threads": 64}})
+    assert json.loads(path.read_text()) == document
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_the_driver_runs_lists_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda: 20.0)
+    assert driver.main(["--list", "--only", "gemm_dw"]) == 0
+    assert "gemm_dw/released/T256/bfloat16" in capsys.readouterr().out
+    out = tmp_path / "results.json"
+    assert driver.main(["--quick", "--only", "gemm_dw/tiny/T64,topk_gate/tiny/T1/", "--threads", "1", "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert set(document["cases"]) == {"gemm_dw/tiny/T64/bfloat16", "gemm_dw/tiny/T64/float32", "topk_gate/tiny/T1/float32"}
+    assert document["machine"] == machine.describe()
+    assert "ours is" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        driver.main(["--only", "nothing_of_the_kind"])
+
+
+def test_peaks_are_measured():
+    assert machine.best(lambda: torch.mm(torch.ones(8, 8), torch.ones(8, 8)), calls=2) > 0
+    described = machine.describe()
+    assert described["cores"] >= 1
+    assert (
+        machine.slug({**described, "cpu": "Intel(R) Xeon(R) CPU @ 2.00GHz", "flags": ["amx_bf16"]}, 2)
+        == "cpu-intel-xeon-amx-bf16-2-threads"
+    )
+
+
+def example(ratios=(0.5, 2.0)):
+    """A document like those in benchmarks/results/, at a real shape."""
+    side = {"p20_ms": 0.9, "p50_ms": 1.0, "p80_ms": 1.25, "calls": 9, "saved_bytes": 100}
+    ours = {**side, "saved_bytes": 42, "gflops": 1500.0, "gbps": 1.0, "gemm_share": 0.3, "copy_share": 0.05, "peak_bytes": 5_000_000}
+    document = {"suite": "cpu", "machine": machine.describe(), "threads": 1, "cases": {}}
+    for tokens in (64, 256):
+        document["cases"][f"soft_connector/released/T{tokens}/bfloat16"] = {
+            "case": "soft_connector",
+            "title": "soft connector, forward and all gradients",
+            "shape": "released",
+            "tokens": tokens,
+            "dtype": "bfloat16",
+            "run": {**RUN, "gemm_gflops": {"bfloat16": 5000.0}},
+            "flops": 1.5e9,
+            "bytes": 1e6,
+            "baseline": "released loop",
+            "served_by": {"soft_experts": "cpu"},
+            "ours": ours,
+            "peers": {
+                n: {**side, "p50_ms": x, "ratio": x} for n, x in zip(("released loop", "fused torch"), reversed(ratios), strict=True)
+            },
+            "skipped": {"vllm": "not here"},
+            "wrong": {"other": "y: largest error"},
+        }
+    return document
+
+
+def test_the_report_shows_gains_losses_and_what_was_left_out():
+    document = example()
+    table = report.headline_table(document)
+    assert "| soft connector, forward and all gradients (released, bfloat16) | ours, ms | 1 (30%) | 1 (30%) |" in table
+    assert "| vs released loop | 2.00 | 2.00 |" in table
+    assert "| vs the fastest other | **0.50** fused torch | **0.50** fused torch |" in table
+    assert "| bytes saved for backward | 42% | 42% |" in table
+    assert "slower in 2 of 4 comparisons" in report.readme([document])
+    text = report.markdown([document])
+    assert "- soft_connector/released/T64/bfloat16: **0.50** of fused torch" in text
+    assert "- vllm: not here (soft_connector/released/T64/bfloat16, soft_connector/released/T256/bfloat16)" in text
+    assert "- other: WRONG, not timed: y: largest error" in text
+    assert "torch.mm 2048^3 reaches bfloat16 5000 GFLOP/s" in text
+
+
+def test_a_skipped_and_a_tiny_case_do_not_enter_the_tables():
+    document = example()
+    cases_ = document["cases"]
+    skipped = copy.deepcopy(cases_["soft_connector/released/T64/bfloat16"])
+    for name in ("ours", "flops", "bytes", "baseline", "served_by"):
+        del skipped[name]
+    cases_["soft_connector_prepacked/released/T64/bfloat16"] = {**skipped, "case": "soft_connector_prepacked", "peers": {}, "wrong": {}}
+    cases_["soft_connector/tiny/T64/bfloat16"] = {**copy.deepcopy(cases_["soft_connector/released/T64/bfloat16"]), "shape": "tiny"}
+    assert report.headline_table(document) == report.headline_table(example())
+    assert "soft_connector_prepacked" in report.markdown([document]).split("### Not timed")[1]
+    assert "tiny" not in report.markdown([document])
+
+
+def test_plots_repeat_byte_for_byte(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for plot in (report.plot_ratios, report.plot_roofline):
+        for name in ("one.svg", "two.svg"):
+            plot(example(), tmp_path / name)
+        drawn = [(tmp_path / name).read_bytes() for name in ("one.svg", "two.svg")]
+        assert drawn[0] == drawn[1]
+        assert b"soft_connector" in drawn[0]
+        assert len(drawn[0]) < 200_000
+
+
+def test_readme_and_docs_are_those_of_the_results():
+    documents = record.documents()
+    text = report.README.read_text()
+    assert report.insert(text, report.readme(documents)) == text, "run `make bench-report`"
+    assert (report.DOCS / "benchmarks.md").read_text() == report.markdown(documents), "run `make bench-report`"
+
+
+def test_readme_without_markers_is_an_error():
+    with pytest.raises(ValueError, match="once"):
+        report.insert("nothing", "table")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
+def test_history_runs_when_asked(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/history.py", "-k", "topk_gate and tiny and T64", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"--benchmark-json={tmp_path / 'history.json'}"], cwd=machine.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    timed = json.loads((tmp_path / "history.json").read_text())["benchmarks"]
+    assert [t["params"]["instance"] is not None for t in timed] == [True]
+    assert timed[0]["extra_info"]["served_by"]["topk_gate"] in ("cpu", "reference")
