@@ -158,9 +158,9 @@ def markdown(documents: list[dict[str, Any]]) -> str:
         "# Benchmarks",
         "Written by `make bench-report` from benchmarks/results/; `python -m benchmarks --help` says how it is measured. Ratio: p50 of the "
         "peer over p50 of ours, taken alternately in one process; above 1 ours is faster, a bold one is a loss. GFLOP/s counts the "
-        "products that the mathematics needs, the same for every side; GB/s each weight, input, output and gradient once. `saved` is kept from "
-        "forward to backward besides weights and inputs; `peak` is what one call needs above its weights and inputs, in a process of its "
-        "own. `reference` is our own op in plain PyTorch.",
+        "products that the mathematics needs, the same for every side; GB/s each weight, input, output and gradient once. "
+        "`saved` is kept from forward to backward besides weights and inputs; `peak` is what one call needs above its weights and "
+        "inputs, in a process of its own. `reference` is our own op in plain PyTorch.",
     ]
     for document in documents:
         records = rows(document)
