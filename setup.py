@@ -29,6 +29,13 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
 OBJECTS, LIBRARY = Path("build", "native"), "_C.abi3.so"
 
+# The instruction sets that have kernels of their own, by the file that they compile; a compiler that refuses the flags leaves one out. The
+# generic tier needs none. GCC 12's own intrinsics set off -Wmaybe-uninitialized.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+TIERS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+
 # The oldest torch and Python that the library may be loaded into, whatever it is built with.
 TORCH_TARGET, TORCH_OLDEST = "0x020a000000000000ULL", (2, 10)
 PYTHON_TARGET, PYTHON_TAG = "0x030A0000", "cp310"
@@ -72,8 +79,9 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         folder = torch_folder()
         assert folder is not None
+        command, tiers = compile_command(folder), tiers_of_compiler()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: compiled(source, compile_command(folder)), SOURCES))
+            objects = list(pool.map(lambda source: compiled(source, [*command, *flags_of(source, tiers)]), built(SOURCES, tiers)))
         library = linked(objects, folder)
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(target))
@@ -101,6 +109,26 @@ def compile_command(torch: Path) -> list[str]:
         "-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), f"-ffile-prefix-map={torch / 'include'}/=",
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]  # fmt: skip
+
+
+def tiers_of_compiler() -> list[str]:
+    """The instruction sets for which the compiler makes code: none but the generic one where it targets no x86-64."""
+    probe = "#if !defined(__x86_64__)\n#error\n#endif\n#include <immintrin.h>\n"
+
+    def takes(flags: list[str]) -> bool:
+        command = [*compiler(), *flags, "-x", "c++", "-fsyntax-only", "-"]
+        return subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0
+
+    return [tier for tier, flags in TIERS.items() if takes(flags) and Path("csrc", "cpu", "gemm", tier + ".cpp").exists()]
+
+
+def built(sources: list[str], tiers: list[str]) -> list[str]:
+    return [source for source in sources if Path(source).stem not in TIERS or Path(source).stem in tiers]
+
+
+def flags_of(source: str, tiers: list[str]) -> list[str]:
+    stem = Path(source).stem
+    return [f"-DCMOE_HAS_{tier.upper()}" for tier in tiers] if stem == "dispatch" else TIERS.get(stem, [])
 
 
 def compiled(source: str, command: list[str]) -> Path:

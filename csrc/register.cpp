@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cpu/dispatch.h"
 #include "cpu/ops.h"
 
 namespace {
@@ -25,6 +26,35 @@ constexpr Operation operations[] = {
      TORCH_BOX(&cpu::topk_gate)},
     {"topk_gate_backward", "(Tensor dweights, Tensor logits, Tensor indices, str score, bool renormalize, float scale) -> Tensor",
      TORCH_BOX(&cpu::topk_gate_backward)},
+    {"task_router",
+     "(Tensor? x, Tensor? task, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation, bool save) -> (Tensor, Tensor)",
+     TORCH_BOX(&cpu::task_router)},
+    {"task_router_backward",
+     "(Tensor dlogits, Tensor? x, Tensor? task, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, Tensor u, str activation, "
+     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&cpu::task_router_backward)},
+    {"grouped_linear",
+     "(Tensor x, Tensor w, Tensor? b, Tensor offsets, Tensor? gather_idx, int k, Tensor? scatter_idx, str? activation, bool save) -> (Tensor, Tensor)",
+     TORCH_BOX(&cpu::grouped_linear)},
+    {"grouped_linear_backward",
+     "(Tensor dy, Tensor x, Tensor w, Tensor? b, Tensor offsets, Tensor? gather_idx, Tensor? scatter_idx, Tensor u, int k, str? activation, "
+     "bool[] needs) -> (Tensor, Tensor, Tensor)",
+     TORCH_BOX(&cpu::grouped_linear_backward)},
+    {"soft_experts",
+     "(Tensor x, Tensor gates, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation, bool save) -> (Tensor, Tensor)",
+     TORCH_BOX(&cpu::soft_experts)},
+    {"soft_experts_backward",
+     "(Tensor dy, Tensor x, Tensor gates, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, Tensor u, str activation, "
+     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&cpu::soft_experts_backward)},
+    {"sparse_experts",
+     "(Tensor x, Tensor? weights, Tensor indices, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation, bool gated, "
+     "bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&cpu::sparse_experts)},
+    {"sparse_experts_backward",
+     "(Tensor dy, Tensor x, Tensor? weights, Tensor indices, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, Tensor u, "
+     "Tensor gather_idx, Tensor offsets, str activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     TORCH_BOX(&cpu::sparse_experts_backward)},
 };
 
 }  // namespace
@@ -37,8 +67,16 @@ STABLE_TORCH_LIBRARY_IMPL(cmoe_native, CPU, m) {
   for (const Operation& op : operations) m.impl(op.name, op.cpu);
 }
 
-// torch.ops.load_library is what loads this file; an empty module lets Python import it too, as it may do with any extension module.
+namespace {
+
+// The instruction set in use, all that could run here (best first), and why none is in use (empty as a rule).
+PyObject* instruction_sets(PyObject*, PyObject*) { return Py_BuildValue("(sss)", cpu::isa_name(), cpu::isa_names().c_str(), cpu::isa_error().c_str()); }
+
+}  // namespace
+
+// torch.ops.load_library is what loads this file; as a module it tells the doctor what it runs on.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyMethodDef methods[] = {{"instruction_sets", instruction_sets, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -21,6 +21,7 @@
 #include "ops.h"
 #include "rows.h"
 #include "sigmoid.h"
+#include "tensors.h"
 
 namespace cmoe::cpu {
 namespace {
@@ -28,12 +29,7 @@ namespace {
 enum class Score { softmax, sigmoid };
 
 Score take_score(OwnedString handle) {
-  const char* text = nullptr;
-  size_t length = 0;
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  const std::string name(text, length);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  const std::string name = taken(handle);
   STD_TORCH_CHECK(name == "softmax" || name == "sigmoid", "score is '", name, "', must be one of softmax, sigmoid");
   return name == "softmax" ? Score::softmax : Score::sigmoid;
 }

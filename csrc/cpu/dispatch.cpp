@@ -1,0 +1,113 @@
+// The instruction set, chosen once a process: the best that the processor, the operating system and the build have, or the one that
+// CMOE_CPU_ISA names.
+
+#include <cstdlib>
+#include <string>
+
+#include "dispatch.h"
+#include "gemm.h"
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace cmoe::cpu {
+
+namespace {
+
+struct Tier {
+  const Isa* isa;
+  bool (*supported)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#if defined(CMOE_HAS_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#if defined(CMOE_HAS_AMX)
+#if defined(CMOE_EMULATE_AMX)
+bool has_amx() { return has_avx512_bf16(); }
+#else
+bool has_amx() {
+#if defined(__linux__)
+  // Tile registers are large: Linux gives them to a process that asks, once, before its first tile instruction.
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+#endif
+#endif
+bool always() { return true; }
+
+// Best first.
+constexpr Tier tiers[] = {
+#if defined(CMOE_HAS_AMX)
+    {&isa_amx, has_amx},
+#endif
+#if defined(CMOE_HAS_AVX512_BF16)
+    {&isa_avx512_bf16, has_avx512_bf16},
+#endif
+#if defined(CMOE_HAS_AVX512)
+    {&isa_avx512, has_avx512},
+#endif
+#if defined(CMOE_HAS_AVX2)
+    {&isa_avx2, has_avx2},
+#endif
+    {&isa_generic, always},
+};
+
+struct Choice {
+  const Isa* isa = nullptr;
+  std::string names, error;
+
+  Choice() {
+    const char* const named = std::getenv("CMOE_CPU_ISA");
+    for (const Tier& tier : tiers) {
+      if (!tier.supported()) continue;
+      names += (names.empty() ? "" : ", ") + std::string(tier.isa->name);
+      if (!isa && (!named || !*named || std::string(named) == tier.isa->name)) isa = tier.isa;
+    }
+    if (!isa) error = "CMOE_CPU_ISA is '" + std::string(named) + "', must be one of those that this machine and this build have: " + names;
+  }
+};
+
+const Choice& choice() {
+  static const Choice made;
+  return made;
+}
+
+int64_t l2_bytes() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+  const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return std::min<int64_t>(std::max<int64_t>(size, 256 << 10), 2 << 20);
+#endif
+  return 1 << 20;
+}
+
+}  // namespace
+
+const char* isa_name() { return choice().isa ? choice().isa->name : ""; }
+const std::string& isa_names() { return choice().names; }
+const std::string& isa_error() { return choice().error; }
+
+template <>
+Kernels<float> kernels_for<float>(Type type) {
+  const Isa& isa = *choice().isa;
+  return {type == Type::bf16 && isa.bf16 ? isa.bf16 : isa.f32, isa.rows, isa.convert, isa.transpose, type, l2_bytes()};
+}
+
+template <>
+Kernels<double> kernels_for<double>(Type type) {
+  return {&microkernel_f64, &row_functions_f64, nullptr, nullptr, type, l2_bytes()};
+}
+
+}  // namespace cmoe::cpu

@@ -1,0 +1,12 @@
+// The instruction set that runs here; see dispatch.cpp.
+#pragma once
+
+#include <string>
+
+namespace cmoe::cpu {
+
+const char* isa_name();
+const std::string& isa_names();  // all that could run here, best first
+const std::string& isa_error();  // empty, or why CMOE_CPU_ISA cannot be followed
+
+}  // namespace cmoe::cpu

@@ -1,0 +1,171 @@
+// What the drivers of expert layers share: views of weights and biases, gates, and the parts of a step that several drivers take.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace cmoe::cpu {
+
+// Weights [experts, outputs, inputs]; either outputs or inputs lie next to each other.
+struct Weight {
+  const char* data = nullptr;
+  Type type = Type::f32;
+  int64_t expert = 0, output = 0, input = 0;  // strides, in elements
+
+  explicit operator bool() const { return data != nullptr; }
+  bool along_inputs() const { return input == 1; }
+  Matrix matrix(int64_t e) const { return {data + e * expert * size_of(type), (along_inputs() ? output : input) * size_of(type), type}; }
+  Operand outputs(int64_t e) const { return {matrix(e), along_inputs()}; }   // lanes are outputs: y = x W^T
+  Operand inputs(int64_t e) const { return {matrix(e), !along_inputs()}; }   // lanes are inputs: dx = dy W
+};
+
+// Biases [experts, n], or none.
+struct Bias {
+  const char* data = nullptr;
+  Type type = Type::f32;
+  int64_t n = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  void load(const Kernels<T>& kernels, int64_t e, int64_t first, int64_t count, T* to) const {
+    if (data)
+      kernels.rows->load(type, data + (e * n + first) * size_of(type), to, count);
+    else
+      std::fill(to, to + count, T(0));
+  }
+};
+
+// A gradient [experts, rows, columns], contiguous, in the dtype of what it belongs to; or not wanted.
+struct Gradient {
+  char* data = nullptr;
+  Type type = Type::f32;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  void store(const Kernels<T>& kernels, int64_t at, const T* from, int64_t n) const {
+    kernels.rows->store(type, from, data + at * size_of(type), n);
+  }
+};
+
+// Gates of all experts: one row per token, one row for all, or one per group.
+template <class T>
+struct Gates {
+  const T* data;
+  int64_t rows, experts;
+  const int64_t* group_ids;
+
+  int64_t row(int64_t token) const { return group_ids ? group_ids[token] : rows == 1 ? 0 : token; }
+  T operator()(int64_t token, int64_t e) const { return data[row(token) * experts + e]; }
+};
+
+// The layers of all experts, and the tokens they work on.
+template <class T>
+struct Experts {
+  Type type;  // of x, y and what is saved
+  int64_t tokens, inputs, hidden, outputs, experts;  // hidden: 0 for single linear layers; not doubled where gated
+  bool gated;
+  Activation activation;
+  const char* x;
+  Weight w1, w2;  // w2 empty: w1 maps inputs to outputs
+  Bias b1, b2;
+
+  const Weight& last() const { return w2 ? w2 : w1; }
+  const Bias& last_bias() const { return w2 ? b2 : b1; }
+  int64_t last_inputs() const { return w2 ? hidden : inputs; }
+  int64_t first_outputs() const { return gated ? 2 * hidden : hidden; }
+};
+
+// Rows of x in the order of the experts they go to.
+struct Selection {
+  const int32_t* offsets;  // [experts + 1]
+  const int64_t* index;    // row i is of token index[i] / divisor
+  int64_t divisor;
+};
+
+// soft_experts.cpp: y [tokens, outputs]; u [tokens, experts, hidden] is written where given.
+template <class T>
+void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u);
+
+// sparse_experts.cpp: weights [rows] in the order of the experts, or null for ones; u [rows, first outputs] is written where given.
+template <class T>
+void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weights, char* y, char* u);
+
+// experts_backward.cpp, for all of them. Row i of expert e reads x at index[offsets[e] + i] / divisor, or at i where there is no index,
+// and dy likewise by an index of its own.
+template <class T>
+struct ExpertsBackward {
+  const int32_t* offsets;  // null: every expert has every token
+  const int64_t *index, *dy_index;
+  int64_t divisor, dy_divisor;
+  const T* weights;        // [rows] in the order of the experts, or null for ones
+  const char *dy, *u;      // u null: computed again
+  int64_t u_expert, u_row; // elements from expert to expert (with no offsets), and from row to row
+  char* dx;                // wanted where given, as all of the following
+  T* dweights;             // [rows]
+  Gradient dw1, db1, dw2, db2;
+};
+template <class T>
+void experts_backward(const Experts<T>& op, const ExpertsBackward<T>& grads);
+
+// Scratch of each thread, allocated once for an operation.
+class ThreadScratch {
+ public:
+  ThreadScratch(int64_t threads, int64_t bytes) : bytes_(round_up(bytes, 4096) + 64), buffer_(threads * bytes_) {}
+  char* operator[](int64_t thread) const { return buffer_.get() + thread * bytes_; }
+
+ private:
+  int64_t bytes_;
+  Buffer buffer_;
+};
+
+template <class T>
+Matrix rows_of(const void* data, Type type, int64_t columns, const int64_t* index = nullptr, int64_t divisor = 1) {
+  return {data, columns * size_of(type), type, index, divisor};
+}
+
+// A row of sums of the first layer becomes pre-activations, as they are saved.
+template <class T>
+void pre_activation(const Kernels<T>& kernels, T* row, const T* bias, int64_t n) {
+  kernels.rows->add(bias, row, n);
+  kernels.rows->round(kernels.type, row, n);
+}
+
+// Packs a shared operand of one segment with all threads.
+template <class T>
+void pack_shared(const Kernels<T>& kernels, const Shared<T>& shared, const Operand& from, int64_t threads) {
+  const int64_t bytes = conversion_bytes(kernels);
+  const ThreadScratch scratch(threads, bytes);
+  parallel(threads, [&](int64_t thread) {
+    const Share share(shared.panels(), thread, threads);
+    for (int64_t panel = share.first; panel < share.last; ++panel) shared.pack(panel, 0, from, scratch[thread]);
+  });
+}
+
+// f(segment, Lanes) for the blocks of outer lanes that are a thread's: its part of all panels of all segments, in their order.
+template <class T, class F>
+void blocks_of(const Kernels<T>& kernels, const Plan& p, int64_t segments, int64_t lanes, int64_t thread, int64_t threads, F&& f) {
+  const int64_t width = kernels.lanes(p.outer), panels = (lanes + width - 1) / width;
+  const Share share(segments * panels, thread, threads);
+  for (int64_t at = share.first; at < share.last;) {
+    const int64_t segment = at / panels, panel = at % panels, count = std::min({p.outer_panels, panels - panel, share.last - at});
+    f(segment, Lanes{panel * width, std::min(lanes - panel * width, count * width)});
+    at += count;
+  }
+}
+
+// dW = dy^T x of one expert: rows of `dy` and of `x` are the reduction. The shared operand is x, packed.
+template <class T>
+void weight_gradient(const Kernels<T>& kernels, const Shared<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw, int64_t dw_first, int64_t dw_stride, int64_t threads) {
+  const Plan p = plan(kernels, Form::gradient, false, outputs, inputs, threads);
+  const ThreadScratch scratch(threads, p.bytes());
+  parallel(threads, [&](int64_t thread) {
+    blocks_of(kernels, p, 1, outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+      multiply_block(kernels, p, Form::gradient, x, [&](int64_t) { return Operand{dy, false}; }, lanes, scratch[thread],
+                     [&](const T* rows, int64_t ld, int64_t row0, int used, int64_t column0, int64_t columns) {
+                       for (int r = 0; r < used; ++r) dw.store(kernels, dw_first + (row0 + r) * dw_stride + column0, rows + r * ld, columns);
+                     });
+    });
+  });
+}
+
+}  // namespace cmoe::cpu

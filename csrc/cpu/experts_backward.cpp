@@ -1,0 +1,268 @@
+// The backward pass of expert layers on the CPU: soft_experts, sparse_experts, grouped_linear.
+//
+//     y[t] += weight_i (W2_e h_i + b2_e),   h_i = act(u_i),   u_i = W1_e x[t] + b1_e        (gated: h = act(gate) up)
+//
+// Memory plan, expert by expert: dh = dy W2_e; the epilogue of that product reads u and leaves du and weight h, [rows, H] each in the dtype
+// of x; then dW2 = dy^T (weight h), dW1 = du^T x, dx += du W1_e in fp32. The weight's own gradient, dh . h + dy . b2_e, is a dot product in the
+// same epilogue: expert outputs never exist. Each gradient of a weight is summed in fp32 blocks and written once. Scratch: packed rows of
+// x and dy, two or three [rows, H] of one expert, an fp32 [T, D] where dx is wanted.
+// A thread has the same columns of dx for all experts, and the same hidden units for all rows: sums have one order, without locks.
+
+#include "experts.h"
+
+namespace cmoe::cpu {
+
+namespace {
+
+template <class T>
+class Backward {
+ public:
+  Backward(const Experts<T>& op, const ExpertsBackward<T>& grads)
+      : op_(op), grads_(grads), kernels_(kernels_for<T>(op.type)), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)),
+        dw_last_(op.w2 ? grads.dw2 : grads.dw1), db_last_(op.w2 ? grads.db2 : grads.db1), dx_(grads.dx ? op.tokens * op.inputs : 0) {}
+
+  void run() {
+    parallel(threads_, [&](int64_t thread) {
+      const Share share(dx_.size(), thread, threads_);
+      std::fill(dx_.get() + share.first, dx_.get() + share.last, T(0));
+    });
+    for (int64_t e = 0; e < op_.experts; ++e) {
+      first_ = grads_.offsets ? grads_.offsets[e] : e * op_.tokens;
+      n_ = grads_.offsets ? grads_.offsets[e + 1] - first_ : op_.tokens;
+      if (n_ == 0)
+        zero(e);
+      else
+        expert(e);
+    }
+    if (grads_.dx)
+      parallel(threads_, [&](int64_t thread) {
+        const Share share(op_.tokens * op_.inputs, thread, threads_);
+        f_.store(op_.type, dx_.get() + share.first, grads_.dx + share.first * value_, share.last - share.first);
+      });
+  }
+
+ private:
+  void zero(int64_t e) {
+    const auto fill = [&](const Gradient& g, int64_t n) {
+      if (g) std::memset(g.data + e * n * size_of(g.type), 0, n * size_of(g.type));
+    };
+    fill(grads_.dw1, op_.w2 ? op_.first_outputs() * op_.inputs : op_.outputs * op_.inputs);
+    fill(grads_.db1, op_.w2 ? op_.first_outputs() : op_.outputs);
+    fill(grads_.dw2, op_.outputs * op_.hidden);
+    fill(grads_.db2, op_.outputs);
+  }
+
+  Matrix x_rows() const { return rows_of<T>(op_.x, op_.type, op_.inputs, grads_.index ? grads_.index + first_ : nullptr, grads_.divisor); }
+  Matrix dy_rows() const { return rows_of<T>(grads_.dy, op_.type, op_.outputs, grads_.dy_index ? grads_.dy_index + first_ : nullptr, grads_.dy_divisor); }
+  int64_t token(int64_t row) const { return grads_.index ? grads_.index[first_ + row] / grads_.divisor : row; }
+  T weight(int64_t row) const { return grads_.weights ? grads_.weights[first_ + row] : T(1); }
+
+  void expert(int64_t e) {
+    bias_of_last(e);
+    const bool layers = static_cast<bool>(op_.w2);
+    const bool need_du = layers && (grads_.dx || grads_.dw1 || grads_.db1), need_dh = need_du || grads_.dweights || (!layers && grads_.dx);
+    if (!need_dh && !dw_last_) return;
+    const bool weighted_inputs = layers || grads_.weights;  // else the last layer's inputs are x itself
+    const Array<char> pre(layers && !grads_.u ? n_ * op_.first_outputs() * value_ : 0);
+    const char* u = layers && grads_.u ? grads_.u + (grads_.offsets ? first_ * grads_.u_row : e * grads_.u_expert) * value_ : nullptr;
+    int64_t u_row = grads_.u_row;
+    if (layers && !u) {
+      first_layer(e, pre.get());
+      u = pre.get();
+      u_row = op_.first_outputs();
+    }
+    const Array<char> du(need_du ? n_ * op_.first_outputs() * value_ : 0), wh(dw_last_ && weighted_inputs ? n_ * op_.last_inputs() * value_ : 0);
+    if (need_dh)
+      hidden(e, u, u_row, need_du ? du.get() : nullptr, wh.size() ? wh.get() : nullptr);
+    else if (wh.size())
+      weighted(u, u_row, wh.get());
+    if (dw_last_) weight_gradient(dy_rows(), op_.outputs, weighted_inputs ? rows_of<T>(wh.get(), op_.type, op_.last_inputs()) : x_rows(), op_.last_inputs(), dw_last_, e);
+    if (layers && grads_.dw1) weight_gradient(rows_of<T>(du.get(), op_.type, op_.first_outputs()), op_.first_outputs(), x_rows(), op_.inputs, grads_.dw1, e);
+    if (layers && grads_.dx) inputs(e, du.get());
+  }
+
+  // db of the last layer, sums of weight dy; and dy . b, a part of the weights' gradient.
+  void bias_of_last(int64_t e) {
+    const bool dot = grads_.dweights && op_.last_bias();
+    if (grads_.dweights) std::fill(grads_.dweights + first_, grads_.dweights + first_ + n_, T(0));
+    if (!db_last_ && !dot) return;
+    const Matrix dy = dy_rows();
+    const Array<T> sums(op_.outputs), bias(op_.outputs), rows(threads_ * op_.outputs);
+    op_.last_bias().load(kernels_, e, 0, op_.outputs, bias.get());
+    if (dot)
+      parallel(threads_, [&](int64_t thread) {
+        const Share share(n_, thread, threads_);
+        T* const row = rows.get() + thread * op_.outputs;
+        for (int64_t r = share.first; r < share.last; ++r) {
+          f_.load(op_.type, dy.row(r), row, op_.outputs);
+          grads_.dweights[first_ + r] = f_.dot(row, bias.get(), op_.outputs);
+        }
+      });
+    if (db_last_)
+      parallel(threads_, [&](int64_t thread) {
+        const Share share(op_.outputs, thread, threads_);  // columns, so that sums run over the rows in order
+        const int64_t n = share.last - share.first;
+        T *const row = rows.get() + share.first, *const sum = sums.get() + share.first;
+        std::fill(sum, sum + n, T(0));
+        for (int64_t r = 0; r < n_; ++r) {
+          f_.load(op_.type, dy.row(r) + share.first * value_, row, n);
+          f_.axpy(weight(r), row, sum, n);
+        }
+        db_last_.store(kernels_, e * op_.outputs + share.first, sum, n);
+      });
+  }
+
+  // u of one expert, computed again.
+  void first_layer(int64_t e, char* u) {
+    const Plan p = plan(kernels_, Form::weights, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
+    const Shared<T> x(kernels_, p.shared, n_, 1, op_.inputs);
+    pack_shared(kernels_, x, {x_rows(), true}, threads_);
+    const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
+    parallel(threads_, [&](int64_t thread) {
+      T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
+      blocks_of(kernels_, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
+        op_.b1.load(kernels_, e, lanes.first, lanes.count, bias);
+        multiply_block(kernels_, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+                         for (int r = 0; r < used; ++r) {
+                           pre_activation(kernels_, rows + r * ld, bias, n);
+                           f_.store(op_.type, rows + r * ld, u + ((row0 + r) * op_.first_outputs() + lanes.first) * value_, n);
+                         }
+                       });
+      });
+    });
+  }
+
+  // dh = dy W of the last layer, and all that follows from it row by row.
+  void hidden(int64_t e, const char* u, int64_t u_row, char* du, char* wh) {
+    const bool layers = static_cast<bool>(op_.w2);
+    const Weight& last = op_.last();
+    const Plan p = plan(kernels_, Form::weights, !last.along_inputs(), op_.last_inputs(), n_, threads_);
+    const Shared<T> dy(kernels_, p.shared, n_, 1, op_.outputs);
+    pack_shared(kernels_, dy, {dy_rows(), true}, threads_);
+    const int64_t size = sizeof(T), ld_extra = p.row_ld;
+    const ThreadScratch scratch(threads_, p.bytes() + 5 * ld_extra * size);
+    const Array<T> dots(grads_.dweights ? threads_ * n_ : 0), db(layers ? op_.first_outputs() : 0);
+    const Matrix x = x_rows();
+    parallel(threads_, [&](int64_t thread) {
+      T* const pre = reinterpret_cast<T*>(scratch[thread] + p.bytes());
+      T *const h = pre + ld_extra, *const slope = h + ld_extra, *const up = slope + ld_extra, *const dup = up + ld_extra;
+      T* const dot = dots.get() + thread * n_;
+      if (grads_.dweights) std::fill(dot, dot + n_, T(0));
+      blocks_of(kernels_, p, 1, op_.last_inputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
+        T *const db_gate = db.get() + lanes.first, *const db_up = db_gate + op_.hidden;
+        if (du) std::fill(db_gate, db_gate + lanes.count, T(0));
+        if (du && op_.gated) std::fill(db_up, db_up + lanes.count, T(0));
+        multiply_block(kernels_, p, Form::weights, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+                         for (int r = 0; r < used; ++r) {
+                           T* const dh = rows + r * ld;
+                           const int64_t row = row0 + r;
+                           if (!layers) {
+                             f_.load(op_.type, x.row(row) + lanes.first * value_, h, n);
+                           } else {
+                             const char* const saved = u + (row * u_row + lanes.first) * value_;
+                             f_.load(op_.type, saved, pre, n);
+                             f_.activate_backward(op_.activation, pre, h, slope, n);
+                             if (op_.gated) {
+                               f_.load(op_.type, saved + op_.hidden * value_, up, n);
+                               std::memcpy(dup, h, size * n);
+                               f_.multiply(up, slope, n);
+                               f_.multiply(up, h, n);
+                             }
+                           }
+                           if (grads_.dweights) dot[row] += f_.dot(dh, h, n);
+                           if (wh) {
+                             f_.scale(weight(row), h, n);
+                             f_.store(op_.type, h, wh + (row * op_.last_inputs() + lanes.first) * value_, n);
+                           }
+                           f_.scale(weight(row), dh, n);
+                           if (du) {
+                             char* const to = du + (row * op_.first_outputs() + lanes.first) * value_;
+                             if (op_.gated) {
+                               f_.multiply(dh, dup, n);
+                               f_.add(dup, db_up, n);
+                               f_.store(op_.type, dup, to + op_.hidden * value_, n);
+                             }
+                             f_.multiply(slope, dh, n);
+                             f_.add(dh, db_gate, n);
+                             f_.store(op_.type, dh, to, n);
+                           } else if (!layers && grads_.dx) {
+                             f_.add(dh, dx_.get() + token(row) * op_.inputs + lanes.first, n);
+                           }
+                         }
+                       });
+      });
+    });
+    if (grads_.dweights)
+      for (int64_t thread = 0; thread < threads_; ++thread)
+        for (int64_t r = 0; r < n_; ++r) grads_.dweights[first_ + r] += dots[thread * n_ + r];
+    if (layers && grads_.db1) grads_.db1.store(kernels_, e * op_.first_outputs(), db.get(), op_.first_outputs());
+  }
+
+  // weight times the last layer's inputs, where its weights alone want a gradient.
+  void weighted(const char* u, int64_t u_row, char* wh) {
+    const int64_t inputs = op_.last_inputs();
+    const Array<T> buffers(threads_ * 2 * inputs);
+    const Matrix x = x_rows();
+    parallel(threads_, [&](int64_t thread) {
+      const Share share(n_, thread, threads_);
+      T *const h = buffers.get() + thread * 2 * inputs, *const up = h + inputs;
+      for (int64_t row = share.first; row < share.last; ++row) {
+        f_.load(op_.type, op_.w2 ? u + row * u_row * value_ : x.row(row), h, inputs);
+        if (op_.w2) f_.activate(op_.activation, h, h, inputs);
+        if (op_.gated) {
+          f_.load(op_.type, u + (row * u_row + op_.hidden) * value_, up, inputs);
+          f_.multiply(up, h, inputs);
+        }
+        f_.scale(weight(row), h, inputs);
+        f_.store(op_.type, h, wh + row * inputs * value_, inputs);
+      }
+    });
+  }
+
+  // dW [outputs, inputs] of one expert.
+  void weight_gradient(const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, const Gradient& dw, int64_t e) {
+    const Plan p = plan(kernels_, Form::gradient, false, outputs, inputs, threads_);
+    const Shared<T> shared(kernels_, p.shared, inputs, 1, n_);
+    pack_shared(kernels_, shared, {x, false}, threads_);
+    cpu::weight_gradient(kernels_, shared, dy, outputs, inputs, dw, e * outputs * inputs, inputs, threads_);
+  }
+
+  // dx += du W1.
+  void inputs(int64_t e, const char* du) {
+    const Plan p = plan(kernels_, Form::weights, !op_.w1.along_inputs(), op_.inputs, n_, threads_);
+    const Shared<T> shared(kernels_, p.shared, n_, 1, op_.first_outputs());
+    pack_shared(kernels_, shared, {rows_of<T>(du, op_.type, op_.first_outputs()), true}, threads_);
+    const ThreadScratch scratch(threads_, p.bytes());
+    parallel(threads_, [&](int64_t thread) {
+      blocks_of(kernels_, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
+        multiply_block(kernels_, p, Form::weights, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+                         for (int r = 0; r < used; ++r) f_.add(rows + r * ld, dx_.get() + token(row0 + r) * op_.inputs + lanes.first, n);
+                       });
+      });
+    });
+  }
+
+  const Experts<T>& op_;
+  const ExpertsBackward<T>& grads_;
+  const Kernels<T> kernels_;
+  const RowFunctions<T>& f_;
+  const int64_t threads_, value_;
+  const Gradient &dw_last_, &db_last_;
+  const Array<T> dx_;
+  int64_t first_ = 0, n_ = 0;  // rows of the expert at work
+};
+
+}  // namespace
+
+template <class T>
+void experts_backward(const Experts<T>& op, const ExpertsBackward<T>& grads) {
+  Backward<T>(op, grads).run();
+}
+
+template void experts_backward(const Experts<float>&, const ExpertsBackward<float>&);
+template void experts_backward(const Experts<double>&, const ExpertsBackward<double>&);
+
+}  // namespace cmoe::cpu

@@ -1,0 +1,293 @@
+// One product for y = x W^T, dx = dy W and dW = dy^T x: a matrix of outer lanes against a matrix of shared lanes, over k.
+//
+// The shared operand (tokens; in dW the inputs) is packed once, whole, by all threads. Each thread then takes its part of the outer
+// lanes (rows or columns of a weight; in dW the columns of dy) in blocks, packs a block's panels one stretch of k at a time, each
+// element once per block of shared lanes, and sums into a block of products in fp32 that stays in its L2 cache until k is done.
+// Finished rows go to the caller's epilogue, which knows what they mean. Nothing is shared between threads but what is read.
+//
+// k may consist of segments (experts, whose weights do not follow each other in memory): the sum runs over all of them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "gemm/isa.h"
+#include "memory.h"
+
+namespace cmoe::cpu {
+
+// A matrix in memory, by rows of contiguous values; row i is row index[i] / divisor of the data where there is an index.
+struct Matrix {
+  const void* data;
+  int64_t stride;  // bytes from row to row
+  Type type;
+  const int64_t* index = nullptr;
+  int64_t divisor = 1;
+
+  const char* row(int64_t i) const { return static_cast<const char*>(data) + (index ? index[i] / divisor : i) * stride; }
+};
+
+// An operand: its lanes are the rows of a matrix (k runs along a row), or the columns (k runs over rows).
+struct Operand {
+  Matrix matrix;
+  bool lanes_are_rows;
+};
+
+// What an operation computes with: chosen once a call.
+template <class T>
+struct Kernels {
+  const Microkernel* gemm;
+  const RowFunctions<T>* rows;
+  void (*convert)(Type, const void*, Type, void*, int64_t);
+  void (*transpose)(const float*, int64_t, float*, int64_t, int, int);
+  Type type;    // of x: products are of values rounded to it
+  int64_t l2;   // bytes of L2 cache a thread may fill
+
+  int lanes(Side side) const { return side == Side::a ? gemm->a_lanes : gemm->b_lanes; }
+  int64_t element() const { return size_of(gemm->panel); }
+};
+
+template <class T>
+Kernels<T> kernels_for(Type type);  // dispatch.cpp
+
+constexpr int64_t longest_chunk = 512;
+constexpr int most_lanes = 32;
+
+// Scratch for converting one panel's values before they are packed.
+template <class T>
+int64_t conversion_bytes(const Kernels<T>& kernels) {
+  return round_up(2 * most_lanes * kernels.gemm->k_chunk * 4, 64);
+}
+
+// Packs lanes [lane0, lane0 + lanes) over [k0, k0 + k) as a panel of one side; values are rounded to the type of x on the way.
+template <class T>
+void pack_panel(const Kernels<T>& kernels, Side side, const Operand& operand, int64_t lane0, int lanes, int64_t k0, int64_t k, void* panel, char* conversion) {
+  const Microkernel& gemm = *kernels.gemm;
+  const Matrix& m = operand.matrix;
+  const int64_t rows = operand.lanes_are_rows ? lanes : k, row0 = operand.lanes_are_rows ? lane0 : k0;
+  const int64_t length = operand.lanes_are_rows ? k : lanes, column0 = operand.lanes_are_rows ? k0 : lane0;
+  const void* pointers[longest_chunk];
+  for (int64_t i = 0; i < rows; ++i) {
+    const void* source = m.row(row0 + i) + column0 * size_of(m.type);
+    const bool round = m.type != kernels.type && gemm.panel != kernels.type;  // fp32 values in a product of half-precision ones that runs as fp32
+    if (round || m.type != gemm.panel) {
+      char* const converted = conversion + i * length * size_of(gemm.panel);
+      if (round) {
+        char* const rounded = conversion + most_lanes * gemm.k_chunk * 4;
+        kernels.convert(m.type, source, kernels.type, rounded, length);
+        kernels.convert(kernels.type, rounded, gemm.panel, converted, length);
+      } else {
+        kernels.convert(m.type, source, gemm.panel, converted, length);
+      }
+      source = converted;
+    }
+    pointers[i] = source;
+  }
+  const auto& pack = operand.lanes_are_rows ? gemm.pack_rows : gemm.pack_columns;
+  pack[static_cast<int>(side)](pointers, lanes, k, panel);
+}
+
+// A stretch of k within one segment.
+struct Chunk {
+  int64_t segment, k0, k, padded, start;  // start: padded k before it, over all segments
+};
+
+inline std::vector<Chunk> chunks_of(const Microkernel& gemm, int64_t segments, int64_t k) {
+  std::vector<Chunk> chunks;
+  int64_t start = 0;
+  for (int64_t s = 0; s < segments; ++s)
+    for (int64_t k0 = 0; k0 < k; k0 += gemm.k_chunk) {
+      const int64_t length = std::min<int64_t>(gemm.k_chunk, k - k0), padded = round_up(length, gemm.k_step);
+      chunks.push_back({s, k0, length, padded, start});
+      start += padded;
+    }
+  return chunks;
+}
+
+// The shared operand: [chunk][panel][padded k of the chunk][lanes of a panel].
+template <class T>
+class Shared {
+ public:
+  Shared(const Kernels<T>& kernels, Side side, int64_t lanes, int64_t segments, int64_t k)
+      : kernels_(kernels), side_(side), lanes_(lanes), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)), chunks_(chunks_of(*kernels.gemm, segments, k)),
+        buffer_(bytes()) {
+    // Such panels are written in part: what pads them must be zero before.
+    if (kernels.gemm->a_in_place && side == Side::a) std::memset(buffer_.get(), 0, bytes());
+  }
+
+  int64_t bytes() const { return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.lanes(side_) * kernels_.element(); }
+  int64_t lanes() const { return lanes_; }
+  int64_t panels() const { return panels_; }
+  Side side() const { return side_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  int in_panel(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kernels_.lanes(side_), lanes_ - panel * kernels_.lanes(side_))); }
+  char* at(int64_t panel, const Chunk& chunk) const {
+    return buffer_.get() + (chunk.start * panels_ + panel * chunk.padded) * kernels_.lanes(side_) * kernels_.element();
+  }
+
+  // One panel, all of k of one segment, out of memory.
+  void pack(int64_t panel, int64_t segment, const Operand& from, char* conversion) const {
+    for (const Chunk& chunk : chunks_)
+      if (chunk.segment == segment)
+        pack_panel(kernels_, side_, from, panel * kernels_.lanes(side_), in_panel(panel), chunk.k0, chunk.k, at(panel, chunk), conversion);
+  }
+
+  // k values [first, first + n) of one segment, for the lanes of one panel, out of rows of computed values. `first` is a multiple of the k step,
+  // and so is n unless the segment ends there.
+  void write(int64_t panel, int64_t segment, int64_t first, int64_t n, const T* rows, int64_t ld, int lanes, char* conversion) const {
+    const Type type = sizeof(T) == 8 ? Type::f64 : Type::f32;
+    for (const Chunk& chunk : chunks_) {
+      const int64_t begin = std::max(first, chunk.k0), end = std::min(first + n, chunk.k0 + chunk.k);
+      if (chunk.segment != segment || begin >= end) continue;
+      const Operand from{{rows, ld * static_cast<int64_t>(sizeof(T)), type}, true};
+      if (kernels_.gemm->a_in_place && side_ == Side::a) {  // rows of the whole chunk: lane by lane
+        for (int lane = 0; lane < lanes; ++lane)
+          kernels_.convert(type, rows + lane * ld + begin - first, kernels_.gemm->panel, at(panel, chunk) + (lane * chunk.padded + begin - chunk.k0) * kernels_.element(), end - begin);
+        continue;
+      }
+      char* const to = at(panel, chunk) + (begin - chunk.k0) * kernels_.lanes(side_) * kernels_.element();
+      pack_panel(kernels_, side_, from, 0, lanes, begin - first, end - begin, to, conversion);
+    }
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  Side side_;
+  int64_t lanes_, panels_;
+  std::vector<Chunk> chunks_;
+  Buffer buffer_;
+};
+
+// Which operand the outer one is, and what a finished row consists of.
+enum class Form {
+  weights,   // y = x W^T and dx = dy W: outer lanes are a weight's, shared lanes are tokens; a row is a token's
+  gradient,  // dW = dy^T x: a row is an outer lane's
+};
+
+// The block of outer lanes that is worked on at a time, for one thread.
+struct Plan {
+  Side outer, shared;
+  int64_t outer_panels, shared_panels;       // of a block
+  int64_t outer_bytes, block_bytes, row_bytes, conversion;  // of scratch
+  int64_t row_ld;
+  int64_t bytes() const { return outer_bytes + block_bytes + row_bytes + conversion; }
+};
+
+// in_rows: the outer operand's rows lie along k in memory (W in y = x W^T). ranges: of lanes in a block.
+template <class T>
+Plan plan(const Kernels<T>& kernels, Form form, bool in_rows, int64_t outer_lanes, int64_t shared_lanes, int64_t threads, int64_t ranges = 1) {
+  const Microkernel& gemm = *kernels.gemm;
+  Plan p;
+  p.outer = form == Form::gradient ? Side::a : in_rows ? gemm.weights : Side::b;
+  p.shared = p.outer == Side::a ? Side::b : Side::a;
+  const int64_t ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = ol * sl * static_cast<int64_t>(sizeof(T));
+  const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)), all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
+  const int64_t cells = std::max<int64_t>(4, kernels.l2 / 2 / cell);
+  if (form == Form::weights) {
+    p.shared_panels = std::min(all_shared, std::max<int64_t>(1, 512 / sl));
+    p.outer_panels = std::min({all_outer, std::max<int64_t>(1, cells / p.shared_panels), std::max<int64_t>(1, 512 / ol)});
+  } else {
+    p.outer_panels = std::min(all_outer, std::max<int64_t>(1, 224 / ol));
+    p.shared_panels = std::min(all_shared, std::max<int64_t>(1, cells / p.outer_panels));
+  }
+  p.outer_panels = round_up(p.outer_panels, ranges);
+  const int64_t panel = ol * gemm.k_chunk * kernels.element();
+  p.outer_bytes = round_up(panel * (gemm.outer_resident || p.outer == Side::b ? 1 : p.outer_panels), 64);
+  p.block_bytes = cell * p.outer_panels * p.shared_panels;
+  const bool rows_are_outer = form == Form::gradient;
+  p.row_ld = rows_are_outer ? p.shared_panels * sl : p.outer_panels * ol;
+  p.row_bytes = round_up((rows_are_outer ? ol : sl) * p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
+  p.conversion = conversion_bytes(kernels);
+  return p;
+}
+
+// The outer lanes of a block: a range, or two ranges of one length (the gate rows and the up rows of a gated layer), each in whole panels.
+struct Lanes {
+  int64_t first, count, second = -1;
+};
+
+// Multiplies a block of outer lanes with the shared lanes [shared_first panel, shared_last panel). outer(segment) gives the Operand of a
+// segment. epilogue(rows, ld, row0, rows in use, column0): rows [in use, ...] of finished sums. Form::weights: row0 is a shared lane,
+// columns are the block's outer lanes (a second range begins at a whole panel). Form::gradient: row0 is an outer lane, column0 a shared one.
+template <class T, class Outer, class Epilogue>
+void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const Shared<T>& shared, const Outer& outer, const Lanes& lanes, char* scratch, Epilogue&& epilogue) {
+  const Microkernel& gemm = *kernels.gemm;
+  const int ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = gemm.a_lanes * gemm.b_lanes;
+  const int64_t per_range = (lanes.count + ol - 1) / ol, panels = lanes.second < 0 ? per_range : 2 * per_range;
+  char* const packed = scratch;
+  T* const block = reinterpret_cast<T*>(scratch + p.outer_bytes);
+  T* const rows = reinterpret_cast<T*>(scratch + p.outer_bytes + p.block_bytes);
+  char* const conversion = scratch + p.outer_bytes + p.block_bytes + p.row_bytes;
+  const int resident = static_cast<int>(gemm.outer_resident ? p.outer : Side::b);
+  const bool outer_first = gemm.outer_resident || p.outer == Side::b;
+  const int64_t outer_size = outer_first ? 0 : ol * gemm.k_chunk * kernels.element();
+
+  struct OuterPanel {
+    const char* data;
+    int64_t stride;
+  };
+  const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
+  const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
+  const auto outer_panel = [&](int64_t o, const Chunk& chunk) -> OuterPanel {
+    const Operand& operand = outer(chunk.segment);
+    const Matrix& m = operand.matrix;
+    // Rows whose distance is a multiple of 4 KB would fall on too few sets of the L1 cache.
+    if (gemm.a_in_place && p.outer == Side::a && operand.lanes_are_rows && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && m.stride % 4096)
+      return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
+    char* const to = packed + o * outer_size;
+    pack_panel(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, to, conversion);
+    return {to, chunk.padded * kernels.element()};
+  };
+  const auto multiply = [&](const OuterPanel& o, int64_t outer_index, int64_t s, int64_t s0, const Chunk& chunk, bool add) {
+    const char* const other = shared.at(s, chunk);
+    T* const to = block + (outer_index * p.shared_panels + s - s0) * cell;
+    if (p.outer == Side::a)
+      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, lanes_in(outer_index), add);
+    else
+      gemm.multiply[resident](other, chunk.padded * kernels.element(), o.data, to, chunk.padded, shared.in_panel(s), add);
+  };
+
+  for (int64_t s0 = 0; s0 < shared.panels(); s0 += p.shared_panels) {
+    const int64_t s1 = std::min(shared.panels(), s0 + p.shared_panels);
+    bool add = false;
+    for (const Chunk& chunk : shared.chunks()) {
+      if (outer_first) {
+        for (int64_t o = 0; o < panels; ++o) {
+          const OuterPanel panel = outer_panel(o, chunk);
+          for (int64_t s = s0; s < s1; ++s) multiply(panel, o, s, s0, chunk, add);
+        }
+      } else {
+        for (int64_t o = 0; o < panels; ++o) outer_panel(o, chunk);
+        for (int64_t s = s0; s < s1; ++s)
+          for (int64_t o = 0; o < panels; ++o) multiply({packed + o * outer_size, 0}, o, s, s0, chunk, add);
+      }
+      add = true;
+    }
+    if (!add) std::memset(block, 0, p.block_bytes);  // k is 0: sums of nothing
+
+    if (form == Form::gradient) {
+      for (int64_t o = 0; o < panels; ++o) {
+        const int used = lanes_in(o);
+        for (int64_t s = s0; s < s1; ++s)
+          for (int r = 0; r < used; ++r) std::memcpy(rows + r * p.row_ld + (s - s0) * sl, block + (o * p.shared_panels + s - s0) * cell + r * sl, sizeof(T) * sl);
+        epilogue(rows, p.row_ld, lane_of(o), used, s0 * sl, std::min(shared.lanes(), s1 * sl) - s0 * sl);
+      }
+    } else {
+      for (int64_t s = s0; s < s1; ++s) {
+        const int used = shared.in_panel(s);
+        for (int64_t o = 0; o < panels; ++o) {
+          const T* const from = block + (o * p.shared_panels + s - s0) * cell;
+          if (p.outer == Side::b) {
+            for (int r = 0; r < used; ++r) std::memcpy(rows + r * p.row_ld + o * ol, from + r * ol, sizeof(T) * ol);
+          } else if constexpr (sizeof(T) == 4) {
+            kernels.transpose(from, sl, rows + o * ol, p.row_ld, ol, sl);
+          }
+        }
+        epilogue(rows, p.row_ld, s * sl, used, int64_t{0}, lanes.count);
+      }
+    }
+  }
+}
+
+}  // namespace cmoe::cpu

@@ -1,0 +1,9 @@
+// AVX-512 without bf16 instructions: bf16 runs as fp32, converted while it is packed.
+
+#include "avx512.h"
+
+namespace cmoe::cpu {
+
+const Isa isa_avx512 = {"avx512", &f32, nullptr, &row_functions, convert, transpose_avx512};
+
+}  // namespace cmoe::cpu

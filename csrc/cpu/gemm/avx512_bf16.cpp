@@ -1,0 +1,9 @@
+// AVX-512 with VDPBF16PS.
+
+#include "bf16_panels.h"
+
+namespace cmoe::cpu {
+
+const Isa isa_avx512_bf16 = {"avx512_bf16", &f32, &bf16_pairs, &row_functions, convert, transpose_avx512};
+
+}  // namespace cmoe::cpu

@@ -1,0 +1,71 @@
+// Packing of bf16 into pairs along k, and the product of such panels by VDPBF16PS: a panel is [k / 2][lanes] pairs.
+#pragma once
+
+#include "avx512.h"
+
+namespace {
+
+// The pairs (a0 b0 a1 b1 ...) of two rows of 32.
+INLINE void interleave(__m512i a, __m512i b, __m512i* low, __m512i* high) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  *low = _mm512_permutex2var_epi16(a, first, b);
+  *high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
+}
+
+template <int lanes_of>
+static void pack_rows_bf16(const void* const* rows, int lanes, int64_t k, void* panel) {
+  pack_double_words<lanes_of>(rows, lanes, k, (k + 1) / 2, panel);
+}
+template <int lanes_of>
+static void pack_columns_bf16(const void* const* rows, int lanes, int64_t k, void* panel) {
+  static_assert(lanes_of <= 32);
+  int32_t* to = static_cast<int32_t*>(panel);
+  const __mmask32 mask = low_halves(lanes);
+  const __mmask16 kept_low = lanes_of >= 16 ? 0xffff : (1u << lanes_of) - 1, kept_high = lanes_of >= 32 ? 0xffff : lanes_of > 16 ? (1u << (lanes_of - 16)) - 1 : 0;
+  for (int64_t i = 0; i < k; i += 2, to += lanes_of) {
+    __m512i low, high;
+    const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[i]);
+    const __m512i b = i + 1 < k ? _mm512_maskz_loadu_epi16(mask, rows[i + 1]) : _mm512_setzero_si512();
+    interleave(a, b, &low, &high);
+    _mm512_mask_storeu_epi32(to, kept_low, low);
+    if (lanes_of > 16) _mm512_mask_storeu_epi32(to + 16, kept_high, high);
+  }
+}
+
+template <int rows>
+INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int64_t pairs, bool add) {
+  __m512 sums[rows][b_vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? _mm512_loadu_ps(block + r * b_lanes + v * 16) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < pairs; ++i, a += a_lanes, b += b_lanes) {
+    __m512i column[b_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < b_vectors; ++v) column[v] = _mm512_loadu_si512(b + v * 16);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh row = (__m512bh)_mm512_set1_epi32(a[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < b_vectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, (__m512bh)column[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < b_vectors; ++v) _mm512_storeu_ps(block + r * b_lanes + v * 16, sums[r][v]);
+}
+
+template <int rows = a_lanes>
+static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add) {
+  if constexpr (rows > 1) {
+    if (used < rows) return multiply_bf16<rows - 1>(a, a_stride, b, block, k, used, add);
+  }
+  multiply_pairs<rows>(static_cast<const int32_t*>(a), static_cast<const int32_t*>(b), static_cast<float*>(block), k / 2, add);
+}
+
+constexpr Microkernel bf16_pairs = {Type::bf16, a_lanes, b_lanes, 2, 256, Side::b, false, false,
+                                    {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>}, {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>},
+                                    {multiply_bf16<>, multiply_bf16<>}};
+
+}  // namespace

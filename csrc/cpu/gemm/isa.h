@@ -1,0 +1,73 @@
+// What an instruction set provides: packing, the product of two panels, and functions over rows. The drivers know no instruction and
+// these functions know no operation.
+//
+// A panel holds some lanes (rows or columns of a matrix) over a stretch of the reduction index k, padded with zeros to the kernel's
+// lanes and to a multiple of its k step, in the order in which the kernel reads it. Operand A's lanes become the rows of the block of
+// products, operand B's its columns: block[i, j] = sum_k A[i, k] B[j, k], stored [a_lanes, b_lanes] without gaps.
+//
+// The files of this folder that are compiled for one instruction set include C headers and intrinsics only, and define everything
+// but their table in an unnamed namespace: an inline function of theirs, merged by the linker with its namesake elsewhere, would
+// bring their instructions to machines that lack them.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace cmoe::cpu {
+
+enum class Type : int { f32, bf16, f16, f64 };
+
+constexpr int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
+enum class Activation : int { gelu, gelu_tanh, silu, relu };
+
+enum class Side : int { a, b };
+
+struct Microkernel {
+  Type panel;           // type of a panel's elements
+  int a_lanes, b_lanes;
+  int k_step;           // depths of panels are multiples of this
+  int k_chunk;          // depth at which a resident panel fills its share of the L1 cache
+  Side weights;         // the operand that weights are in y = x W^T; b: the block is [tokens, weights]
+  bool a_in_place;      // an A panel is rows of k values at any stride: a matrix whose rows lie along k needs no packing
+  bool outer_resident;  // the outer operand's panel stays in L1 while the shared operand streams by; else B's does
+
+  // Packs `lanes` lanes, `k` deep. Rows along k: rows[lane] points at the first k. Rows along lanes: rows[k] points at the first lane.
+  using Pack = void (*)(const void* const* rows, int lanes, int64_t k, void* panel);
+  Pack pack_rows[2], pack_columns[2];  // by side
+
+  // block = A B^T over k (a multiple of k_step), or block += with add; `rows` lanes of A are in use. a_stride: bytes from one lane of A
+  // to the next where a_in_place. By the side of the resident operand.
+  void (*multiply[2])(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int rows, bool add);
+};
+
+// Functions over n values; T is float, or double for fp64.
+template <class T>
+struct RowFunctions {
+  void (*load)(Type type, const void* from, T* to, int64_t n);
+  void (*store)(Type type, const T* from, void* to, int64_t n);
+  void (*round)(Type type, T* x, int64_t n);                                                     // to the values that the type has
+  void (*activate)(Activation f, const T* u, T* h, int64_t n);                                   // h = f(u)
+  void (*activate_backward)(Activation f, const T* u, T* h, T* slope, int64_t n);                // h = f(u), slope = f'(u)
+  void (*add)(const T* x, T* y, int64_t n);                                                      // y += x
+  void (*multiply)(const T* x, T* y, int64_t n);                                                 // y *= x
+  void (*scale)(T s, T* y, int64_t n);                                                           // y *= s
+  void (*axpy)(T s, const T* x, T* y, int64_t n);                                                // y += s x
+  T (*dot)(const T* x, const T* y, int64_t n);
+  T (*exp_shifted)(const T* x, T shift, T* y, int64_t n);                                        // y = exp(x - shift); returns the sum of y
+};
+
+struct Isa {
+  const char* name;
+  const Microkernel* f32;   // for fp32, and for half-precision types that have no kernel of their own
+  const Microkernel* bf16;  // null: bf16 runs as fp32
+  const RowFunctions<float>* rows;
+  void (*convert)(Type from, const void* source, Type to, void* target, int64_t n);  // fp32, bf16 and fp16
+  void (*transpose)(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns);
+};
+
+extern const Isa isa_generic, isa_avx2, isa_avx512, isa_avx512_bf16, isa_amx;
+extern const Microkernel microkernel_f64;
+extern const RowFunctions<double> row_functions_f64;
+
+}  // namespace cmoe::cpu

@@ -1,0 +1,69 @@
+// grouped_linear on the CPU: one product per expert over its rows of x, gathered while they are packed; the epilogue adds the bias, writes
+// the pre-activation where it is to be saved, and stores the row where it belongs. Scratch: the packed rows of one expert.
+// The backward pass is that of experts_backward.cpp for single linear layers.
+
+#include "grouped_linear.h"
+
+namespace cmoe::cpu {
+
+template <class T>
+void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* scatter_idx, bool activated, char* y, char* u) {
+  const Kernels<T> kernels = kernels_for<T>(op.type);
+  const RowFunctions<T>& f = *kernels.rows;
+  const int64_t threads = thread_count(), value = size_of(op.type);
+  for (int64_t e = 0; e < op.experts; ++e) {
+    const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
+    if (n == 0) continue;
+    const Plan p = plan(kernels, Form::weights, op.w1.along_inputs(), op.outputs, n, threads);
+    const Shared<T> x(kernels, p.shared, n, 1, op.inputs);
+    pack_shared(kernels, x, {rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor), true}, threads);
+    const ThreadScratch scratch(threads, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
+    parallel(threads, [&](int64_t thread) {
+      T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
+      blocks_of(kernels, p, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+        op.b1.load(kernels, e, lanes.first, lanes.count, bias);
+        multiply_block(kernels, p, Form::weights, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t, int64_t count) {
+                         for (int r = 0; r < used; ++r) {
+                           T* const row = block + r * ld;
+                           const int64_t i = first + row0 + r;
+                           if (activated) {
+                             pre_activation(kernels, row, bias, count);
+                             if (u) f.store(op.type, row, u + (i * op.outputs + lanes.first) * value, count);
+                             f.activate(op.activation, row, row, count);
+                           } else {
+                             f.add(bias, row, count);
+                           }
+                           f.store(op.type, row, y + ((scatter_idx ? scatter_idx[i] : i) * op.outputs + lanes.first) * value, count);
+                         }
+                       });
+      });
+    });
+  }
+}
+
+template <class T>
+void activation_backward(const Experts<T>& op, const char* dy, const int64_t* dy_index, const char* u, int64_t rows, char* du) {
+  const Kernels<T> kernels = kernels_for<T>(op.type);
+  const RowFunctions<T>& f = *kernels.rows;
+  const int64_t threads = thread_count(), row_bytes = op.outputs * size_of(op.type);
+  const Array<T> buffers(threads * 4 * op.outputs);
+  parallel(threads, [&](int64_t thread) {
+    const Share share(rows, thread, threads);
+    T *const pre = buffers.get() + thread * 4 * op.outputs, *const h = pre + op.outputs, *const slope = h + op.outputs, *const row = slope + op.outputs;
+    for (int64_t i = share.first; i < share.last; ++i) {
+      f.load(op.type, u + i * row_bytes, pre, op.outputs);
+      f.activate_backward(op.activation, pre, h, slope, op.outputs);
+      f.load(op.type, dy + (dy_index ? dy_index[i] : i) * row_bytes, row, op.outputs);
+      f.multiply(slope, row, op.outputs);
+      f.store(op.type, row, du + i * row_bytes, op.outputs);
+    }
+  });
+}
+
+template void grouped_linear(const Experts<float>&, const Selection&, const int64_t*, bool, char*, char*);
+template void grouped_linear(const Experts<double>&, const Selection&, const int64_t*, bool, char*, char*);
+template void activation_backward(const Experts<float>&, const char*, const int64_t*, const char*, int64_t, char*);
+template void activation_backward(const Experts<double>&, const char*, const int64_t*, const char*, int64_t, char*);
+
+}  // namespace cmoe::cpu

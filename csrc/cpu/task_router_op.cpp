@@ -1,0 +1,97 @@
+// task_router as an operation on tensors.
+
+#include "task_router.h"
+#include "tensors.h"
+
+namespace cmoe::cpu {
+
+namespace {
+
+using torch::stable::contiguous;
+
+template <class T>
+struct RouterArguments : Router<T> {
+  Tensor x_kept, task_kept, ids_kept, w1_kept, b1_kept, w2_kept, b2_kept;
+
+  RouterArguments(const std::optional<Tensor>& x_, const std::optional<Tensor>& task_, const Tensor& w1_, const std::optional<Tensor>& b1_, const std::optional<Tensor>& w2_,
+                  const std::optional<Tensor>& b2_, const std::optional<Tensor>& ids, Activation act)
+      : Router<T>{} {
+    const Tensor& rows = x_ ? *x_ : *task_;
+    this->type = type_of("x", rows);
+    if (x_) {
+      x_kept = contiguous(*x_);
+      this->x = bytes_of(x_kept);
+      this->tokens = x_->size(0);
+      this->inputs = x_->size(1);
+    }
+    if (task_) {
+      task_kept = contiguous(torch::stable::to(*task_, rows.scalar_type()));
+      this->task = bytes_of(task_kept);
+      this->groups = task_->size(0);
+      this->task_inputs = task_->size(1);
+      if (ids) {
+        ids_kept = contiguous(*ids);
+        require_range("group_ids", ids_kept, this->groups, "rows of task");
+        this->group_ids = static_cast<const int64_t*>(ids_kept.const_data_ptr());
+      }
+    }
+    this->hidden = w1_.size(0);
+    this->w1 = weight_of("w1", w1_, &w1_kept);
+    this->w1_task = this->w1;
+    this->w1.data += this->task_inputs * this->w1.input * size_of(this->w1.type);
+    this->b1 = bias_of("b1", b1_, &b1_kept);
+    this->experts = this->hidden;
+    if (w2_) {
+      this->experts = w2_->size(0);
+      w2_kept = contiguous(*w2_);
+      this->w2 = weight_of("w2", w2_kept, &w2_kept);
+      this->w2.output = this->hidden;
+      this->b2 = bias_of("b2", b2_, &b2_kept);
+    }
+    this->activation = act;
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                                       std::optional<Tensor> group_ids, OwnedString activation, bool save) {
+  const Activation act = activation_of(taken(activation));
+  const Tensor& rows = x ? *x : *task;
+  return computing(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const RouterArguments<T> op(x, task, w1, b1, w2, b2, group_ids, act);
+    const bool saves = save && w2;
+    Tensor logits = fresh(rows, {op.rows(), op.experts}, accumulate_dtype(rows.scalar_type()));
+    Tensor u = saves ? fresh(rows, {op.rows(), op.hidden}, rows.scalar_type()) : absent(rows);
+    task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), saves ? bytes_of(u) : nullptr);
+    return std::make_tuple(logits, u);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
+                                                                                std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
+                                                                                OwnedString activation, std::vector<bool> needs) {
+  const Activation act = activation_of(taken(activation));
+  const Tensor& rows = x ? *x : *task;
+  return computing(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const RouterArguments<T> op(x, task, w1, b1, w2, b2, group_ids, act);
+    const Tensor dl = contiguous(dlogits), u_kept = contiguous(u);
+    Tensor dx = gradient_like(x, needs[0], rows), dtask = gradient_like(task, needs[1], rows), dw1 = gradient_like(w1, needs[2], rows), db1 = gradient_like(b1, needs[3], rows),
+           dw2 = gradient_like(w2, needs[4], rows), db2 = gradient_like(b2, needs[5], rows);
+    RouterGradients<T> grads{};
+    grads.dlogits = static_cast<const T*>(dl.const_data_ptr());
+    grads.u = u.numel() ? bytes_of(u_kept) : nullptr;
+    grads.dx = x && needs[0] ? bytes_of(dx) : nullptr;
+    grads.dtask = gradient_of(dtask, task, needs[1]);
+    grads.dw1 = gradient_of(dw1, w1, needs[2]);
+    grads.db1 = gradient_of(db1, b1, needs[3]);
+    grads.dw2 = gradient_of(dw2, w2, needs[4]);
+    grads.db2 = gradient_of(db2, b2, needs[5]);
+    task_router_backward<T>(op, grads);
+    return std::make_tuple(dx, dtask, dw1, db1, dw2, db2);
+  });
+}
+
+}  // namespace cmoe::cpu

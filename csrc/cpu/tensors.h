@@ -1,0 +1,101 @@
+// From tensors to what the drivers take, and back.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "experts.h"
+#include "ops.h"
+#include "rows.h"
+
+namespace cmoe::cpu {
+
+constexpr int64_t large_output = 4 << 20;  // bytes from which fresh pages cost enough to ask for large ones
+
+inline std::string taken(OwnedString handle) {
+  const char* text = nullptr;
+  size_t length = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  const std::string value(text, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return value;
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(name == "relu", "activation is '", name, "', must be one of gelu, gelu_tanh, silu, relu");
+  return Activation::relu;
+}
+
+inline Type type_of(const char* name, const Tensor& t) {
+  Type type = Type::f32;
+  dispatch_float(name, t, [&](auto zero) {
+    using V = decltype(zero);
+    type = std::is_same_v<V, double> ? Type::f64 : std::is_same_v<V, float> ? Type::f32 : std::is_same_v<V, BFloat16> ? Type::bf16 : Type::f16;
+  });
+  return type;
+}
+
+// Calls f with a value of the type that x is computed in, once the instruction set is known to be there.
+template <class F>
+auto computing(const Tensor& x, F&& f) {
+  STD_TORCH_CHECK(isa_error().empty(), isa_error());
+  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+inline Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
+
+inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  if (bytes >= large_output) advise_large_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+inline Tensor fresh_like(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+  return fresh(t, sizes, t.scalar_type());
+}
+
+inline const char* bytes_of(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+inline char* bytes_of(Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+
+// A view of weights [E, outputs, inputs] (or [outputs, inputs]) that packing can read; `kept` holds the copy where strides allow no view.
+inline Weight weight_of(const char* name, const Tensor& w, Tensor* kept) {
+  const int64_t last = w.dim() - 1;
+  const auto next = [&](const Tensor& t, int64_t d) { return t.size(d) == 1 || t.stride(d) == 1; };
+  *kept = next(w, last) || next(w, last - 1) ? w : torch::stable::contiguous(w);
+  Weight view{bytes_of(*kept), type_of(name, w), last == 2 ? kept->stride(0) : 0, kept->stride(last - 1), kept->stride(last)};
+  if (next(*kept, last)) {
+    view.input = 1;
+  } else {
+    view.output = 1;
+  }
+  return view;
+}
+
+inline Bias bias_of(const char* name, const std::optional<Tensor>& b, Tensor* kept) {
+  if (!b) return {};
+  *kept = torch::stable::contiguous(*b);
+  return {bytes_of(*kept), type_of(name, *b), kept->size(kept->dim() - 1)};
+}
+
+// The gradient of a tensor where it is wanted.
+inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) { return t && wanted ? fresh_like(*t) : absent(like); }
+inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool wanted) {
+  if (!t || !wanted) return {};
+  return {bytes_of(grad), type_of("gradient", grad)};
+}
+
+inline void require_range(const char* name, const Tensor& index, int64_t size, const char* what) {
+  const int64_t* const values = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t i = 0, n = index.numel(); i < n; ++i)
+    STD_TORCH_CHECK(values[i] >= 0 && values[i] < size, name, " holds ", values[i], ", must be in 0..", size - 1, " (", what, ")");
+}
+
+}  // namespace cmoe::cpu
