@@ -64,7 +64,7 @@ static void multiply_plain(const void* a, int64_t a_stride, const void* b, void*
   multiply_rows<T, b_vectors, rows>(static_cast<const T*>(a), a_lanes, static_cast<const T*>(b), static_cast<T*>(block), k, add);
 }
 
-static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
+[[maybe_unused]] static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];
 }
