@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-full aot lint wheel demo doctor bench bench-report clean
+.PHONY: help install test test-triton test-full aot roofline gpu-check lint wheel demo doctor bench bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,13 @@ test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compil
 
 aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md (20 minutes of one core)
 	$(BIN)/python -m benchmarks.aot --jobs $(JOBS) --write
+
+roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that are not here would need at least: docs/roofline.md
+	$(BIN)/python -m benchmarks.roofline --write
+
+# Installs nothing: with the Python, torch and peers found there.
+gpu-check:  ## on a machine with a GPU: the tests natively, then ours beside the peers found there; offline, resumable
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
 
 test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from cmoe_kernels import backends
+from tests.ops.cases import DEVICE
 
+if DEVICE != "cpu":  # before the test files are imported: some make tensors for their parameters
+    torch.set_default_device(DEVICE)
 if backends.INTERPRETED:
     from tests.triton import strict
 
@@ -17,7 +20,8 @@ if backends.INTERPRETED:
 def _settled():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
+    # A naive formula may use an operation that has no deterministic form on a GPU; ours are compared bit for bit.
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
@@ -33,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_report_header():
     library = backends.native_library or f"absent ({backends.native_error})"
-    return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}" + (
+    return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}" + (
         "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
         if backends.INTERPRETED
         else ""

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 import cmoe_kernels as cmoe
+from tests.ops.cases import DEVICE
 
 FILE = Path(__file__).parents[1] / "golden" / "unimed_cmoe.safetensors"
 with safe_open(FILE, "pt") as golden:
@@ -16,7 +17,7 @@ with safe_open(FILE, "pt") as golden:
 
 def tensors(case: str) -> dict[str, torch.Tensor]:
     with safe_open(FILE, "pt") as f:
-        return {key.removeprefix(f"{case}."): f.get_tensor(key) for key in f.keys() if key.startswith(f"{case}.")}  # noqa: SIM118
+        return {key.removeprefix(f"{case}."): f.get_tensor(key).to(DEVICE) for key in f.keys() if key.startswith(f"{case}.")}  # noqa: SIM118
 
 
 def part(values: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

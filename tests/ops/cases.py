@@ -1,5 +1,10 @@
-"""One table of calls: every op in every form it has, at small odd sizes. The promises are tested over this table."""
+"""One table of calls: every op in every form it has, at small odd sizes. The promises are tested over this table.
 
+On the CPU, or on the device that CMOE_TEST_DEVICE names (cuda), which tests/conftest.py also makes torch's default: values are drawn on the
+CPU, so that they are the same everywhere, and moved there.
+"""
+
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +18,8 @@ from cmoe_kernels import backends
 from tests.ops import naive
 
 T, D, H, O, E, K, R, G, S = 11, 7, 9, 6, 5, 2, 13, 3, 4  # noqa: E741
+DEVICE = torch.device(os.environ.get("CMOE_TEST_DEVICE") or "cpu").type
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason=f"about the CPU, and this run is on {DEVICE}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,23 +69,26 @@ class Maker:
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
         self.gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
+    def _drawn(self, draw: Callable[..., Tensor], *arguments: Any, **settings: Any) -> Tensor:
+        return draw(*arguments, generator=self.generator, device="cpu", **settings).to(DEVICE)
+
     def x(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return self._drawn(torch.randn, shape, dtype=torch.float64).to(self.dtype)
 
     def gates(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64).add(0.1).to(self.gate_dtype)
+        return self._drawn(torch.rand, shape, dtype=torch.float64).add(0.1).to(self.gate_dtype)
 
     def probabilities(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).softmax(-1).to(self.gate_dtype)
+        return self._drawn(torch.randn, shape, dtype=torch.float64).softmax(-1).to(self.gate_dtype)
 
     def ids(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator)
+        return self._drawn(torch.randint, high, shape)
 
     def distinct(self, rows: int, k: int, experts: int) -> Tensor:
-        return torch.rand(rows, experts, generator=self.generator).argsort(-1)[:, :k].contiguous()
+        return self._drawn(torch.rand, rows, experts).argsort(-1)[:, :k].contiguous()
 
     def permutation(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self.generator)
+        return self._drawn(torch.randperm, n)
 
     def mlp(self, gated: bool = False) -> dict[str, Tensor]:
         rows = 2 * H if gated else H
@@ -254,16 +264,16 @@ ONE_PER_OP = list({case.op: case for case in reversed(CASES)}.values())[::-1]
 
 def backends_of(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends to test here. In the interpreter's process Triton alone: the others were tested in the ordinary one."""
-    able = sorted(backends.serving(op, "cpu", dtype))
+    able = sorted(backends.serving(op, DEVICE, dtype))
     return [b for b in able if b == "triton"] if backends.INTERPRETED else able
 
 
 def widest(op: str, backend: str) -> torch.dtype:
     """fp64 where the backend serves it."""
-    return torch.float64 if backend in backends.serving(op, "cpu", torch.float64) else torch.float32
+    return torch.float64 if backend in backends.serving(op, DEVICE, torch.float64) else torch.float32
 
 
 def on_backends(cases: list[Case], dtype: torch.dtype = torch.float32) -> pytest.MarkDecorator:
-    """Parametrise a test over cases and the backends that serve them on the CPU, in a dtype."""
+    """Parametrise a test over cases and the backends that serve them here, in a dtype."""
     pairs = [(case, backend) for case in cases for backend in backends_of(case.op, dtype)]
     return pytest.mark.parametrize(("case", "backend"), [pytest.param(c, b, id=f"{c}-{b}") for c, b in pairs])

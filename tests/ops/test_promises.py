@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends
 from tests.compare import assert_close, grads
-from tests.ops.cases import CASES, DTYPES, ONE_PER_OP, Case, leaves, on_backends, to_double, widest
+from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, leaves, on_backends, to_double, widest
 
 # The interpreter is slow: there CI checks what does not depend on a form's numbers on one form per op, and `make test-full` on all.
 SAMPLED = ONE_PER_OP if backends.INTERPRETED and os.environ.get("CMOE_TEST_FULL", "0") in ("", "0") else CASES
 
 
 def output_grad(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(y.device)
 
 
 def run(case: Case, arguments: dict) -> tuple[Tensor, list[Tensor]]:
@@ -234,7 +234,7 @@ def test_fp32_weights_with_bf16_products(case, backend):
             assert ours.dtype == master[name].dtype
             torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=5e-2, atol=5e-2, msg=lambda m, n=name: f"{n}: {m}")
         full = {**master, source: rounded[source].detach().float().requires_grad_()}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             a = case.call(full)
         assert a.dtype == y.dtype
         assert torch.equal(a, z)
@@ -266,7 +266,7 @@ def test_backward_runs_on_the_backend_of_its_forward(case, monkeypatch):
 
         return count
 
-    monkeypatch.setitem(backends.DEVICE_ORDER, "cpu", ("reference", "triton"))
+    monkeypatch.setitem(backends.DEVICE_ORDER, DEVICE, ("reference", "triton"))
     for name in (case.op, f"{case.op}_backward"):
         monkeypatch.setitem(backends._kernels, (name, "triton"), counting(name))
     arguments = case.make(torch.float32)
