@@ -137,7 +137,7 @@ void pack_shared(const Kernels<T>& kernels, const Shared<T>& shared, const Opera
   const ThreadScratch scratch(threads, bytes);
   parallel(threads, [&](int64_t thread) {
     const Share share(shared.panels(), thread, threads);
-    for (int64_t panel = share.first; panel < share.last; ++panel) shared.pack(panel, 0, from, scratch[thread]);
+    shared.pack(share.first, share.last, 0, from, scratch[thread]);
   });
 }
 

@@ -54,38 +54,58 @@ Kernels<T> kernels_for(Type type);  // dispatch.cpp
 constexpr int64_t longest_chunk = 512;
 constexpr int most_lanes = 32;
 
-// Scratch for converting one panel's values before they are packed.
+// Scratch for converting values before they are packed: one panel of rows along k, or some rows of a block of lanes.
+constexpr int64_t converted_rows = 32, most_columns = 1024;
 template <class T>
 int64_t conversion_bytes(const Kernels<T>& kernels) {
-  return round_up(2 * most_lanes * kernels.gemm->k_chunk * 4, 64);
+  return round_up(std::max<int64_t>(most_lanes * kernels.gemm->k_chunk, converted_rows * most_columns) * 4 + std::max(longest_chunk, most_columns) * 4, 64);
 }
 
-// Packs lanes [lane0, lane0 + lanes) over [k0, k0 + k) as a panel of one side; values are rounded to the type of x on the way.
+// Rows of an operand as the panels' type, rounded to the type of x on the way: pointers to where they are, or to their converted copies.
 template <class T>
-void pack_panel(const Kernels<T>& kernels, Side side, const Operand& operand, int64_t lane0, int lanes, int64_t k0, int64_t k, void* panel, char* conversion) {
-  const Microkernel& gemm = *kernels.gemm;
-  const Matrix& m = operand.matrix;
-  const int64_t rows = operand.lanes_are_rows ? lanes : k, row0 = operand.lanes_are_rows ? lane0 : k0;
-  const int64_t length = operand.lanes_are_rows ? k : lanes, column0 = operand.lanes_are_rows ? k0 : lane0;
-  const void* pointers[longest_chunk];
+void converted(const Kernels<T>& kernels, const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t length, const void** pointers, char* conversion) {
+  const Type panel = kernels.gemm->panel;
+  const bool round = m.type != kernels.type && panel != kernels.type;  // fp32 values in a product of half-precision ones that runs as fp32
+  char* const rounded = conversion + conversion_bytes(kernels) - std::max(longest_chunk, most_columns) * 4;
   for (int64_t i = 0; i < rows; ++i) {
     const void* source = m.row(row0 + i) + column0 * size_of(m.type);
-    const bool round = m.type != kernels.type && gemm.panel != kernels.type;  // fp32 values in a product of half-precision ones that runs as fp32
-    if (round || m.type != gemm.panel) {
-      char* const converted = conversion + i * length * size_of(gemm.panel);
+    if (round || m.type != panel) {
+      char* const to = conversion + i * length * size_of(panel);
       if (round) {
-        char* const rounded = conversion + most_lanes * gemm.k_chunk * 4;
         kernels.convert(m.type, source, kernels.type, rounded, length);
-        kernels.convert(kernels.type, rounded, gemm.panel, converted, length);
+        kernels.convert(kernels.type, rounded, panel, to, length);
       } else {
-        kernels.convert(m.type, source, gemm.panel, converted, length);
+        kernels.convert(m.type, source, panel, to, length);
       }
-      source = converted;
+      source = to;
     }
     pointers[i] = source;
   }
-  const auto& pack = operand.lanes_are_rows ? gemm.pack_rows : gemm.pack_columns;
-  pack[static_cast<int>(side)](pointers, lanes, k, panel);
+}
+
+// Packs lanes [lane0, lane0 + lanes) over [k0, k0 + k) as panels of one side, panel_bytes apart.
+template <class T>
+void pack_panels(const Kernels<T>& kernels, Side side, const Operand& operand, int64_t lane0, int64_t lanes, int64_t k0, int64_t k, char* panels, int64_t panel_bytes, char* conversion) {
+  const Microkernel& gemm = *kernels.gemm;
+  const Matrix& m = operand.matrix;
+  const void* pointers[longest_chunk];
+  if (operand.lanes_are_rows) {
+    const int64_t width = kernels.lanes(side);
+    for (int64_t lane = 0; lane < lanes; lane += width, panels += panel_bytes) {
+      const int64_t n = std::min(width, lanes - lane);
+      converted(kernels, m, lane0 + lane, n, k0, k, pointers, conversion);
+      gemm.pack_rows[static_cast<int>(side)](pointers, static_cast<int>(n), k, panels);
+    }
+    return;
+  }
+  const bool whole = m.type == gemm.panel && (m.type == kernels.type || gemm.panel == kernels.type);  // nothing to convert
+  const int64_t rows = whole ? k : converted_rows, columns = whole ? lanes : most_columns / kernels.lanes(side) * kernels.lanes(side);
+  for (int64_t lane = 0; lane < lanes; lane += columns)
+    for (int64_t i = 0; i < k; i += rows) {
+      const int64_t n = std::min(rows, k - i), length = std::min(columns, lanes - lane);
+      converted(kernels, m, k0 + i, n, lane0 + lane, length, pointers, conversion);
+      gemm.pack_columns[static_cast<int>(side)](pointers, length, i, n, panels + lane / kernels.lanes(side) * panel_bytes, panel_bytes);
+    }
 }
 
 // A stretch of k within one segment.
@@ -126,11 +146,13 @@ class Shared {
     return buffer_.get() + (chunk.start * panels_ + panel * chunk.padded) * kernels_.lanes(side_) * kernels_.element();
   }
 
-  // One panel, all of k of one segment, out of memory.
-  void pack(int64_t panel, int64_t segment, const Operand& from, char* conversion) const {
+  // Panels [first, last), all of k of one segment, out of memory.
+  void pack(int64_t first, int64_t last, int64_t segment, const Operand& from, char* conversion) const {
+    const int64_t width = kernels_.lanes(side_);
     for (const Chunk& chunk : chunks_)
-      if (chunk.segment == segment)
-        pack_panel(kernels_, side_, from, panel * kernels_.lanes(side_), in_panel(panel), chunk.k0, chunk.k, at(panel, chunk), conversion);
+      if (chunk.segment == segment && first < last)
+        pack_panels(kernels_, side_, from, first * width, std::min(lanes_, last * width) - first * width, chunk.k0, chunk.k, at(first, chunk), chunk.padded * width * kernels_.element(),
+                    conversion);
   }
 
   // k values [first, first + n) of one segment, for the lanes of one panel, out of rows of computed values. `first` is a multiple of the k step,
@@ -147,7 +169,7 @@ class Shared {
         continue;
       }
       char* const to = at(panel, chunk) + (begin - chunk.k0) * kernels_.lanes(side_) * kernels_.element();
-      pack_panel(kernels_, side_, from, 0, lanes, begin - first, end - begin, to, conversion);
+      pack_panels(kernels_, side_, from, 0, lanes, begin - first, end - begin, to, 0, conversion);
     }
   }
 
@@ -169,6 +191,7 @@ enum class Form {
 struct Plan {
   Side outer, shared;
   int64_t outer_panels, shared_panels;       // of a block
+  int64_t run;                               // chunks of k that a panel of the outer operand is taken through before the next panel
   int64_t outer_bytes, block_bytes, row_bytes, conversion;  // of scratch
   int64_t row_ld;
   int64_t bytes() const { return outer_bytes + block_bytes + row_bytes + conversion; }
@@ -193,7 +216,11 @@ Plan plan(const Kernels<T>& kernels, Form form, bool in_rows, int64_t outer_lane
   }
   p.outer_panels = round_up(p.outer_panels, ranges);
   const int64_t panel = ol * gemm.k_chunk * kernels.element();
-  p.outer_bytes = round_up(panel * (gemm.outer_resident || p.outer == Side::b ? 1 : p.outer_panels), 64);
+  // Rows along k are packed panel by panel, just before they are used; columns for all panels of the block at once.
+  p.outer_bytes = round_up(panel * (in_rows ? 1 : p.outer_panels), 64);
+  // A longer run reads longer stretches of a weight's rows, while the shared operand's chunks of the run stay in the L2 cache.
+  const int64_t chunk_bytes = p.shared_panels * sl * gemm.k_chunk * kernels.element();
+  p.run = in_rows ? std::max<int64_t>(1, kernels.l2 / 2 / chunk_bytes) : 1;
   p.block_bytes = cell * p.outer_panels * p.shared_panels;
   const bool rows_are_outer = form == Form::gradient;
   p.row_ld = rows_are_outer ? p.shared_panels * sl : p.outer_panels * ol;
@@ -220,8 +247,6 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   T* const rows = reinterpret_cast<T*>(scratch + p.outer_bytes + p.block_bytes);
   char* const conversion = scratch + p.outer_bytes + p.block_bytes + p.row_bytes;
   const int resident = static_cast<int>(gemm.outer_resident ? p.outer : Side::b);
-  const bool outer_first = gemm.outer_resident || p.outer == Side::b;
-  const int64_t outer_size = outer_first ? 0 : ol * gemm.k_chunk * kernels.element();
 
   struct OuterPanel {
     const char* data;
@@ -229,15 +254,14 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   };
   const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
-  const auto outer_panel = [&](int64_t o, const Chunk& chunk) -> OuterPanel {
-    const Operand& operand = outer(chunk.segment);
+  // A panel of rows along k: where it is, or packed.
+  const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk) -> OuterPanel {
     const Matrix& m = operand.matrix;
     // Rows whose distance is a multiple of 4 KB would fall on too few sets of the L1 cache.
-    if (gemm.a_in_place && p.outer == Side::a && operand.lanes_are_rows && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && m.stride % 4096)
+    if (gemm.a_in_place && p.outer == Side::a && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && m.stride % 4096)
       return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
-    char* const to = packed + o * outer_size;
-    pack_panel(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, to, conversion);
-    return {to, chunk.padded * kernels.element()};
+    pack_panels(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, packed, 0, conversion);
+    return {packed, chunk.padded * kernels.element()};
   };
   const auto multiply = [&](const OuterPanel& o, int64_t outer_index, int64_t s, int64_t s0, const Chunk& chunk, bool add) {
     const char* const other = shared.at(s, chunk);
@@ -249,22 +273,36 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   };
 
   for (int64_t s0 = 0; s0 < shared.panels(); s0 += p.shared_panels) {
+    if (gemm.begin) gemm.begin();
     const int64_t s1 = std::min(shared.panels(), s0 + p.shared_panels);
-    bool add = false;
-    for (const Chunk& chunk : shared.chunks()) {
-      if (outer_first) {
-        for (int64_t o = 0; o < panels; ++o) {
-          const OuterPanel panel = outer_panel(o, chunk);
-          for (int64_t s = s0; s < s1; ++s) multiply(panel, o, s, s0, chunk, add);
-        }
-      } else {
-        for (int64_t o = 0; o < panels; ++o) outer_panel(o, chunk);
-        for (int64_t s = s0; s < s1; ++s)
-          for (int64_t o = 0; o < panels; ++o) multiply({packed + o * outer_size, 0}, o, s, s0, chunk, add);
+    const std::vector<Chunk>& chunks = shared.chunks();
+    const int64_t count = static_cast<int64_t>(chunks.size());
+    for (int64_t c0 = 0; c0 < count; c0 += p.run) {
+      const int64_t c1 = std::min(count, c0 + p.run);
+      if (outer(chunks[c0].segment).lanes_are_rows) {
+        for (int64_t o = 0; o < panels; ++o)
+          for (int64_t c = c0; c < c1; ++c) {
+            const OuterPanel panel = row_panel(outer(chunks[c].segment), o, chunks[c]);
+            for (int64_t s = s0; s < s1; ++s) multiply(panel, o, s, s0, chunks[c], c > 0);
+          }
+        continue;
       }
-      add = true;
+      const Chunk& chunk = chunks[c0];
+      const int64_t bytes = chunk.padded * ol * kernels.element();
+      const Operand& operand = outer(chunk.segment);
+      pack_panels(kernels, p.outer, operand, lanes.first, lanes.count, chunk.k0, chunk.k, packed, bytes, conversion);
+      if (lanes.second >= 0) pack_panels(kernels, p.outer, operand, lanes.second, lanes.count, chunk.k0, chunk.k, packed + per_range * bytes, bytes, conversion);
+      const int64_t stride = chunk.padded * kernels.element();
+      if (gemm.outer_resident || p.outer == Side::b) {
+        for (int64_t o = 0; o < panels; ++o)
+          for (int64_t s = s0; s < s1; ++s) multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
+      } else {
+        for (int64_t s = s0; s < s1; ++s)
+          for (int64_t o = 0; o < panels; ++o) multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
+      }
     }
-    if (!add) std::memset(block, 0, p.block_bytes);  // k is 0: sums of nothing
+    if (count == 0) std::memset(block, 0, p.block_bytes);  // k is 0: sums of nothing
+    if (gemm.end) gemm.end();
 
     if (form == Form::gradient) {
       for (int64_t o = 0; o < panels; ++o) {

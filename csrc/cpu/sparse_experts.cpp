@@ -46,7 +46,7 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     for (const Expert& a : active) {
       const Operand from{rows_of<T>(op.x, op.type, op.inputs, rows.index + a.first, rows.divisor), true};
       const Share share(a.x->panels(), thread, threads);
-      for (int64_t panel = share.first; panel < share.last; ++panel) a.x->pack(panel, 0, from, scratch[thread]);
+      a.x->pack(share.first, share.last, 0, from, scratch[thread]);
     }
     const Share share(op.tokens * op.outputs, thread, threads);
     std::fill(sums.get() + share.first, sums.get() + share.last, T(0));

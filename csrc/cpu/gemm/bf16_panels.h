@@ -17,18 +17,20 @@ static void pack_rows_bf16(const void* const* rows, int lanes, int64_t k, void* 
   pack_double_words<lanes_of>(rows, lanes, k, (k + 1) / 2, panel);
 }
 template <int lanes_of>
-static void pack_columns_bf16(const void* const* rows, int lanes, int64_t k, void* panel) {
+static void pack_columns_bf16(const void* const* rows, int64_t lanes, int64_t k0, int64_t k, void* panels, int64_t panel_bytes) {
   static_assert(lanes_of <= 32);
-  int32_t* to = static_cast<int32_t*>(panel);
-  const __mmask32 mask = low_halves(lanes);
-  const __mmask16 kept_low = lanes_of >= 16 ? 0xffff : (1u << lanes_of) - 1, kept_high = lanes_of >= 32 ? 0xffff : lanes_of > 16 ? (1u << (lanes_of - 16)) - 1 : 0;
-  for (int64_t i = 0; i < k; i += 2, to += lanes_of) {
-    __m512i low, high;
-    const __m512i a = _mm512_maskz_loadu_epi16(mask, rows[i]);
-    const __m512i b = i + 1 < k ? _mm512_maskz_loadu_epi16(mask, rows[i + 1]) : _mm512_setzero_si512();
-    interleave(a, b, &low, &high);
-    _mm512_mask_storeu_epi32(to, kept_low, low);
-    if (lanes_of > 16) _mm512_mask_storeu_epi32(to + 16, kept_high, high);
+  constexpr __mmask16 kept_low = lanes_of >= 16 ? 0xffff : (1u << lanes_of) - 1, kept_high = lanes_of >= 32 ? 0xffff : lanes_of > 16 ? (1u << (lanes_of - 16)) - 1 : 0;
+  const __m512i zero = _mm512_setzero_si512();
+  for (int64_t i = 0; i < k; i += 2) {
+    const uint16_t *const a = static_cast<const uint16_t*>(rows[i]), *const b = i + 1 < k ? static_cast<const uint16_t*>(rows[i + 1]) : nullptr;
+    char* to = static_cast<char*>(panels) + (k0 + i) * lanes_of * 2;
+    for (int64_t lane = 0; lane < lanes; lane += lanes_of, to += panel_bytes) {
+      const __mmask32 mask = low_halves(lanes - lane < lanes_of ? lanes - lane : lanes_of);
+      __m512i low, high;
+      interleave(_mm512_maskz_loadu_epi16(mask, a + lane), b ? _mm512_maskz_loadu_epi16(mask, b + lane) : zero, &low, &high);
+      _mm512_mask_storeu_epi32(to, kept_low, low);
+      if (lanes_of > 16) _mm512_mask_storeu_epi32(to + 64, kept_high, high);
+    }
   }
 }
 
@@ -65,7 +67,7 @@ static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* 
 }
 
 constexpr Microkernel bf16_pairs = {Type::bf16, a_lanes, b_lanes, 2, 256, Side::b, false, false,
-                                    {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>}, {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>},
+                                    {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>}, {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>}, nullptr, nullptr,
                                     {multiply_bf16<>, multiply_bf16<>}};
 
 }  // namespace

@@ -32,9 +32,15 @@ struct Microkernel {
   bool a_in_place;      // an A panel is rows of k values at any stride: a matrix whose rows lie along k needs no packing
   bool outer_resident;  // the outer operand's panel stays in L1 while the shared operand streams by; else B's does
 
-  // Packs `lanes` lanes, `k` deep. Rows along k: rows[lane] points at the first k. Rows along lanes: rows[k] points at the first lane.
-  using Pack = void (*)(const void* const* rows, int lanes, int64_t k, void* panel);
-  Pack pack_rows[2], pack_columns[2];  // by side
+  // By side. Rows along k: one panel, `k` deep; rows[lane] points at the first k.
+  void (*pack_rows[2])(const void* const* rows, int lanes, int64_t k, void* panel);
+  // Rows along lanes: as many panels as `lanes` fill, panel_bytes apart, so that rows are read in long runs. rows[i] points at the first lane of
+  // k0 + i; k0 is a multiple of the k step, and so is k unless the panel ends there.
+  void (*pack_columns[2])(const void* const* rows, int64_t lanes, int64_t k0, int64_t k, void* panels, int64_t panel_bytes);
+
+  // Around all products of a block; null where there is nothing to set up.
+  void (*begin)();
+  void (*end)();
 
   // block = A B^T over k (a multiple of k_step), or block += with add; `rows` lanes of A are in use. a_stride: bytes from one lane of A
   // to the next where a_in_place. By the side of the resident operand.

@@ -19,14 +19,15 @@ static void pack_rows_plain(const void* const* rows, int lanes, int64_t k, void*
   }
 }
 template <class T, int lanes_of>
-static void pack_columns_plain(const void* const* rows, int lanes, int64_t k, void* panel) {
-  T* to = static_cast<T*>(panel);
-  for (int64_t i = 0; i < k; ++i, to += lanes_of) {
+static void pack_columns_plain(const void* const* rows, int64_t lanes, int64_t k0, int64_t k, void* panels, int64_t panel_bytes) {
+  for (int64_t i = 0; i < k; ++i) {
     const T* from = static_cast<const T*>(rows[i]);
-    if (lanes == lanes_of) {
-      memcpy(to, from, sizeof(T) * lanes_of);
-    } else {
-      for (int lane = 0; lane < lanes_of; ++lane) to[lane] = lane < lanes ? from[lane] : T(0);
+    char* to = static_cast<char*>(panels) + (k0 + i) * lanes_of * sizeof(T);
+    int64_t lane = 0;
+    for (; lane + lanes_of <= lanes; lane += lanes_of, to += panel_bytes) memcpy(to, from + lane, sizeof(T) * lanes_of);
+    if (lane < lanes) {
+      memcpy(to, from + lane, sizeof(T) * (lanes - lane));
+      memset(to + sizeof(T) * (lanes - lane), 0, sizeof(T) * (lanes_of - (lanes - lane)));
     }
   }
 }
@@ -74,7 +75,7 @@ constexpr Microkernel plain_microkernel(Type panel, int k_chunk) {
   constexpr int b_lanes = b_vectors * vector_bytes / sizeof(T);
   return {panel, a_lanes, b_lanes, 1, k_chunk, Side::b, false, false,
           {pack_rows_plain<T, a_lanes>, pack_rows_plain<T, b_lanes>}, {pack_columns_plain<T, a_lanes>, pack_columns_plain<T, b_lanes>},
-          {multiply_plain<T, b_vectors, a_lanes>, multiply_plain<T, b_vectors, a_lanes>}};
+          nullptr, nullptr, {multiply_plain<T, b_vectors, a_lanes>, multiply_plain<T, b_vectors, a_lanes>}};
 }
 
 }  // namespace
