@@ -119,7 +119,7 @@ def tiers_of_compiler() -> list[str]:
         command = [*compiler(), *flags, "-x", "c++", "-fsyntax-only", "-"]
         return subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0
 
-    return [tier for tier, flags in TIERS.items() if takes(flags) and Path("csrc", "cpu", "gemm", tier + ".cpp").exists()]
+    return [tier for tier, flags in TIERS.items() if takes(flags)]
 
 
 def built(sources: list[str], tiers: list[str]) -> list[str]:

@@ -229,6 +229,25 @@ Plan plan(const Kernels<T>& kernels, Form form, bool in_rows, int64_t outer_lane
   return p;
 }
 
+// Fetches a rectangle of memory into the L2 cache, a few lines at a time, while the products before it run.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  // `steps` calls of step() cover rows [row0, row0 + rows) by bytes [first, first + bytes).
+  Prefetch(const Matrix& m, int64_t row0, int64_t rows, int64_t first, int64_t bytes, int64_t steps)
+      : matrix_(m), row_(row0), last_(row0 + rows), first_(first), bytes_(bytes), per_step_((rows * ((bytes + 63) / 64) + steps - 1) / steps) {}
+  void step() {
+    for (int64_t i = 0; i < per_step_ && row_ < last_; ++i) {
+      __builtin_prefetch(matrix_.row(row_) + first_ + at_, 0, 2);
+      if ((at_ += 64) >= bytes_) at_ = 0, ++row_;
+    }
+  }
+
+ private:
+  Matrix matrix_{};
+  int64_t row_ = 0, last_ = 0, first_ = 0, bytes_ = 0, at_ = 0, per_step_ = 0;
+};
+
 // The outer lanes of a block: a range, or two ranges of one length (the gate rows and the up rows of a gated layer), each in whole panels.
 struct Lanes {
   int64_t first, count, second = -1;
@@ -252,6 +271,8 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
     const char* data;
     int64_t stride;
   };
+  // AMX takes all there is of the L2 cache's bandwidth, unless the shared operand's block stays there.
+  const bool fetches = form == Form::weights && (!gemm.outer_resident || p.run >= static_cast<int64_t>(shared.chunks().size()));
   const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
   // A panel of rows along k: where it is, or packed.
@@ -283,7 +304,17 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
         for (int64_t o = 0; o < panels; ++o)
           for (int64_t c = c0; c < c1; ++c) {
             const OuterPanel panel = row_panel(outer(chunks[c].segment), o, chunks[c]);
-            for (int64_t s = s0; s < s1; ++s) multiply(panel, o, s, s0, chunks[c], c > 0);
+            const bool same = c + 1 < c1;  // the next panel: more of these lanes, or the next lanes
+            const Chunk& next = chunks[same ? c + 1 : c0];
+            Prefetch ahead;
+            if (fetches && (same || o + 1 < panels)) {
+              const Matrix& m = outer(next.segment).matrix;
+              ahead = {m, lane_of(same ? o : o + 1), lanes_in(same ? o : o + 1), next.k0 * size_of(m.type), next.k * size_of(m.type), s1 - s0};
+            }
+            for (int64_t s = s0; s < s1; ++s) {
+              ahead.step();
+              multiply(panel, o, s, s0, chunks[c], c > 0);
+            }
           }
         continue;
       }
@@ -293,12 +324,23 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
       pack_panels(kernels, p.outer, operand, lanes.first, lanes.count, chunk.k0, chunk.k, packed, bytes, conversion);
       if (lanes.second >= 0) pack_panels(kernels, p.outer, operand, lanes.second, lanes.count, chunk.k0, chunk.k, packed + per_range * bytes, bytes, conversion);
       const int64_t stride = chunk.padded * kernels.element();
+      Prefetch ahead;
+      if (fetches && c1 < count) {
+        const Matrix& m = outer(chunks[c1].segment).matrix;
+        ahead = {m, chunks[c1].k0, chunks[c1].k, lanes.first * size_of(m.type), lanes.count * size_of(m.type), panels * (s1 - s0)};
+      }
       if (gemm.outer_resident || p.outer == Side::b) {
         for (int64_t o = 0; o < panels; ++o)
-          for (int64_t s = s0; s < s1; ++s) multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
+          for (int64_t s = s0; s < s1; ++s) {
+            ahead.step();
+            multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
+          }
       } else {
         for (int64_t s = s0; s < s1; ++s)
-          for (int64_t o = 0; o < panels; ++o) multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
+          for (int64_t o = 0; o < panels; ++o) {
+            ahead.step();
+            multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
+          }
       }
     }
     if (count == 0) std::memset(block, 0, p.block_bytes);  // k is 0: sums of nothing
