@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import machine, timer
 from benchmarks.cases import Instance
-from benchmarks.steps import PEER_SLACK, Rule, Skipped, Work, WrongResult
+from benchmarks.steps import PEER_SLACK, Rule, Skipped, WrongResult
 from cmoe_kernels import backends
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -32,71 +32,83 @@ def measure(instance: Instance, run: dict[str, Any], seconds: float, least: int,
         a record for the file. Where our result is wrong it holds the error and no time; where a peer's is, the peer is under "wrong".
     """
     dtype = str(instance.dtype).removeprefix("torch.")
-    run = {**run, "gemm_gflops": {dtype: round(machine.gemm_rate(instance.dtype), 1)}}
-    record: dict[str, Any] = {
+    record = {
         "case": instance.case.name,
         "title": instance.case.title,
         "shape": instance.shape.name,
         "tokens": instance.tokens,
         "dtype": dtype,
-        "run": run,
-        "peers": {},
-        "skipped": {},
-        "wrong": {},
+        "run": {**run, "gemm_gflops": {dtype: round(machine.gemm_rate(instance.dtype), 1)}},
+        **{"peers": {}, "skipped": {}, "wrong": {}},
+        **_timed(instance, run["copy_gbps"], machine.gemm_rate(instance.dtype), seconds, least),
     }
+    # By now the weights are freed: the processes make their own.
+    if memory and record["peers"]:
+        for name, side in {"ours": record["ours"], **record["peers"]}.items():
+            try:
+                side["peak_bytes"] = peak_bytes(instance.key, name, run["threads"])
+            except RuntimeError as error:
+                record["skipped"][f"peak memory of {name}"] = _reason(error)
+    return record
+
+
+def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: float, least: int) -> dict[str, Any]:
     try:
         work = instance.make()
     except Skipped as reason:
-        return {**record, "skipped": {"ours": str(reason)}}
-    record |= {"flops": work.flops, "bytes": work.bytes, "baseline": work.baseline}
-    record["served_by"] = {op: backends.choose(op, "cpu", work.dtype) for op in work.ops}
+        return {"skipped": {"ours": str(reason)}}
+    about = {
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "baseline": work.baseline,
+        "served_by": {op: backends.choose(op, "cpu", work.dtype) for op in work.ops},
+    }
     try:
         rule = Rule(work)
         ours = work.ours()
         rule.check(ours)
-    except WrongResult as error:
-        return {**record, "wrong": {"ours": str(error)}}
-    record["ours"] = {"saved_bytes": ours.saved_bytes(work.given)}
+    except Exception as error:
+        return {**about, "wrong": {"ours": _reason(error)}}
+    peers: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    wrong: dict[str, str] = {}
     pooled: list[float] = []
     for name, make in work.peers.items():
         try:
             peer = make()
             rule.check(peer, PEER_SLACK)
         except Skipped as reason:
-            record["skipped"][name] = str(reason)
+            skipped[name] = str(reason)
             continue
         except WrongResult as error:
-            record["wrong"][name] = str(error)
+            wrong[name] = str(error)
             continue
         except Exception as error:  # other people's code: one that fails must not end a run of hours
-            record["skipped"][name] = f"it failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            skipped[name] = f"it failed: {_reason(error)}"
             continue
         mine, theirs = timer.alternate(ours, peer, seconds, least)
         pooled += mine.seconds
-        record["peers"][name] = {
+        peers[name] = {
             **theirs.summary(),
             "ours_p50_ms": mine.summary()["p50_ms"],
             "ratio": round(timer.ratio(mine, theirs), 4),
             "saved_bytes": peer.saved_bytes(work.given),
         }
-        del peer
     times = timer.Times(tuple(pooled))
-    record["ours"] |= {**times.summary(), **_rates(work, times.quantile(0.5), run, dtype)}
-    del work, rule, ours
-    if memory:
-        for name, side in {"ours": record["ours"], **record["peers"]}.items():
-            side["peak_bytes"] = peak_bytes(instance.key, name, run["threads"])
-    return record
-
-
-def _rates(work: Work, seconds: float, run: dict[str, Any], dtype: str) -> dict[str, float]:
-    gflops, gbps = work.flops / seconds / 1e9, work.bytes / seconds / 1e9
-    return {
+    gflops, gbps = (x / times.quantile(0.5) / 1e9 for x in (work.flops, work.bytes))
+    rates = {
         "gflops": round(gflops, 2),
         "gbps": round(gbps, 3),
-        "gemm_share": round(gflops / run["gemm_gflops"][dtype], 4),
-        "copy_share": round(gbps / run["copy_gbps"], 4),
+        "gemm_share": round(gflops / gemm_gflops, 4),
+        "copy_share": round(gbps / copy_gbps, 4),
+        "saved_bytes": ours.saved_bytes(work.given),
     }
+    return {**about, "ours": {**times.summary(), **rates}, "peers": peers, "skipped": skipped, "wrong": wrong}
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return first if isinstance(error, WrongResult) else f"{type(error).__name__}: {first}"
 
 
 def peak_bytes(key: str, side: str, threads: int) -> int | None:
@@ -104,7 +116,7 @@ def peak_bytes(key: str, side: str, threads: int) -> int | None:
     command = [sys.executable, "-m", "benchmarks.memory", key, side, str(threads)]
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"exit status {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

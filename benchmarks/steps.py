@@ -23,8 +23,10 @@ ROWS = 256
 BLOCK = 2048
 # What the plain formula may lose itself, in eps of the result's RMS: it is the measure of the others, so it must be near the truth.
 BASELINE_EPS = 64
-# A peer rounds where its authors chose to: it may lose this many times what ours may.
+# Factors on what the rule allows. A peer rounds where its authors chose to. And where the plain formula adds many short sums, the algebra
+# has one long one (the task token's gradient: 45056 products), whose rounding in fp32 grows with its length; in bf16 the store hides that.
 PEER_SLACK = 4
+LONG_SUM_SLACK = 8
 
 
 class Skipped(Exception):
@@ -226,6 +228,8 @@ class Rule:
 
     def check(self, step: Step, slack: float = 1) -> None:
         """Raises WrongResult, which names the result."""
+        if self.dtype == torch.float32:
+            slack = max(slack, LONG_SUM_SLACK)
         got = step.results()
         if set(got) != set(self.exact):
             raise WrongResult(f"gives {', '.join(sorted(got))}, must give {', '.join(sorted(self.exact))}")

@@ -101,6 +101,19 @@ def test_a_wrong_or_failing_peer_posts_no_time():
     assert make is cases.CASES["soft_gate"].make
 
 
+def test_a_kernel_that_raises_is_wrong():
+    make = cases.CASES["soft_gate"].make
+
+    def build(shape, tokens, dtype):
+        work = make(shape, tokens, dtype)
+        work.ours = lambda: 1 / 0
+        return work
+
+    r = measured(make=build)
+    assert r["wrong"] == {"ours": "ZeroDivisionError: division by zero"}
+    assert not r["peers"]
+
+
 def test_a_case_that_cannot_run_says_why():
     def absent(shape, tokens, dtype):
         raise cases.Skipped("it is not written yet")
@@ -114,6 +127,8 @@ def test_a_case_that_cannot_run_says_why():
 def test_peak_memory_of_a_process_of_its_own():
     peak = record.peak_bytes("soft_experts/tiny/T64/float32", "stacking torch", 1)
     assert peak is None or 0 <= peak < 2**30
+    with pytest.raises(RuntimeError, match="no such peer"):
+        record.peak_bytes("soft_experts/tiny/T64/float32", "no such peer", 1)
 
 
 def test_merging_keeps_the_other_cases(tmp_path):
