@@ -30,9 +30,9 @@ SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("
 OBJECTS, LIBRARY = Path("build", "native"), "_C.abi3.so"
 
 # The instruction sets that have kernels of their own, by the file that they compile; a compiler that refuses the flags leaves one out. The
-# generic tier needs none. GCC 12's own intrinsics set off -Wmaybe-uninitialized.
+# generic tier needs none.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 TIERS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 
@@ -102,9 +102,10 @@ class BuildPython(build_py):
 
 
 def compile_command(torch: Path) -> list[str]:
-    # No -march: the library must run on every machine of its architecture. -isystem: warnings are for our own files.
+    # No -march: the library must run on every machine of its architecture. -isystem: warnings are for our own files. GCC 12's intrinsics
+    # and std::optional set off -Wmaybe-uninitialized.
     return [
-        *compiler(), "-c", "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+        *compiler(), "-c", "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}",
         "-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), f"-ffile-prefix-map={torch / 'include'}/=",
         *shlex.split(os.environ.get("CXXFLAGS", "")),

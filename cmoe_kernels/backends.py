@@ -83,6 +83,11 @@ def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> li
     return [b for b in able if b not in WITHOUT_DOUBLE] if dtype == torch.float64 else able
 
 
+def selected() -> str:
+    """What use_backend or CMOE_BACKEND asks for: a backend, or "auto"."""
+    return _selected
+
+
 def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that ``op`` will use on a device, in a dtype, now."""
     able = serving(op, device_type, dtype)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.experts import Experts
+from cmoe_kernels.nn.packing import pack_experts, pack_router
 from cmoe_kernels.nn.router import TaskRouter
 from cmoe_kernels.ops.arguments import require_float, require_index, require_range, require_size
 from cmoe_kernels.ops.balance_loss import balance_loss
@@ -51,6 +52,50 @@ class CMoEConnector(nn.Module):
         self.config = config
         self.router = TaskRouter(config, device, dtype) if config.learned else None
         self.experts = Experts(config, device, dtype)
+
+    def prepack(self, dtype: torch.dtype | None = None) -> int:
+        """Copy the weights into the order in which the native CPU kernels read them, for inference.
+
+        Args:
+            dtype: of the image tokens that will come (under autocast its dtype); default the dtype of the parameters.
+
+        Returns:
+            the bytes of the copies, which come on top of the parameters. The router's image columns and the experts are copied; its task
+            columns become one bias row per task, and a router that sees the task alone becomes its logits.
+
+        The copies serve forward passes in that dtype that record no gradient; all others use the parameters. They are dropped by train(),
+        load_state_dict(), a move to another dtype or device, and unpack(). Pack again after the weights have changed in any other way
+        (merging an adapter, an optimiser's step): where that can be seen (a parameter replaced or written to in place) the next forward
+        pass raises; writing through ``parameter.data`` cannot be seen.
+
+        Raises:
+            RuntimeError: the parameters are not on a CPU, or the native library is not there or not selected.
+        """
+        self.unpack()
+        router = None if self.router is None else pack_router(self.router, dtype)
+        self.experts.packed = pack_experts(self.experts, dtype)
+        if self.router is not None:
+            self.router.packed = router
+        return self.experts.packed.nbytes + (0 if router is None else router.nbytes)
+
+    def unpack(self) -> None:
+        """Drop what :meth:`prepack` copied."""
+        for part in (self.router, self.experts):
+            if part is not None:
+                part.packed = None
+
+    def train(self, mode: bool = True) -> "CMoEConnector":
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.unpack()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def reset_parameters(self) -> None:
         """Initialise anew, as the release does (torch.nn.Linear's initialisation; task tokens from N(0, 0.02^2))."""
@@ -172,13 +217,13 @@ class CMoEConnector(nn.Module):
         if c.router == "constant":
             # In fp32 for every dtype, as in the release: an fp64 connector reproduces it to the last digits.
             gates = x.new_full((1, c.num_experts), 1 / c.num_experts, dtype=torch.float32).to(exact)
-            return _Routing(self.experts.mix(x, gates, None), gates.expand(tokens, -1), None, None)
+            return _Routing(self.experts(x, gates), gates.expand(tokens, -1), None, None)
         if c.router == "hard":
             indices = torch.arange(len(c.tasks), device=x.device)[:, None]
             if group is not None:
                 indices = indices[group : group + 1]
             gates = F.one_hot(indices[:, 0], c.num_experts).to(exact)
-            return _Routing(self.experts.select(x, None, indices, group_ids), _expand(gates, group_ids, tokens), None, None)
+            return _Routing(self.experts(x, indices=indices, group_ids=group_ids), _expand(gates, group_ids, tokens), None, None)
 
         assert self.router is not None
         logits = self.router(x, group, group_ids)
@@ -186,11 +231,11 @@ class CMoEConnector(nn.Module):
         rows = group_ids if c.router_inputs == "task" else None
         if c.router == "soft":
             gates = soft_gate(logits)
-            return _Routing(self.experts.mix(x, gates, rows), _expand(gates, rows, tokens), _expand(logits, rows, tokens), None)
+            return _Routing(self.experts(x, gates, group_ids=rows), _expand(gates, rows, tokens), _expand(logits, rows, tokens), None)
         weights, indices, _ = topk_gate(logits, c.top_k)
         # One column more for "no expert", which a router whose logits are -inf can choose.
         gates = weights.new_zeros(weights.shape[0], c.num_experts + 1).scatter(1, indices, weights)[:, :-1]
-        embeddings = self.experts.select(x, weights, indices, rows)
+        embeddings = self.experts(x, weights=weights, indices=indices, group_ids=rows)
         indices = (indices if rows is None else indices[rows]).expand(tokens, -1)
         return _Routing(embeddings, _expand(gates, rows, tokens), _expand(logits, rows, tokens), indices)
 

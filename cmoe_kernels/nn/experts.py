@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cmoe_kernels.nn.config import CMoEConfig
+from cmoe_kernels.nn.packing import PackedExperts
 from cmoe_kernels.ops.soft_experts import soft_experts
 from cmoe_kernels.ops.sparse_experts import sparse_experts
 
@@ -17,6 +18,7 @@ class Experts(nn.Module):
     def __init__(self, config: CMoEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.activation, self.recompute = config.activation, config.recompute
+        self.packed: PackedExperts | None = None
         experts, width = config.num_experts, config.features
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -35,12 +37,24 @@ class Experts(nn.Module):
             if weight is not None:
                 linear_init_(weight, bias)
 
-    def mix(self, x: Tensor, gates: Tensor, group_ids: Tensor | None) -> Tensor:
-        """All experts, weighted by gates."""
-        return soft_experts(x, gates, self.w1, self.b1, self.w2, self.b2, self.activation, group_ids, self.recompute)
-
-    def select(self, x: Tensor, weights: Tensor | None, indices: Tensor, group_ids: Tensor | None) -> Tensor:
-        """The experts named by indices."""
+    def forward(
+        self,
+        x: Tensor,
+        gates: Tensor | None = None,
+        weights: Tensor | None = None,
+        indices: Tensor | None = None,
+        group_ids: Tensor | None = None,
+    ) -> Tensor:
+        """All experts, weighted by ``gates``; or those named by ``indices``, weighted by ``weights``."""
+        packed = self.packed if self.packed is not None and self.packed.serves(x) else None
+        if gates is not None:
+            # Single linear experts with fewer rows of gates than tokens merge, which saves more than packing.
+            if packed is not None and (self.w2 is not None or gates.shape[0] >= x.shape[0]):
+                return packed.mix(x, gates, group_ids)
+            return soft_experts(x, gates, self.w1, self.b1, self.w2, self.b2, self.activation, group_ids, self.recompute)
+        assert indices is not None
+        if packed is not None:
+            return packed.select(x, weights, indices, group_ids)
         return sparse_experts(
             x, weights, indices, self.w1, self.b1, self.w2, self.b2, self.activation, group_ids=group_ids, recompute=self.recompute
         )

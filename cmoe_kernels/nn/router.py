@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.experts import linear_init_
+from cmoe_kernels.nn.packing import PackedRouter
 from cmoe_kernels.ops.task_router import task_router
 
 
@@ -18,6 +19,7 @@ class TaskRouter(nn.Module):
     def __init__(self, config: CMoEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.inputs, self.activation, self.recompute = config.router_inputs, config.activation, config.recompute
+        self.packed: PackedRouter | None = None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -40,6 +42,8 @@ class TaskRouter(nn.Module):
 
     def forward(self, x: Tensor, group: int | None, group_ids: Tensor | None) -> Tensor:
         """Logits [T, E]; with inputs="task" [G, E], or [1, E] where all tokens belong to one group."""
+        if self.packed is not None and self.packed.serves(x):
+            return self.packed(x, group, group_ids)
         task: Tensor | None = self.task_tokens
         if task is not None and group is not None:
             task = task[group : group + 1]

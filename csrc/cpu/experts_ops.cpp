@@ -223,36 +223,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optiona
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, gated);
-    const Tensor chosen = contiguous(indices);
-    const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
-    const int64_t k = indices.size(1), rows = op.tokens * k;
-    require_range("indices", chosen, op.experts + 1, "experts, and their number for no expert");
-    if (ids) require_range("group_ids", *ids, indices.size(0), "rows of indices");
-    const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k, ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
-    const int64_t* const experts = static_cast<const int64_t*>(chosen.const_data_ptr());
-
+    Sorted<T> sorted(x, weights, indices, group_ids, op.tokens, op.experts);
+    const int64_t rows = op.tokens * indices.size(1), live = sorted.selection().offsets[op.experts], row_bytes = op.first_outputs() * size_of(op.type);
     Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()), u = save ? fresh(x, {rows, op.first_outputs()}, x.scalar_type()) : absent(x);
-    Tensor gather_idx = fresh(x, {rows}, ScalarType::Long), offsets = fresh(x, {op.experts + 1}, ScalarType::Int);
-    int64_t* const order = static_cast<int64_t*>(gather_idx.mutable_data_ptr());
-    int32_t* const ends = static_cast<int32_t*>(offsets.mutable_data_ptr());
-    STD_TORCH_CHECK(rows <= INT32_MAX, "x has ", op.tokens, " tokens of ", k, " experts each, must make at most ", INT32_MAX, " rows");
-    // A counting sort: stable, "no expert" last.
-    std::vector<int64_t> at(op.experts + 2, 0);
-    for (int64_t t = 0; t < op.tokens; ++t)
-      for (int64_t i = 0; i < k; ++i) ++at[experts[table.row(t) * k + i] + 1];
-    std::partial_sum(at.begin(), at.end(), at.begin());
-    for (int64_t e = 0; e <= op.experts; ++e) ends[e] = static_cast<int32_t>(at[e]);
-    const Array<T> row_weights(w ? rows : 0);
-    for (int64_t t = 0; t < op.tokens; ++t)
-      for (int64_t i = 0; i < k; ++i) {
-        const int64_t place = at[experts[table.row(t) * k + i]]++;
-        order[place] = t * k + i;
-        if (w) row_weights[place] = table.data[table.row(t) * k + i];
-      }
-    const int64_t live = ends[op.experts], row_bytes = op.first_outputs() * size_of(op.type);
     if (save) std::memset(bytes_of(u) + live * row_bytes, 0, (rows - live) * row_bytes);
-    sparse_experts<T>(op, {ends, order, k}, w ? row_weights.get() : nullptr, bytes_of(y), save ? bytes_of(u) : nullptr);
-    return std::make_tuple(y, u, gather_idx, offsets);
+    sparse_experts<T>(op, sorted.selection(), sorted.weights(), bytes_of(y), save ? bytes_of(u) : nullptr);
+    return std::make_tuple(y, u, sorted.gather_idx, sorted.offsets);
   });
 }
 

@@ -32,6 +32,8 @@ struct Matrix {
 struct Operand {
   Matrix matrix;
   bool lanes_are_rows;
+  const char* packed = nullptr;  // panels of the outer side that were packed before, all of k one after the other
+  int64_t packed_second = 0;     // bytes from the first range's panels to the second's
 };
 
 // What an operation computes with: chosen once a call.
@@ -125,12 +127,18 @@ inline std::vector<Chunk> chunks_of(const Microkernel& gemm, int64_t segments, i
   return chunks;
 }
 
+// Bytes of one panel over all of k of a segment, chunk after chunk.
+template <class T>
+int64_t packed_panel_bytes(const Kernels<T>& kernels, Side side, int64_t k) {
+  return round_up(k, kernels.gemm->k_step) * kernels.lanes(side) * kernels.element();
+}
+
 // The shared operand: [chunk][panel][padded k of the chunk][lanes of a panel].
 template <class T>
 class Shared {
  public:
   Shared(const Kernels<T>& kernels, Side side, int64_t lanes, int64_t segments, int64_t k)
-      : kernels_(kernels), side_(side), lanes_(lanes), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)), chunks_(chunks_of(*kernels.gemm, segments, k)),
+      : kernels_(kernels), side_(side), lanes_(lanes), segment_k_(k), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)), chunks_(chunks_of(*kernels.gemm, segments, k)),
         buffer_(bytes()) {
     // Such panels are written in part: what pads them must be zero before.
     if (kernels.gemm->a_in_place && side == Side::a) std::memset(buffer_.get(), 0, bytes());
@@ -139,6 +147,7 @@ class Shared {
   int64_t bytes() const { return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.lanes(side_) * kernels_.element(); }
   int64_t lanes() const { return lanes_; }
   int64_t panels() const { return panels_; }
+  int64_t segment_k() const { return segment_k_; }
   Side side() const { return side_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
   int in_panel(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kernels_.lanes(side_), lanes_ - panel * kernels_.lanes(side_))); }
@@ -176,7 +185,7 @@ class Shared {
  private:
   const Kernels<T>& kernels_;
   Side side_;
-  int64_t lanes_, panels_;
+  int64_t lanes_, segment_k_, panels_;
   std::vector<Chunk> chunks_;
   Buffer buffer_;
 };
@@ -275,9 +284,14 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   const bool fetches = form == Form::weights && (!gemm.outer_resident || p.run >= static_cast<int64_t>(shared.chunks().size()));
   const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
+  const int64_t panel_bytes = packed_panel_bytes(kernels, p.outer, shared.segment_k());
+  const auto packed_panel = [&](const Operand& operand, int64_t o) {
+    return operand.packed + (o < per_range ? 0 : operand.packed_second) + (lanes.first / ol + o % per_range) * panel_bytes;
+  };
   // A panel of rows along k: where it is, or packed.
   const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk) -> OuterPanel {
     const Matrix& m = operand.matrix;
+    if (operand.packed) return {packed_panel(operand, o) + chunk.k0 * ol * kernels.element(), chunk.padded * kernels.element()};
     // Rows whose distance is a multiple of 4 KB would fall on too few sets of the L1 cache.
     if (gemm.a_in_place && p.outer == Side::a && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && m.stride % 4096)
       return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
@@ -307,8 +321,12 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
             const bool same = c + 1 < c1;  // the next panel: more of these lanes, or the next lanes
             const Chunk& next = chunks[same ? c + 1 : c0];
             Prefetch ahead;
-            if (fetches && (same || o + 1 < panels)) {
-              const Matrix& m = outer(next.segment).matrix;
+            const Operand operand = outer(next.segment);
+            if (operand.packed) {
+              if (same || o + 1 < panels)
+                ahead = {{packed_panel(operand, same ? o : o + 1) + next.k0 * ol * kernels.element(), 0, gemm.panel}, 0, 1, 0, next.padded * ol * kernels.element(), s1 - s0};
+            } else if (fetches && (same || o + 1 < panels)) {
+              const Matrix& m = operand.matrix;
               ahead = {m, lane_of(same ? o : o + 1), lanes_in(same ? o : o + 1), next.k0 * size_of(m.type), next.k * size_of(m.type), s1 - s0};
             }
             for (int64_t s = s0; s < s1; ++s) {
@@ -320,13 +338,13 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
       }
       const Chunk& chunk = chunks[c0];
       const int64_t bytes = chunk.padded * ol * kernels.element();
-      const Operand& operand = outer(chunk.segment);
+      const Operand operand = outer(chunk.segment);
       pack_panels(kernels, p.outer, operand, lanes.first, lanes.count, chunk.k0, chunk.k, packed, bytes, conversion);
       if (lanes.second >= 0) pack_panels(kernels, p.outer, operand, lanes.second, lanes.count, chunk.k0, chunk.k, packed + per_range * bytes, bytes, conversion);
       const int64_t stride = chunk.padded * kernels.element();
       Prefetch ahead;
       if (fetches && c1 < count) {
-        const Matrix& m = outer(chunks[c1].segment).matrix;
+        const Matrix m = outer(chunks[c1].segment).matrix;
         ahead = {m, chunks[c1].k0, chunks[c1].k, lanes.first * size_of(m.type), lanes.count * size_of(m.type), panels * (s1 - s0)};
       }
       if (gemm.outer_resident || p.outer == Side::b) {

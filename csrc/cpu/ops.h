@@ -44,4 +44,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
                                                                                    std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
                                                                                    Tensor gather_idx, Tensor offsets, OwnedString activation, bool gated, std::vector<bool> needs);
 
+// packed_ops.cpp: weights packed once for inference.
+Tensor prepack(Tensor w, Tensor like, bool gated);
+Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1);
+Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation);
+Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                           OwnedString activation, int64_t hidden, int64_t outputs);
+Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                             std::optional<Tensor> group_ids, OwnedString activation, bool gated, int64_t experts, int64_t hidden, int64_t outputs);
+
 }  // namespace cmoe::cpu

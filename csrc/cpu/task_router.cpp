@@ -19,10 +19,14 @@ template <class T>
 class TaskRouter {
  public:
   explicit TaskRouter(const Router<T>& op)
-      : op_(op), kernels_(kernels_for<T>(op.type)), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)), bias_(op.task_inputs ? op.groups * op.hidden : op.hidden) {}
+      : op_(op), kernels_(kernels_for<T>(op.type)), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)), bias_(op.bias_rows ? 0 : bias_count(op)) {}
+
+  static int64_t bias_count(const Router<T>& op) { return op.task_inputs ? op.groups * op.hidden : op.hidden; }
+
+  void biases(T* to) { first_bias(to); }
 
   void forward(T* logits, char* u) {
-    biases();
+    if (!op_.bias_rows) first_bias(bias_.get());
     const int64_t rows = op_.rows(), size = sizeof(T);
     if (!op_.inputs || !op_.w2) {
       single(logits, u);
@@ -58,7 +62,7 @@ class TaskRouter {
     const int64_t rows = op_.rows(), size = sizeof(T), groups = op_.task_inputs ? op_.groups : 1;
     const int64_t columns = op_.task_inputs + op_.inputs;
     const bool recompute = op_.w2 && !grads.u;
-    if (recompute) biases();
+    if (recompute) first_bias(bias_.get());
     if (grads.db2) {
       const Array<T> sum(op_.experts);
       std::fill(sum.get(), sum.get() + op_.experts, T(0));
@@ -142,7 +146,7 @@ class TaskRouter {
 
  private:
   int64_t group_of_row(int64_t row) const { return op_.task_inputs ? (op_.inputs ? op_.group(row) : row) : 0; }
-  const T* bias(int64_t token) const { return bias_.get() + (op_.task_inputs ? op_.group(token) * op_.hidden : 0); }
+  const T* bias(int64_t token) const { return (op_.bias_rows ? op_.bias_rows : bias_.get()) + (op_.task_inputs || op_.bias_rows ? op_.group(token) * op_.hidden : 0); }
   Plan first_plan() const { return plan(kernels_, Form::weights, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
 
   void load_w2(int64_t first, int64_t n, T* to) const {
@@ -152,10 +156,9 @@ class TaskRouter {
     }
   }
 
-  // The first layer's bias: b1 and the product with each task, [G, R].
-  void biases() {
+  void first_bias(T* to) {
     if (!op_.task_inputs) {
-      op_.b1.load(kernels_, 0, 0, op_.hidden, bias_.get());
+      op_.b1.load(kernels_, 0, 0, op_.hidden, to);
       return;
     }
     const Plan p = plan(kernels_, Form::weights, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
@@ -170,7 +173,7 @@ class TaskRouter {
                        [&](T* block, int64_t ld, int64_t group0, int used, int64_t, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            f_.add(b1, block + r * ld, n);
-                           std::copy(block + r * ld, block + r * ld + n, bias_.get() + (group0 + r) * op_.hidden + lanes.first);
+                           std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
                          }
                        });
       });
@@ -342,6 +345,13 @@ void task_router_backward(const Router<T>& op, const RouterGradients<T>& grads) 
   TaskRouter<T>(op).backward(grads);
 }
 
+template <class T>
+void task_router_bias(const Router<T>& op, T* bias) {
+  TaskRouter<T>(op).biases(bias);
+}
+
+template void task_router_bias(const Router<float>&, float*);
+template void task_router_bias(const Router<double>&, double*);
 template void task_router(const Router<float>&, float*, char*);
 template void task_router(const Router<double>&, double*, char*);
 template void task_router_backward(const Router<float>&, const RouterGradients<float>&);

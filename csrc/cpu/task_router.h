@@ -16,6 +16,7 @@ struct Router {
   Weight w2;  // empty: one layer, and R is the number of experts
   Bias b2;
   Activation activation;
+  const T* bias_rows = nullptr;  // [groups or 1, R]: the first layer's bias with the tasks' part, where it was computed before
 
   int64_t rows() const { return inputs ? tokens : groups; }
   int64_t group(int64_t token) const { return group_ids ? group_ids[token] : 0; }
@@ -24,6 +25,10 @@ struct Router {
 // logits [rows, experts]; u [rows, R] is written where given.
 template <class T>
 void task_router(const Router<T>& op, T* logits, char* u);
+
+// The first layer's bias, b1 and the product with each task: [groups, R], or [1, R] without tasks.
+template <class T>
+void task_router_bias(const Router<T>& op, T* bias);
 
 template <class T>
 struct RouterGradients {

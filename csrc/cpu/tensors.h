@@ -98,4 +98,46 @@ inline void require_range(const char* name, const Tensor& index, int64_t size, c
     STD_TORCH_CHECK(values[i] >= 0 && values[i] < size, name, " holds ", values[i], ", must be in 0..", size - 1, " (", what, ")");
 }
 
+// Selections [T, K] in the order of their experts, by a counting sort: stable, "no expert" last.
+template <class T>
+class Sorted {
+ public:
+  Tensor gather_idx, offsets;
+
+  Sorted(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& indices, const std::optional<Tensor>& group_ids, int64_t tokens, int64_t experts)
+      : k_(indices.size(1)), row_weights_(weights ? tokens * k_ : 0) {
+    const int64_t rows = tokens * k_;
+    STD_TORCH_CHECK(rows <= INT32_MAX, "x has ", tokens, " tokens of ", k_, " experts each, must make at most ", INT32_MAX, " rows");
+    const Tensor chosen = torch::stable::contiguous(indices);
+    const std::optional<Tensor> ids = group_ids ? std::optional<Tensor>(torch::stable::contiguous(*group_ids)) : std::nullopt;
+    const std::optional<Tensor> w = weights ? std::optional<Tensor>(torch::stable::contiguous(*weights)) : std::nullopt;
+    require_range("indices", chosen, experts + 1, "experts, and their number for no expert");
+    if (ids) require_range("group_ids", *ids, indices.size(0), "rows of indices");
+    const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k_, ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
+    const int64_t* const expert = static_cast<const int64_t*>(chosen.const_data_ptr());
+    gather_idx = fresh(x, {rows}, ScalarType::Long);
+    offsets = fresh(x, {experts + 1}, ScalarType::Int);
+    int64_t* const order = static_cast<int64_t*>(gather_idx.mutable_data_ptr());
+    int32_t* const ends = static_cast<int32_t*>(offsets.mutable_data_ptr());
+    std::vector<int64_t> at(experts + 2, 0);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < k_; ++i) ++at[expert[table.row(t) * k_ + i] + 1];
+    for (int64_t e = 0; e <= experts; ++e) at[e + 1] += at[e];
+    for (int64_t e = 0; e <= experts; ++e) ends[e] = static_cast<int32_t>(at[e]);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = 0; i < k_; ++i) {
+        const int64_t place = at[expert[table.row(t) * k_ + i]]++;
+        order[place] = t * k_ + i;
+        if (w) row_weights_[place] = table.data[table.row(t) * k_ + i];
+      }
+  }
+
+  Selection selection() const { return {static_cast<const int32_t*>(offsets.const_data_ptr()), static_cast<const int64_t*>(gather_idx.const_data_ptr()), k_}; }
+  const T* weights() const { return row_weights_.size() ? row_weights_.get() : nullptr; }
+
+ private:
+  int64_t k_;
+  Array<T> row_weights_;
+};
+
 }  // namespace cmoe::cpu
