@@ -55,6 +55,11 @@ constexpr Operation operations[] = {
      "(Tensor dy, Tensor x, Tensor? weights, Tensor indices, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, Tensor u, "
      "Tensor gather_idx, Tensor offsets, str activation, bool gated, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
      TORCH_BOX(&cpu::sparse_experts_backward)},
+    {"balance_loss", "(Tensor scores, Tensor? indices, Tensor? mask, str kind, Tensor? segments, Tensor? counts, Tensor? total) -> Tensor",
+     TORCH_BOX(&cpu::balance_loss)},
+    {"balance_loss_backward",
+     "(Tensor dloss, Tensor scores, Tensor? indices, Tensor? mask, str kind, Tensor? segments, Tensor? counts, Tensor? total) -> Tensor",
+     TORCH_BOX(&cpu::balance_loss_backward)},
     {"prepack", "(Tensor w, Tensor like, bool gated) -> Tensor", TORCH_BOX(&cpu::prepack)},
     {"packed_router_bias", "(Tensor task, Tensor w1, Tensor? b1) -> Tensor", TORCH_BOX(&cpu::packed_router_bias)},
     {"packed_router", "(Tensor x, Tensor bias, Tensor w1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation) -> Tensor",

@@ -14,6 +14,7 @@ import torch
 
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends
+from cmoe_kernels.ops.balance_loss import reference as balance
 from cmoe_kernels.ops.precision import FLOATS
 from cmoe_kernels.ops.soft_gate import reference as soft
 from cmoe_kernels.ops.topk_gate import reference as topk
@@ -127,6 +128,35 @@ def test_ties_infinities_and_nan(experts, score, renormalize, dtype):
     assert_same([native.soft_gate(logits)], [soft.soft_gate(logits)])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "segments",
+    [
+        None,
+        torch.arange(6001) // 1500,
+        torch.arange(6001).flip(0) // 7,
+        torch.randint(-(2**62), 2**62, (9,), generator=torch.Generator().manual_seed(0))[torch.arange(6001) * 7919 % 9],
+    ],
+    ids=["whole", "longer than a piece", "many, in falling order", "scattered"],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_balance_loss(segments, masked, dtype):
+    """Enough tokens for several pieces, for segments of several pieces, and for pieces of several runs."""
+    logits, indices = draw((6001, 5), dtype), draw((6001, 6)).argsort(1)[:, :2]
+    mask = draw((6001,)) > 1 if masked else None
+    uneven = logits.sigmoid() * torch.arange(1, 6)  # near balance the loss is a difference of what is almost equal, in the reference too
+    for kind, scores, chosen in (("switch", logits.softmax(-1), indices), ("importance", uneven, None), ("z", logits, None)):
+        arguments = (chosen, mask, kind, segments, None, None)
+        loss, dloss = native.balance_loss(scores, *arguments), torch.tensor(0.7, dtype=torch.float64)
+        close(loss, balance.balance_loss(scores, *arguments), balance.balance_loss(scores.double(), *arguments))
+        exact = balance.balance_loss_backward(dloss, scores.double(), *arguments)
+        dloss = dloss.to(loss.dtype)
+        dscores = native.balance_loss_backward(dloss, scores, *arguments)
+        close(dscores, balance.balance_loss_backward(dloss, scores, *arguments), exact)
+        if masked:
+            assert not dscores[~mask].any()
+
+
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         exactly = None if a.is_floating_point() else 0
@@ -143,6 +173,10 @@ def everything(logits, dgates, dweights, indices):
         native.soft_gate_backward(dgates, logits),
         *native.topk_gate(logits, 2, "softmax", False, 1.5, None),
         native.topk_gate_backward(dweights, logits, indices, "softmax", False, 1.5),
+        native.balance_loss(logits, indices, None, "switch", indices[:, 0], None, None),
+        native.balance_loss_backward(dgates[0, 0], logits, indices, None, "switch", indices[:, 0], None, None),
+        native.balance_loss(logits, None, dgates[:, 0] > 0, "z", None, None, None),
+        native.balance_loss_backward(dgates[0, 0], logits, None, dgates[:, 0] > 0, "z", None, None, None),
     )
 
 
@@ -150,6 +184,10 @@ def inputs(tokens=3001, experts=5):
     """logits, dgates, dweights, indices"""
     grads = draw((tokens, experts), torch.float32, 1), draw((tokens, 2), torch.float32, 2)
     return draw((tokens, experts), torch.float32), *grads, draw((tokens, experts)).argsort(1)[:, :2]
+
+
+def loss(scores, indices, mask=None, kind="switch", segments=None):
+    return native.balance_loss(scores, indices, mask, kind, segments, None, None)
 
 
 def assert_equal(ours, theirs):
@@ -216,7 +254,7 @@ def test_calls_leak_nothing():
 
 
 def test_the_library_serves_by_default():
-    for op in ("soft_gate", "topk_gate"):
+    for op in ("soft_gate", "topk_gate", "balance_loss"):
         assert backends.serving(op, "cpu") == ["cpu", "reference"]
         for name in (op, f"{op}_backward"):
             assert backends._kernels[name, "cpu"] is getattr(native, name)
@@ -258,6 +296,18 @@ def test_gradcheck(experts):
         (lambda x, i: native.topk_gate_backward(x[1:, :2], x, i[1:], "softmax", True, 1.0), "indices has shape (5, 2), must be (6, 2)"),
         (lambda x, i: native.topk_gate_backward(x[:, :2], x, i + 4, "softmax", True, 1.0), "must be in 0..5 (5 is no expert)"),
         (lambda x, i: native.topk_gate_backward(x[:, :2], x, i - 9, "softmax", True, 1.0), "must be in 0..5 (5 is no expert)"),
+        (lambda x, i: loss(x, i * 3), "indices holds 6, must be in 0..5 (5 experts, and 5 for no expert)"),
+        (lambda x, i: loss(x, i - 9, mask=x[:, 0] > 9), "indices holds -7, must be in 0..5"),
+        (lambda x, i: loss(x, i.int()), "indices must be Long, got Int"),
+        (lambda x, i: loss(x, i[1:]), "indices has shape (5, 2), must be (6, 2)"),
+        (lambda x, i: loss(x, None), "kind='switch' needs either indices or counts"),
+        (lambda x, i: loss(x, i, kind="cv"), "kind is 'cv', must be one of switch, importance, z"),
+        (lambda x, i: loss(x, i, mask=i[:, 0]), "mask must be Bool, got Long"),
+        (lambda x, i: loss(x, i, segments=i), "segments has shape (6, 2), must be (6)"),
+        (
+            lambda x, i: native.balance_loss_backward(x, x, i, None, "switch", None, None, None),
+            "dloss has shape (6, 5), must hold one number",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, message):

@@ -44,6 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
                                                                                    std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
                                                                                    Tensor gather_idx, Tensor offsets, OwnedString activation, bool gated, std::vector<bool> needs);
 
+Tensor balance_loss(Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind, std::optional<Tensor> segments, std::optional<Tensor> counts,
+                    std::optional<Tensor> total);
+Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind, std::optional<Tensor> segments,
+                             std::optional<Tensor> counts, std::optional<Tensor> total);
+
 // packed_ops.cpp: weights packed once for inference.
 Tensor prepack(Tensor w, Tensor like, bool gated);
 Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1);
