@@ -429,7 +429,7 @@ CASES = {
         ),
         Case(
             "soft_connector_recompute",
-            "the same with recompute=True",
+            "soft connector with recompute=True, forward and all gradients",
             _bound(_connector, train=True, recompute=True),
             (At("released", (256, 1024), (BF16,)), *_tiny()),
             memory=True,
@@ -442,7 +442,7 @@ CASES = {
         ),
         Case(
             "soft_connector_prepacked",
-            "the same after prepack()",
+            "soft connector after prepack(), forward",
             _bound(_connector, train=False, prepacked=True),
             (At("released", TOKENS, (BF16,)), *_tiny()),
         ),

@@ -74,7 +74,7 @@ def headline_table(document: dict[str, Any]) -> str:
     """README's table for one machine."""
     chosen = {k: v for k, v in works(rows(document)).items() if k[0] in HEADLINE}
     tokens = sorted({r["tokens"] for group in chosen.values() for r in group})
-    lines = ["| work | " + " | ".join(["", *(f"{t} tokens" for t in tokens)]) + " |", "|---|---|" + "---|" * len(tokens)]
+    lines = ["| work | " + " | ".join(["", *(f"T = {t}" for t in tokens)]) + " |", "|---|---|" + "---|" * len(tokens)]
     for (_, shape, dtype), group in chosen.items():
         at = {r["tokens"]: r for r in group}
         first = group[0]
@@ -254,10 +254,15 @@ def plot_ratios(document: dict[str, Any], path: Path) -> None:
         ticks.append((start + place - 1) / 2)
         labels.append(_name(r))
         place += 1
-    axes.set(xscale="log", yticks=ticks, yticklabels=labels, xlabel="times as fast as the peer (hatched: ours is slower)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(yticks=ticks, yticklabels=labels, xlabel="times as fast as the peer (hatched: ours is slower)")
+    axes.margins(y=0.005)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=colors[n], label=n) for n in names], loc="best")
+    axes.legend(
+        handles=[plt.Rectangle((0, 0), 1, 1, color=colors[n], label=n) for n in names], loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4
+    )
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
