@@ -111,9 +111,11 @@ def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
     kernel = _kernels.get((op, backend))
     if kernel is None or backend not in DEVICE_ORDER.get(device.type, ("reference",)):
         raise RuntimeError(f"{op} was recorded with backend {backend!r}, which is not there on this machine: {missing_reason(backend)}")
+    # Entering autocast to switch it off costs as much as a small kernel: only where it is on.
+    autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
     # Triton launches on the current device, which need not be that of the arguments.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.autocast(device.type, enabled=False), current:
+    with autocast, current:
         result = kernel(*arguments)
     if isinstance(result, torch.Tensor):
         return result.contiguous()
