@@ -7,10 +7,9 @@ ones, on tensors without memory (torch's meta device): the wrappers choose grids
 launcher turns each launch into a signature, constants and divisibility hints. Launches that differ in one of these are compiled, each
 once. So what is compiled is what would run, and a wrapper that asked a tensor for a value would fail here.
 
-Compiled is one launch for each target, kernel, configuration, dtype and alignment, the one with the most to hold (``cover``); for the
-targets that are proven, also every form of the bf16 products at the sizes of the connector. ``--write`` puts the rows into
-benchmarks/results/aot.json, in place of those of the same kernels and targets, and writes docs/aot.md from it. Budgets and their reasons
-are in tests/triton/test_aot.py.
+Compiled is one launch for each kernel, configuration, dtype and alignment, the one with the most to hold (``cover``); for targets that
+are reported and not proven, in bf16 at aligned sizes alone. ``--write`` puts the rows into benchmarks/results/aot.json, in place of those
+of the same kernels and targets, and writes docs/aot.md from it. Budgets and their reasons are in tests/triton/test_aot.py.
 
 Run without TRITON_INTERPRET.
 """
@@ -60,11 +59,12 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 PAGE = Path(__file__).parents[1] / "docs" / "aot.md"
 
-# The released connector for a batch of 16 images, for one image and for a few tokens, so that each row of the tile tables is chosen; many
-# experts; and sizes that divide by nothing.
+# The released connector for 16 images, for four, for one and for a few tokens, so that each row of the tile tables is chosen; many experts;
+# and sizes that divide by nothing.
 _CONNECTOR = {"T": 1024, "D": 5632, "H": 4096, "O": 4096, "E": 5, "K": 2, "R": 45056, "G": 4, "S": 5632}
 SIZES = {
     "connector": _CONNECTOR,
+    "images": {**_CONNECTOR, "T": 256},
     "image": {**_CONNECTOR, "T": 64},
     "tokens": {**_CONNECTOR, "T": 16},
     "many_experts": {"T": 4096, "D": 2048, "H": 768, "O": 2048, "E": 64, "K": 8, "R": 4096, "G": 4, "S": 2048},
@@ -129,11 +129,6 @@ class Launch:
     @property
     def aligned(self) -> bool:
         return any(size != "odd" for *_, size in self.calls)
-
-    @property
-    def of_a_connector(self) -> bool:
-        """In bf16, at the sizes of one."""
-        return any(precision == "bf16" and SIZES[size]["D"] == _CONNECTOR["D"] for _, _, precision, size in self.calls)
 
     def compile(self) -> CompiledKernel:
         """Always anew: a kernel from Triton's cache would say nothing about the compiler."""
@@ -304,12 +299,14 @@ def cover(among: Iterable[Launch]) -> list[Launch]:
 
 
 def compiled(target: str) -> list[Launch]:
-    """The launches that benchmarks/results/aot.json has for a target."""
-    chosen = cover(launches(target))
-    if target in PROVEN:
-        keys = {launch.key for launch in chosen}
-        chosen += [launch for launch in launches(target) if launch.product and launch.of_a_connector and launch.key not in keys]
-    return sorted(chosen, key=lambda launch: (launch.kernel, launch.operand, launch.config, launch.key))
+    """The launches that benchmarks/results/aot.json has for a target: a cover, of bf16 at aligned sizes where it is only reported."""
+    everything = launches(target) if target in PROVEN else bf16(target)
+    return sorted(cover(everything), key=lambda launch: (launch.kernel, launch.operand, launch.config, launch.key))
+
+
+def bf16(target: str) -> list[Launch]:
+    """Every form, at aligned sizes."""
+    return [launch for launch in launches(target) if launch.aligned and any(precision == "bf16" for _, _, precision, _ in launch.calls)]
 
 
 NVIDIA = {
@@ -368,20 +365,17 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """docs/aot.md: one line for each kernel, configuration and dtype, of all its forms."""
+    """docs/aot.md, a line a row."""
     parts = [PREFACE.format(triton=triton.__version__, count=len(rows))]
-    header = ("kernel", "operands", "tile", "warps, stages", "sizes", "forms", "registers", "spills", "shared KiB", "programs", *COUNTS)
+    header = ("kernel", "operands", "tile", "warps, stages", "sizes", "registers", "spills", "shared KiB", "programs", *COUNTS)
     for target in TARGETS:
         parts += [f"\n## {target}\n\n", _line(header), _line(["---"] * len(header))]
-        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in (row for row in rows if row["target"] == target):
             operands = row["operand"] or ", ".join(sorted(set(row["pointers"].values())))
             config, sizes = f"{row['warps']}, {row['stages']}", "aligned" if row["aligned"] else "odd"
-            groups.setdefault((row["kernel"], operands, row["tile"], config, sizes), []).append(row)
-        for group, found in sorted(groups.items()):
-            registers, spills, shared = (max(row[n] for row in found) for n in ("registers", "spills", "shared"))
-            counts = [min(row.get(n, 0) for row in found) for n in COUNTS.values()]
-            parts.append(_line([*group, len(found), registers, spills, round(shared / 1024, 1), min(map(blocks, found)) or "", *counts]))
+            counts = [row.get(n, 0) for n in COUNTS.values()]
+            found = (row["registers"], row["spills"], round(row["shared"] / 1024, 1), blocks(row) or "", *counts)
+            parts.append(_line([row["kernel"], operands, row["tile"], config, sizes, *found]))
     return "".join(parts)
 
 
@@ -397,11 +391,10 @@ PREFACE = """# What the compiler makes of the Triton kernels
 Written by `make aot` from `benchmarks/results/aot.json`: triton {triton}, {count} compiled launches, no GPU. Nothing here was run. These
 are the compiler's numbers and say nothing about speed.
 
-A line is a kernel in one configuration. "forms" counts the compiled launches behind it, which differ in activation, bias, gathering and
-the like; registers (per thread), spills (loads and stores of spilled registers) and shared memory are the largest of them, matrix
-instructions (mma, wgmma, tcgen05, mfma), asynchronous copies and TMA loads the smallest. "programs" is how many a multiprocessor holds at
-once. "odd" sizes divide by nothing, so no access is wide: they must compile, and may spill. `tests/triton/test_aot.py` holds sm_80 and
-sm_90 to budgets.
+A line is a kernel in one configuration and dtype, in the form that has most to hold (activation, bias, gathering and the like).
+Registers are per thread; spills are loads and stores of spilled registers; matrix instructions are mma, wgmma, tcgen05 or mfma; "programs"
+is how many a multiprocessor holds at once. "odd" sizes divide by nothing, so no access is wide: they must compile, and may spill.
+`tests/triton/test_aot.py` holds sm_80 and sm_90 to budgets.
 """
 
 
@@ -415,31 +408,28 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--kernels", help="all where not given")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--missing", action="store_true", help="only those that the file has no row for, after an interruption")
     parser.add_argument("--write", action="store_true", help="put the rows into benchmarks/results/aot.json and docs/aot.md")
     options = parser.parse_args()
     for target in options.targets.split(","):
-        everything = {launch.key: launch for launch in compiled(target)}
-        wanted = [launch for launch in everything.values() if options.kernels is None or launch.kernel in options.kernels.split(",")]
-        rows, start = [], time.perf_counter()
+        current = {launch.key for launch in compiled(target)}
+        there = {row["key"] for row in read()} if options.missing else set()
+        kernels = None if options.kernels is None else options.kernels.split(",")
+        wanted = [launch for launch in compiled(target) if (kernels is None or launch.kernel in kernels) and launch.key not in there]
+        fresh: dict[str, dict[str, Any]] = {}
+        start = time.perf_counter()
         # The children inherit what was recorded.
         with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-            for number, row in enumerate(pool.imap(_report, [(target, launch.key) for launch in wanted]), 1):
-                rows.append(row)
-                print(
-                    f"{target} {number}/{len(wanted)} {time.perf_counter() - start:.0f} s: {row['kernel']} {row['operand']} {row['tile']}, "
-                    f"{row['warps']} warps, {row['stages']} stages ({row['call']}): {row['registers']} registers, {row['spills']} spills, "
-                    f"{row['shared']} bytes shared, {row['mma']} matrix instructions",
-                    flush=True,
+            for row in pool.imap(_report, [(target, launch.key) for launch in wanted]):
+                fresh[row["key"]] = row
+                what = f"{row['kernel']} {row['operand']} {row['tile']}, {row['warps']} warps, {row['stages']} stages ({row['call']})"
+                found = (
+                    f"{row['registers']} registers, {row['spills']} spills, {row['shared']} bytes shared, {row['mma']} matrix instructions"
                 )
-        if options.write:
-            fresh = {row["key"] for row in rows}
-            kept = [row for row in read() if row["key"] not in fresh and (row["target"] != target or row["key"] in everything)]
-            write(
-                sorted(
-                    kept + rows,
-                    key=lambda row: (list(TARGETS).index(row["target"]), row["kernel"], row["operand"], row["tile"], row["key"]),
-                )
-            )
+                print(f"{target} {len(fresh)}/{len(wanted)} {time.perf_counter() - start:.0f} s: {what}: {found}", flush=True)
+                if options.write and (len(fresh) % 20 == 0 or len(fresh) == len(wanted)):
+                    kept = [r for r in read() if r["key"] not in fresh and (r["target"] != target or r["key"] in current)]
+                    write(sorted([*kept, *fresh.values()], key=lambda r: [r[n] for n in ("target", "kernel", "operand", "tile", "key")]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def assert_close(name: str, ours: Tensor, exact: Tensor, baseline: Tensor, dtype
         exact: the naive formula in fp64, on the same (rounded) inputs.
         baseline: the naive formula in plain torch at the tested dtype.
         dtype: of the products behind ``ours``, where it is coarser than the dtype of ``ours`` (fp32 gradients of bf16 products).
-        slack: a factor on what is allowed, for implementations that are not ours.
+        slack: a factor on what is allowed, for implementations that are not ours; for ours it needs its reason.
     """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, must be {tuple(exact.shape)}"
     assert exact.dtype == torch.float64

@@ -51,21 +51,25 @@ def test_topk_of_no_tokens_counts_nothing(backend):
     assert counts.dtype == torch.int32
 
 
+# Tokens, width, hidden width, output width, experts.
 SIZES = [(1, 1, 1, 1, 1), (1, 3, 5, 7, 5), (13, 17, 19, 23, 3), (5, 1, 1, 1, 7), (37, 16, 32, 16, 4)]
 
 
-@pytest.mark.parametrize(("tokens", "width", "hidden", "out", "experts"), SIZES)
-@pytest.mark.parametrize("op", ["soft_experts", "sparse_experts", "task_router"])
-def test_sizes(op, tokens, width, hidden, out, experts):
-    m = Maker(torch.float64, 0)
+def sized(op, m, tokens, width, hidden, out, experts):
+    """Arguments of an op at given sizes."""
     x = m.x(tokens, width)
+    if op == "task_router":
+        return {"x": x, "task": m.x(1, out), "w1": m.x(hidden, out + width), "b1": m.x(hidden), "w2": m.x(experts, hidden), "b2": None}
     weights = {"w1": m.x(experts, hidden, width), "b1": m.x(experts, hidden), "w2": m.x(experts, out, hidden), "b2": m.x(experts, out)}
     if op == "soft_experts":
-        arguments = {"x": x, "gates": m.gates(tokens, experts), **weights}
-    elif op == "sparse_experts":
-        arguments = {"x": x, "weights": m.gates(tokens, experts), "indices": m.distinct(tokens, experts, experts), **weights}
-    else:
-        arguments = {"x": x, "task": m.x(1, out), "w1": m.x(hidden, out + width), "b1": m.x(hidden), "w2": m.x(experts, hidden), "b2": None}
+        return {"x": x, "gates": m.gates(tokens, experts), **weights}
+    return {"x": x, "weights": m.gates(tokens, experts), "indices": m.distinct(tokens, experts, experts), **weights}
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("op", ["soft_experts", "sparse_experts", "task_router"])
+def test_sizes(op, sizes):
+    arguments = sized(op, Maker(torch.float64, 0), *sizes)
     torch.testing.assert_close(getattr(cmoe, op)(**arguments), getattr(naive, op)(**arguments), rtol=1e-12, atol=1e-12)
 
 
@@ -166,3 +170,12 @@ def test_a_segment_without_a_token_does_not_count(backend):
     with cmoe.use_backend(backend):
         loss = cmoe.balance_loss(scores, indices, mask, segments=segments)
         torch.testing.assert_close(loss, cmoe.balance_loss(scores[:4], indices[:4], segments=segments[:4]))
+
+
+@pytest.mark.parametrize("backend", backends_of("grouped_linear"))
+def test_relu_has_no_gradient_at_zero(backend):
+    x, w = torch.zeros(5, 4, requires_grad=True), torch.randn(2, 3, 4)
+    with cmoe.use_backend(backend):
+        y = cmoe.grouped_linear(x, w, None, torch.tensor([0, 3, 5], dtype=torch.int32), activation="relu")
+        y.sum().backward()
+    assert not x.grad.any()

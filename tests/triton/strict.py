@@ -31,6 +31,7 @@ from triton.runtime.autotuner import Autotuner
 TRITON_VERSION = "3.8.0"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 U16 = np.dtype(np.uint16)
+PAGE_BITS = np.uint64(12)
 Handle = interpreter.TensorHandle
 Builder = interpreter.InterpreterBuilder
 
@@ -104,7 +105,8 @@ class _Memory:
                 merged.append([low, high])
         self.low = np.array([m[0] for m in merged], np.uint64)
         self.high = np.array([m[1] for m in merged], np.uint64)
-        self.touched = {kind: [np.full(high - low, -1, np.int32) for low, high in merged] for kind in ("store", "load", "atomic")}
+        # By page, so that a tensor whose rows lie far apart costs what it touches.
+        self.touched: dict[str, dict[int, np.ndarray]] = {"store": {}, "load": {}, "atomic": {}}
 
     def check(self, kind: str, pointers: np.ndarray, mask: np.ndarray, width: int) -> None:
         pointers = np.asarray(pointers)
@@ -121,16 +123,17 @@ class _Memory:
             raise KernelMemoryError(f"{kind} out of bounds by program {builder.grid_idx}: {int(outside.sum())} of {flat.size} lanes")
         x, y, z = builder.grid_idx
         me = x + builder.grid_dim[0] * (y + builder.grid_dim[1] * z)
-        for s in np.unique(span):
-            first = (flat[span == s] - self.low[s]).astype(np.int64)
-            bytes_ = (first[:, None] + np.arange(width)).reshape(-1)
+        bytes_ = (flat[:, None] + np.arange(width, dtype=np.uint64)).reshape(-1)
+        pages, places = bytes_ >> PAGE_BITS, (bytes_ & np.uint64((1 << int(PAGE_BITS)) - 1)).astype(np.int64)
+        for page in np.unique(pages).tolist():
+            here = places[pages == page]
             for other in {"store": ("store", "load", "atomic"), "load": ("store",), "atomic": ("store",)}[kind]:
-                owner = self.touched[other][s][bytes_]
-                if ((owner >= 0) & (owner != me)).any():
+                owners = self.touched[other].get(page)
+                if owners is not None and (((owner := owners[here]) >= 0) & (owner != me)).any():
                     raise KernelMemoryError(
                         f"race: {kind} by program {builder.grid_idx} on bytes that program {owner.max()} had a {other} on"
                     )
-            self.touched[kind][s][bytes_] = me
+            self.touched[kind].setdefault(page, np.full(1 << int(PAGE_BITS), -1, np.int32))[here] = me
 
 
 MEMORY = _Memory()

@@ -1,7 +1,8 @@
 """The Triton kernels, compiled for GPUs that are not here, in the launches that the table of calls makes, and held to budgets.
 
-CI compiles one bf16 launch of each kernel and configuration for sm_80 and sm_90; `make test-full` all that `make aot` does, also for
-sm_100 and gfx942, where a launch must compile and is held to no budget. TF32's rounding is seen neither here nor in the interpreter.
+CI compiles one bf16 launch of each kernel and configuration for sm_80 and sm_90; `make test-full` every bf16 form of the products, and all
+that `make aot` writes, also for sm_100 and gfx942, where a launch must compile and is held to no budget. TF32's rounding is
+seen neither here nor in the interpreter.
 """
 
 import importlib
@@ -46,8 +47,7 @@ def within_budget(row):
 
 @pytest.mark.parametrize("target", aot.PROVEN)
 def test_each_configuration_in_bf16(target):
-    sample = aot.cover(launch for launch in aot.launches(target) if launch.aligned and ("bf16" in {call[2] for call in launch.calls}))
-    for launch in sample:
+    for launch in aot.cover(aot.bf16(target)):
         within_budget(launch.report())
 
 
@@ -60,8 +60,16 @@ def test_every_kernel_is_compiled():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("target", aot.PROVEN)
+def test_every_form_of_a_product_in_bf16(target):
+    for launch in aot.bf16(target):
+        if launch.product:
+            within_budget(launch.report())
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("target", list(aot.TARGETS))
-def test_every_launch(target):
+def test_every_configuration_and_dtype(target):
     for launch in aot.compiled(target):
         row = launch.report()
         if target in aot.PROVEN:

@@ -16,6 +16,7 @@ if not backends.INTERPRETED:
 from cmoe_kernels.ops.balance_loss import triton as balance_loss_triton
 from cmoe_kernels.ops.topk_gate import reference as topk_reference
 from cmoe_kernels.ops.topk_gate import triton as topk_triton
+from tests.triton import strict
 
 SHAPES = [(300, 5), (130, 8), (40, 64), (3, 1500)]
 
@@ -57,6 +58,16 @@ def test_topk_gate(tokens, experts, score, renormalize):
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_of_programs_that_take_turns(seed, monkeypatch):
+    """The only programs that meet: their counts are added by integer atomics, in whatever order."""
+    monkeypatch.setattr(topk_triton, "TILE", 64)
+    logits = torch.randn(100, 5)
+    with strict.schedule("shuffle", seed):
+        _, indices, counts = cmoe.topk_gate(logits, 2)
+    assert torch.equal(counts, indices.flatten().bincount(minlength=5).int())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_ranks_are_those_of_a_stable_sort(dtype):
     """Signed zeros are equal, NaN of either sign comes first, -inf is no expert; fp64 selections keep what fp32 would lose."""
@@ -83,11 +94,11 @@ def test_a_bad_index_reads_and_receives_nothing():
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
 @pytest.mark.parametrize("kind", ["switch", "importance", "z"])
-@pytest.mark.parametrize(("tokens", "experts"), [(150, 8), (90, 5)])
-def test_balance_loss(tokens, experts, kind, segmented, monkeypatch):
-    """With fewer programs than blocks of tokens, and segments longer than a block."""
+@pytest.mark.parametrize(("tokens", "experts", "programs"), [(150, 8, 7), (90, 5, 7), (40, 64, 40)])
+def test_balance_loss(tokens, experts, programs, kind, segmented, monkeypatch):
+    """With fewer programs than blocks of tokens, with more than the second stage adds at a time, and segments longer than a block."""
     monkeypatch.setattr(balance_loss_triton, "TILE", 64)
-    monkeypatch.setattr(balance_loss_triton, "PROGRAMS", 7)
+    monkeypatch.setattr(balance_loss_triton, "PROGRAMS", programs)
     arguments = {
         "indices": torch.randint(0, experts + 1, (tokens, 2)) if kind == "switch" else None,
         "mask": torch.rand(tokens) < 0.7,
