@@ -132,15 +132,15 @@ def flags_of(source: str, tiers: list[str]) -> list[str]:
     return [f"-DCMOE_HAS_{tier.upper()}" for tier in tiers] if stem == "dispatch" else TIERS.get(stem, [])
 
 
-def compiled(source: str, command: list[str]) -> Path:
-    target = OBJECTS / (source + ".o")
+def compiled(source: str, command: list[str], folder: Path = OBJECTS) -> Path:
+    target = folder / (source + ".o")
     dependencies = target.with_suffix(".d")
     run_if_stale([*command, "-MD", "-MF", str(dependencies), "-o", str(target), source], target, dependencies)
     return target
 
 
-def linked(objects: list[Path], torch: Path) -> Path:
-    target, exports = OBJECTS / LIBRARY, Path("csrc", "exports.map")
+def linked(objects: list[Path], torch: Path, target: Path = OBJECTS / LIBRARY) -> Path:
+    exports = Path("csrc", "exports.map")
     # One symbol leaves the library: another library's copy of a template, built for other instructions, must never be taken for ours.
     elf, mac = ["-shared", f"-Wl,--version-script={exports}"], ["-dynamiclib", "-undefined", "dynamic_lookup"]
     command = [
@@ -170,8 +170,9 @@ def listed(dependencies: Path) -> list[Path]:
     return [Path(file) for file in dependencies.read_text().replace("\\\n", " ").split(": ", 1)[1].split()]
 
 
-setup(
-    ext_modules=[] if MISSING else [Extension("cmoe_kernels._C", SOURCES, py_limited_api=True)],
-    cmdclass={"build_ext": Build, "build_py": BuildPython},
-    options={} if MISSING else {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
-)
+if __name__ == "__main__":  # the tests read the flags from here
+    setup(
+        ext_modules=[] if MISSING else [Extension("cmoe_kernels._C", SOURCES, py_limited_api=True)],
+        cmdclass={"build_ext": Build, "build_py": BuildPython},
+        options={} if MISSING else {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
+    )

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -137,6 +137,22 @@ def missing_reason(backend: str) -> str:
 # Schemas cmoe::* belong to Python, so that they exist without a compiler. The library brings cmoe_native::*, called from here only.
 native_library: Path | None = None
 native_error: str | None = None
+
+
+class InstructionSets(NamedTuple):
+    """What the CPU kernels run with; ``used`` is empty and ``error`` says why where CMOE_CPU_ISA names what is not there."""
+
+    used: str
+    available: list[str]
+    error: str
+
+
+def instruction_sets() -> InstructionSets | None:
+    """The instruction set of the CPU kernels, and all that could run here, best first. None without the native library."""
+    if native_library is None:
+        return None
+    used, available, error = importlib.import_module("cmoe_kernels._C").instruction_sets()
+    return InstructionSets(used, available.split(", "), error)
 
 
 def _load_native() -> None:

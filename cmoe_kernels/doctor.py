@@ -31,6 +31,7 @@ def _versions() -> str:
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),
         ("native library", native),
+        ("instruction set", _instruction_set()),
         ("processor", f"{_processor()}, torch runs at {torch.backends.cpu.get_cpu_capability()}"),
     ]
     if torch.cuda.is_available():
@@ -39,6 +40,13 @@ def _versions() -> str:
             for i in range(torch.cuda.device_count())
         ]
     return _table(rows)
+
+
+def _instruction_set() -> str:
+    sets = backends.instruction_sets()
+    if sets is None:
+        return "none: there is no native library"
+    return f"{sets.used} (CMOE_CPU_ISA chooses among {', '.join(sets.available)})" if sets.used else f"none: {sets.error}"
 
 
 def _ops(device: str) -> str:
@@ -58,7 +66,7 @@ def _ops(device: str) -> str:
 
 
 def _settings() -> str:
-    names = ("CMOE_BACKEND", "CMOE_CHECK")
+    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK")
     return _table([(name, os.environ.get(name, "not set")) for name in names])
 
 

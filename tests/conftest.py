@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header():
-    library = backends.native_library or f"absent ({backends.native_error})"
+    sets = backends.instruction_sets()
+    library = f"{backends.native_library}, {sets.used or sets.error}" if sets else f"absent ({backends.native_error})"
     return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}" + (
         "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
         if backends.INTERPRETED

@@ -63,6 +63,12 @@ def test_doctor_names_every_op_and_its_backend():
         assert "chosen by use_backend" in doctor.report()
 
 
+def test_doctor_names_the_instruction_set():
+    line = next(line for line in doctor.report().splitlines() if line.startswith("instruction set "))
+    sets = backends.instruction_sets()
+    assert (f"{sets.used} (CMOE_CPU_ISA chooses among {', '.join(sets.available)})" if sets else "none: there is no native library") in line
+
+
 def test_doctor_command():
     run = subprocess.run([sys.executable, "-m", "cmoe_kernels"], capture_output=True, text=True, check=False)
     assert run.returncode == 0

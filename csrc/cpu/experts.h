@@ -111,7 +111,9 @@ void experts_backward(const Experts<T>& op, const ExpertsBackward<T>& grads);
 // Scratch of each thread, allocated once for an operation.
 class ThreadScratch {
  public:
-  ThreadScratch(int64_t threads, int64_t bytes) : bytes_(round_up(bytes, 4096) + 64), buffer_(threads * bytes_) {}
+  ThreadScratch(int64_t threads, int64_t bytes) : bytes_(round_up(bytes, 4096) + 64), buffer_(threads * bytes_) {
+    for (int64_t thread = 0; thread < threads; ++thread) forbid((*this)[thread] + bytes, bytes_ - bytes);
+  }
   char* operator[](int64_t thread) const { return buffer_.get() + thread * bytes_; }
 
  private:

@@ -44,6 +44,7 @@ struct Merged {
   Merged(const Layers<T>& layers, const Tensor& w1, const Gates<T>& g)
       : op(layers), w_kept(contiguous(w1)), gates(g), w(g.rows * op.outputs * op.inputs * size_of(op.type)), b(op.b1 ? g.rows * op.outputs : 0), order(op.tokens), offsets(g.rows + 1, 0) {
     op.w1 = {bytes_of(w_kept), type_of("w1", w1), op.outputs * op.inputs, op.inputs, 1};
+    STD_TORCH_CHECK(op.tokens <= INT32_MAX, "x has ", op.tokens, " tokens, must have at most ", INT32_MAX);
     for (int64_t t = 0; t < op.tokens; ++t) ++offsets[gates.row(t) + 1];
     std::partial_sum(offsets.begin(), offsets.end(), offsets.begin());
     std::vector<int32_t> at = offsets;

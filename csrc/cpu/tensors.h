@@ -1,6 +1,7 @@
 // From tensors to what the drivers take, and back.
 #pragma once
 
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,13 +46,24 @@ inline Type type_of(const char* name, const Tensor& t) {
 template <class F>
 auto computing(const Tensor& x, F&& f) {
   STD_TORCH_CHECK(isa_error().empty(), isa_error());
-  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+  try {
+    return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, "not enough memory for the scratch of an operation on x of shape ", shape(x), "; fewer rows at a time need less");
+  }
 }
 
 inline Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
 
 inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  Tensor t;
+  try {
+    t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  } catch (const std::exception&) {  // whose message names a function of torch and no reason
+    std::string text;
+    for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "not enough memory for a result of shape (", text, ")");
+  }
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   if (bytes >= large_output) advise_large_pages(t.mutable_data_ptr(), bytes);
   return t;
@@ -70,7 +82,8 @@ inline Weight weight_of(const char* name, const Tensor& w, Tensor* kept) {
   const int64_t last = w.dim() - 1;
   const auto next = [&](const Tensor& t, int64_t d) { return t.size(d) == 1 || t.stride(d) == 1; };
   *kept = next(w, last) || next(w, last - 1) ? w : torch::stable::contiguous(w);
-  Weight view{bytes_of(*kept), type_of(name, w), last == 2 ? kept->stride(0) : 0, kept->stride(last - 1), kept->stride(last)};
+  // An empty tensor has no memory, and is a weight all the same.
+  Weight view{kept->numel() ? bytes_of(*kept) : "", type_of(name, w), last == 2 ? kept->stride(0) : 0, kept->stride(last - 1), kept->stride(last)};
   if (next(*kept, last)) {
     view.input = 1;
   } else {

@@ -136,5 +136,5 @@ def _ranges(offsets: Tensor) -> list[tuple[int, slice]]:
 
 def _sum_selections(rows: Tensor, gather_idx: Tensor, k: int) -> Tensor:
     """Sum of each token's K rows in the order of its selections, in fp32: the same bits each time."""
-    by_token = torch.empty_like(rows).index_copy_(0, gather_idx, rows).view(-1, k, rows.shape[1])
+    by_token = torch.empty_like(rows).index_copy_(0, gather_idx, rows).view(len(rows) // k, k, rows.shape[1])
     return by_token[:, 0] if k == 1 else by_token.sum(1, dtype=accumulate_dtype(rows.dtype)).to(rows.dtype)

@@ -1,0 +1,38 @@
+"""Programs in C++ over the drivers, without torch, which tests/native/threads.h gives their threads."""
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.native.variants import ROOT, build_script, need_compiler, product_objects
+
+DRIVERS = ("soft_experts", "sparse_experts", "grouped_linear", "experts_backward", "task_router", "dispatch")
+
+
+def driver(source: str) -> bool:
+    return "/gemm/" in source or Path(source).stem in DRIVERS
+
+
+def compile_program(name: str, *flags: str) -> Path:
+    """tests/native/<name>.cpp with the drivers, compiled with these flags; or, without flags, with the library's own object files."""
+    script, compiler = build_script(), need_compiler()
+    os.chdir(ROOT)
+    folder, tiers = Path("build", "programs", name), script.tiers_of_compiler()
+    command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", "-DCMOE_EMULATE_AMX", *(flags or ["-O1"])]
+
+    def compiled(source: str) -> Path:
+        return script.compiled(source, [*command, *script.flags_of(source, tiers)], folder)
+
+    drivers = [source for source in script.built(script.SOURCES, tiers) if driver(source)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*(drivers if flags else []), f"tests/native/{name}.cpp"]))
+    if not flags:
+        objects += [path for source, path in product_objects(emulate_amx=True).items() if driver(source)]
+    program = folder / name
+    script.run_if_stale([*compiler, *flags, "-pthread", "-o", str(program), *map(str, objects)], program, *objects)
+    return ROOT / program
+
+
+def run_program(program: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(program)], env=os.environ | environment, capture_output=True, text=True)

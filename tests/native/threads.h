@@ -1,0 +1,22 @@
+// parallel.h on std::thread, for programs without torch. `threads` is what thread_count() answers.
+#pragma once
+
+#include <thread>
+#include <vector>
+
+#include "parallel.h"
+
+inline int64_t threads = 1;
+
+namespace cmoe::cpu {
+
+int64_t thread_count() { return threads; }
+
+void parallel(int64_t n, void (*body)(int64_t, void*), void* context) {
+  std::vector<std::thread> running;
+  for (int64_t i = 1; i < n; ++i) running.emplace_back(body, i, context);
+  if (n > 0) body(0, context);
+  for (std::thread& thread : running) thread.join();
+}
+
+}  // namespace cmoe::cpu
