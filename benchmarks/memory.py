@@ -8,7 +8,9 @@ import gc
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import find
 from benchmarks.record import set_threads
@@ -24,10 +26,14 @@ def _resident(field: str) -> int:
 
 def measure(key: str, side: str) -> int | None:
     """Bytes that one call of a side needs above what is resident before it; None where Linux does not tell."""
+    work = find(key).make()
+    return peak((work.ours if side == "ours" else work.peers[side])())
+
+
+def peak(step: Callable[[], Any]) -> int | None:
+    """Bytes that a second call needs above what is resident before it; None where Linux does not tell."""
     if not CLEAR.exists():
         return None
-    work = find(key).make()
-    step = (work.ours if side == "ours" else work.peers[side])()
     step()
     gc.collect()
     # What malloc keeps of the first call would hide as much of the second.

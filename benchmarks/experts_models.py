@@ -1,0 +1,169 @@
+"""A transformers model with "cmoe" under it, against eager, batched_mm and grouped_mm.
+
+    python -m benchmarks.experts_models                        two layers of Qwen3-30B-A3B's width in bf16 (5 GiB; forward and training)
+    python -m benchmarks.experts_models --tokens 16 --steps train
+    python -m benchmarks.experts_models --lora                 memory of LoRA on the experts
+
+One token is a decoding step behind a cache of 128; more are a prefill. A training step is forward and backward, every gradient. Before
+ours is timed, it is compared with eager (output, and in training the experts' gradients); a wrong result gets no time.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+import cmoe_kernels.integrations.transformers  # noqa: F401  registers "cmoe"
+from benchmarks import machine, memory, record, timer
+from cmoe_kernels import backends
+
+PEERS = ("eager", "batched_mm", "grouped_mm")
+STEPS = ("forward", "train")
+CACHED = 128
+# batched_mm gathers the weights of every selection: above this it would swap, not compute.
+MOST_COPIED = 4 * 2**30
+
+
+def build(layers: int, experts: int = 128, hidden: int = 2048, of_expert: int = 768) -> transformers.Qwen3MoeForCausalLM:
+    """Qwen3-30B-A3B's layers (8 experts chosen) in bf16, with a small vocabulary."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        moe_intermediate_size=of_expert,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=4,
+        head_dim=128,
+        norm_topk_prob=True,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5) if p.dim() > 1 else torch.nn.init.ones_(p)
+    return model
+
+
+def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Callable[[], torch.Tensor]:
+    """One step; the gradients of the last one are freed inside it."""
+    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(1))
+    cache = None
+    if tokens == 1 and not train:
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.zeros(1, CACHED, dtype=torch.int64), past_key_values=cache)
+
+    def step() -> torch.Tensor:
+        model.config._experts_implementation = implementation
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(train):
+            logits = model(ids, past_key_values=cache, use_cache=cache is not None).logits
+            if cache is not None:
+                cache.crop(-tokens)
+            if train:
+                logits.float().square().mean().backward()
+        return logits.detach()
+
+    return step
+
+
+def check(model: Any, ours: Callable[[], torch.Tensor], eager: Callable[[], torch.Tensor], train: bool) -> float:
+    """The relative RMS error against eager, the largest of the output and of the experts' gradients.
+
+    Raises:
+        ValueError: it is above 5 %: far beyond what bf16 rounding and the few tokens that it sends to another expert make.
+    """
+    results = []
+    for call in (eager, ours):
+        out = [call()]
+        if train:
+            out += [m.down_proj.grad for m in model.modules() if hasattr(m, "down_proj") and hasattr(m, "gate_up_proj")]
+        results.append(out)
+    worst = max(float((o.float() - e.float()).norm() / e.float().norm()) for e, o in zip(*results, strict=True))
+    if worst > 0.05:
+        raise ValueError(f"cmoe differs from eager by {worst:.1%}")
+    return worst
+
+
+def measure(model: Any, tokens: int, step: str, seconds: float) -> dict[str, Any]:
+    train = step == "train"
+    ours = make_call(model, "cmoe", tokens, train)
+    error = check(model, ours, make_call(model, "eager", tokens, train), train)
+    per_expert = model.model.layers[0].mlp.experts.gate_up_proj[0].nbytes
+    result: dict[str, Any] = {"tokens": tokens, "step": step, "error": round(error, 5), "peers": {}, "skipped": {}}
+    for peer in PEERS:
+        copied = tokens * 8 * per_expert
+        if peer == "batched_mm" and copied > MOST_COPIED:
+            result["skipped"][peer] = f"it would copy {copied / 2**30:.0f} GiB of weights per layer"
+            continue
+        mine, theirs = timer.alternate(ours, make_call(model, peer, tokens, train), seconds, least=3)
+        result["ours"] = mine.summary()
+        result["peers"][peer] = {**theirs.summary(), "ours_p50_ms": mine.summary()["p50_ms"], "ratio": round(timer.ratio(mine, theirs), 3)}
+    return result
+
+
+def lora_memory(experts: int) -> dict[str, Any]:
+    """Peak memory of one layer's training step above its weights, with and without LoRA on all its experts."""
+    import peft
+
+    model = build(1, experts).requires_grad_(False)
+    weights = sum(p.nbytes for m in model.modules() if hasattr(m, "gate_up_proj") for p in m.parameters())
+    model.get_input_embeddings().requires_grad_(True)
+    peaks = {"frozen experts": memory.peak(make_call(model, "cmoe", 64, True))}
+    lora = peft.get_peft_model(
+        model, peft.LoraConfig(r=16, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    )
+    peaks["LoRA on the experts"] = memory.peak(make_call(lora.base_model.model, "cmoe", 64, True))
+    return {"experts": experts, "weights_of_experts_bytes": weights, "peak_bytes": peaks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.experts_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=float, default=10, help="time for each pair, but at least three calls of each (default: 10)")
+    parser.add_argument("--lora", action="store_true", help="measure the memory of LoRA on the experts, and nothing else")
+    options = parser.parse_args()
+    threads = record.set_threads(options.threads)
+    if options.lora:
+        print(json.dumps(lora_memory(experts=32), indent=1))
+        return
+    described, run = machine.describe(), machine.run_info(threads)
+    served = backends.choose("sparse_experts", "cpu", torch.bfloat16)
+    document: dict[str, Any] = {
+        "suite": "experts_models",
+        "machine": described,
+        "threads": threads,
+        "model": f"{options.layers} layers of Qwen3-30B-A3B's width, bf16",
+        "run": {**run, "transformers": transformers.__version__, "served_by": served},
+        "cases": {},
+    }
+    out = record.RESULTS / f"experts-models-{machine.slug(described, threads)}.json"
+    if out.exists():
+        document["cases"] = json.loads(out.read_text())["cases"]
+    model = build(options.layers)
+    print(f"{described['cpu']}, {threads} threads; cmoe is served by {served}; ratio: how many times faster cmoe is", flush=True)
+    for step in options.steps:
+        for tokens in options.tokens:
+            case = measure(model, tokens, step, options.seconds)
+            peers = "  ".join(f"{name} {p['ratio']:.2f}x" for name, p in case["peers"].items())
+            print(f"{step:8} T={tokens:<5} cmoe {case['ours']['p50_ms']:9.1f} ms  {peers}  {case['skipped'] or ''}", flush=True)
+            document["cases"][f"{step}/T{tokens}"] = case
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    print(f"kept in {out}")
+
+
+if __name__ == "__main__":
+    main()

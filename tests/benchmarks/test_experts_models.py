@@ -1,0 +1,35 @@
+"""The benchmark of transformers models: it times what it has checked, and a wrong result gets no time."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from benchmarks import experts_models
+from cmoe_kernels.integrations import experts
+
+
+@pytest.fixture
+def model():
+    return experts_models.build(layers=2, experts=16, hidden=256, of_expert=32)
+
+
+@pytest.mark.parametrize("step", experts_models.STEPS)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_measures_every_peer(model, tokens, step):
+    result = experts_models.measure(model, tokens, step, seconds=0)
+    assert set(result["peers"]) == set(experts_models.PEERS)
+    assert result["ours"]["calls"] >= 3
+    assert all(peer["ratio"] > 0 for peer in result["peers"].values())
+
+
+def test_a_peer_that_would_copy_too_much_is_skipped(model, monkeypatch):
+    monkeypatch.setattr(experts_models, "MOST_COPIED", 0)
+    result = experts_models.measure(model, 5, "forward", seconds=0)
+    assert set(result["skipped"]) == {"batched_mm"}
+
+
+def test_a_wrong_result_gets_no_time(model, monkeypatch):
+    monkeypatch.setattr(experts, "sparse_experts", lambda x, *a, **k: torch.zeros_like(x))
+    with pytest.raises(ValueError, match="cmoe differs from eager"):
+        experts_models.measure(model, 5, "forward", seconds=0)
