@@ -1,0 +1,44 @@
+"""The examples run, and what they train learns."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_llava_like():
+    """Chance is 7 / 24: the question does not say whether a colour or a place is asked for."""
+    first, right = load("llava_like").main(steps=150)
+    assert first > 1.5
+    assert right > 0.9
+
+
+def test_minigpt4_style():
+    pytest.importorskip("transformers")
+    module = load("minigpt4_style")
+    first, last = module.main(steps=60)
+    assert last < first - 1
+
+
+def test_minigpt4_trains_the_connector_alone():
+    pytest.importorskip("transformers")
+    module = load("minigpt4_style")
+    model = module.build()
+    model(torch.randn(2, 3, 32, 32), ["vqa", "refer"], torch.tensor([[1, 3, 4, 9]] * 2), torch.tensor([[5, 6]] * 2)).backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_grad == {name for name, _ in model.named_parameters() if name.startswith("connector.")}
+
+
+def test_every_example_is_run():
+    source = Path(__file__).read_text()
+    assert all(f'"{path.stem}"' in source for path in EXAMPLES.glob("*.py"))
