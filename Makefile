@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-full aot roofline gpu-check lint wheel demo doctor bench bench-report clean
+.PHONY: help install test test-triton test-full aot roofline gpu-check lint wheel demo docs doctor bench bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,10 @@ bench: install  ## time every op against its peers (hours; ARGS="--only soft_con
 
 bench-report: install  ## plots, docs/benchmarks.md and README's table from benchmarks/results/
 	$(BIN)/python -m benchmarks.report
+
+docs: install  ## the API pages and guides, in build/site; python -m docs.experts writes the table of transformers' families anew
+	$(BIN)/pip install -q --no-build-isolation -e ".[docs]"
+	$(BIN)/mkdocs build
 
 clean:  ## everything that the above made, but not runs/
 	rm -rf $(VENV) build dist *.egg-info cmoe_kernels/_C*.so
