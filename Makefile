@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-full aot roofline gpu-check lint wheel demo docs doctor bench bench-report clean
+.PHONY: help install test test-triton test-full aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,13 +34,14 @@ lint: install  ## ruff and mypy
 
 test: lint test-triton  ## what CI runs: lint and the tests, with what was skipped and why
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton
+	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
 	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_aot.py
 
-aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md (20 minutes of one core)
+aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md
 	$(BIN)/python -m benchmarks.aot --jobs $(JOBS) --write
 
 roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that are not here would need at least: docs/roofline.md
@@ -53,6 +54,10 @@ gpu-check:  ## on a machine with a GPU: the tests natively, then ours beside the
 test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
 	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m tests.mutants --jobs $(JOBS)
+
+mutants: install  ## plant each bug of tests/mutants in a copy of the tree, and see that its tests fail
+	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
 wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz
 	$(BIN)/python -m build --no-isolation --outdir dist .
