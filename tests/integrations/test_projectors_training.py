@@ -1,0 +1,271 @@
+"""Swapped models in what trains and serves models: Trainer, peft, checkpointing, compile, FSDP, processors."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from transformers import AutoModelForImageTextToText
+
+import cmoe_kernels.integrations.transformers as cmoe
+from tests.integrations import tiny_models as tiny
+from tests.integrations.test_projectors import SETTINGS, TASKS, connectors_of, gradients, swapped
+
+some_families = pytest.mark.parametrize(
+    "family",
+    ["llava_next", "qwen3_vl", *(pytest.param(f, marks=pytest.mark.full) for f in tiny.FAMILIES if f not in ("llava_next", "qwen3_vl"))],
+)
+
+
+def undropped(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+@some_families
+def test_gradient_checkpointing(family):
+    model, images = swapped(family, init="random")
+    batch = tiny.batch(model, images, labels=True)
+    undropped(model).train()
+    model(**batch, task=list(TASKS)).loss.backward()
+    expected = {name: grad.clone() for name, grad in gradients(model).items() if grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(**batch, task=list(TASKS), use_cache=False).loss.backward()
+    assert all(grad.any() for name, grad in expected.items() if name.startswith(tuple(cmoe.projectors(model))))
+    for name, grad in gradients(model).items():
+        if name in expected:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@some_families
+def test_lora_and_connector_in_one_adapter(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, images = swapped(family)
+    model.save_pretrained(tmp_path / "base")
+    batch = tiny.batch(model, images, labels=True)
+    lora = peft.LoraConfig(target_modules=r".*(language_model|text_model).*\.(q_proj|v_proj)", modules_to_save=list(cmoe.projectors(model)))
+    wrapped = peft.get_peft_model(model, lora)
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert {"lora_" in name or "router" in name or "experts" in name for name in trained} == {True}
+    assert any("lora_A" in name for name in trained)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.01)
+    before = wrapped(**batch, task=list(TASKS)).loss
+    for _ in range(3):
+        optimizer.zero_grad()
+        wrapped(**batch, task=list(TASKS)).loss.backward()
+        optimizer.step()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert len(list((tmp_path / "adapter").glob("*.safetensors"))) == 1
+    with torch.no_grad():
+        expected = wrapped(**batch, task=list(TASKS))
+        assert expected.loss < before
+        base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        torch.testing.assert_close(again(**batch, task=list(TASKS)).logits, expected.logits, rtol=0, atol=1e-6)
+        merged = again.merge_and_unload()
+        assert type(merged) is type(base)
+        torch.testing.assert_close(merged(**batch, task=list(TASKS)).logits, expected.logits, rtol=0, atol=1e-4)
+    generated = merged.generate(**{k: v for k, v in batch.items() if k != "labels"}, task=list(TASKS), max_new_tokens=2)
+    assert len(generated) == 2
+
+
+def test_lora_comes_after():
+    peft = pytest.importorskip("peft")
+    model, _ = tiny.build("llava")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="add LoRA afterwards"):
+        cmoe.replace_projector(wrapped, **SETTINGS)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trainer_adds_and_logs_the_auxiliary_loss(accumulate, tmp_path):
+    pytest.importorskip("accelerate")
+    model, images = swapped("llava", router="sparse", aux_losses={"switch": 0.5, "z": 0.01})
+    batches = [tiny.batch(model, images, per_sample=counts, labels=True, seed=seed) for seed, counts in ((1, (1, 1)), (2, (2, 1)))]
+    outputs, learned = [], []
+    for batch in batches[:accumulate]:
+        outputs.append(model(**batch, task=list(TASKS)))
+        learned.append((batch["labels"][:, 1:] != -100).sum())
+    shares = torch.stack(learned) / sum(learned)
+    loss = sum(share * (out.lm_loss + out.aux_loss) for share, out in zip(shares, outputs, strict=True))
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    seen = {}
+
+    class Trainer(cmoe.AuxLossLogging, transformers.Trainer):
+        def optimizer_step_seen(self, *_):
+            seen.update({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
+
+    trainer = Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            max_grad_norm=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            report_to="none",
+            seed=0,
+        ),
+        train_dataset=list(range(accumulate)),
+        data_collator=lambda rows: {**batches[rows[0]], "task": list(TASKS)},
+    )
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(trainer.optimizer_step_seen)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert entry["aux_loss"] == pytest.approx(float(sum(out.aux_loss for out in outputs) / accumulate), rel=1e-4)
+    for name in ("switch", "z"):
+        assert entry[f"aux/{name}"] == pytest.approx(float(sum(out.aux_losses[name] for out in outputs) / accumulate), rel=1e-4)
+    assert set(seen) == set(expected)
+    for name, grad in expected.items():
+        torch.testing.assert_close(seen[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["photo", list(TASKS)], ids=["one", "mixed"])
+def test_the_connector_compiles_whole(task):
+    model, images = swapped("qwen2_vl", init="random", router="sparse", aux_losses={"switch": 0.1})
+    batch = tiny.batch(model, images, labels=True)
+    expected = model(**batch, task=task)
+    expected.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch._dynamo.reset()
+    for connector in connectors_of(model).values():
+        connector.compile(fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    out = model(**batch, task=task)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-5)
+    out.loss.backward()
+    for name, grad in grads.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_processor_and_pipeline(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "what", "is", "this", "a", "chart", "photo", "<unk>"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({**words, "<image>": tiny.IMAGE}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", padding_side="left")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    looks = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessorPil(**looks),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    model, _ = swapped("llava", init="random")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    image = transformers.image_utils.PIL.Image.new("RGB", (12, 9), (200, 30, 60))
+    loaded, again = AutoModelForImageTextToText.from_pretrained(tmp_path), transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is type(processor)
+    inputs = again(images=[image, image], text=["what is <image>", "<image> a chart"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = loaded(**inputs, task=list(TASKS))
+        torch.testing.assert_close(out.logits, model(**inputs, task=list(TASKS)).logits, rtol=0, atol=1e-6)
+    pipe = transformers.pipeline("image-text-to-text", model=loaded, processor=again)
+    answers = []
+    for task in TASKS:
+        with cmoe.use_task(task):
+            (answer,) = pipe(images=[image], text=["what is <image>"], max_new_tokens=3, return_full_text=False)
+        answers.append(answer)
+    assert all("generated_text" in str(answer) for answer in answers)
+
+
+def test_units_of_device_maps_and_fsdp():
+    for model in (tiny.build("paligemma")[0], swapped("paligemma")[0]):
+        names = {type(module).__name__ for module in model.modules()}
+        if isinstance(model, cmoe.CMoEModel):
+            assert "CMoEProjector" in model._no_split_modules
+            assert model._no_split_modules <= names
+        else:
+            assert "PaliGemmaMultiModalProjector" in model._no_split_modules
+
+
+# accelerate itself chooses FSDP for accelerators alone (AcceleratorState leaves MULTI_CPU as it is), so that its plugin decides here what
+# is wrapped, as under `accelerate launch`, and torch wraps it.
+FSDP = """
+import sys, torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from tests.integrations import tiny_models as tiny
+from tests.integrations.test_projectors import TASKS, swapped
+torch.set_num_threads(1)
+
+version = int(sys.argv[1])
+model, images = swapped("qwen3_vl", init="random", aux_losses={"importance": 0.1})
+batch = tiny.batch(model, images, labels=True)
+expected = model(**batch, task=list(TASKS)).loss
+expected.backward()
+grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+model.zero_grad()
+
+torch.distributed.init_process_group("gloo")
+plugin = FullyShardedDataParallelPlugin(fsdp_version=version, auto_wrap_policy="transformer_based_wrap")
+if version == 1:
+    plugin.set_auto_wrap_policy(model)
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=plugin.auto_wrap_policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+else:
+    wanted = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for module in list(model.modules())[:0:-1]:
+        if wanted(module):
+            fully_shard(module, mesh=mesh)
+    wrapped = fully_shard(model, mesh=mesh)
+units = [name for name, module in wrapped.named_modules() if isinstance(module, (FSDPModule, FullyShardedDataParallel))]
+assert sum(name.endswith("linear_fc1") and "merger" in name for name in units) == 3, units
+out = wrapped(**batch, task=list(TASKS))
+torch.testing.assert_close(out.loss, expected.detach(), rtol=0, atol=1e-5)
+out.loss.backward()
+seen = set()
+for name, p in wrapped.named_parameters():
+    name = name.replace("_fsdp_wrapped_module.", "")
+    if p.grad is not None and p.grad.numel():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-6)
+        seen.add(name)
+assert seen == set(grads)
+torch.distributed.destroy_process_group()
+print("as without")
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_of_one_process(version):
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **world, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", FSDP, str(version)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "as without\n"
