@@ -106,8 +106,24 @@ Kernels<float> kernels_for<float>(Type type) {
 }
 
 template <>
+Kernels<float> kernels_for_few<float>(Type type) {
+  const Isa& isa = *choice().isa;
+  // Blocks of few lanes are transposed value by value.
+  const auto transpose = [](const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];
+  };
+  return {type == Type::bf16 && isa.bf16_few ? isa.bf16_few : isa.f32_few, isa.rows, isa.convert, transpose, type, l2_bytes()};
+}
+
+template <>
 Kernels<double> kernels_for<double>(Type type) {
   return {&microkernel_f64, &row_functions_f64, nullptr, nullptr, type, l2_bytes()};
+}
+
+template <>
+Kernels<double> kernels_for_few<double>(Type type) {
+  return kernels_for<double>(type);
 }
 
 }  // namespace cmoe::cpu

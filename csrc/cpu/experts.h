@@ -36,6 +36,13 @@ struct Bias {
   }
 };
 
+// The kernels of a forward pass: dot products where tokens are few and every weight lies along its inputs, as it is stored.
+template <class T>
+Kernels<T> forward_kernels(Type type, int64_t tokens, const Weight& first, const Weight& last) {
+  const bool dots = tokens <= few_tokens && first.along_inputs() && last.along_inputs() && !first.packed_expert;
+  return dots ? kernels_for_few<T>(type) : kernels_for<T>(type);
+}
+
 // A gradient [experts, rows, columns], contiguous, in the dtype of what it belongs to; or not wanted.
 struct Gradient {
   char* data = nullptr;

@@ -53,6 +53,11 @@ struct Kernels {
 template <class T>
 Kernels<T> kernels_for(Type type);  // dispatch.cpp
 
+// For products y = x W^T of few tokens with weights along k, where the instruction set has such a kernel.
+constexpr int64_t few_tokens = 4;
+template <class T>
+Kernels<T> kernels_for_few(Type type);
+
 constexpr int64_t longest_chunk = 512;
 constexpr int most_lanes = 32;
 
@@ -141,7 +146,7 @@ class Shared {
       : kernels_(kernels), side_(side), lanes_(lanes), segment_k_(k), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)), chunks_(chunks_of(*kernels.gemm, segments, k)),
         buffer_(bytes()) {
     // Such panels are written in part: what pads them must be zero before.
-    if (kernels.gemm->a_in_place && side == Side::a) std::memset(buffer_.get(), 0, bytes());
+    if (kernels.gemm->row_major[static_cast<int>(side)]) std::memset(buffer_.get(), 0, bytes());
   }
 
   int64_t bytes() const { return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.lanes(side_) * kernels_.element(); }
@@ -172,7 +177,7 @@ class Shared {
       const int64_t begin = std::max(first, chunk.k0), end = std::min(first + n, chunk.k0 + chunk.k);
       if (chunk.segment != segment || begin >= end) continue;
       const Operand from{{rows, ld * static_cast<int64_t>(sizeof(T)), type}, true};
-      if (kernels_.gemm->a_in_place && side_ == Side::a) {  // rows of the whole chunk: lane by lane
+      if (kernels_.gemm->row_major[static_cast<int>(side_)]) {  // rows of the whole chunk: lane by lane
         for (int lane = 0; lane < lanes; ++lane)
           kernels_.convert(type, rows + lane * ld + begin - first, kernels_.gemm->panel, at(panel, chunk) + (lane * chunk.padded + begin - chunk.k0) * kernels_.element(), end - begin);
         continue;
@@ -183,7 +188,7 @@ class Shared {
   }
 
  private:
-  const Kernels<T>& kernels_;
+  const Kernels<T> kernels_;
   Side side_;
   int64_t lanes_, segment_k_, panels_;
   std::vector<Chunk> chunks_;
@@ -292,8 +297,9 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk) -> OuterPanel {
     const Matrix& m = operand.matrix;
     if (operand.packed) return {packed_panel(operand, o) + chunk.k0 * ol * kernels.element(), chunk.padded * kernels.element()};
-    // Rows whose distance is a multiple of 4 KB would fall on too few sets of the L1 cache.
-    if (gemm.a_in_place && p.outer == Side::a && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && m.stride % 4096)
+    // Many rows whose distance is a multiple of 4 KB would fall on too few sets of the L1 cache.
+    const bool spread = ol <= 8 || m.stride % 4096;
+    if (p.outer == Side::a && gemm.row_major[0] && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && spread)
       return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
     pack_panels(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, packed, 0, conversion);
     return {packed, chunk.padded * kernels.element()};

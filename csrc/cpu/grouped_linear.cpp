@@ -8,12 +8,12 @@ namespace cmoe::cpu {
 
 template <class T>
 void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* scatter_idx, bool activated, char* y, char* u) {
-  const Kernels<T> kernels = kernels_for<T>(op.type);
-  const RowFunctions<T>& f = *kernels.rows;
   const int64_t threads = thread_count(), value = size_of(op.type);
   for (int64_t e = 0; e < op.experts; ++e) {
     const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
     if (n == 0) continue;
+    const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, op.w1);
+    const RowFunctions<T>& f = *kernels.rows;
     const Plan p = plan(kernels, Form::weights, op.w1.along_inputs(), op.outputs, n, threads);
     const Shared<T> x(kernels, p.shared, n, 1, op.inputs);
     pack_shared(kernels, x, {rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor), true}, threads);

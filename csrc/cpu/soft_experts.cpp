@@ -37,7 +37,7 @@ void gated_inputs(const Kernels<T>& kernels, const Experts<T>& op, const Gates<T
 
 template <class T>
 void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u) {
-  const Kernels<T> kernels = kernels_for<T>(op.type);
+  const Kernels<T> kernels = forward_kernels<T>(op.type, op.tokens, op.w1, op.last());
   const int64_t threads = thread_count(), value = size_of(op.type);
   const Weight& last = op.last();
   const Bias& last_bias = op.last_bias();

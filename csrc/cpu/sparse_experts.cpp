@@ -16,26 +16,27 @@ namespace cmoe::cpu {
 
 template <class T>
 void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weights, char* y, char* u) {
-  const Kernels<T> kernels = kernels_for<T>(op.type);
-  const RowFunctions<T>& f = *kernels.rows;
+  const RowFunctions<T>& f = *kernels_for<T>(op.type).rows;
   const int64_t threads = thread_count(), value = size_of(op.type), size = sizeof(T);
   const Weight& last = op.last();
 
   struct Expert {
     int64_t e, first, n;
+    Kernels<T> kernels;
     Plan in, out;
     std::unique_ptr<Shared<T>> x, h;
   };
   std::vector<Expert> active;
-  int64_t bytes = conversion_bytes(kernels), row_ld = 0;
+  int64_t bytes = 0, row_ld = 0;
   for (int64_t e = 0; e < op.experts; ++e) {
     const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
     if (n == 0) continue;
-    Expert a{e, first, n, plan(kernels, Form::weights, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
+    const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, last);
+    Expert a{e, first, n, kernels, plan(kernels, Form::weights, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
              plan(kernels, Form::weights, last.along_inputs(), op.outputs, n, threads), nullptr, nullptr};
     a.x = std::make_unique<Shared<T>>(kernels, op.w2 ? a.in.shared : a.out.shared, n, 1, op.inputs);
     if (op.w2) a.h = std::make_unique<Shared<T>>(kernels, a.out.shared, n, 1, op.hidden);
-    bytes = std::max({bytes, a.in.bytes(), a.out.bytes()});
+    bytes = std::max({bytes, conversion_bytes(kernels), a.in.bytes(), a.out.bytes()});
     row_ld = std::max({row_ld, a.in.row_ld, a.out.row_ld});
     active.push_back(std::move(a));
   }
@@ -57,29 +58,29 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
       T* const bias = reinterpret_cast<T*>(scratch[thread] + bytes);
       for (const Expert& a : active) {
         char* const conversion = scratch[thread] + a.in.outer_bytes + a.in.block_bytes + a.in.row_bytes;
-        const int64_t width = kernels.lanes(a.in.outer), panels = (op.hidden + width - 1) / width, step = op.gated ? a.in.outer_panels / 2 : a.in.outer_panels;
+        const int64_t width = a.kernels.lanes(a.in.outer), panels = (op.hidden + width - 1) / width, step = op.gated ? a.in.outer_panels / 2 : a.in.outer_panels;
         const Share share(panels, thread, threads);
         for (int64_t at = share.first; at < share.last; at += step) {
           Lanes lanes{at * width, std::min(op.hidden - at * width, std::min(step, share.last - at) * width)};
           const int64_t second = round_up(lanes.count, width);  // where the up part of a row begins
           if (op.gated) lanes.second = op.hidden + lanes.first;
-          op.b1.load(kernels, a.e, lanes.first, lanes.count, bias);
-          if (op.gated) op.b1.load(kernels, a.e, lanes.second, lanes.count, bias + second);
-          multiply_block(kernels, a.in, Form::weights, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
+          op.b1.load(a.kernels, a.e, lanes.first, lanes.count, bias);
+          if (op.gated) op.b1.load(a.kernels, a.e, lanes.second, lanes.count, bias + second);
+          multiply_block(a.kernels, a.in, Form::weights, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
                          [&](T* block, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
                            for (int r = 0; r < used; ++r) {
                              T* const row = block + r * ld;
                              char* const saved = u ? u + ((a.first + row0 + r) * op.first_outputs() + lanes.first) * value : nullptr;
-                             pre_activation(kernels, row, bias, n);
+                             pre_activation(a.kernels, row, bias, n);
                              if (saved) f.store(op.type, row, saved, n);
                              f.activate(op.activation, row, row, n);
                              if (op.gated) {
-                               pre_activation(kernels, row + second, bias + second, n);
+                               pre_activation(a.kernels, row + second, bias + second, n);
                                if (saved) f.store(op.type, row + second, saved + op.hidden * value, n);
                                f.multiply(row + second, row, n);
                              }
                            }
-                           a.h->write(row0 / kernels.lanes(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
+                           a.h->write(row0 / a.kernels.lanes(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
                          });
         }
       }
@@ -88,9 +89,9 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
   parallel(threads, [&](int64_t thread) {
     T* const bias = reinterpret_cast<T*>(scratch[thread] + bytes);
     for (const Expert& a : active)
-      blocks_of(kernels, a.out, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
-        op.last_bias().load(kernels, a.e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, a.out, Form::weights, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
+      blocks_of(a.kernels, a.out, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+        op.last_bias().load(a.kernels, a.e, lanes.first, lanes.count, bias);
+        multiply_block(a.kernels, a.out, Form::weights, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
                        [&](T* block, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            const int64_t i = a.first + row0 + r;

@@ -18,8 +18,8 @@ namespace {
 template <class T>
 class TaskRouter {
  public:
-  explicit TaskRouter(const Router<T>& op)
-      : op_(op), kernels_(kernels_for<T>(op.type)), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)), bias_(op.bias_rows ? 0 : bias_count(op)) {}
+  TaskRouter(const Router<T>& op, const Kernels<T>& kernels)
+      : op_(op), kernels_(kernels), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)), bias_(op.bias_rows ? 0 : bias_count(op)) {}
 
   static int64_t bias_count(const Router<T>& op) { return op.task_inputs ? op.groups * op.hidden : op.hidden; }
 
@@ -161,15 +161,16 @@ class TaskRouter {
       op_.b1.load(kernels_, 0, 0, op_.hidden, to);
       return;
     }
-    const Plan p = plan(kernels_, Form::weights, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
-    const Shared<T> task(kernels_, p.shared, op_.groups, 1, op_.task_inputs);
-    pack_shared(kernels_, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
+    const Kernels<T> kernels = forward_kernels<T>(op_.type, op_.groups, op_.w1_task, op_.w1_task);
+    const Plan p = plan(kernels, Form::weights, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
+    const Shared<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
+    pack_shared(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
     parallel(threads_, [&](int64_t thread) {
       T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
+      blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
         op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
-        multiply_block(kernels_, p, Form::weights, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
+        multiply_block(kernels, p, Form::weights, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
                        [&](T* block, int64_t ld, int64_t group0, int used, int64_t, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            f_.add(b1, block + r * ld, n);
@@ -337,17 +338,17 @@ class TaskRouter {
 
 template <class T>
 void task_router(const Router<T>& op, T* logits, char* u) {
-  TaskRouter<T>(op).forward(logits, u);
+  TaskRouter<T>(op, op.inputs ? forward_kernels<T>(op.type, op.tokens, op.w1, op.w1) : kernels_for<T>(op.type)).forward(logits, u);
 }
 
 template <class T>
 void task_router_backward(const Router<T>& op, const RouterGradients<T>& grads) {
-  TaskRouter<T>(op).backward(grads);
+  TaskRouter<T>(op, kernels_for<T>(op.type)).backward(grads);
 }
 
 template <class T>
 void task_router_bias(const Router<T>& op, T* bias) {
-  TaskRouter<T>(op).biases(bias);
+  TaskRouter<T>(op, forward_kernels<T>(op.type, op.groups, op.w1_task, op.w1_task)).biases(bias);
 }
 
 template void task_router_bias(const Router<float>&, float*);

@@ -157,7 +157,7 @@ static void begin_tiles() {
 }
 static void end_tiles() { _tile_release(); }
 
-constexpr Microkernel bf16_tiles = {Type::bf16, tile_lanes, tile_lanes, tile_k, 512, Side::a, true, true,
+constexpr Microkernel bf16_tiles = {Type::bf16, tile_lanes, tile_lanes, tile_k, 512, Side::a, {true, false}, true,
                                     {pack_a_rows, pack_b_rows}, {pack_a_columns, pack_b_columns}, begin_tiles, end_tiles,
                                     {multiply_amx<true>, multiply_amx<false>}};
 
@@ -165,6 +165,6 @@ constexpr Microkernel bf16_tiles = {Type::bf16, tile_lanes, tile_lanes, tile_k, 
 
 namespace cmoe::cpu {
 
-const Isa isa_amx = {"amx", &f32, &bf16_tiles, &row_functions, convert, transpose_avx512};
+const Isa isa_amx = {"amx", &f32, &bf16_tiles, &f32_few, &bf16_few, &row_functions, convert, transpose_avx512};
 
 }  // namespace cmoe::cpu

@@ -54,7 +54,7 @@ static void pack_rows_f32(const void* const* rows, int lanes, int64_t k, void* p
 }
 
 constexpr int a_lanes = 6, b_vectors = 2, b_lanes = 16;
-constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, false, false,
+constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, {false, false}, false,
                              {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>}, {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>}, nullptr, nullptr,
                              {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>}};
 
@@ -62,6 +62,6 @@ constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, false
 
 namespace cmoe::cpu {
 
-const Isa isa_avx2 = {"avx2", &f32, nullptr, &row_functions, convert, transpose_plain};
+const Isa isa_avx2 = {"avx2", &f32, nullptr, &f32_few, nullptr, &row_functions, convert, transpose_plain};
 
 }  // namespace cmoe::cpu

@@ -29,7 +29,7 @@ struct Microkernel {
   int k_step;           // depths of panels are multiples of this
   int k_chunk;          // depth at which a resident panel fills its share of the L1 cache
   Side weights;         // the operand that weights are in y = x W^T; b: the block is [tokens, weights]
-  bool a_in_place;      // an A panel is rows of k values at any stride: a matrix whose rows lie along k needs no packing
+  bool row_major[2];    // by side: a panel is rows of k values. Operand A is then read at any stride, and a matrix whose rows lie along k where it is
   bool outer_resident;  // the outer operand's panel stays in L1 while the shared operand streams by; else B's does
 
   // By side. Rows along k: one panel, `k` deep; rows[lane] points at the first k.
@@ -43,7 +43,7 @@ struct Microkernel {
   void (*end)();
 
   // block = A B^T over k (a multiple of k_step), or block += with add; `rows` lanes of A are in use. a_stride: bytes from one lane of A
-  // to the next where a_in_place. By the side of the resident operand.
+  // to the next where A is row-major. By the side of the resident operand.
   void (*multiply[2])(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int rows, bool add);
 };
 
@@ -67,6 +67,7 @@ struct Isa {
   const char* name;
   const Microkernel* f32;   // for fp32, and for half-precision types that have no kernel of their own
   const Microkernel* bf16;  // null: bf16 runs as fp32
+  const Microkernel *f32_few, *bf16_few;  // for few tokens, y = x W^T alone, W along k: dot products, W read once where it is
   const RowFunctions<float>* rows;
   void (*convert)(Type from, const void* source, Type to, void* target, int64_t n);  // fp32, bf16 and fp16
   void (*transpose)(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns);

@@ -65,6 +65,44 @@ static void multiply_plain(const void* a, int64_t a_stride, const void* b, void*
   multiply_rows<T, b_vectors, rows>(static_cast<const T*>(a), a_lanes, static_cast<const T*>(b), static_cast<T*>(block), k, add);
 }
 
+// --- few tokens: dot products of rows ---------------------------------------------------------------------------------------------------
+constexpr int few_lanes = 4;
+
+// Rows of `size` bytes a value, padded with zeros to a multiple of `step` values.
+template <int size, int step>
+static void pack_rows_few(const void* const* rows, int lanes, int64_t k, void* panel) {
+  const int64_t stride = (k + step - 1) / step * step * size;
+  char* to = static_cast<char*>(panel);
+  for (int lane = 0; lane < few_lanes; ++lane, to += stride) {
+    const int64_t used = lane < lanes ? k * size : 0;
+    if (used) memcpy(to, rows[lane], used);
+    memset(to + used, 0, stride - used);
+  }
+}
+
+[[maybe_unused]] static void multiply_few_f32(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int, bool add) {
+  const char* const rows = static_cast<const char*>(a);
+  const float* const columns = static_cast<const float*>(b);
+  vfloat sums[few_lanes][few_lanes] = {};
+  for (int64_t i = 0; i < k; i += width) {
+    vfloat column[few_lanes];
+#pragma GCC unroll 4
+    for (int c = 0; c < few_lanes; ++c) column[c] = load<vfloat>(columns + c * k + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < few_lanes; ++r) {
+      const vfloat row = load<vfloat>(rows + r * a_stride + i * 4);
+#pragma GCC unroll 4
+      for (int c = 0; c < few_lanes; ++c) sums[r][c] += row * column[c];
+    }
+  }
+  float* const to = static_cast<float*>(block);
+  for (int r = 0; r < few_lanes; ++r)
+    for (int c = 0; c < few_lanes; ++c) to[r * few_lanes + c] = total(sums[r][c]) + (add ? to[r * few_lanes + c] : 0.f);
+}
+[[maybe_unused]] constexpr Microkernel f32_few = {Type::f32, few_lanes, few_lanes, width, 512, Side::a, {true, true}, true,
+                                                  {pack_rows_few<4, width>, pack_rows_few<4, width>}, {nullptr, nullptr}, nullptr, nullptr,
+                                                  {multiply_few_f32, multiply_few_f32}};
+
 [[maybe_unused]] static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];
@@ -73,7 +111,7 @@ static void multiply_plain(const void* a, int64_t a_stride, const void* b, void*
 template <class T, int a_lanes, int b_vectors>
 constexpr Microkernel plain_microkernel(Type panel, int k_chunk) {
   constexpr int b_lanes = b_vectors * vector_bytes / sizeof(T);
-  return {panel, a_lanes, b_lanes, 1, k_chunk, Side::b, false, false,
+  return {panel, a_lanes, b_lanes, 1, k_chunk, Side::b, {false, false}, false,
           {pack_rows_plain<T, a_lanes>, pack_rows_plain<T, b_lanes>}, {pack_columns_plain<T, a_lanes>, pack_columns_plain<T, b_lanes>},
           nullptr, nullptr, {multiply_plain<T, b_vectors, a_lanes>, multiply_plain<T, b_vectors, a_lanes>}};
 }
