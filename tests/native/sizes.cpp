@@ -57,7 +57,7 @@ void shared_operands(Type type) {
   const Kernels<T> kernels = kernels_for<T>(type);
   const Plan p = plan(kernels, Form::weights, true, 8, int64_t{1} << 20, 1);
   const int64_t width = kernels.lanes(p.shared), value = size_of(type), k = 3000;
-  if (kernels.gemm->a_in_place && p.shared == Side::a) return;  // such panels are filled with zeros first: 6 GB of them
+  if (kernels.gemm->row_major[static_cast<int>(p.shared)]) return;  // such panels are filled with zeros first: 6 GB of them
   const int64_t lanes = ((int64_t{1} << 31) / k / width + 9) * width - 1;
   const Shared<T> shared(kernels, p.shared, lanes, 1, k);
   __int128 bytes = 0;
