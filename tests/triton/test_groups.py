@@ -44,7 +44,7 @@ def test_groups(experts):
 
 def test_more_blocks_than_one_program_scans_at_a_time(monkeypatch):
     monkeypatch.setattr(groups_triton, "TILE", 64)
-    check(torch.randint(0, 4, (560, 1)), 3, 560)
+    check(torch.randint(0, 4, (1100, 1)), 3, 1100)
 
 
 @pytest.mark.parametrize("expert", [0, 2, 3])
