@@ -4,44 +4,30 @@
 // the largest term lies in [1/2, 1], so a row of nothing but tiny sigmoids divides by a normal number, at one exponential per element.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include "blocks.h"
 
 namespace cmoe::cpu {
 
+// y = sigmoid(sign x) of a block [n, lanes].
 template <class A>
-A sigmoid(A l) {
-  return 1 / (1 + std::exp(-l));
+void sigmoid(const RowFunctions<A>& f, const A* x, int64_t n, A sign, A* y) {
+  for (int64_t i = 0; i < n * lanes; ++i) y[i] = x[i] * -sign;
+  f.exp(y, y, n * lanes);
+  for (int64_t i = 0; i < n * lanes; ++i) y[i] = 1 / (1 + y[i]);
 }
 
-// A maximum that keeps a NaN once it has seen one, so that "nothing but -inf" can be told from "-inf and NaN".
+// Of a block x [n, lanes]: the tails exp(c - x), and behind them exp(c), in tails [n + 1, lanes]. Lanes of nothing but -inf take c = `none`.
 template <class A>
-class Maximum {
- public:
-  void see(A l) { value_ = (l > value_ || l != l) ? l : value_; }
-  A value() const { return value_; }
-  bool none() const { return value_ == -std::numeric_limits<A>::infinity(); }
-
- private:
-  A value_ = -std::numeric_limits<A>::infinity();
-};
-
-template <class A>
-class ScaledSigmoid {
- public:
-  explicit ScaledSigmoid(A largest) : c_(std::min(largest, A(0))), exp_c_(c_ < 0 ? std::exp(c_) : A(1)) {}
-
-  A tail(A l) const { return std::exp(c_ - l); }
-  A value(A tail) const { return 1 / (exp_c_ + tail); }
-  A operator()(A l) const { return value(tail(l)); }
-
-  // sigmoid(-l), which is the derivative of log(sigmoid(l)). The product would be inf * 0 for a tail that overflows, hence the branch;
-  // neither side cancels.
-  A derivative(A l, A tail) const { return l > 0 ? tail * value(tail) : 1 - exp_c_ * value(tail); }
-
- private:
-  A c_, exp_c_;
-};
+void sigmoid_tails(const RowFunctions<A>& f, const A* x, int64_t n, A none, A* tails) {
+  using V = Vector<A>;
+  each_vector<A>([&](int64_t lane) {
+    const typename V::type zero{}, top = greatest(x + lane, n);
+    typename V::type c = top > zero ? zero : top;
+    c = c == zero - infinity<A> ? zero + none : c;
+    for (int64_t i = 0; i < n; ++i) V::store(tails + i * lanes + lane, c - V::load(x + i * lanes + lane));
+    V::store(tails + n * lanes + lane, c);
+  });
+  f.exp(tails, tails, (n + 1) * lanes);
+}
 
 }  // namespace cmoe::cpu

@@ -7,19 +7,20 @@
 //                        renormalize:  dpicked_i = weighted_i - weights_i / scale * total, else dpicked_i = weighted_i;
 //                        sigmoid:      dpicked_i *= sigmoid(-l_i);  softmax over all:  dlogits_e = -softmax(l)_e * total, then + dpicked
 //
-// Memory plan: choosing and weighing are two loops over the rows, each compiled for one dtype (selection and logits may differ) and not for
-// every pair of them; logits [T, E] are small beside the tokens they come from, so reading them twice is nothing. The k best are kept as a heap
-// inside the row of the output, O(E log k) for any E and k, without scratch; the softmax over all experts takes E values per thread. Counts are
-// integers per chunk of rows, summed at the end: no atomics, the same for any number of threads. Backward recomputes the weights from logits and
-// indices, so that these two are all it needs saved.
+// Memory plan: 16 rows are computed side by side, in a block that stays in the first-level cache; some blocks of [E, 16] and [K, 16] values per
+// thread are all the scratch. Choosing and weighing are two loops over the rows, each compiled for one dtype (selection and logits may differ)
+// and not for every pair of them; logits [T, E] are small beside the tokens they come from, so reading them twice is nothing. Choosing takes
+// k scans of a block; for a large k a heap inside the row of the output, O(E log k). Counts are integers per chunk of rows, summed at the end:
+// no atomics, the same for any number of threads. Backward recomputes the weights from logits and indices, so that these two are all it needs
+// saved.
 
 #include <atomic>
 #include <limits>
 
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "blocks.h"
 #include "ops.h"
-#include "rows.h"
 #include "sigmoid.h"
 #include "tensors.h"
 
@@ -35,7 +36,7 @@ Score take_score(OwnedString handle) {
 }
 
 template <class S>
-void choose(const Rows<S>& rank, int64_t t, int64_t experts, int64_t k, int64_t* best, int32_t* counts) {
+void choose_by_heap(const Rows<S>& rank, int64_t t, int64_t experts, int64_t k, int64_t* best) {
   // A total order: the k first are the same whatever order they are met in.
   const auto before = [&](int64_t a, int64_t b) {
     const auto x = rank(t, a), y = rank(t, b);
@@ -52,58 +53,119 @@ void choose(const Rows<S>& rank, int64_t t, int64_t experts, int64_t k, int64_t*
   }
   std::sort_heap(best, best + k, before);
   for (int64_t i = 0; i < k; ++i) {
-    if (rank(t, best[i]) == -std::numeric_limits<accumulate_t<S>>::infinity()) {
-      best[i] = experts;
-    } else {
-      ++counts[best[i]];
+    if (rank(t, best[i]) == -infinity<accumulate_t<S>>) best[i] = experts;
+  }
+}
+
+// Scans with which choosing among E experts still beats the heap.
+constexpr int64_t most_scans = 16;
+
+// The k experts of each lane into best [k, 16]; keys [E, 16] are scratch.
+template <class A>
+void choose_by_scans(const A* rank, int64_t experts, int64_t k, typename Vector<A>::Integer* keys, typename Vector<A>::Integer* best) {
+  using V = Vector<A>;
+  using I = typename V::Integer;
+  using Keys = typename V::mask;
+  constexpr I sign = std::numeric_limits<I>::min(), rest = std::numeric_limits<I>::max();
+  each_vector<A>([&](int64_t lane) {
+    for (int64_t e = 0; e < experts; ++e) {
+      // Integers in the order of the numbers: those below zero fall as their bits rise; adding 0 makes -0 equal 0.
+      const auto v = V::load(rank + e * lanes + lane) + A(0);
+      Keys bits;
+      __builtin_memcpy(&bits, &v, sizeof bits);
+      const Keys key = bits < 0 ? bits ^ rest : bits;
+      V::store(keys + e * lanes + lane, v != v ? Keys{} + rest : key);
     }
-  }
-}
-
-// softmax(l[t]) into p, zeros where every logit is -inf.
-template <class L, class A>
-void softmax(const Rows<L>& l, int64_t t, int64_t experts, A* p) {
-  Maximum<A> largest;
-  for (int64_t e = 0; e < experts; ++e) largest.see(l(t, e));
-  if (largest.none()) {
-    std::fill_n(p, experts, A(0));
-    return;
-  }
-  sum_t sum = 0;
-  for (int64_t e = 0; e < experts; ++e) sum += p[e] = std::exp(l(t, e) - largest.value());
-  const A total = static_cast<A>(sum);
-  for (int64_t e = 0; e < experts; ++e) p[e] /= total;
-}
-
-// The weights of the chosen, before the scale. p [E] is scratch, and on return softmax(l[t]) where that is the score.
-template <class L, class A>
-void weigh(const Rows<L>& l, int64_t t, int64_t experts, const int64_t* chosen, int64_t k, Score score, bool renormalize, A* p, A* weights) {
-  if (!renormalize) {
-    if (score == Score::softmax) softmax(l, t, experts, p);
+    const typename V::type least = typename V::type{} - infinity<A>;
+    Keys none;
+    __builtin_memcpy(&none, &least, sizeof none);
+    none ^= rest;
+    Keys taken = Keys{} - 1;
     for (int64_t i = 0; i < k; ++i) {
-      const int64_t e = chosen[i];
-      weights[i] = e == experts ? A(0) : score == Score::softmax ? p[e] : sigmoid(l(t, e));
+      Keys top = Keys{} + sign, at = Keys{};
+      for (int64_t e = 0; e < experts; ++e) {
+        Keys key = V::load(keys + e * lanes + lane);
+        key = taken == static_cast<I>(e) ? Keys{} + sign : key;
+        V::store(keys + e * lanes + lane, key);
+        const Keys better = key > top;
+        top = better ? key : top;
+        at = better ? Keys{} + static_cast<I>(e) : at;
+      }
+      V::store(best + i * lanes + lane, top == none ? Keys{} + static_cast<I>(experts) : at);
+      taken = at;
     }
-    return;
-  }
-  Maximum<A> largest;
-  for (int64_t i = 0; i < k; ++i) {
-    if (chosen[i] != experts) largest.see(l(t, chosen[i]));
-  }
-  if (largest.none()) {
-    std::fill_n(weights, k, A(0));
-    return;
-  }
-  const ScaledSigmoid<A> scaled(largest.value());
-  sum_t sum = 0;
-  for (int64_t i = 0; i < k; ++i) {
-    const int64_t e = chosen[i];
-    weights[i] = e == experts ? A(0) : score == Score::softmax ? std::exp(l(t, e) - largest.value()) : scaled(l(t, e));
-    sum += weights[i];
-  }
-  const A total = static_cast<A>(sum);
-  for (int64_t i = 0; i < k; ++i) weights[i] /= total;
+  });
 }
+
+// What weighing needs of a block, and where: picked, weights [K, 16]; all [E, 16] and tails [E + K + 1, 16] are scratch.
+template <class A>
+struct Weighing {
+  const RowFunctions<A>& f;
+  Score score;
+  bool renormalize;
+  int64_t experts, k;
+  A *picked, *weights, *all, *tails;
+
+  static int64_t size(int64_t experts, int64_t k) { return (3 * k + 2 * experts + 1) * lanes; }
+  Weighing(const RowFunctions<A>& functions, Score s, bool divide, int64_t e, int64_t chosen, A* scratch)
+      : f(functions), score(s), renormalize(divide), experts(e), k(chosen), picked(scratch), weights(picked + k * lanes), all(weights + k * lanes), tails(all + experts * lanes) {}
+
+  // x [n, 16] to its softmax over n; zeros in the lanes of nothing but -inf.
+  void softmax(const A* x, int64_t n, A* y) const {
+    using V = Vector<A>;
+    each_vector<A>([&](int64_t lane) {
+      const auto largest = greatest(x + lane, n);
+      const auto shift = largest == typename V::type{} - infinity<A> ? typename V::type{} : largest;
+      for (int64_t i = 0; i < n; ++i) V::store(y + i * lanes + lane, V::load(x + i * lanes + lane) - shift);
+    });
+    f.exp(y, y, n * lanes);
+    divide(n, y);
+  }
+
+  // The weights of the chosen before the scale, in `weights`; softmax without renormalizing also leaves that of all experts in `all`.
+  template <class L>
+  void operator()(const Rows<L>& l, int64_t first, int64_t rows, const int64_t* chosen) const {
+    using V = Vector<A>;
+    for (int64_t r = 0; r < lanes; ++r) {
+      const int64_t row = std::min(r, rows - 1);
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t e = chosen[row * k + i];
+        picked[i * lanes + r] = e == experts ? -infinity<A> : l(first + row, e);
+      }
+    }
+    if (score == Score::sigmoid && !renormalize) {
+      sigmoid(f, picked, k, A(1), weights);
+    } else if (score == Score::sigmoid) {
+      sigmoid_tails(f, picked, k, A(0), tails);
+      each_vector<A>([&](int64_t lane) {
+        for (int64_t i = 0; i < k; ++i) V::store(weights + i * lanes + lane, 1 / (V::load(tails + k * lanes + lane) + V::load(tails + i * lanes + lane)));
+      });
+      divide(k, weights);
+    } else if (renormalize) {
+      softmax(picked, k, weights);
+    } else {
+      read_block(l, first, rows, experts, tails);
+      softmax(tails, experts, all);
+      for (int64_t r = 0; r < lanes; ++r)
+        for (int64_t i = 0; i < k; ++i) {
+          const int64_t e = chosen[std::min(r, rows - 1) * k + i];
+          weights[i * lanes + r] = e == experts ? A(0) : all[e * lanes + r];
+        }
+    }
+  }
+
+ private:
+  // y by its sum over n, where it has one.
+  static void divide(int64_t n, A* y) {
+    using V = Vector<A>;
+    each_vector<A>([&](int64_t lane) {
+      Sum<A> sum;
+      for (int64_t i = 0; i < n; ++i) sum.add(V::load(y + i * lanes + lane));
+      const auto total = sum.value() == typename V::type{} ? typename V::type{} + 1 : sum.value();
+      for (int64_t i = 0; i < n; ++i) V::store(y + i * lanes + lane, V::load(y + i * lanes + lane) / total);
+    });
+  }
+};
 
 void require_indices(const Tensor& indices, int64_t experts) {
   const auto* data = static_cast<const int64_t*>(indices.const_data_ptr());
@@ -131,22 +193,43 @@ std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedStri
 
   const Tensor& ranking = selection ? *selection : logits;
   dispatch_float(selection ? "selection" : "logits", ranking, [&](auto zero) {
+    using A = accumulate_t<decltype(zero)>;
+    using I = typename Vector<A>::Integer;
     const Rows<decltype(zero)> rank(ranking);
+    const bool scans = k <= most_scans;
+    Scratch<A> values(chunks, scans ? experts * lanes : 0);
+    Scratch<I> integers(chunks, scans ? (experts + k) * lanes : 0);
     chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) choose(rank, t, experts, k, chosen + t * k, chunk_counts[chunk]);
+      A* const x = values[chunk];
+      I *const keys = integers[chunk], *const best = keys + experts * lanes;
+      int32_t* const counted = chunk_counts[chunk];
+      each_block(first, last, [&](int64_t t, int64_t rows) {
+        if (scans) {
+          read_block(rank, t, rows, experts, x);
+          choose_by_scans(x, experts, k, keys, best);
+          write_block(best, rows, k, chosen + t * k);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) choose_by_heap(rank, t + r, experts, k, chosen + (t + r) * k);
+        }
+        for (int64_t i = t * k; i < (t + rows) * k; ++i) {
+          if (chosen[i] != experts) ++counted[chosen[i]];
+        }
+      });
     });
   });
   dispatch_float("logits", logits, [&](auto zero) {
     using A = accumulate_t<decltype(zero)>;
     const Rows<decltype(zero)> l(logits);
     A* const out = static_cast<A*>(weights.mutable_data_ptr());
-    Scratch<A> scratch(chunks, experts);
+    const RowFunctions<A>& f = row_functions_here<A>();
+    Scratch<A> scratch(chunks, Weighing<A>::size(experts, k));
     chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        A* const row = out + t * k;
-        weigh(l, t, experts, chosen + t * k, k, score, renormalize, scratch[chunk], row);
-        for (int64_t i = 0; i < k; ++i) row[i] *= static_cast<A>(scale);
-      }
+      const Weighing<A> weigh(f, score, renormalize, experts, k, scratch[chunk]);
+      each_block(first, last, [&](int64_t t, int64_t rows) {
+        weigh(l, t, rows, chosen + t * k);
+        for (int64_t i = 0; i < k * lanes; ++i) weigh.weights[i] *= static_cast<A>(scale);
+        write_block(weigh.weights, rows, k, out + t * k);
+      });
     });
   });
 
@@ -179,37 +262,50 @@ Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedS
     const Rows<L> l(logits);
     const Rows<A> dw(dweights_exact);
     L* const out = static_cast<L*>(dlogits.mutable_data_ptr());
+    using V = Vector<A>;
+    const RowFunctions<A>& f = row_functions_here<A>();
     const Chunks chunks(tokens, experts + k);
-    Scratch<A> scratch(chunks, experts + k);
+    Scratch<A> scratch(chunks, Weighing<A>::size(experts, k) + (k + 1) * lanes);
     chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      A* const row = scratch[chunk];
-      A* const w = row + experts;
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t* const picked = chosen + t * k;
-        if (std::any_of(picked, picked + k, [&](int64_t e) { return e < 0 || e > experts; })) {
-          bad_index = true;
-          return;
-        }
-        weigh(l, t, experts, picked, k, score, renormalize, row, w);
-        sum_t sum = 0;
-        for (int64_t i = 0; i < k; ++i) {
-          if (picked[i] != experts) sum += dw(t, i) * static_cast<A>(scale) * w[i];
-        }
-        const A total = static_cast<A>(sum);
-        if (score == Score::softmax && !renormalize) {
-          for (int64_t e = 0; e < experts; ++e) row[e] *= -total;
-        } else {
-          std::fill_n(row, experts, A(0));
-        }
-        for (int64_t i = 0; i < k; ++i) {
-          const int64_t e = picked[i];
-          if (e == experts) continue;
-          const A weighted = dw(t, i) * static_cast<A>(scale) * w[i];
-          const A dpicked = renormalize ? weighted - w[i] * total : weighted;
-          row[e] += score == Score::sigmoid ? dpicked * sigmoid(-l(t, e)) : dpicked;
-        }
-        for (int64_t e = 0; e < experts; ++e) out[t * experts + e] = static_cast<L>(row[e]);
+      const Weighing<A> weigh(f, score, renormalize, experts, k, scratch[chunk]);
+      A *const d = scratch[chunk] + Weighing<A>::size(experts, k), *const totals = d + k * lanes;
+      if (std::any_of(chosen + first * k, chosen + last * k, [&](int64_t e) { return e < 0 || e > experts; })) {
+        bad_index = true;
+        return;
       }
+      each_block(first, last, [&](int64_t t, int64_t rows) {
+        const int64_t* const picked = chosen + t * k;
+        weigh(l, t, rows, picked);
+        read_block(dw, t, rows, k, d);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < k; ++i) {
+            if (picked[r * k + i] == experts) d[i * lanes + r] = 0;
+          }
+        each_vector<A>([&](int64_t lane) {
+          Sum<A> sum;
+          for (int64_t i = 0; i < k; ++i) {
+            const auto weighted = V::load(d + i * lanes + lane) * static_cast<A>(scale) * V::load(weigh.weights + i * lanes + lane);
+            sum.add(weighted);
+            V::store(d + i * lanes + lane, weighted);
+          }
+          V::store(totals + lane, sum.value());
+          if (renormalize) {
+            for (int64_t i = 0; i < k; ++i) V::store(d + i * lanes + lane, V::load(d + i * lanes + lane) - V::load(weigh.weights + i * lanes + lane) * sum.value());
+          }
+        });
+        if (score == Score::sigmoid) {
+          sigmoid(f, weigh.picked, k, A(-1), weigh.tails);
+          for (int64_t i = 0; i < k * lanes; ++i) d[i] *= weigh.tails[i];
+        }
+        const bool all = score == Score::softmax && !renormalize;
+        for (int64_t e = 0; e < experts; ++e)
+          for (int64_t r = 0; r < lanes; ++r) weigh.all[e * lanes + r] = all ? weigh.all[e * lanes + r] * -totals[r] : A(0);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < k; ++i) {
+            if (picked[r * k + i] != experts) weigh.all[picked[r * k + i] * lanes + r] += d[i * lanes + r];
+          }
+        write_block(weigh.all, rows, experts, out + t * experts);
+      });
     });
   });
   if (bad_index) require_indices(indices_dense, experts);

@@ -61,6 +61,7 @@ struct RowFunctions {
   void (*axpy)(T s, const T* x, T* y, int64_t n);                                                // y += s x
   T (*dot)(const T* x, const T* y, int64_t n);
   T (*exp_shifted)(const T* x, T shift, T* y, int64_t n);                                        // y = exp(x - shift); returns the sum of y
+  void (*exp)(const T* x, T* y, int64_t n);                                                      // y = exp(x)
 };
 
 struct Isa {

@@ -305,8 +305,11 @@ static float exp_shifted_row(const float* x, float shift, float* y, int64_t n) {
   });
   return total(s);
 }
+static void exp_row(const float* x, float* y, int64_t n) {
+  each(n, [&](int64_t i, int count) { store_part(y + i, exponential(load_part(x + i, count)), count); });
+}
 
 constexpr RowFunctions<float> row_functions = {load_row,     store_row,  round_row, activate_row, activate_backward_row, add_row,
-                                               multiply_row, scale_row, axpy_row,  dot_row,      exp_shifted_row};
+                                               multiply_row, scale_row, axpy_row,  dot_row,      exp_shifted_row,       exp_row};
 
 }  // namespace

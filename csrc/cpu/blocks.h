@@ -1,0 +1,110 @@
+// Blocks of rows, turned so that 16 rows lie side by side: rows of a router are too short (5 or 8 experts) to fill vectors along themselves.
+//
+// A block is [columns, 16] in the type of the computation. A lane is computed alike wherever it stands, so results depend neither on where
+// a thread's rows begin nor on what fills up the last block, which is its last row again.
+#pragma once
+
+#include <limits>
+
+#include "dispatch.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace cmoe::cpu {
+
+constexpr int64_t lanes = 16;
+
+template <class A>
+constexpr A infinity = std::numeric_limits<A>::infinity();
+
+// Vectors that every processor of an architecture has; a block is a few of them wide.
+template <class A>
+struct Vector {
+  using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  typedef A type __attribute__((vector_size(16)));
+  typedef Integer mask __attribute__((vector_size(16)));
+  static constexpr int64_t width = 16 / sizeof(A);
+
+  static type load(const A* p) {
+    type v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(A* p, type v) { __builtin_memcpy(p, &v, sizeof v); }
+  static mask load(const Integer* p) {
+    mask v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(Integer* p, mask v) { __builtin_memcpy(p, &v, sizeof v); }
+};
+
+// f(lane) for each vector of a block's row.
+template <class A, class F>
+inline void each_vector(const F& f) {
+  for (int64_t lane = 0; lane < lanes; lane += Vector<A>::width) f(lane);
+}
+
+// The greatest of each lane's n values; a NaN stays one, so that "nothing but -inf" can be told from "-inf and NaN".
+template <class A>
+inline typename Vector<A>::type greatest(const A* x, int64_t n) {
+  using V = Vector<A>;
+  typename V::type top = typename V::type{} - infinity<A>;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto v = V::load(x + i * lanes);
+    top = (v > top) | (v != v) ? v : top;
+  }
+  return top;
+}
+
+// Kahan's sum: over hundreds of experts it is as exact as torch's pairwise one.
+template <class A>
+class Sum {
+ public:
+  using V = typename Vector<A>::type;
+  void add(V v) {
+    const V corrected = v - lost_, next = value_ + corrected;
+    lost_ = (next - value_) - corrected;
+    value_ = next;
+  }
+  V value() const { return value_; }
+
+ private:
+  V value_{}, lost_{};
+};
+
+template <class L>
+void read_block(const Rows<L>& rows, int64_t first, int64_t n, int64_t columns, accumulate_t<L>* to) {
+  if (n == lanes) {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < lanes; ++r) to[c * lanes + r] = rows(first + r, c);
+  } else {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < lanes; ++r) to[c * lanes + r] = rows(first + std::min(r, n - 1), c);
+  }
+}
+
+template <class T, class A>
+void write_block(const A* from, int64_t n, int64_t columns, T* to) {
+  if (n == lanes) {
+    for (int64_t r = 0; r < lanes; ++r)
+      for (int64_t c = 0; c < columns; ++c) to[r * columns + c] = static_cast<T>(from[c * lanes + r]);
+  } else {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < columns; ++c) to[r * columns + c] = static_cast<T>(from[c * lanes + r]);
+  }
+}
+
+// f(first row, rows) of each block in the rows first..last-1.
+template <class F>
+void each_block(int64_t first, int64_t last, const F& f) {
+  for (int64_t t = first; t < last; t += lanes) f(t, std::min(lanes, last - t));
+}
+
+template <class A>
+const RowFunctions<A>& row_functions_here() {
+  STD_TORCH_CHECK(isa_error().empty(), isa_error());
+  return *kernels_for<A>(sizeof(A) == 8 ? Type::f64 : Type::f32).rows;
+}
+
+}  // namespace cmoe::cpu
