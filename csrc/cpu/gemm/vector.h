@@ -62,9 +62,10 @@ INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return (vfloat)((mask &
 INLINE vfloat least(vfloat x, float high) { return select((vint)(x < splat(high)), x, splat(high)); }
 INLINE vfloat absolute(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 
-INLINE vfloat exponential(vfloat x) {
+// Zero below `lowest`; from -104 on results are the subnormal numbers, which cost time where they are many.
+INLINE vfloat exponential(vfloat x, float lowest = -87.3f) {
   // A NaN passes: every comparison with it is false.
-  const vfloat clamped = least(select((vint)(x < splat(-87.3f)), splat(-87.3f), x), 88.72f);
+  const vfloat clamped = least(select((vint)(x < splat(lowest)), splat(lowest), x), 88.72f);
   const vfloat shift = splat(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const vfloat shifted = clamped * 1.44269504f + shift;
   const vfloat n = shifted - shift;
@@ -79,7 +80,7 @@ INLINE vfloat exponential(vfloat x) {
   // 2^n in two factors: 2^128 is no float, and the largest results need it.
   const vint half = ((vint)shifted - (vint)shift) >> 1, rest = ((vint)shifted - (vint)shift) - half;
   const vfloat e = p * (vfloat)((half + 127) << 23) * (vfloat)((rest + 127) << 23);
-  const vfloat in_range = select((vint)(x < splat(-87.3f)), splat(0.f), e);
+  const vfloat in_range = select((vint)(x < splat(lowest)), splat(0.f), e);
   return select((vint)(x != x), x, select((vint)(x > splat(88.72f)), splat(INFINITY), in_range));
 }
 
@@ -306,7 +307,7 @@ static float exp_shifted_row(const float* x, float shift, float* y, int64_t n) {
   return total(s);
 }
 static void exp_row(const float* x, float* y, int64_t n) {
-  each(n, [&](int64_t i, int count) { store_part(y + i, exponential(load_part(x + i, count)), count); });
+  each(n, [&](int64_t i, int count) { store_part(y + i, exponential(load_part(x + i, count), -104.f), count); });
 }
 
 constexpr RowFunctions<float> row_functions = {load_row,     store_row,  round_row, activate_row, activate_backward_row, add_row,
