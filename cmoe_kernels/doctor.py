@@ -66,7 +66,7 @@ def _ops(device: str) -> str:
 
 
 def _settings() -> str:
-    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK")
+    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK", "CMOE_AUTOTUNE")
     return _table([(name, os.environ.get(name, "not set")) for name in names])
 
 

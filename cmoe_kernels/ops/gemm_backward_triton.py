@@ -1,12 +1,10 @@
-"""The backward products of expert layers.
+"""The backward products of expert layers that give gradients of rows and of gates.
 
 ``gemm_bwd_du_kernel`` is one product with everything that hangs on it in its epilogue: dh = dy @ w2[e] stays in the accumulator, is
 multiplied there by h = act(u) and summed over the tile's columns (the gate's gradient: one number per row and column tile, added later
 in a fixed order, no atomics), becomes du, and leaves a = weight * h for the weights' gradient. Expert outputs are never stored.
-``gemm_bwd_dw_kernel`` gives each expert's weight gradient to tiles of [BM, BN] that loop over the expert's rows, gathered by the loads:
-no row is copied, no two programs meet, and an expert without rows writes zeros. The bias's gradient is summed by the programs of the
-first column tile in a loop of their own, so that the loop of products stays free of reductions.
-dx is a forward product (``linear``, ``linear_sum``) with transposed strides.
+``gemm_bwd_mix_kernel`` does the same for dense experts of a single layer: dy @ w1[e] gives both the gate's gradient, by its product with
+x, and its share of dx, so the experts are gone through once. dx of other layers is a forward product with transposed strides.
 """
 
 import torch
@@ -15,7 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from cmoe_kernels.ops.activation_triton import activate, derivative
-from cmoe_kernels.ops.gemm_triton import GROUP, TL_DTYPES, launch, precision, source_rows, strides, tile_for, tile_order, tile_rows
+from cmoe_kernels.ops.tiles_triton import (
+    TL_DTYPES,
+    count_row_tiles,
+    launch,
+    load_rows,
+    load_weights,
+    operand,
+    reads_by_tma,
+    source_rows,
+    strides,
+    tile_order,
+    tile_rows,
+)
+from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
 
 
 @triton.jit
@@ -24,110 +35,97 @@ def gemm_bwd_du_kernel(
     rows, width, depth, experts,
     sd_r, sd_k, sw_e, sw_n, sw_k, su_r, su_e, su_n, ss_r, ss_e, so_r, so_e, sh_r, sh_e, sp_n, sp_r, sp_e,
     DIV: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EP: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, D_TMA: tl.constexpr, W_TMA: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dh = dy @ w[e]; parts = sum over n of dh * act(u); du = scale * dh * act'(u); h = scale * act(u). ACT None: u is a row of x."""
-    tiles_n = tl.cdiv(width, BN)
-    tile_m, tile_n = tile_order(tl.program_id(0), tl.num_programs(0) // tiles_n, tiles_n, GROUP)
-    expert, first, end = tile_rows(tile_m, offsets, rows, experts, EP, BM)
-    if first >= end:
-        return
-    r = first + tl.arange(0, BM)
-    live = r < end
-    source, served = source_rows(gather, r, live & (expert < experts), rows, DIV)
-    n = tile_n * BN + tl.arange(0, BN)
+    tiles_m, tiles_n = count_row_tiles(offsets, rows, experts, EP, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK)
-    far_r, far_n, far_e = r.to(tl.int64), n.to(tl.int64), expert.to(tl.int64)
-    ds = dy + source[:, None] * sd_r + k[None, :] * sd_k
-    ws = w + far_e * sw_e + far_n[None, :] * sw_n + k[:, None] * sw_k
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, tl.where(expert < experts, depth, 0), BK):
-        d = tl.load(ds, mask=served[:, None] & (k[None, :] < depth - start), other=0.0)
-        v = tl.load(ws, mask=(n[None, :] < width) & (k[:, None] < depth - start), other=0.0)
-        acc = tl.dot(d.to(OPERAND), v.to(OPERAND), acc, input_precision=PRECISION)
-        ds += BK * sd_k
-        ws += BK * sw_k
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
+        expert, first, end = tile_rows(tile_m, offsets, rows, experts, EP, BM)
+        known = expert < experts
+        r = first + tl.arange(0, BM)
+        live = r < end
+        source, served = source_rows(gather, r, live & known, rows, DIV)
+        n = tile_n * BN + tl.arange(0, BN)
+        columns = n < width
+        far_r, far_n, far_e = r.to(tl.int64), n.to(tl.int64), expert.to(tl.int64)
+        ds = None if D_TMA is not None else dy + source[:, None] * sd_r + k[None, :] * sd_k
+        ws = None if W_TMA is not None else w + far_e * sw_e + far_n[None, :] * sw_n + k[:, None] * sw_k
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, tl.where(known, depth, 0), BK):
+            d = load_rows(dy, ds, 0, first, start, served, depth, sd_k, BM, BK, D_TMA)
+            v = load_weights(w, ws, expert, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
+            acc = tl.dot(d.to(OPERAND), v.to(OPERAND), acc, input_precision=PRECISION)
 
-    inside = served[:, None] & (n < width)[None, :]
-    written = live[:, None] & (n < width)[None, :]
-    if u is not None:
-        us = u + (source if ACT is None else far_r)[:, None] * su_r + far_e * su_e + far_n[None, :] * su_n
-        pre = tl.load(us, mask=inside, other=0.0).to(tl.float32)
-        act = activate(pre, ACT)
-        if GATED:
-            up = tl.load(us + width, mask=inside, other=0.0).to(tl.float32)
-    if parts is not None:
-        sums = tl.sum(acc * act * up, 1) if GATED else tl.sum(acc * act, 1)
-        tl.store(parts + tile_n.to(tl.int64) * sp_n + far_r * sp_r + far_e * sp_e, sums, mask=live)
-    if scale is not None:
-        s = tl.load(scale + far_r * ss_r + far_e * ss_e, mask=served, other=0.0)[:, None]
-        acc *= s
-    if h is not None:
-        value = act * up if GATED else act
+        # A descriptor's rows past the end, and those of a wrong index, are no rows.
+        acc = tl.where(served[:, None], acc, 0.0)
+        inside = served[:, None] & columns[None, :]
+        written = live[:, None] & columns[None, :]
+        if u is not None:
+            us = u + (source if ACT is None else far_r)[:, None] * su_r + far_e * su_e + far_n[None, :] * su_n
+            pre = tl.load(us, mask=inside, other=0.0).to(tl.float32)
+            act = activate(pre, ACT)
+            if GATED:
+                up = tl.load(us + width, mask=inside, other=0.0).to(tl.float32)
+        if parts is not None:
+            sums = tl.sum(acc * act * up, 1) if GATED else tl.sum(acc * act, 1)
+            tl.store(parts + tile_n.to(tl.int64) * sp_n + far_r * sp_r + far_e * sp_e, sums, mask=live)
         if scale is not None:
-            value *= s
-        tl.store(h + far_r[:, None] * sh_r + far_e * sh_e + far_n[None, :], value.to(h.dtype.element_ty), mask=written)
-    if du is not None:
-        target, stored = source_rows(scatter, r, live, rows, 1)
-        outs = du + target[:, None] * so_r + far_e * so_e + far_n[None, :]
-        written = stored[:, None] & (n < width)[None, :]
-        if GATED:
-            tl.store(outs + width, (acc * act).to(du.dtype.element_ty), mask=written)
-            acc *= up
-        if ACT is not None:
-            acc *= derivative(pre, ACT)
-        tl.store(outs, acc.to(du.dtype.element_ty), mask=written)
+            s = tl.load(scale + far_r * ss_r + far_e * ss_e, mask=served, other=0.0)[:, None]
+            acc *= s
+        if h is not None:
+            value = act * up if GATED else act
+            if scale is not None:
+                value *= s
+            tl.store(h + far_r[:, None] * sh_r + far_e * sh_e + far_n[None, :], value.to(h.dtype.element_ty), mask=written)
+        if du is not None:
+            target, stored = source_rows(scatter, r, live, rows, 1)
+            outs = du + target[:, None] * so_r + far_e * so_e + far_n[None, :]
+            written = stored[:, None] & columns[None, :]
+            if GATED:
+                tl.store(outs + width, (acc * act).to(du.dtype.element_ty), mask=written)
+                acc *= up
+            if ACT is not None:
+                acc *= derivative(pre, ACT)
+            tl.store(outs, acc.to(du.dtype.element_ty), mask=written)
 
 
 @triton.jit
-def gemm_bwd_dw_kernel(
-    p, q, scale, dw, db, offsets, p_index, q_index,
-    rows, height, width,
-    sp_r, sp_e, sp_m, sq_r, sq_e, sq_n, ss_r, ss_e, sw_e, sw_m, sw_n, sb_e,
-    P_DIV: tl.constexpr, Q_DIV: tl.constexpr, SCALE: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+def gemm_bwd_mix_kernel(
+    dy, w, x, gates, dx, parts,
+    rows, width, depth, experts,
+    sd_r, sd_k, sw_e, sw_n, sw_k, sx_r, sx_n, sg_r, sg_e, so_r,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, D_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] = sum over rows of p[r]^T q[r]; db[e] = sum of scale[r] * p[r]; SCALE: scale[r] * p[r] in dw too."""
-    tiles_m, tiles_n = tl.cdiv(height, BM), 1 if dw is None else tl.cdiv(width, BN)
-    pid = tl.program_id(0)
-    expert = (pid // (tiles_m * tiles_n)).to(tl.int64)
-    tile_m, tile_n = tile_order(pid % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
-    first, end = 0, rows
-    if offsets is not None:
-        first = tl.maximum(tl.load(offsets + expert), 0)
-        end = tl.minimum(tl.load(offsets + expert + 1), rows)
-    m = tile_m * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    ps = p + expert * sp_e + m.to(tl.int64)[:, None] * sp_m
-    qs = q + expert * sq_e + n.to(tl.int64)[None, :] * sq_n
-    if dw is not None:
-        acc = tl.zeros((BM, BN), tl.float32)
-        for start in range(first, end, BR):
-            r = start + tl.arange(0, BR)
-            live = r < end
-            p_row, p_live = source_rows(p_index, r, live, rows, P_DIV)
-            q_row, q_live = source_rows(q_index, r, live, rows, Q_DIV)
-            a = tl.load(ps + p_row[None, :] * sp_r, mask=p_live[None, :] & (m < height)[:, None], other=0.0)
-            if SCALE:
-                s = tl.load(scale + r.to(tl.int64) * ss_r + expert * ss_e, mask=live, other=0.0)
-                a = a.to(tl.float32) * s[None, :]
-            c = tl.load(qs + q_row[:, None] * sq_r, mask=q_live[:, None] & (n < width)[None, :], other=0.0)
-            acc = tl.dot(a.to(OPERAND), c.to(ROUND).to(OPERAND), acc, input_precision=PRECISION)
-        out = dw + expert * sw_e + m.to(tl.int64)[:, None] * sw_m + n.to(tl.int64)[None, :] * sw_n
-        tl.store(out, acc.to(dw.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
-    if db is not None:
-        if tile_n == 0:
-            total = tl.zeros((BM,), tl.float32)
-            for start in range(first, end, BR):
-                r = start + tl.arange(0, BR)
-                live = r < end
-                p_row, p_live = source_rows(p_index, r, live, rows, P_DIV)
-                a = tl.load(ps + p_row[None, :] * sp_r, mask=p_live[None, :] & (m < height)[:, None], other=0.0).to(tl.float32)
-                if scale is not None:
-                    a *= tl.load(scale + r.to(tl.int64) * ss_r + expert * ss_e, mask=live, other=0.0)[None, :]
-                total += tl.sum(a, 1)
-            tl.store(db + expert * sb_e + m, total.to(db.dtype.element_ty), mask=m < height)
+    """For each expert z = dy @ w[e]: parts = sum over n of z * x; dx = sum over e of gates[e] * z."""
+    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
+    k = tl.arange(0, BK)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
+        first = tile_m * BM
+        r = (first + tl.arange(0, BM)).to(tl.int64)
+        n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)
+        live, columns = r < rows, n < width
+        inside = live[:, None] & columns[None, :]
+        total = tl.zeros((BM, BN), tl.float32)
+        for e in range(experts):
+            far = tl.cast(e, tl.int64)
+            ds = None if D_TMA is not None else dy + r[:, None] * sd_r + k[None, :] * sd_k
+            ws = None if W_TMA is not None else w + far * sw_e + (n[None, :] * sw_n + k[:, None] * sw_k)
+            acc = tl.zeros((BM, BN), tl.float32)
+            for start in range(0, depth, BK):
+                d = load_rows(dy, ds, 0, first, start, live, depth, sd_k, BM, BK, D_TMA)
+                v = load_weights(w, ws, e, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
+                acc = tl.dot(d.to(OPERAND), v.to(OPERAND), acc, input_precision=PRECISION)
+            xs = tl.load(x + r[:, None] * sx_r + n[None, :] * sx_n, mask=inside, other=0.0).to(tl.float32)
+            tl.store(parts + (tile_n.to(tl.int64) * rows + r) * experts + e, tl.sum(acc * xs, 1), mask=live)
+            if dx is not None:
+                total += acc * tl.load(gates + r * sg_r + far * sg_e, mask=live, other=0.0)[:, None]
+        if dx is not None:
+            tl.store(dx + r[:, None] * so_r + n[None, :], total.to(dx.dtype.element_ty), mask=inside)
 
 
 def hidden_grads(
@@ -155,83 +153,72 @@ def hidden_grads(
     """
     experts, depth, width = w.shape
     rows = dy.shape[0] * k
-    tile = tile_for(rows if offsets is None else rows // experts, dy.dtype, w.dtype)
-    # The epilogue holds u, act(u) and dh at once, so half as wide a tile as a plain product has; gated, twice as many of them.
-    tile = tile._replace(n=max(tile.n // 2, 16))
-    if gated and tile.m >= 64:
-        tile = tile._replace(m=min(tile.m, 64), warps=8)
     each = 1 if offsets is not None else experts
-    parts = dy.new_empty(triton.cdiv(width, tile.n), rows * each, dtype=torch.float32) if want_parts else None
-    tiles_m = triton.cdiv(rows, tile.m) * experts if offsets is None else rows // tile.m + experts + 1
-    launch(
-        gemm_bwd_du_kernel,
-        tiles_m * triton.cdiv(width, tile.n) if rows else 0,
-        *(dy, w, u, scale, du, h, parts, offsets, gather, scatter),
-        *(rows, width, depth, experts),
-        *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *strides(u, 3), *strides(scale, 2), *strides(du, 3)[:2]),
-        *(*strides(h, 3)[:2], rows * each, each, int(offsets is None)),
-        DIV=k,
-        ACT=activation,
-        GATED=gated,
-        OPERAND=TL_DTYPES[dy.dtype],
-        PRECISION=precision(),
-        EP=triton.next_power_of_2(experts + 1),
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP=GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return parts
+
+    def run(tile: Tile) -> Tensor | None:
+        parts = dy.new_empty(triton.cdiv(width, tile.n), rows * each, dtype=torch.float32) if want_parts else None
+        tiles_m = triton.cdiv(rows, tile.m) * experts if offsets is None else rows // tile.m + experts + 1
+        tma = reads_by_tma(dy)
+        d_operand, d_tma = operand(dy, (tile.m, tile.k), tma, gather, k)
+        w_operand, w_tma = operand(w.transpose(1, 2), (tile.n, tile.k), tma)
+        launch(
+            gemm_bwd_du_kernel,
+            programs(tiles_m * triton.cdiv(width, tile.n), tile, dy) if rows else 0,
+            *(d_operand, w_operand, u, scale, du, h, parts, offsets, gather, scatter),
+            *(rows, width, depth, experts),
+            *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *strides(u, 3), *strides(scale, 2), *strides(du, 3)[:2]),
+            *(*strides(h, 3)[:2], rows * each, each, int(offsets is None)),
+            DIV=k,
+            ACT=activation,
+            GATED=gated,
+            OPERAND=TL_DTYPES[dy.dtype],
+            PRECISION=precision(),
+            D_TMA=d_tma,
+            W_TMA=w_tma,
+            EP=triton.next_power_of_2(experts + 1),
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP=GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return parts
+
+    return tuned("gemm_du_gated" if gated else "gemm_du", rows if offsets is None else rows // experts, dy, w, run)
 
 
-def weight_grads(
-    p: Tensor,
-    q: Tensor,
-    dw: Tensor | None,
-    db: Tensor | None,
-    *,
-    rows: int,
-    offsets: Tensor | None = None,
-    p_index: Tensor | None = None,
-    p_k: int = 1,
-    q_index: Tensor | None = None,
-    q_k: int = 1,
-    scale: Tensor | None = None,
-    scale_dw: bool = False,
-    round_to: torch.dtype | None = None,
-) -> None:
-    """dw[e] = p^T q and db[e] = scale @ p over the rows of each expert, written in place.
+def mixed_grads(dy: Tensor, w: Tensor, x: Tensor, gates: Tensor, dx: Tensor | None) -> Tensor:
+    """dx of dense single layers [T, D], written in place; returns the partial sums of the gates' gradient, [column tiles, T * E].
 
     Args:
-        p, q: [T, M], [T, N], read at index[r] // k; or [T, E, M], [T, E, N].
-        dw: [E, M, N] by strides, db: [E, M].
-        scale: [rows], or [T, E] without offsets: weighs p in db, and with ``scale_dw`` in dw.
+        dy: [T, O]. w: [E, O, D] by strides. x: [T, D]. gates: [T, E].
     """
-    target = db if dw is None else dw
-    if target is None:
-        return
-    experts, height = target.shape[:2]
-    width = q.shape[-1]
-    tile = tile_for(max(height, width), p.dtype)
-    columns = 1 if dw is None else triton.cdiv(width, tile.n)
-    launch(
-        gemm_bwd_dw_kernel,
-        experts * triton.cdiv(height, tile.m) * columns,
-        *(p, q, scale, dw, db, offsets, p_index, q_index),
-        *(rows, height, width),
-        *(*strides(p, 3), *strides(q, 3), *strides(scale, 2), *strides(dw, 3), strides(db, 2)[0]),
-        P_DIV=p_k,
-        Q_DIV=q_k,
-        SCALE=scale_dw,
-        ROUND=TL_DTYPES[round_to or p.dtype],
-        OPERAND=TL_DTYPES[p.dtype],
-        PRECISION=precision(),
-        BM=tile.m,
-        BN=tile.n,
-        BR=tile.k,
-        GROUP=GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    experts, depth, width = w.shape
+    rows = dy.shape[0]
+
+    def run(tile: Tile) -> Tensor:
+        parts = dy.new_empty(triton.cdiv(width, tile.n), rows * experts, dtype=torch.float32)
+        tma = reads_by_tma(dy)
+        d_operand, d_tma = operand(dy, (tile.m, tile.k), tma)
+        w_operand, w_tma = operand(w.transpose(1, 2), (tile.n, tile.k), tma)
+        launch(
+            gemm_bwd_mix_kernel,
+            programs(triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n), tile, dy),
+            *(d_operand, w_operand, x, gates, dx, parts),
+            *(rows, width, depth, experts),
+            *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *x.stride(), *gates.stride(), 0 if dx is None else dx.stride(0)),
+            OPERAND=TL_DTYPES[dy.dtype],
+            PRECISION=precision(),
+            D_TMA=d_tma,
+            W_TMA=w_tma,
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP=GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return parts
+
+    return tuned("gemm_mix", rows, dy, w, run)

@@ -1,4 +1,4 @@
-"""Tables with one row per group (task), read and summed per token; and the order of selections by expert."""
+"""Tables with one row per group (task), read and summed per token or row; and the order of selections by expert."""
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ def per_token(table: Tensor, group_ids: Tensor | None) -> Tensor:
     # On a GPU a bad id is not an error: it reads no row.
     known = (group_ids >= 0) & (group_ids < groups)
     return table[group_ids.clamp(0, groups - 1)] * known[:, None].to(table.dtype)
+
+
+def per_row(table: Tensor, group_ids: Tensor | None, tokens: int, gather_idx: Tensor) -> Tensor:
+    """The weights of selections, one per row [T * K], in the order of the experts."""
+    return per_token(table, group_ids).expand(tokens, -1).reshape(-1)[gather_idx]
 
 
 def sum_per_group(rows: Tensor, group_ids: Tensor | None, groups: int) -> Tensor:

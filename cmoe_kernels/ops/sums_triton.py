@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cmoe_kernels.ops.activation_triton import activate
-from cmoe_kernels.ops.gemm_triton import TL_DTYPES, launch, strides
+from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, strides
 
 
 @triton.jit

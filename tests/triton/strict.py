@@ -139,7 +139,7 @@ class _Memory:
 MEMORY = _Memory()
 
 
-def _load(self: Any, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
+def _load(self: Any, pointers: Any, mask: Any, other: Any, *_: Any, **__: Any) -> Any:
     element = pointers.get_element_ty()
     dtype = _numpy_dtype(element)
     MEMORY.check("load", pointers.data, mask.data, dtype.itemsize)
@@ -155,7 +155,7 @@ def _load(self: Any, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
     return Handle(result.view(dtype), element)
 
 
-def _store(self: Any, pointers: Any, value: Any, mask: Any, *_: Any) -> Any:
+def _store(self: Any, pointers: Any, value: Any, mask: Any, *_: Any, **__: Any) -> Any:
     MEMORY.check("store", pointers.data, mask.data, _numpy_dtype(pointers.get_element_ty()).itemsize)
     data = np.ascontiguousarray(value.data).view(U16) if value.data.dtype == BF16 else value.data
     return interpreter._interpreter.store(pointers.data, data, mask.data)

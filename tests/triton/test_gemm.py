@@ -5,6 +5,7 @@ and offsets that are wrong on the device, where nothing may raise and nothing ou
 """
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -18,15 +19,19 @@ from tests.ops.cases import Maker
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 T, D, H, O, E, R, G, S = 37, 35, 21, 18, 3, 50, 3, 19  # noqa: E741
+# Where rows are multiples of 16 bytes, a device with TMA reads through descriptors; rows of the table's sizes are not.
+ALIGNED = {"D": 40, "H": 24, "O": 24, "R": 40, "S": 24}
+
+tuning = importlib.import_module("cmoe_kernels.ops.tuning_triton")
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    gemm = importlib.import_module("cmoe_kernels.ops.gemm_triton")
-    for name in ("gemm_triton", "gemm_backward_triton", "task_router.triton"):
-        module = importlib.import_module(f"cmoe_kernels.ops.{name}")
-        monkeypatch.setattr(module, "tile_for", lambda *_: gemm.Tile(16, 16, 16, 4, 1))
-        monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(tuning, "tile_for", lambda *_: tuning.Tile(16, 16, 16, 4, 1))
+    device(monkeypatch, "sm_80")
+    monkeypatch.setattr(tuning, "LEAST_STEPS", 1)
+    for name in ("gemm_triton", "gemm_sum_triton", "gemm_backward_triton", "gemm_weight_triton", "task_router.triton"):
+        monkeypatch.setattr(importlib.import_module(f"cmoe_kernels.ops.{name}"), "GROUP", 2)
 
 
 def dropped(m: Maker) -> Tensor:
@@ -48,6 +53,15 @@ FORMS = {
     "soft-recompute": ("soft_experts", lambda m: {"x": m.x(T, D), "gates": m.gates(T, E), **experts(m), "recompute": True}),
     "soft-linear": ("soft_experts", lambda m: {"x": m.x(T, D), "gates": m.gates(T, E), "w1": m.x(E, O, D), "b1": m.x(E, O)}),
     "soft-groups": ("soft_experts", lambda m: {"x": m.x(T, D), "gates": m.gates(G, E), **experts(m), "group_ids": m.ids(G, T)}),
+    "soft-linear-no_bias": (
+        "soft_experts",
+        lambda m: {"x": m.x(T, D), "gates": m.gates(T, E), "w1": m.x(E, O, D), "b1": None},
+    ),
+    "soft-merged": (
+        "soft_experts",
+        lambda m: {"x": m.x(T, D), "gates": m.gates(G, E), "w1": m.x(E, O, D), "b1": m.x(E, O), "group_ids": m.ids(G, T)},
+    ),
+    "soft-merged-one": ("soft_experts", lambda m: {"x": m.x(T, D), "gates": m.gates(1, E), "w1": m.x(E, O, D), "b1": m.x(E, O)}),
     "sparse": ("sparse_experts", lambda m: {"x": m.x(T, D), "weights": m.gates(T, 2), "indices": dropped(m), **experts(m)}),
     "sparse-gated": (
         "sparse_experts",
@@ -86,9 +100,48 @@ FORMS = {
 }
 
 
+def device(monkeypatch, arch: str) -> None:
+    """Play a device of an architecture, with three multiprocessors: programs take several tiles, and long loops are split."""
+    monkeypatch.setattr(tuning, "interpreted", tuning.KNOWN[arch]._replace(multiprocessors=3))
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """The operands that were read through descriptors."""
+    found, tiles = [], importlib.import_module("cmoe_kernels.ops.tiles_triton")
+    plain = tiles.TensorDescriptor
+    monkeypatch.setattr(tiles, "TensorDescriptor", lambda *arguments: found.append(arguments) or plain(*arguments))
+    return found
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_many_tiles(form, dtype):
+def test_many_tiles(monkeypatch, descriptors, form, dtype):
+    device(monkeypatch, "sm_80")
+    check(form, dtype)
+    assert not descriptors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_many_tiles_through_descriptors(monkeypatch, descriptors, tf32, form, dtype):
+    """fp32 as TF32, whose rounding the interpreter does not do; IEEE fp32 reads through pointers everywhere."""
+    device(monkeypatch, "sm_90")
+    for letter, size in ALIGNED.items():
+        monkeypatch.setattr(sys.modules[__name__], letter, size)
+    check(form, dtype)
+    assert descriptors
+
+
+def check(form: str, dtype: torch.dtype) -> None:
     op, make = FORMS[form]
     arguments = make(Maker(dtype, 3))
     names = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cmoe_kernels.ops.activation_triton import derivative
 from cmoe_kernels.ops.arguments import CHECK_ON_DEVICE
-from cmoe_kernels.ops.gemm_backward_triton import weight_grads
-from cmoe_kernels.ops.gemm_triton import launch, linear, source_rows
+from cmoe_kernels.ops.gemm_triton import linear
+from cmoe_kernels.ops.gemm_weight_triton import weight_grads
 from cmoe_kernels.ops.grouped_linear.reference import require_layout
 from cmoe_kernels.ops.sums_triton import sum_selections
+from cmoe_kernels.ops.tiles_triton import launch, source_rows
 
 
 @triton.jit

@@ -3,17 +3,25 @@
 Two products forward: the first with N = E * H, whose epilogue applies bias, activation and gate and writes gate * act(u) [T, E, H] (and u
 when it is saved); the second with K = E * H, so the experts are added in its accumulator, with gates @ b2 in the epilogue. Backward: one
 product makes dh in registers and leaves du, gate * act(u) and the gate's partial sums; dx is one product with K = E * H, the weights'
-gradients one each. Nothing of size [E, T, O] exists in either direction. Single linear experts scale x (dy) by the gate on load.
+gradients one each. Nothing of size [E, T, O] exists in either direction.
+
+Single linear experts scale x (dy) by the gate on load; their dx and the gates' gradient come from one product. Where their gates have
+fewer rows than there are tokens (a row per task, or one), they merge into one linear layer per row of gates, [G, O, D]: E times fewer
+products over tokens. Tokens are then the rows of their group as sparse tokens are of their expert, and the merged weight's gradient
+is shared out by the gates. More groups than experts are not merged: their weights would outgrow the experts' own.
 """
 
 import torch
 from torch import Tensor
 
 from cmoe_kernels.ops.arguments import require_range
-from cmoe_kernels.ops.gemm_backward_triton import hidden_grads, weight_grads
-from cmoe_kernels.ops.gemm_triton import linear, linear_sum
+from cmoe_kernels.ops.gemm_backward_triton import hidden_grads, mixed_grads
+from cmoe_kernels.ops.gemm_sum_triton import linear_sum
+from cmoe_kernels.ops.gemm_triton import linear
+from cmoe_kernels.ops.gemm_weight_triton import weight_grads
 from cmoe_kernels.ops.groups import per_token
-from cmoe_kernels.ops.sums_triton import gate_grads, per_group
+from cmoe_kernels.ops.groups_triton import sort_by_expert
+from cmoe_kernels.ops.sums_triton import column_sums, gate_grads, per_group
 
 
 def soft_experts(
@@ -27,6 +35,8 @@ def soft_experts(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    if _merges(x, gates, w2):
+        return _merged(x, gates, w1, b1, group_ids), None
     g = _gates(x, gates, group_ids)
     if w2 is None:
         y = x.new_empty(x.shape[0], w1.shape[1])
@@ -52,6 +62,8 @@ def soft_experts_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    if _merges(x, gates, w2):
+        return _merged_backward(dy, x, gates, w1, b1, group_ids, needs)
     g = _gates(x, gates, group_ids)
     tokens, experts = x.shape[0], w1.shape[0]
     b_out = b1 if w2 is None else b2
@@ -62,8 +74,8 @@ def soft_experts_backward(
     db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and needs[3] else None
 
     if w2 is None:
-        parts = hidden_grads(dy, w1, x, None, None, True) if needs[1] else None
-        if dx is not None:
+        parts = mixed_grads(dy, w1, x, g, dx) if needs[1] else None
+        if dx is not None and parts is None:
             linear_sum(dy, w1.transpose(1, 2), dx, gates=g, scale=True)
         weight_grads(dy, x, dw1, db_out, rows=tokens, scale=g, scale_dw=True)
     else:
@@ -93,3 +105,59 @@ def _gates(x: Tensor, gates: Tensor, group_ids: Tensor | None) -> Tensor:
     if group_ids is not None:
         require_range("group_ids", group_ids, gates.shape[0], "rows of gates")
     return per_token(gates, group_ids).expand(x.shape[0], -1)
+
+
+# --- single linear experts whose gates are known per group: the experts merge into one linear layer per group ---------------
+
+
+def _merges(x: Tensor, gates: Tensor, w2: Tensor | None) -> bool:
+    groups, experts = gates.shape
+    return w2 is None and groups < x.shape[0] and groups <= experts
+
+
+def _tokens_by_group(x: Tensor, gates: Tensor, group_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens in the order of their groups, and where each group begins; None where one group has all."""
+    if group_ids is None:
+        return None, None
+    require_range("group_ids", group_ids, gates.shape[0], "rows of gates")
+    return sort_by_expert(group_ids[:, None], gates.shape[0], x.shape[0])
+
+
+def _merge(table: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over e of gates[g, e] * table[e], [G, ...]"""
+    return column_sums(table.reshape(table.shape[0], -1), gates.shape[0], dtype, c=gates.T).view(-1, *table.shape[1:])
+
+
+def _merged(x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None) -> Tensor:
+    y = x.new_empty(x.shape[0], w.shape[1])
+    order, offsets = _tokens_by_group(x, gates, group_ids)
+    bias = None if b is None else _merge(b, gates, torch.float32)
+    linear(x, _merge(w, gates, x.dtype), bias, offsets=offsets, gather=order, scatter=order, y=y)
+    return y
+
+
+def _merged_backward(
+    dy: Tensor, x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    groups, experts = gates.shape
+    order, offsets = _tokens_by_group(x, gates, group_ids)
+    dx = dgates = dw = db = None
+    if needs[0]:
+        dx = x.new_empty(x.shape)
+        linear(dy, _merge(w, gates, x.dtype).transpose(1, 2), offsets=offsets, gather=order, scatter=order, y=dx)
+    dmerged = w.new_empty(groups, *w.shape[1:], dtype=torch.float32) if needs[1] or needs[2] else None
+    dbias = w.new_empty(groups, w.shape[1], dtype=torch.float32) if b is not None and (needs[1] or needs[3]) else None
+    weight_grads(dy, x, dmerged, dbias, rows=x.shape[0], offsets=offsets, p_index=order, q_index=order)
+    if needs[1] and dmerged is not None:
+        # Few rows, a product over all elements of a layer: a split loop.
+        dgates = gates.new_empty(gates.shape)
+        linear_sum(dmerged.view(groups, -1), w.reshape(1, experts, -1), dgates)
+        if b is not None and dbias is not None:
+            by_bias = torch.empty_like(dgates)
+            linear_sum(dbias, b.reshape(1, experts, -1), by_bias)
+            dgates += by_bias
+    if needs[2] and dmerged is not None:
+        dw = _merge(dmerged, gates.T, w.dtype)
+    if b is not None and needs[3] and dbias is not None:
+        db = _merge(dbias, gates.T, b.dtype)
+    return dx, dgates, dw, db, None, None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmoe_kernels.ops.activation import activate, activate_backward
 from cmoe_kernels.ops.arguments import require_range
-from cmoe_kernels.ops.groups import per_token, sort_by_expert, sum_per_group
+from cmoe_kernels.ops.groups import per_row, sort_by_expert, sum_per_group
 from cmoe_kernels.ops.precision import accumulate_dtype
 
 
@@ -29,7 +29,7 @@ def sparse_experts(
     if group_ids is not None:
         require_range("group_ids", group_ids, indices.shape[0], "rows of indices")
     gather_idx, offsets = sort_by_expert(_selections(indices, group_ids, tokens, experts), experts)
-    row_weights = _row_weights(weights, group_ids, tokens, gather_idx)
+    row_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
     rows = x[gather_idx // k]
     u = x.new_zeros(tokens * k, w1.shape[1]) if w2 is not None else None
     y = x.new_zeros(tokens * k, (w1 if w2 is None else w2).shape[1])
@@ -68,7 +68,7 @@ def sparse_experts_backward(
 ) -> tuple[Tensor | None, ...]:
     dtype, exact = x.dtype, accumulate_dtype(x.dtype)
     tokens, k = x.shape[0], indices.shape[1]
-    row_weights = _row_weights(weights, group_ids, tokens, gather_idx)
+    row_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
     drows = x.new_zeros(tokens * k, x.shape[1]) if needs[0] else None
     dweights = x.new_zeros(tokens * k, dtype=exact) if weights is not None and needs[1] else None
     dw1 = w1.new_zeros(w1.shape) if needs[2] else None
@@ -120,13 +120,6 @@ def _selections(indices: Tensor, group_ids: Tensor | None, tokens: int, experts:
     groups = indices.shape[0]
     known = (group_ids >= 0) & (group_ids < groups)
     return indices[group_ids.clamp(0, groups - 1)].where(known[:, None], experts)
-
-
-def _row_weights(weights: Tensor | None, group_ids: Tensor | None, tokens: int, gather_idx: Tensor) -> Tensor | None:
-    """One weight per row, in the order of the experts, [T * K, 1]."""
-    if weights is None:
-        return None
-    return per_token(weights, group_ids).expand(tokens, -1).reshape(-1)[gather_idx, None]
 
 
 def _ranges(offsets: Tensor) -> list[tuple[int, slice]]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels.ops.arguments import require_range
-from cmoe_kernels.ops.gemm_backward_triton import hidden_grads, weight_grads
+from cmoe_kernels.ops.gemm_backward_triton import hidden_grads
 from cmoe_kernels.ops.gemm_triton import linear
-from cmoe_kernels.ops.groups import per_token
+from cmoe_kernels.ops.gemm_weight_triton import weight_grads
+from cmoe_kernels.ops.groups import per_row
 from cmoe_kernels.ops.groups_triton import sort_by_expert
 from cmoe_kernels.ops.sums_triton import gate_grads, per_group, sum_selections
 
@@ -38,7 +39,7 @@ def sparse_experts(
     if group_ids is not None:
         require_range("group_ids", group_ids, indices.shape[0], "rows of indices")
     gather_idx, offsets = sort_by_expert(indices, experts, tokens, group_ids)
-    scale = _row_weights(weights, group_ids, tokens, gather_idx)
+    scale = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
     w_out = w1 if w2 is None else w2
     rows = x.new_empty(tokens * k, w_out.shape[1])
     u = None
@@ -70,7 +71,7 @@ def sparse_experts_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     experts, tokens, k = w1.shape[0], x.shape[0], indices.shape[1]
-    scale = _row_weights(weights, group_ids, tokens, gather_idx)
+    scale = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
     want_weights = weights is not None and needs[1]
     drows = x.new_empty(tokens * k, x.shape[1]) if needs[0] else None
     dw1 = w1.new_empty(w1.shape) if needs[2] else None
@@ -106,10 +107,3 @@ def sparse_experts_backward(
         by_token = gate_grads(parts, dy, b1 if w2 is None else b2, experts, **gathered).view(tokens, k)
         dweights = per_group(by_token, group_ids, weights.shape[0])
     return None if drows is None else sum_selections(drows, k), dweights, dw1, db1, dw2, db2
-
-
-def _row_weights(weights: Tensor | None, group_ids: Tensor | None, tokens: int, gather_idx: Tensor) -> Tensor | None:
-    """One weight per row, in the order of the experts."""
-    if weights is None:
-        return None
-    return per_token(weights, group_ids).expand(tokens, -1).reshape(-1)[gather_idx]

@@ -25,7 +25,7 @@ def task_router(
 ) -> tuple[Tensor, Tensor | None]:
     if group_ids is not None and task is not None:
         require_range("group_ids", group_ids, task.shape[0], "rows of task")
-    rows = _rows(x, task)
+    rows = input_rows(x, task)
     exact = accumulate_dtype(rows.dtype)
     # E is small, so the layer that gives the logits is computed in fp32 without a rounding before it.
     u = _first_layer(x, task, w1, b1, group_ids, rows.dtype if w2 is not None else exact)
@@ -50,7 +50,7 @@ def task_router_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    rows = _rows(x, task)
+    rows = input_rows(x, task)
     dtype, exact = rows.dtype, accumulate_dtype(rows.dtype)
     dx = dtask = dw1 = db1 = dw2 = db2 = None
 
@@ -86,7 +86,8 @@ def task_router_backward(
     return dx, dtask, dw1, db1, dw2, db2
 
 
-def _rows(x: Tensor | None, task: Tensor | None) -> Tensor:
+def input_rows(x: Tensor | None, task: Tensor | None) -> Tensor:
+    """What the router reads a row of per result: image tokens, or task tokens where there are none."""
     rows = task if x is None else x
     assert rows is not None
     return rows
@@ -96,7 +97,7 @@ def _first_layer(
     x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor | None, group_ids: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """w1 @ [task; x] + b1 with products in ``dtype``, of operands rounded as x is."""
-    rounded = _rows(x, task).dtype
+    rounded = input_rows(x, task).dtype
     split = 0 if task is None else task.shape[1]
     bias = None if b1 is None else b1.to(dtype)[None]
     if task is not None:

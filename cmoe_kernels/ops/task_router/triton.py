@@ -17,10 +17,14 @@ from torch import Tensor
 
 from cmoe_kernels.ops.activation_triton import activate, derivative
 from cmoe_kernels.ops.arguments import require_range
-from cmoe_kernels.ops.gemm_backward_triton import weight_grads
-from cmoe_kernels.ops.gemm_triton import GROUP, TL_DTYPES, launch, linear, precision, strides, tile_for, tile_order
+from cmoe_kernels.ops.gemm_sum_triton import linear_sum, sum_parts
+from cmoe_kernels.ops.gemm_triton import linear
+from cmoe_kernels.ops.gemm_weight_triton import weight_grads
 from cmoe_kernels.ops.groups import per_token
 from cmoe_kernels.ops.sums_triton import column_sums, per_group
+from cmoe_kernels.ops.task_router.reference import input_rows
+from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
+from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
 
 MOST = 16
 
@@ -30,60 +34,45 @@ def task_router_fwd_kernel(
     x, w1, bias, ids, w2, u, h, parts,
     rows, width, depth, groups, experts,
     sx_r, sx_k, sw_n, sw_k, sb_g, sb_n, sv_e, sv_n,
-    ACT: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, EP: tl.constexpr,
+    ACT: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """u = x @ w1^T + bias[ids]; parts[tile] = act(u) @ w2^T over the tile's columns, or h = act(u)."""
-    tiles_n = tl.cdiv(width, BN)
-    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(rows, BM), tiles_n, GROUP)
-    r = tile_m * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
+    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK)
-    far_r, far_n = r.to(tl.int64), n.to(tl.int64)
-    live, columns = r < rows, n < width
-    xs = x + far_r[:, None] * sx_r + k[None, :] * sx_k
-    ws = w1 + far_n[None, :] * sw_n + k[:, None] * sw_k
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, depth, BK):
-        a = tl.load(xs, mask=live[:, None] & (k[None, :] < depth - start), other=0.0)
-        v = tl.load(ws, mask=columns[None, :] & (k[:, None] < depth - start), other=0.0)
-        acc = tl.dot(a, v.to(ROUND), acc, input_precision=PRECISION)
-        xs += BK * sx_k
-        ws += BK * sw_k
-    inside = live[:, None] & columns[None, :]
-    if bias is not None:
-        if ids is None:
-            acc += tl.load(bias + far_n * sb_n, mask=columns, other=0.0).to(tl.float32)[None, :]
-        else:
-            group = tl.load(ids + far_r, mask=live, other=-1)
-            known = (group >= 0) & (group < groups)
-            acc += tl.load(bias + group[:, None] * sb_g + far_n[None, :] * sb_n, mask=known[:, None] & columns[None, :], other=0.0)
-    pre = acc.to(ROUND)
-    if u is not None:
-        tl.store(u + far_r[:, None] * width + n[None, :], pre, mask=inside)
-    act = activate(pre.to(tl.float32), ACT).to(ROUND)
-    if h is not None:
-        tl.store(h + far_r[:, None] * width + n[None, :], act, mask=inside)
-    if parts is not None:
-        # Columns past the end are act(0) times a weight of zero.
-        e = tl.arange(0, EP)
-        v = tl.load(w2 + e.to(tl.int64)[None, :] * sv_e + far_n[:, None] * sv_n, mask=(e < experts)[None, :] & columns[:, None], other=0.0)
-        logits = tl.dot(act, v.to(ROUND), input_precision=PRECISION)
-        place = (tile_n.to(tl.int64) * rows + far_r)[:, None] * experts + e[None, :]
-        tl.store(parts + place, logits, mask=live[:, None] & (e < experts)[None, :])
-
-
-@triton.jit
-def task_router_fwd_logits_kernel(parts, b2, logits, count, tiles, experts, sb, ROUND: tl.constexpr, BLOCK: tl.constexpr):
-    """logits = b2 + the sum of the parts, in the order of the tiles."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(tiles):
-        total += tl.load(parts + tl.cast(tile, tl.int64) * count + i, mask=live, other=0.0)
-    if b2 is not None:
-        total += tl.load(b2 + (i % experts) * sb, mask=live, other=0.0).to(ROUND).to(tl.float32)
-    tl.store(logits + i, total, mask=live)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
+        r = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
+        n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)
+        live, columns = r < rows, n < width
+        xs = None if X_TMA is not None else x + r[:, None] * sx_r + k[None, :] * sx_k
+        ws = None if W_TMA is not None else w1 + n[None, :] * sw_n + k[:, None] * sw_k
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, depth, BK):
+            a = load_rows(x, xs, 0, tile_m * BM, start, live, depth, sx_k, BM, BK, X_TMA)
+            v = load_weights(w1, ws, 0, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
+            acc = tl.dot(a, v.to(ROUND), acc, input_precision=PRECISION)
+        inside = live[:, None] & columns[None, :]
+        if bias is not None:
+            if ids is None:
+                acc += tl.load(bias + n * sb_n, mask=columns, other=0.0).to(tl.float32)[None, :]
+            else:
+                group = tl.load(ids + r, mask=live, other=-1)
+                known = (group >= 0) & (group < groups)
+                acc += tl.load(bias + group[:, None] * sb_g + n[None, :] * sb_n, mask=known[:, None] & columns[None, :], other=0.0)
+        pre = acc.to(ROUND)
+        if u is not None:
+            tl.store(u + r[:, None] * width + n[None, :], pre, mask=inside)
+        act = activate(pre.to(tl.float32), ACT).to(ROUND)
+        if h is not None:
+            tl.store(h + r[:, None] * width + n[None, :], act, mask=inside)
+        if parts is not None:
+            # Columns past the end are act(0) times a weight of zero.
+            e = tl.arange(0, EP)
+            v = tl.load(w2 + e.to(tl.int64)[None, :] * sv_e + n[:, None] * sv_n, mask=(e < experts)[None, :] & columns[:, None], other=0.0)
+            logits = tl.dot(act, v.to(ROUND), input_precision=PRECISION)
+            place = (tile_n.to(tl.int64) * rows + r)[:, None] * experts + e[None, :]
+            tl.store(parts + place, logits, mask=live[:, None] & (e < experts)[None, :])
 
 
 @triton.jit
@@ -121,7 +110,7 @@ def task_router(
 ) -> tuple[Tensor, Tensor | None]:
     if group_ids is not None and task is not None:
         require_range("group_ids", group_ids, task.shape[0], "rows of task")
-    rows = _rows(x, task)
+    rows = input_rows(x, task)
     if w2 is None:
         return _one_layer(x, task, w1, b1, group_ids), None
     u = rows.new_empty(rows.shape[0], w1.shape[0]) if save else None
@@ -130,7 +119,7 @@ def task_router(
     h = rows.new_empty(rows.shape[0], w1.shape[0])
     _hidden_layer(x, task, w1, b1, None, None, group_ids, activation, u, h)
     logits = rows.new_empty(rows.shape[0], w2.shape[0], dtype=torch.float32)
-    linear(h, w2[None], None if b2 is None else b2[None], y=logits)
+    linear_sum(h, w2[None], logits, None if b2 is None else b2[None])
     return logits, u
 
 
@@ -147,7 +136,7 @@ def task_router_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    rows = _rows(x, task)
+    rows = input_rows(x, task)
     dx = x.new_empty(x.shape) if x is not None and needs[0] else None
     dtask = task.new_empty(task.shape) if task is not None and needs[1] else None
     dw1 = w1.new_empty(w1.shape) if needs[2] else None
@@ -174,18 +163,12 @@ def task_router_backward(
     if (task is not None and (dtask is not None or dw1 is not None)) or want_db1:
         dbias = per_group(du, group_ids, 1 if task is None else task.shape[0])
         if dtask is not None:
-            linear(dbias, w1[:, :split].T[None], y=dtask, round_to=rows.dtype)
+            linear_sum(dbias, w1[:, :split].T[None], dtask, round_to=rows.dtype)
         if task is not None and dw1 is not None:
             weight_grads(dbias, task, dw1[None, :, :split], None, rows=task.shape[0], round_to=rows.dtype)
         if b1 is not None and want_db1:
             db1 = column_sums(dbias, 1, b1.dtype)[0]
     return dx, dtask, dw1, db1, dw2, db2
-
-
-def _rows(x: Tensor | None, task: Tensor | None) -> Tensor:
-    rows = task if x is None else x
-    assert rows is not None
-    return rows
 
 
 def _task_bias(task: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
@@ -198,13 +181,13 @@ def _task_bias(task: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
 def _one_layer(x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor | None, group_ids: Tensor | None) -> Tensor:
     """logits = w1 @ [task; x] + b1 in fp32."""
     if x is None or task is None:
-        rows = _rows(x, task)
+        rows = input_rows(x, task)
         logits = rows.new_empty(rows.shape[0], w1.shape[0], dtype=torch.float32)
-        linear(rows, w1[None], None if b1 is None else b1[None], y=logits)
+        linear_sum(rows, w1[None], logits, None if b1 is None else b1[None])
         return logits
     bias = _task_bias(task, w1, b1)
     logits = torch.empty(x.shape[0], w1.shape[0], dtype=torch.float32, device=x.device)
-    linear(x, w1[None, :, task.shape[1] :], y=logits)
+    linear_sum(x, w1[None, :, task.shape[1] :], logits)
     return logits.add_(per_token(bias, group_ids))
 
 
@@ -221,38 +204,44 @@ def _hidden_layer(
     h: Tensor | None = None,
 ) -> Tensor:
     """logits (with w2), u and h."""
-    rows, bias = _rows(x, task), None if b1 is None else b1[None]
+    rows, bias = input_rows(x, task), None if b1 is None else b1[None]
     if x is not None and task is not None:
         bias, w1 = _task_bias(task, w1, b1), w1[:, task.shape[1] :]
     elif bias is not None:
         bias = bias.to(rows.dtype)
     tokens, width = rows.shape[0], w1.shape[0]
     experts = 0 if w2 is None else w2.shape[0]
-    tile = tile_for(tokens, rows.dtype, w1.dtype)
-    tiles_n = triton.cdiv(width, tile.n)
     logits = rows.new_empty(tokens, experts, dtype=torch.float32)
-    parts = None if w2 is None else rows.new_empty(tiles_n, tokens, experts, dtype=torch.float32)
-    dtype = TL_DTYPES[rows.dtype]
-    launch(
-        task_router_fwd_kernel,
-        triton.cdiv(tokens, tile.m) * tiles_n,
-        *(rows, w1, bias, None if group_ids is None else group_ids.contiguous(), w2, u, h, parts),
-        *(tokens, width, w1.shape[1], 0 if bias is None else bias.shape[0], experts),
-        *(*rows.stride(), *w1.stride(), *strides(bias, 2), *strides(w2, 2)),
-        ACT=activation,
-        ROUND=dtype,
-        PRECISION=precision(),
-        EP=16,
-        BM=tile.m,
-        BN=tile.n,
-        BK=tile.k,
-        GROUP=GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if parts is not None:
-        arguments = (parts, b2, logits, tokens * experts, tiles_n, experts, 0 if b2 is None else b2.stride(0))
-        launch(task_router_fwd_logits_kernel, triton.cdiv(tokens * experts, 256), *arguments, ROUND=dtype, BLOCK=256)
+
+    def run(tile: Tile) -> None:
+        tiles_n = triton.cdiv(width, tile.n)
+        parts = None if w2 is None else rows.new_empty(tiles_n, tokens, experts, dtype=torch.float32)
+        tma = reads_by_tma(rows)
+        x_operand, x_tma = operand(rows, (tile.m, tile.k), tma)
+        w_operand, w_tma = operand(w1, (tile.n, tile.k), tma)
+        launch(
+            task_router_fwd_kernel,
+            programs(triton.cdiv(tokens, tile.m) * tiles_n, tile, rows),
+            *(x_operand, w_operand, bias, None if group_ids is None else group_ids.contiguous(), w2, u, h, parts),
+            *(tokens, width, w1.shape[1], 0 if bias is None else bias.shape[0], experts),
+            *(*rows.stride(), *w1.stride(), *strides(bias, 2), *strides(w2, 2)),
+            ACT=activation,
+            ROUND=TL_DTYPES[rows.dtype],
+            PRECISION=precision(),
+            X_TMA=x_tma,
+            W_TMA=w_tma,
+            EP=16,
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            GROUP=GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        if parts is not None:
+            sum_parts(parts, logits, None if b2 is None else b2[None], None, rows.dtype)
+
+    tuned("task_router", tokens, rows, w1, run)
     return logits
 
 
