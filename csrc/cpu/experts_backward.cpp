@@ -112,20 +112,21 @@ class Backward {
       });
   }
 
-  // u of one expert, computed again.
+  // u of one expert, computed again by the kernels of the forward pass: the same bits.
   void first_layer(int64_t e, char* u) {
-    const Plan p = plan(kernels_, Form::weights, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
-    const Shared<T> x(kernels_, p.shared, n_, 1, op_.inputs);
-    pack_shared(kernels_, x, {x_rows(), true}, threads_);
+    const Kernels<T> kernels = forward_kernels<T>(op_.type, n_, op_.w1, op_.last());
+    const Plan p = plan(kernels, Form::weights, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
+    const Shared<T> x(kernels, p.shared, n_, 1, op_.inputs);
+    pack_shared(kernels, x, {x_rows(), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
     parallel(threads_, [&](int64_t thread) {
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels_, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
-        op_.b1.load(kernels_, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels_, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
+      blocks_of(kernels, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
+        op_.b1.load(kernels, e, lanes.first, lanes.count, bias);
+        multiply_block(kernels, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
                        [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
                          for (int r = 0; r < used; ++r) {
-                           pre_activation(kernels_, rows + r * ld, bias, n);
+                           pre_activation(kernels, rows + r * ld, bias, n);
                            f_.store(op_.type, rows + r * ld, u + ((row0 + r) * op_.first_outputs() + lanes.first) * value_, n);
                          }
                        });

@@ -79,17 +79,19 @@ class TaskRouter {
     const int64_t du_value = size_of(du_type);
     const Array<char> du(whole ? rows * op_.hidden * du_value : 0);
 
-    const Plan forward = first_plan();
+    // What is computed again is computed by the kernels of the forward pass: the same bits.
+    const Kernels<T> first_kernels = forward_kernels<T>(op_.type, rows, op_.w1, op_.w1);
+    const Plan forward = plan(first_kernels, Form::weights, op_.w1.along_inputs(), op_.hidden, rows, threads_);
     const Plan p = plan(kernels, Form::gradient, false, op_.hidden, op_.inputs, threads_);
-    const Shared<T> x(kernels_, forward.shared, recompute && op_.inputs ? rows : 0, 1, op_.inputs);
+    const Shared<T> x(first_kernels, forward.shared, recompute && op_.inputs ? rows : 0, 1, op_.inputs);
     const Shared<T> x_columns(kernels, p.shared, grads.dw1 ? op_.inputs : 0, 1, rows);
     const Matrix x_rows = rows_of<T>(op_.x, op_.type, op_.inputs);
-    pack_shared(kernels_, x, {x_rows, true}, threads_);
+    pack_shared(first_kernels, x, {x_rows, true}, threads_);
     pack_shared(kernels, x_columns, {x_rows, false}, threads_);
 
     // Hidden units of a block: their du for all rows stays in a thread's cache.
     const int64_t per_block = std::min(op_.hidden, std::max<int64_t>(most_lanes, std::min<int64_t>(p.outer_panels * kernels.lanes(p.outer), kernels.l2 / 4 / std::max<int64_t>(1, rows * du_value))));
-    const int64_t unit = kernels_.lanes(forward.outer), width = round_up(per_block, unit);
+    const int64_t unit = first_kernels.lanes(forward.outer), width = round_up(per_block, unit);
     const int64_t plans = std::max(forward.bytes(), p.bytes()), block_du = round_up(rows * width * du_value, 64), block_u = recompute ? round_up(rows * width * value_, 64) : 0;
     const ThreadScratch scratch(threads_, plans + block_du + block_u + (2 * op_.experts + 5 + groups) * width * size);
     const int64_t units = (op_.hidden + unit - 1) / unit, step = width / unit;
@@ -103,7 +105,7 @@ class TaskRouter {
       for (int64_t at = share.first; at < share.last; at += step) {
         const int64_t first = at * unit, n = std::min(op_.hidden, std::min(share.last, at + step) * unit) - first;
         if (op_.w2) load_w2(first, n, w2);
-        if (recompute) pre_activations(forward, x, {first, n}, scratch[thread], u_block);
+        if (recompute) pre_activations(first_kernels, forward, x, {first, n}, scratch[thread], u_block);
         std::fill(dw2, dw2 + op_.experts * n, T(0));
         std::fill(sums, sums + groups * n, T(0));
         for (int64_t t = 0; t < rows; ++t) {
@@ -242,17 +244,17 @@ class TaskRouter {
   }
 
   // u of a block of hidden units for all rows, [rows, n], by one thread.
-  void pre_activations(const Plan& p, const Shared<T>& x, const Lanes& lanes, char* scratch, char* u) {
+  void pre_activations(const Kernels<T>& kernels, const Plan& p, const Shared<T>& x, const Lanes& lanes, char* scratch, char* u) {
     if (!op_.inputs) {
       for (int64_t g = 0; g < op_.groups; ++g) f_.store(op_.type, bias_.get() + g * op_.hidden + lanes.first, u + g * lanes.count * value_, lanes.count);
       return;
     }
-    const int64_t width = kernels_.lanes(p.outer), most = p.outer_panels * width;
+    const int64_t width = kernels.lanes(p.outer), most = p.outer_panels * width;
     for (int64_t from = 0; from < lanes.count; from += most)
-      multiply_block(kernels_, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
+      multiply_block(kernels, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
                      [&](T* block, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
                        for (int r = 0; r < used; ++r) {
-                         pre_activation(kernels_, block + r * ld, bias(token0 + r) + lanes.first + from, n);
+                         pre_activation(kernels, block + r * ld, bias(token0 + r) + lanes.first + from, n);
                          f_.store(op_.type, block + r * ld, u + ((token0 + r) * lanes.count + from) * value_, n);
                        }
                      });

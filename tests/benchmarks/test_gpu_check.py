@@ -103,6 +103,9 @@ def test_dry_run_without_the_native_library_hypothesis_and_xdist(tmp_path):
     for package in ("hypothesis", "xdist"):
         (blocked / package).mkdir(parents=True)
         (blocked / package / "__init__.py").write_text("raise ImportError('blocked')")
+    # An editable installation would find the library of the checkout in the place of the one that the copy lacks.
+    finders = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', type(f).__name__)]\n"
+    (blocked / "sitecustomize.py").write_text(finders)
     # Their pytest plugins are entry points of the environment: not loaded, as where the packages are absent.
     env = os.environ | {"PYTHONPATH": str(blocked), "PYTEST_ADDOPTS": "-p no:hypothesispytest -p no:xdist -p no:xdist.looponfail"}
     env.pop("CMOE_BACKEND", None)

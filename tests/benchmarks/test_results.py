@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -253,8 +254,10 @@ def test_readme_without_markers_is_an_error():
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
 def test_history_runs_when_asked(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/history.py", "-k", "topk_gate and tiny and T64", "-p", "no:cacheprovider"]
+    # pytest-benchmark times nothing in a worker of xdist, which this process may be and that one is not.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, f"--benchmark-json={tmp_path / 'history.json'}"], cwd=machine.ROOT, capture_output=True, text=True, check=False
+        [*command, f"--benchmark-json={tmp_path / 'history.json'}"], cwd=machine.ROOT, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     timed = json.loads((tmp_path / "history.json").read_text())["benchmarks"]
