@@ -1,4 +1,4 @@
-"""The drivers without torch and Python, at sizes beyond int32."""
+"""The drivers without torch and Python: races between their threads, and sizes beyond int32."""
 
 import platform
 
@@ -6,10 +6,11 @@ import pytest
 
 from cmoe_kernels import backends
 from tests.native.programs import compile_program, run_program
+from tests.native.variants import runtime_of
 
 pytestmark = [
     pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error)),
-    pytest.mark.skipif(platform.system() != "Linux", reason="untouched memory as Linux has it"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="sanitizers and untouched memory as Linux has them"),
 ]
 TIERS = list(sets.available) if (sets := backends.instruction_sets()) else []
 if "avx512_bf16" in TIERS and "amx" not in TIERS:
@@ -17,8 +18,28 @@ if "avx512_bf16" in TIERS and "amx" not in TIERS:
 
 
 @pytest.fixture(scope="module")
+def race():
+    runtime_of("tsan")
+    return compile_program("race", "-O1", "-fsanitize=thread")
+
+
+@pytest.fixture(scope="module")
 def sizes():
     return compile_program("sizes")
+
+
+# A minute each: CI runs the best one.
+@pytest.mark.parametrize("tier", [tier if i == 0 else pytest.param(tier, marks=pytest.mark.full) for i, tier in enumerate(TIERS)])
+def test_no_races(race, tier):
+    """Forward and backward of every driver with 1 to 4 threads of std::thread under ThreadSanitizer.
+
+    torch's own pool is not seen by it: its OpenMP runtime is not instrumented, and every barrier of it would be reported.
+    """
+    # Addresses must lie where the sanitizer's shadow expects them.
+    run = run_program(race, CMOE_CPU_ISA=tier, TSAN_OPTIONS="halt_on_error=1:exitcode=66")
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    assert f"instruction set {tier}" in run.stdout
+    assert run.stdout.endswith("0 results differ\n")
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -1,14 +1,24 @@
-"""What the native library was compiled from: setup.py as a module, and the object files."""
+"""The native library built with other flags, in a copy of the tree under build/, and tests that run on the copy.
+
+The copies stay, so that a second run compiles what has changed and nothing else.
+"""
 
 import fcntl
+import filecmp
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+COPIED = ("cmoe_kernels", "csrc", "tests/ops", "tests/native", "tests/__init__.py", "tests/conftest.py", "tests/compare.py", "setup.py")
+COPIED += ("tests/test_native.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+PASSED_OVER = ("__pycache__", ".hypothesis", ".pytest_cache")
 
 
 def build_script():
@@ -24,6 +34,46 @@ def need_compiler() -> list[str]:
     if reason:
         pytest.skip(f"nothing can be compiled here: {reason}")
     return build_script().compiler()
+
+
+def runtime_of(sanitizer: str) -> str:
+    """The path of a sanitizer's runtime library, which must be loaded before Python is."""
+    compiler = need_compiler()
+    path = subprocess.run([*compiler, f"-print-file-name=lib{sanitizer}.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(path):
+        pytest.skip(f"{compiler[0]} has no runtime library lib{sanitizer}.so")
+    return path
+
+
+def copy_of_tree(name: str) -> Path:
+    tree = ROOT / "build" / name
+    kept = set()
+    for part in COPIED:
+        source = ROOT / part
+        for file in [source] if source.is_file() else sorted(source.rglob("*")):
+            if not file.is_file() or file.suffix == ".so" or set(file.parts) & set(PASSED_OVER):
+                continue
+            target = tree / file.relative_to(ROOT)
+            kept.add(target)
+            if not target.exists() or not filecmp.cmp(file, target, shallow=False):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)  # with a new time: what was compiled from the old one is stale
+    for part in COPIED:
+        if (tree / part).is_dir():
+            for file in (tree / part).rglob("*"):
+                if file.is_file() and file not in kept and file.suffix != ".so" and not set(file.parts) & set(PASSED_OVER):
+                    file.unlink()
+    return tree
+
+
+def build(tree: Path, flags: str, link_flags: str = "") -> None:
+    environment = os.environ | {
+        "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {flags}",
+        "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {link_flags}",
+    }
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
 def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
@@ -44,3 +94,20 @@ def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes want the same files
         sources = script.built(script.SOURCES, tiers)
         return dict(zip(sources, pool.map(compiled, sources), strict=True))
+
+
+def run_tests(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """pytest in a process of its own, on the package of a tree."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--capture=sys", *arguments]
+    # An empty value takes a variable out.
+    changed = {name: value for name, value in (os.environ | environment).items() if value != "" and not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=tree, env=changed, capture_output=True, text=True)
+
+
+def output_of(run: subprocess.CompletedProcess, lines: int = 60) -> str:
+    return "\n".join((run.stdout + run.stderr).splitlines()[-lines:])
+
+
+def summary_of(run: subprocess.CompletedProcess) -> str:
+    """The last line of pytest: so many passed."""
+    return next((line for line in reversed(run.stdout.splitlines()) if " passed" in line), "nothing passed")

