@@ -60,7 +60,7 @@ constexpr Operation operations[] = {
     {"balance_loss_backward",
      "(Tensor dloss, Tensor scores, Tensor? indices, Tensor? mask, str kind, Tensor? segments, Tensor? counts, Tensor? total) -> Tensor",
      TORCH_BOX(&cpu::balance_loss_backward)},
-    {"prepack", "(Tensor w, Tensor like, bool gated) -> Tensor", TORCH_BOX(&cpu::prepack)},
+    {"prepack", "(Tensor w, Tensor like) -> Tensor", TORCH_BOX(&cpu::prepack)},
     {"packed_router_bias", "(Tensor task, Tensor w1, Tensor? b1) -> Tensor", TORCH_BOX(&cpu::packed_router_bias)},
     {"packed_router", "(Tensor x, Tensor bias, Tensor w1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation) -> Tensor",
      TORCH_BOX(&cpu::packed_router)},
@@ -68,7 +68,7 @@ constexpr Operation operations[] = {
      "(Tensor x, Tensor gates, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation, int hidden, int outputs) -> Tensor",
      TORCH_BOX(&cpu::packed_soft_experts)},
     {"packed_sparse_experts",
-     "(Tensor x, Tensor? weights, Tensor indices, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation, bool gated, "
+     "(Tensor x, Tensor? weights, Tensor indices, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? group_ids, str activation, "
      "int experts, int hidden, int outputs) -> Tensor",
      TORCH_BOX(&cpu::packed_sparse_experts)},
 };

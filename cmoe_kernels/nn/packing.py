@@ -118,7 +118,7 @@ def _stamp(parameter: Tensor) -> tuple[int, int, torch.dtype]:
 
 
 def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.cmoe_native.prepack(weight.detach(), torch.empty(0, dtype=dtype), False)
+    return torch.ops.cmoe_native.prepack(weight.detach(), torch.empty(0, dtype=dtype))
 
 
 # The fakes say what the native operations return, so that a connector with packed weights compiles.
@@ -158,7 +158,7 @@ def _sparse_experts(
     hidden: int,
     outputs: int,
 ) -> Tensor:
-    arguments = (x, weights, indices, w1, b1, w2, b2, group_ids, activation, False, experts, hidden, outputs)
+    arguments = (x, weights, indices, w1, b1, w2, b2, group_ids, activation, experts, hidden, outputs)
     return torch.ops.cmoe_native.packed_sparse_experts(*arguments)
 
 

@@ -140,14 +140,6 @@ struct Merged {
   }
 };
 
-template <class T>
-Gates<T> gates_of(const Tensor& gates, const std::optional<Tensor>& group_ids, const char* rows_of) {
-  if (group_ids) require_range("group_ids", *group_ids, gates.size(0), rows_of);
-  return {static_cast<const T*>(gates.const_data_ptr()), gates.size(0), gates.size(1), group_ids ? static_cast<const int64_t*>(group_ids->const_data_ptr()) : nullptr};
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(contiguous(*t)) : std::nullopt; }
-
 // Sums of values [tokens, columns], given by at(token, column), per row of a table.
 template <class T, class At>
 void sum_rows(const Gates<T>& table, int64_t tokens, int64_t columns, T* to, const At& at) {

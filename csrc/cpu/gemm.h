@@ -32,8 +32,7 @@ struct Matrix {
 struct Operand {
   Matrix matrix;
   bool lanes_are_rows;
-  const char* packed = nullptr;  // panels of the outer side that were packed before, all of k one after the other
-  int64_t packed_second = 0;     // bytes from the first range's panels to the second's
+  const char* packed = nullptr;  // panels of the outer side that were packed before, all of k one after the other; for one range of lanes
 };
 
 // What an operation computes with: chosen once a call.
@@ -291,7 +290,7 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
   const int64_t panel_bytes = packed_panel_bytes(kernels, p.outer, shared.segment_k());
   const auto packed_panel = [&](const Operand& operand, int64_t o) {
-    return operand.packed + (o < per_range ? 0 : operand.packed_second) + (lanes.first / ol + o % per_range) * panel_bytes;
+    return operand.packed + lane_of(o) / ol * panel_bytes;
   };
   // A panel of rows along k: where it is, or packed.
   const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk) -> OuterPanel {

@@ -50,12 +50,12 @@ Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> 
                              std::optional<Tensor> counts, std::optional<Tensor> total);
 
 // packed_ops.cpp: weights packed once for inference.
-Tensor prepack(Tensor w, Tensor like, bool gated);
+Tensor prepack(Tensor w, Tensor like);
 Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1);
 Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation);
 Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                            OwnedString activation, int64_t hidden, int64_t outputs);
 Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
-                             std::optional<Tensor> group_ids, OwnedString activation, bool gated, int64_t experts, int64_t hidden, int64_t outputs);
+                             std::optional<Tensor> group_ids, OwnedString activation, int64_t experts, int64_t hidden, int64_t outputs);
 
 }  // namespace cmoe::cpu

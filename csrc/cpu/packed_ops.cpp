@@ -9,25 +9,25 @@ namespace {
 
 using torch::stable::contiguous;
 
-// Bytes of one expert's panels: `halves` ranges of lanes, each of whole panels.
+// Bytes of one expert's panels.
 template <class T>
-int64_t packed_bytes(const Kernels<T>& kernels, int64_t outputs, int64_t inputs, int64_t halves) {
+int64_t packed_bytes(const Kernels<T>& kernels, int64_t outputs, int64_t inputs) {
   const int64_t width = kernels.lanes(kernels.gemm->weights);
-  return halves * ((outputs / halves + width - 1) / width) * packed_panel_bytes(kernels, kernels.gemm->weights, inputs);
+  return (outputs + width - 1) / width * packed_panel_bytes(kernels, kernels.gemm->weights, inputs);
 }
 
 template <class T>
-Weight packed_weight(const Kernels<T>& kernels, const Tensor& packed, int64_t outputs, int64_t inputs, int64_t halves = 1) {
-  const int64_t bytes = packed_bytes(kernels, outputs, inputs, halves);
+Weight packed_weight(const Kernels<T>& kernels, const Tensor& packed, int64_t outputs, int64_t inputs) {
+  const int64_t bytes = packed_bytes(kernels, outputs, inputs);
   STD_TORCH_CHECK(bytes == 0 || packed.numel() % bytes == 0, "packed weights have ", packed.numel(), " bytes, must be a multiple of ", bytes, " for ", outputs, " outputs and ", inputs, " inputs");
-  return {bytes_of(packed), kernels.gemm->panel, 0, inputs, 1, bytes, bytes / halves};
+  return {bytes_of(packed), kernels.gemm->panel, 0, inputs, 1, bytes};
 }
 
 template <class T>
 Experts<T> packed_experts(const Kernels<T>& kernels, const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w2, const std::optional<Tensor>& b2,
-                          int64_t experts, int64_t hidden, int64_t outputs, Activation activation, bool gated, Tensor kept[2]) {
-  Experts<T> op{kernels.type, x.size(0), x.size(1), w2 ? hidden : 0, outputs, experts, gated, activation, bytes_of(x), {}, {}, {}, {}};
-  op.w1 = packed_weight(kernels, w1, w2 ? op.first_outputs() : outputs, op.inputs, gated ? 2 : 1);
+                          int64_t experts, int64_t hidden, int64_t outputs, Activation activation, Tensor kept[2]) {
+  Experts<T> op{kernels.type, x.size(0), x.size(1), w2 ? hidden : 0, outputs, experts, false, activation, bytes_of(x), {}, {}, {}, {}};
+  op.w1 = packed_weight(kernels, w1, w2 ? hidden : outputs, op.inputs);
   op.b1 = bias_of("b1", b1, &kept[0]);
   if (w2) op.w2 = packed_weight(kernels, *w2, outputs, hidden);
   op.b2 = bias_of("b2", b2, &kept[1]);
@@ -36,25 +36,25 @@ Experts<T> packed_experts(const Kernels<T>& kernels, const Tensor& x, const Tens
 
 }  // namespace
 
-Tensor prepack(Tensor w, Tensor like, bool gated) {
+Tensor prepack(Tensor w, Tensor like) {
   return computing(like, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("like", like));
     const Side side = kernels.gemm->weights;
-    const int64_t last = w.dim() - 1, experts = w.dim() == 3 ? w.size(0) : 1, outputs = w.size(last - 1), inputs = w.size(last), halves = gated ? 2 : 1, threads = thread_count();
-    const int64_t bytes = packed_bytes(kernels, outputs, inputs, halves), width = kernels.lanes(side), panel_bytes = packed_panel_bytes(kernels, side, inputs);
+    const int64_t last = w.dim() - 1, experts = w.dim() == 3 ? w.size(0) : 1, outputs = w.size(last - 1), inputs = w.size(last), threads = thread_count();
+    const int64_t bytes = packed_bytes(kernels, outputs, inputs), width = kernels.lanes(side), panel_bytes = packed_panel_bytes(kernels, side, inputs);
     Tensor kept, packed = fresh(w, {experts * bytes}, ScalarType::Byte);
     const Weight weight = weight_of("w", w, &kept);
     const std::vector<Chunk> chunks = chunks_of(*kernels.gemm, 1, inputs);
     const ThreadScratch scratch(threads, conversion_bytes(kernels));
-    const int64_t half = outputs / halves, panels = (half + width - 1) / width;
+    const int64_t panels = (outputs + width - 1) / width;
     char* const to = bytes_of(packed);
     parallel(threads, [&](int64_t thread) {
-      const Share share(experts * halves * panels, thread, threads);
+      const Share share(experts * panels, thread, threads);
       for (int64_t i = share.first; i < share.last; ++i) {
-        const int64_t e = i / (halves * panels), h = i / panels % halves, panel = i % panels;
+        const int64_t e = i / panels, panel = i % panels;
         for (const Chunk& chunk : chunks)
-          pack_panels(kernels, side, weight.outputs(e), h * half + panel * width, std::min(width, half - panel * width), chunk.k0, chunk.k,
+          pack_panels(kernels, side, weight.outputs(e), panel * width, std::min(width, outputs - panel * width), chunk.k0, chunk.k,
                       to + i * panel_bytes + chunk.k0 * width * kernels.element(), chunk.padded * width * kernels.element(), scratch[thread]);
       }
     });
@@ -87,7 +87,7 @@ Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2,
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
     const Tensor x_kept = contiguous(x), bias_kept = contiguous(bias);
-    const std::optional<Tensor> ids = group_ids ? std::optional<Tensor>(contiguous(*group_ids)) : std::nullopt;
+    const std::optional<Tensor> ids = dense(group_ids);
     Tensor kept[2];
     Router<T> op{};
     op.type = kernels.type;
@@ -122,25 +122,24 @@ Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tens
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
     const Tensor x_kept = contiguous(x), table = contiguous(gates);
-    const std::optional<Tensor> ids = group_ids ? std::optional<Tensor>(contiguous(*group_ids)) : std::nullopt;
-    if (ids) require_range("group_ids", *ids, table.size(0), "rows of gates");
+    const std::optional<Tensor> ids = dense(group_ids);
     Tensor kept[2];
-    const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, table.size(1), hidden, outputs, act, false, kept);
+    const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, table.size(1), hidden, outputs, act, kept);
     Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type());
-    soft_experts<T>(op, {static_cast<const T*>(table.const_data_ptr()), table.size(0), table.size(1), ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr}, bytes_of(y), nullptr);
+    soft_experts<T>(op, gates_of<T>(table, ids, "rows of gates"), bytes_of(y), nullptr);
     return y;
   });
 }
 
 Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
-                             std::optional<Tensor> group_ids, OwnedString activation, bool gated, int64_t experts, int64_t hidden, int64_t outputs) {
+                             std::optional<Tensor> group_ids, OwnedString activation, int64_t experts, int64_t hidden, int64_t outputs) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
     const Tensor x_kept = contiguous(x);
     Tensor kept[2];
-    const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, experts, hidden, outputs, act, gated, kept);
+    const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, experts, hidden, outputs, act, kept);
     const Sorted<T> rows(x, weights, indices, group_ids, op.tokens, op.experts);
     Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type());
     sparse_experts<T>(op, rows.selection(), rows.weights(), bytes_of(y), nullptr);

@@ -23,7 +23,31 @@ class TaskRouter {
 
   static int64_t bias_count(const Router<T>& op) { return op.task_inputs ? op.groups * op.hidden : op.hidden; }
 
-  void biases(T* to) { first_bias(to); }
+  // The first layer's bias: b1 and the product with each task, [G, R].
+  void first_bias(T* to) {
+    if (!op_.task_inputs) {
+      op_.b1.load(kernels_, 0, 0, op_.hidden, to);
+      return;
+    }
+    const Kernels<T> kernels = forward_kernels<T>(op_.type, op_.groups, op_.w1_task, op_.w1_task);
+    const Plan p = plan(kernels, Form::weights, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
+    const Shared<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
+    pack_shared(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
+    const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
+    parallel(threads_, [&](int64_t thread) {
+      T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
+      blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
+        op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
+        multiply_block(kernels, p, Form::weights, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t group0, int used, int64_t, int64_t n) {
+                         for (int r = 0; r < used; ++r) {
+                           f_.add(b1, block + r * ld, n);
+                           std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
+                         }
+                       });
+      });
+    });
+  }
 
   void forward(T* logits, char* u) {
     if (!op_.bias_rows) first_bias(bias_.get());
@@ -156,31 +180,6 @@ class TaskRouter {
       f_.load(op_.w2.type, op_.w2.data + (e * op_.w2.output + first) * size_of(op_.w2.type), to + e * n, n);
       f_.round(op_.type, to + e * n, n);
     }
-  }
-
-  void first_bias(T* to) {
-    if (!op_.task_inputs) {
-      op_.b1.load(kernels_, 0, 0, op_.hidden, to);
-      return;
-    }
-    const Kernels<T> kernels = forward_kernels<T>(op_.type, op_.groups, op_.w1_task, op_.w1_task);
-    const Plan p = plan(kernels, Form::weights, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
-    const Shared<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
-    pack_shared(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
-    const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
-    parallel(threads_, [&](int64_t thread) {
-      T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
-        multiply_block(kernels, p, Form::weights, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t group0, int used, int64_t, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           f_.add(b1, block + r * ld, n);
-                           std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
-                         }
-                       });
-      });
-    });
   }
 
   // Routers of one layer, and those that see the task alone: rows are few or R is.
@@ -350,7 +349,7 @@ void task_router_backward(const Router<T>& op, const RouterGradients<T>& grads) 
 
 template <class T>
 void task_router_bias(const Router<T>& op, T* bias) {
-  TaskRouter<T>(op, forward_kernels<T>(op.type, op.groups, op.w1_task, op.w1_task)).biases(bias);
+  TaskRouter<T>(op, forward_kernels<T>(op.type, op.groups, op.w1_task, op.w1_task)).first_bias(bias);
 }
 
 template void task_router_bias(const Router<float>&, float*);

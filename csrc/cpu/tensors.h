@@ -111,6 +111,15 @@ inline void require_range(const char* name, const Tensor& index, int64_t size, c
     STD_TORCH_CHECK(values[i] >= 0 && values[i] < size, name, " holds ", values[i], ", must be in 0..", size - 1, " (", what, ")");
 }
 
+// A tensor that may be missing, without gaps.
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt; }
+
+template <class T>
+Gates<T> gates_of(const Tensor& gates, const std::optional<Tensor>& group_ids, const char* rows_of) {
+  if (group_ids) require_range("group_ids", *group_ids, gates.size(0), rows_of);
+  return {static_cast<const T*>(gates.const_data_ptr()), gates.size(0), gates.size(1), group_ids ? static_cast<const int64_t*>(group_ids->const_data_ptr()) : nullptr};
+}
+
 // Selections [T, K] in the order of their experts, by a counting sort: stable, "no expert" last.
 template <class T>
 class Sorted {
@@ -122,8 +131,7 @@ class Sorted {
     const int64_t rows = tokens * k_;
     STD_TORCH_CHECK(rows <= INT32_MAX, "x has ", tokens, " tokens of ", k_, " experts each, must make at most ", INT32_MAX, " rows");
     const Tensor chosen = torch::stable::contiguous(indices);
-    const std::optional<Tensor> ids = group_ids ? std::optional<Tensor>(torch::stable::contiguous(*group_ids)) : std::nullopt;
-    const std::optional<Tensor> w = weights ? std::optional<Tensor>(torch::stable::contiguous(*weights)) : std::nullopt;
+    const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
     require_range("indices", chosen, experts + 1, "experts, and their number for no expert");
     if (ids) require_range("group_ids", *ids, indices.size(0), "rows of indices");
     const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k_, ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};

@@ -59,11 +59,6 @@ static double dot_double(const double* x, const double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
   return sum;
 }
-static double exp_shifted_double(const double* x, double shift, double* y, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += y[i] = exp(x[i] - shift);
-  return sum;
-}
 static void exp_double(const double* x, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = exp(x[i]);
 }
@@ -75,6 +70,6 @@ namespace cmoe::cpu {
 const Isa isa_generic = {"generic", &f32, nullptr, &f32_few, nullptr, &row_functions, convert, transpose_plain};
 const Microkernel microkernel_f64 = plain_microkernel<double, 4, 2>(Type::f64, 256);
 const RowFunctions<double> row_functions_f64 = {load_double,     store_double, round_double, activate_double, activate_backward_double, add_double,
-                                                multiply_double, scale_double, axpy_double,  dot_double,      exp_shifted_double,       exp_double};
+                                                multiply_double, scale_double, axpy_double,  dot_double,      exp_double};
 
 }  // namespace cmoe::cpu

@@ -60,7 +60,6 @@ struct RowFunctions {
   void (*scale)(T s, T* y, int64_t n);                                                           // y *= s
   void (*axpy)(T s, const T* x, T* y, int64_t n);                                                // y += s x
   T (*dot)(const T* x, const T* y, int64_t n);
-  T (*exp_shifted)(const T* x, T shift, T* y, int64_t n);                                        // y = exp(x - shift); returns the sum of y
   void (*exp)(const T* x, T* y, int64_t n);                                                      // y = exp(x)
 };
 

@@ -297,20 +297,11 @@ static float dot_row(const float* x, const float* y, int64_t n) {
   each(n - i, [&](int64_t j, int count) { s[0] += load_part(x + i + j, count) * load_part(y + i + j, count); });
   return total((s[0] + s[1]) + (s[2] + s[3]));
 }
-static float exp_shifted_row(const float* x, float shift, float* y, int64_t n) {
-  vfloat s = {};
-  each(n, [&](int64_t i, int count) {
-    const vfloat e = exponential(load_part(x + i, count) - shift);
-    store_part(y + i, e, count);
-    s += load_part(y + i, count);
-  });
-  return total(s);
-}
 static void exp_row(const float* x, float* y, int64_t n) {
   each(n, [&](int64_t i, int count) { store_part(y + i, exponential(load_part(x + i, count), -104.f), count); });
 }
 
 constexpr RowFunctions<float> row_functions = {load_row,     store_row,  round_row, activate_row, activate_backward_row, add_row,
-                                               multiply_row, scale_row, axpy_row,  dot_row,      exp_shifted_row,       exp_row};
+                                               multiply_row, scale_row, axpy_row,  dot_row,            exp_row};
 
 }  // namespace
