@@ -73,6 +73,21 @@ class Sum {
   V value_{}, lost_{};
 };
 
+// Where a weighted mean of values lies, also after rounding: equal gradients then leave exactly nothing behind their mean.
+template <class A>
+class Range {
+ public:
+  using V = typename Vector<A>::type;
+  void add(V v) {
+    low_ = v < low_ ? v : low_;
+    high_ = v > high_ ? v : high_;
+  }
+  V clamp(V v) const { return v < low_ ? low_ : v > high_ ? high_ : v; }
+
+ private:
+  V low_ = V{} + infinity<A>, high_ = V{} - infinity<A>;
+};
+
 template <class L>
 void read_block(const Rows<L>& rows, int64_t first, int64_t n, int64_t columns, accumulate_t<L>* to) {
   if (n == lanes) {

@@ -72,12 +72,14 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
         each_vector<A>([&](int64_t lane) {
           const auto c = V::load(exp_c + lane);
           Sum<A> sum, product;
+          Range<A> range;
           for (int64_t e = 0; e < experts; ++e) {
-            const auto s = 1 / (c + V::load(tails + e * lanes + lane));
+            const auto s = 1 / (c + V::load(tails + e * lanes + lane)), de = V::load(d + e * lanes + lane);
             sum.add(s);
-            product.add(s * V::load(d + e * lanes + lane));
+            product.add(s * de);
+            range.add(de);
           }
-          const auto dot = product.value() / sum.value();
+          const auto dot = range.clamp(product.value() / sum.value());
           for (int64_t e = 0; e < experts; ++e) {
             const auto tail = V::load(tails + e * lanes + lane), s = 1 / (c + tail);
             // sigmoid(-l), which is the derivative of log(sigmoid(l)). The product would be inf * 0 for a tail that overflows, hence the choice;

@@ -3,8 +3,8 @@
 //     indices[t]       = the k experts that rank first in selection[t] (default: logits[t]); NaN is the greatest, as torch.sort has it, equals
 //                        rank by index, and a chosen -inf becomes the index E, "no expert"
 //     weights[t, i]    = scale * score(l[t, indices[t, i]]), divided by the sum over the chosen if renormalize
-//     dlogits          : weighted_i = dweights_i * weights_i, total = sum_i weighted_i;
-//                        renormalize:  dpicked_i = weighted_i - weights_i / scale * total, else dpicked_i = weighted_i;
+//     dlogits          : with the weights before the scale and d = scale * dweights, total = sum_i d_i weights_i;
+//                        dpicked_i = weights_i (d_i - total) if renormalize else weights_i d_i;
 //                        sigmoid:      dpicked_i *= sigmoid(-l_i);  softmax over all:  dlogits_e = -softmax(l)_e * total, then + dpicked
 //
 // Memory plan: 16 rows are computed side by side, in a block that stays in the first-level cache; some blocks of [E, 16] and [K, 16] values per
@@ -283,14 +283,17 @@ Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedS
           }
         each_vector<A>([&](int64_t lane) {
           Sum<A> sum;
+          Range<A> range;
           for (int64_t i = 0; i < k; ++i) {
-            const auto weighted = V::load(d + i * lanes + lane) * static_cast<A>(scale) * V::load(weigh.weights + i * lanes + lane);
-            sum.add(weighted);
-            V::store(d + i * lanes + lane, weighted);
+            const auto scaled = V::load(d + i * lanes + lane) * static_cast<A>(scale);
+            sum.add(scaled * V::load(weigh.weights + i * lanes + lane));
+            range.add(scaled);
           }
           V::store(totals + lane, sum.value());
-          if (renormalize) {
-            for (int64_t i = 0; i < k; ++i) V::store(d + i * lanes + lane, V::load(d + i * lanes + lane) - V::load(weigh.weights + i * lanes + lane) * sum.value());
+          const auto mean = renormalize ? range.clamp(sum.value()) : typename V::type{};
+          for (int64_t i = 0; i < k; ++i) {
+            const auto scaled = V::load(d + i * lanes + lane) * static_cast<A>(scale);
+            V::store(d + i * lanes + lane, (scaled - mean) * V::load(weigh.weights + i * lanes + lane));
           }
         });
         if (score == Score::sigmoid) {

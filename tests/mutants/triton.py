@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     topk_gate("tie order", "tl.min(tl.where(key == best, e, BLOCK_E), 1)", "tl.max(tl.where(key == best, e, -1), 1)"),
     topk_gate("tail", "(taken & some & (t < T))", "(taken & some)"),
-    topk_gate("epilogue", "dpicked -= w * total", "dpicked -= total"),
+    topk_gate("epilogue", "scaled -= tl.clamp(total, low, high, propagate_nan=tl.PropagateNan.ALL)", "scaled -= total * w"),
     topk_gate("order", "bits = (v + 0.0)", "bits = v", f"{_gates}ranks_are_those_of_a_stable_sort"),
     topk_gate(
         "order", "return tl.where(v != v, ~tl.full((), LOWEST, INTEGER), key)", "return key", f"{_gates}ranks_are_those_of_a_stable_sort"

@@ -137,6 +137,26 @@ def test_topk_ties_exclusion_and_saturation(backend, score, renormalize):
     assert not nothing.grad.any()
 
 
+@pytest.mark.parametrize("backend", backends_of("soft_gate"))
+@pytest.mark.parametrize("experts", [1, 3, 5, 8])
+def test_equal_gradients_of_gates_whose_sum_is_one_cancel_exactly(backend, experts):
+    """Experts that are equal, as those of an upcycled connector, give their router nothing, not even rounding."""
+    logits = torch.randn(64, experts, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with cmoe.use_backend(backend):
+            rows = logits.to(dtype)
+            gates = [cmoe.soft_gate(rows)]
+            gates += [
+                cmoe.topk_gate(rows, k, score, scale=2.5).weights
+                for k in {1, 2, experts}
+                if k <= experts
+                for score in ("softmax", "sigmoid")
+            ]
+        for made in gates:
+            (grad,) = torch.autograd.grad((made * torch.randn(64, 1)).sum(), logits, retain_graph=True)
+            assert not grad.any()
+
+
 @pytest.mark.parametrize("backend", backends_of("balance_loss"))
 @pytest.mark.parametrize("kind", ["switch", "importance", "z"])
 def test_everything_masked(backend, kind):

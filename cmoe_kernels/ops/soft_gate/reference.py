@@ -13,6 +13,8 @@ def soft_gate(logits: Tensor) -> Tensor:
 
 def soft_gate_backward(dgates: Tensor, logits: Tensor) -> Tensor:
     gates = soft_gate(logits)
-    dscores = gates * (dgates - (dgates * gates).sum(-1, keepdim=True))
+    # A mean lies between the values, also after rounding: where all are equal nothing remains.
+    mean = (dgates * gates).sum(-1, keepdim=True).clamp(*dgates.aminmax(dim=-1, keepdim=True))
+    dscores = gates * (dgates - mean)
     # d log(sigmoid(l)) / d l = 1 - sigmoid(l) = sigmoid(-l)
     return (dscores * (-logits.to(gates.dtype)).sigmoid()).to(logits.dtype)

@@ -23,9 +23,12 @@ def topk_gate_backward(dweights: Tensor, logits: Tensor, indices: Tensor, score:
     experts = logits.shape[1]
     exact = logits.to(accumulate_dtype(logits.dtype))
     weights = _weights(logits, indices, score, renormalize)
-    weighted = (dweights * scale * weights).masked_fill(indices == experts, 0)
-    total = weighted.sum(-1, keepdim=True)
-    dpicked = weighted - weights * total if renormalize else weighted
+    scaled = (dweights * scale).masked_fill(indices == experts, 0)
+    total = (scaled * weights).sum(-1, keepdim=True)
+    if renormalize:
+        # A mean lies between the values, also after rounding: where all are equal nothing remains.
+        scaled = scaled - total.clamp(*scaled.aminmax(dim=-1, keepdim=True))
+    dpicked = scaled * weights
     if score == "sigmoid":
         # d log(sigmoid(l)) / d l = sigmoid(-l)
         dpicked = dpicked * (-exact.gather(1, indices.clamp(max=experts - 1))).sigmoid()

@@ -108,11 +108,14 @@ def topk_gate_bwd_kernel(
     picked = tl.load(logits + t * stride_t + index * stride_e, chosen, other=0.0).to(tl.float32)
     d = tl.load(dweights + t * stride_dt + slot * stride_dk, inside, other=0.0).to(tl.float32)
     w = _weights(l, picked, chosen, e, E, SCORE, RENORMALIZE)
-    weighted = tl.where(chosen, d * scale * w, 0.0)
-    total = tl.sum(weighted, 1)[:, None]
-    dpicked = weighted
+    scaled = tl.where(chosen, d * scale, 0.0)
+    total = tl.sum(scaled * w, 1)[:, None]
     if RENORMALIZE:
-        dpicked -= w * total
+        # A mean lies between the values, also after rounding: where all are equal nothing remains.
+        low = tl.min(tl.where(slot < K, scaled, float("inf")), 1)[:, None]
+        high = tl.max(tl.where(slot < K, scaled, -float("inf")), 1)[:, None]
+        scaled -= tl.clamp(total, low, high, propagate_nan=tl.PropagateNan.ALL)
+    dpicked = scaled * w
     if SCORE == "sigmoid":
         # d log(sigmoid(l)) / d l = sigmoid(-l)
         dpicked *= tl.sigmoid(-picked)
