@@ -1,0 +1,36 @@
+"""C++ programs in which kernels of csrc/cuda run on the CPU (tests/emulation/emulator), built plainly or with a sanitizer."""
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.native.variants import ROOT, build_script, need_compiler
+
+# Unused parameters and variables: a kernel is written for nvcc, whose launch bounds and pragmas mean nothing here.
+EMULATED = ("-std=c++20", "-DCMOE_EMULATE_CUDA", "-Icsrc/cuda", "-Itests/emulation", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-g1")
+SANITIZERS = {
+    "plain": ("-O2",),
+    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-O1", "-fsanitize=thread"),
+}
+
+
+def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str, ...] = ()) -> Path:
+    """tests/emulation/<program>.cpp with some files of csrc/cuda; compiled again only when they, a header or the flags have changed."""
+    script, compiler = build_script(), need_compiler()
+    os.chdir(ROOT)
+    folder = Path("build", "emulation", sanitizer)
+    command = [*compiler, "-c", *EMULATED, *SANITIZERS[sanitizer], "-x", "c++"]
+    sources = [f"tests/emulation/{program}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: script.compiled(source, command, folder), sources))
+    target = folder / program
+    script.run_if_stale([*compiler, *SANITIZERS[sanitizer], "-o", str(target), *map(str, objects)], target, *objects)
+    return ROOT / target
+
+
+def run_emulated(program: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    # Leaks: a fault leaves the threads that it stopped as they were, with what they held.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+    return subprocess.run([str(program), *arguments], env=os.environ | options, capture_output=True, text=True, timeout=timeout)
