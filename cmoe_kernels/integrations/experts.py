@@ -19,23 +19,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, activations
+from transformers import PreTrainedModel
 from transformers.integrations import moe
 
+from cmoe_kernels.integrations.activations import activation_name
+from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.sparse_experts import sparse_experts
 from cmoe_kernels.ops.topk_gate import topk_gate
-
-_ACTIVATIONS: dict[type, str] = {
-    nn.SiLU: "silu",
-    activations.SiLUActivation: "silu",
-    nn.ReLU: "relu",
-    activations.GELUActivation: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.FastGELUActivation: "gelu_tanh",
-    activations.AccurateGELUActivation: "gelu_tanh",
-}
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -70,7 +61,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         b1,
         w2,  # type: ignore[arg-type]
         b2,  # type: ignore[arg-type]
-        activation=_activation(self.act_fn),  # type: ignore[arg-type]
+        activation=activation_name(self.act_fn),  # type: ignore[arg-type]
         gated=bool(self.has_gate),
     )
 
@@ -81,9 +72,9 @@ moe.ALL_EXPERTS_FUNCTIONS.register("cmoe", experts_forward)
 def why_eager(experts: nn.Module) -> str | None:
     """Why ``sparse_experts`` cannot run an experts module of transformers; None where it can."""
     reason = _why_layout_eager(type(experts), experts.has_gate, experts.is_concatenated, experts.has_post_expert_norm)
-    if reason is None and _activation(experts.act_fn) is None:
+    if reason is None and activation_name(experts.act_fn) is None:
         name = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
-        reason = f"its activation {name} is none of silu, gelu, tanh-gelu and relu"
+        reason = f"its activation {name} is none of {', '.join(ACTIVATIONS)}"
     return reason
 
 
@@ -95,10 +86,6 @@ def _why_layout_eager(cls: type, has_gate: Any, is_concatenated: Any, has_post_e
     if has_gate and cls._apply_gate is not moe._default_apply_gate:  # type: ignore[attr-defined]
         return "its gate is not act(gate) * up"
     return None
-
-
-def _activation(act_fn: Any) -> str | None:
-    return "silu" if act_fn is F.silu else _ACTIVATIONS.get(type(act_fn))
 
 
 @functools.cache

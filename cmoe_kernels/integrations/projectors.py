@@ -32,10 +32,12 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from cmoe_kernels.integrations.activations import activation_name
 from cmoe_kernels.integrations.families import FAMILIES, WITHOUT_PROJECTOR, Adapter
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.connector import CMoEConnector, ConnectorOutput
-from cmoe_kernels.ops.activation import ACTIVATIONS, activate
+from cmoe_kernels.ops.activation import ACTIVATIONS
+from cmoe_kernels.ops.arguments import require_index, require_range
 
 Task = str | Sequence[str] | Tensor
 
@@ -79,6 +81,8 @@ def replace_projector(
     if any(layers.shape != trained[0].shape for layers in trained):
         raise ValueError(f"the projectors at {', '.join(places)} differ in width, must be alike to share one configuration")
     chosen = _configure(trained[0], config, settings, init)
+    if not upcycle_noise >= 0:
+        raise ValueError(f"upcycle_noise is {upcycle_noise}, must be 0 or positive")
     if init == "upcycle":
         if chosen.router == "constant" and upcycle_noise == 0:
             raise ValueError(
@@ -288,8 +292,12 @@ class _Call:
         # BLIP-2 may lack a text; every sample has one image then.
         samples = next(x for name in ("input_ids", "inputs_embeds", "pixel_values") if (x := self.inputs.get(name)) is not None)
         given = [self.task] * len(samples) if isinstance(self.task, str) else self.task
-        if not isinstance(given, Tensor):
-            assert given is not None
+        if isinstance(given, Tensor):
+            require_index("task", given, "B", samples)
+            require_range("task", given, len(tasks), ", ".join(tasks))
+        elif not isinstance(given, Sequence):
+            raise TypeError(f"task is {given!r}, must be a name, a name per sample or LongTensor [B]")
+        else:
             unknown = [name for name in given if name not in tasks]
             if unknown:
                 raise ValueError(f"task is {unknown[0]!r}, must be one of {', '.join(tasks)}")
@@ -366,6 +374,8 @@ class _Layers(NamedTuple):
 
 def _adapter_of(model: Any) -> Adapter:
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        raise TypeError(f"model is a {type(model).__name__}, must be a multimodal model of transformers, loaded (from_pretrained)")
     if kind in WITHOUT_PROJECTOR:
         raise ValueError(f"model is of type {kind!r}, which has no projector to replace: {WITHOUT_PROJECTOR[kind]}")
     if isinstance(model, CMoEModel):
@@ -403,14 +413,7 @@ def _read(projector: nn.Module, adapter: Adapter) -> _Layers:
             raise ValueError(f"the projector's layer {name or adapter.projector!r} is on the meta device, must be loaded")
     if len(layers) == 1:
         return _Layers(layers[0], None, None)
-    return _Layers(layers[0], layers[2], _activation_name(layers[1]))
-
-
-def _activation_name(module: nn.Module) -> str | None:
-    """Which of our activations a module computes."""
-    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
-    y = module(x)
-    return next((name for name in ACTIVATIONS if torch.allclose(activate(name, x), y, rtol=0, atol=1e-9)), None)
+    return _Layers(layers[0], layers[2], activation_name(layers[1]))
 
 
 def _configure(trained: _Layers, config: CMoEConfig | None, settings: dict[str, Any], init: str) -> CMoEConfig:
@@ -428,7 +431,9 @@ def _configure(trained: _Layers, config: CMoEConfig | None, settings: dict[str, 
         if trained.activation is None and "activation" not in settings and config is None:
             raise ValueError(f"the projector's activation is none of {', '.join(ACTIVATIONS)}: give activation and init='random'")
     if config is None:
-        config = CMoEConfig(**{**widths, **kind, **settings})
+        config = CMoEConfig.from_dict({**widths, **kind, **settings})
+    elif not isinstance(config, CMoEConfig):
+        raise TypeError(f"config is a {type(config).__name__}, must be a CMoEConfig; settings are given by name: num_experts=4")
     fixed = {**widths, **kind} if init == "upcycle" else widths
     for name, value in fixed.items():
         found = config.hidden if name == "hidden_features" else getattr(config, name)

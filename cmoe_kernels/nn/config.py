@@ -41,7 +41,7 @@ class CMoEConfig:
             (on the square grid), "none".
         resample_rate: P / N; for pooling a square number.
         aux_losses: weights by name: {"switch": 0.1, "importance": 0.01, "z": 0.01}.
-        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
+        activation: "gelu" (erf), "gelu_tanh", "silu", "relu" or "relu2" (its square).
         recompute: save x and gates alone for backward and compute hidden layers again.
 
     Raises:
@@ -70,6 +70,8 @@ class CMoEConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) or not all(isinstance(name, str) for name in self.tasks):
+            raise TypeError(f"tasks is {self.tasks!r}, must be a sequence of names")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "aux_losses", dict(self.aux_losses))
         for name, value, choices in (

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu2")
 
 
 def activate(name: str, u: Tensor, gated: bool = False) -> Tensor:
@@ -21,6 +21,8 @@ def activate(name: str, u: Tensor, gated: bool = False) -> Tensor:
             return F.silu(u)
         case "relu":
             return F.relu(u)
+        case "relu2":
+            return F.relu(u).square()
     raise ValueError(f"activation is {name!r}, must be one of {', '.join(ACTIVATIONS)}")
 
 
@@ -38,4 +40,6 @@ def activate_backward(name: str, dh: Tensor, u: Tensor, gated: bool = False) -> 
             return torch.ops.aten.silu_backward(dh, u)
         case "relu":
             return torch.ops.aten.threshold_backward(dh, u, 0)
+        case "relu2":
+            return dh * 2 * F.relu(u)
     raise ValueError(f"activation is {name!r}, must be one of {', '.join(ACTIVATIONS)}")

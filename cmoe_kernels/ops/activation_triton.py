@@ -16,6 +16,8 @@ def activate(u, ACT: tl.constexpr):
         return u * tl.sigmoid(u)
     elif ACT == "relu":
         return tl.where(u <= 0.0, 0.0, u)
+    elif ACT == "relu2":
+        return tl.where(u <= 0.0, 0.0, u * u)
     else:
         return u
 
@@ -33,5 +35,7 @@ def derivative(u, ACT: tl.constexpr):
         return s * (1.0 + u * (1.0 - s))
     elif ACT == "relu":
         return tl.where(u <= 0.0, 0.0, 1.0)
+    elif ACT == "relu2":
+        return tl.where(u <= 0.0, 0.0, u + u)
     else:
         return u * 0.0 + 1.0

@@ -29,8 +29,9 @@ inline Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(name == "relu", "activation is '", name, "', must be one of gelu, gelu_tanh, silu, relu");
-  return Activation::relu;
+  if (name == "relu") return Activation::relu;
+  STD_TORCH_CHECK(name == "relu2", "activation is '", name, "', must be one of gelu, gelu_tanh, silu, relu, relu2");
+  return Activation::relu2;
 }
 
 inline Type type_of(const char* name, const Tensor& t) {

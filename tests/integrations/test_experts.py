@@ -182,7 +182,7 @@ def test_layouts(gated, transposed, bias):
         torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("act", ["silu", "swish", "relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"])
+@pytest.mark.parametrize("act", ["silu", "swish", "relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "relu2"])
 def test_activations(act):
     module = experts_module(gated=False, act=act)
     x, weights = torch.randn(6, 12, dtype=torch.float64, requires_grad=True), torch.rand(6, 1, dtype=torch.float64, requires_grad=True)
@@ -195,14 +195,14 @@ def test_activations(act):
 
 
 def test_unknown_activation_falls_back_with_one_warning():
-    module = experts_module(gated=False, act="relu2")
+    module = experts_module(gated=False, act="quick_gelu")
     x, weights, indices = torch.randn(4, 12, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64), torch.randint(0, 5, (4, 2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module(x, indices, weights)
         module(x, indices, weights)
     assert len(caught) == 1
-    assert "ReLUSquaredActivation is none of silu" in str(caught[0].message)
+    assert "QuickGELUActivation is none of gelu, " in str(caught[0].message)
 
 
 @pytest.mark.parametrize("past", [0, 3])

@@ -262,6 +262,11 @@ def test_noise_sets_the_experts_apart():
     [
         ({"router": "constant"}, "upcycle_noise is 0"),
         ({"init": "copy"}, "init is 'copy'"),
+        ({"num_experts": 0}, "num_experts is 0, must be a positive integer"),
+        ({"experts": 3}, r"unknown settings \['experts'\]; known are .*num_experts"),
+        ({"tasks": "chart"}, "tasks is 'chart', must be a sequence of names"),
+        ({"tasks": ["chart", "chart"]}, "must be different names"),
+        ({"upcycle_noise": -1.0}, "upcycle_noise is -1.0, must be 0 or positive"),
         ({"init": "random", "upcycle_noise": 0.1}, "must be 0 with init='random'"),
         ({"expert": "linear"}, "expert is 'linear', must be 'mlp'"),
         ({"hidden_features": 7}, "hidden_features is 7, must be 32"),
@@ -275,7 +280,7 @@ def test_noise_sets_the_experts_apart():
 def test_settings_that_do_not_fit(settings, message):
     model, _ = tiny.build("llava")
     with pytest.raises((TypeError, ValueError), match=message):
-        cmoe.replace_projector(model, num_experts=2, **settings)
+        cmoe.replace_projector(model, **{"num_experts": 2, **settings})
     assert type(model).__name__ == "LlavaForConditionalGeneration"
 
 
@@ -296,6 +301,13 @@ def test_models_that_have_no_projector():
     llama = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64))
     with pytest.raises(ValueError, match=r"'llama', must be one of llava, .*register_adapter"):
         cmoe.replace_projector(llama)
+    with pytest.raises(TypeError, match="model is a str, must be a multimodal model of transformers"):
+        cmoe.replace_projector("llava-hf/llava-1.5-7b-hf")
+    model, _ = tiny.build("llava")
+    with pytest.raises(TypeError, match="config is a dict, must be a CMoEConfig"):
+        cmoe.replace_projector(model, {"num_experts": 2})
+    with pytest.raises(TypeError, match="model is a LlavaModel, must be a LlavaForConditionalGeneration itself"):
+        cmoe.replace_projector(model.model, **SETTINGS)
     model, _ = swapped("llava")
     with pytest.raises(ValueError, match="a mixture of experts already"):
         cmoe.replace_projector(model, **SETTINGS)
@@ -310,6 +322,12 @@ def test_wrong_tasks():
         model(**batch, task=["map", "photo"])
     with pytest.raises(ValueError, match=r"task has 3 entries, must have 2 \(samples in the batch\)"):
         model(**batch, task=["chart"] * 3)
+    with pytest.raises(TypeError, match="task is 1, must be a name, a name per sample or LongTensor"):
+        model(**batch, task=1)
+    with pytest.raises(TypeError, match=r"task must be torch.int64, got torch.float32"):
+        model(**batch, task=torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"task holds 7, must be in 0..1 \(chart, photo\)"):
+        model(**batch, task=torch.tensor([0, 7]))
     with pytest.raises(ValueError, match="input_ids hold 12 image tokens, the images become 8"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:2]}, task=list(TASKS))
     assert model(input_ids=batch["input_ids"].clamp(max=20)).aux_loss is None, "no image, no task"

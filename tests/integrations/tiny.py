@@ -78,7 +78,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "Glm4vMoeTextExperts": {"head_dim": 128},
     "MiMoV2FlashExperts": {"num_key_value_heads": 2},
     "Mistral4Experts": {"head_dim": 16},
-    "NemotronHExperts": {"n_groups": 2, "layers_block_type": ["attention", "moe"], "mlp_hidden_act": "silu"},
+    "NemotronHExperts": {"n_groups": 2, "layers_block_type": ["attention", "moe"]},
     "Qwen3OmniMoeTalkerTextExperts": {"shared_expert_intermediate_size": 24},
     "DeepseekOcr2TextExperts": {"n_group": None, "topk_group": None},
     "Ernie4_5_VLMoeMoeExperts": {

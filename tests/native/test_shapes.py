@@ -26,7 +26,7 @@ sizes = st.one_of(st.integers(1, 20), near_panels)
 depths = st.one_of(sizes, st.sampled_from([255, 256, 257, 258, 511, 513, 600]))
 tokens = st.one_of(st.just(0), sizes, st.sampled_from([130, 257]))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-activations = st.sampled_from(["gelu", "gelu_tanh", "silu", "relu"])
+activations = st.sampled_from(["gelu", "gelu_tanh", "silu", "relu", "relu2"])
 experts = st.sampled_from([1, 2, 3, 5, 7])
 
 

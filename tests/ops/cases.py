@@ -196,7 +196,7 @@ CASES = [
     Case(
         "sparse_experts",
         "mlp-dropped",
-        lambda m: {"x": m.x(T, D), "weights": m.gates(T, K), "indices": m.ids(E + 1, T, K), **m.mlp(), "activation": "silu"},
+        lambda m: {"x": m.x(T, D), "weights": m.gates(T, K), "indices": m.ids(E + 1, T, K), **m.mlp(), "activation": "relu2"},
     ),
     Case(
         "sparse_experts",

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACT = {"gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu, "relu": F.relu, None: lambda u: u}
+ACT = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda u: F.relu(u) ** 2,
+    None: lambda u: u,
+}
 
 
 def wide(t: Tensor) -> Tensor:

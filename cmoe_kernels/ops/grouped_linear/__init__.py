@@ -34,7 +34,7 @@ def grouped_linear(
         gather_idx: [T * k] int64, a permutation of range(T * k): row i reads x[gather_idx[i] // k]. None: row i reads x[i // k].
         k: how many rows each token has.
         scatter_idx: [T * k] int64, a permutation: row i is stored at y[scatter_idx[i]]. None: at y[i].
-        activation: None, "gelu" (erf), "gelu_tanh", "silu" or "relu".
+        activation: None, "gelu" (erf), "gelu_tanh", "silu", "relu" or "relu2" (its square).
 
     Returns:
         y [T * k, O] in the dtype of x (autocast's under autocast). Rows past offsets[E] are zeros.

@@ -34,7 +34,7 @@ def soft_experts(
         b1: [E, H] or None.
         w2: [E, O, H] or None.
         b2: [E, O] or None.
-        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu"; not used by single linear layers.
+        activation: "gelu" (erf), "gelu_tanh", "silu", "relu" or "relu2" (its square); not used by single linear layers.
         group_ids: [T] int64, the row of ``gates`` that each token belongs to.
         recompute: save nothing of size [T, E, H] for backward; the hidden layer is computed again.
 

@@ -39,7 +39,7 @@ def sparse_experts(
         b1: [E, H] (gated: [E, 2H]) or None.
         w2: [E, O, H] or None.
         b2: [E, O] or None.
-        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu"; not used by single linear layers.
+        activation: "gelu" (erf), "gelu_tanh", "silu", "relu" or "relu2" (its square); not used by single linear layers.
         gated: the hidden layer is act(gate) * up.
         group_ids: [T] int64, the row of ``indices`` and ``weights`` that each token belongs to (``hard`` routing: indices [G, 1]).
         recompute: save nothing of size [T * K, H] for backward; the hidden layer is computed again.

@@ -40,7 +40,7 @@ def task_router(
         b2: [E] or None.
         group_ids: [T] int64, the row of ``task`` that each token belongs to; None where G == 1.
         inputs: "task_token", "token" or "task".
-        activation: "gelu" (erf), "gelu_tanh", "silu" or "relu".
+        activation: "gelu" (erf), "gelu_tanh", "silu", "relu" or "relu2" (its square).
         recompute: save nothing of size [T, R] for backward; the hidden layer is computed again.
 
     Returns:

@@ -36,6 +36,12 @@ static void activate_backward_double(Activation f, const double* u, double* h, d
         value = x > 0 || x != x ? x : 0;
         derivative = x > 0 ? 1 : 0;
         break;
+      case Activation::relu2: {
+        const double part = x > 0 || x != x ? x : 0;
+        value = part * part;
+        derivative = 2 * part;
+        break;
+      }
     }
     h[i] = value;
     if (slope) slope[i] = derivative;

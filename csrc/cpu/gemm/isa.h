@@ -19,7 +19,7 @@ enum class Type : int { f32, bf16, f16, f64 };
 
 constexpr int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
-enum class Activation : int { gelu, gelu_tanh, silu, relu };
+enum class Activation : int { gelu, gelu_tanh, silu, relu, relu2 };
 
 enum class Side : int { a, b };
 

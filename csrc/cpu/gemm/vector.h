@@ -128,7 +128,9 @@ INLINE Value activated(vfloat u) {
     return {select((vint)(s == splat(0.f)), splat(0.f), u * s), select((vint)(absolute(u) > splat(100.f)), s, slope)};
   } else {
     const vint positive = (vint)(u > splat(0.f));
-    return {select((vint)(u != u), u, select(positive, u, splat(0.f))), select(positive, splat(1.f), splat(0.f))};
+    const vfloat part = select((vint)(u != u), u, select(positive, u, splat(0.f)));
+    if constexpr (f == Activation::relu2) return {part * part, part + part};
+    return {part, select(positive, splat(1.f), splat(0.f))};
   }
 }
 
@@ -264,6 +266,7 @@ INLINE void activate_any(Activation f, const float* u, float* h, float* slope, i
     case Activation::gelu_tanh: return activate_as<Activation::gelu_tanh>(u, h, slope, n);
     case Activation::silu: return activate_as<Activation::silu>(u, h, slope, n);
     case Activation::relu: return activate_as<Activation::relu>(u, h, slope, n);
+    case Activation::relu2: return activate_as<Activation::relu2>(u, h, slope, n);
   }
 }
 static void activate_row(Activation f, const float* u, float* h, int64_t n) { activate_any(f, u, h, nullptr, n); }
