@@ -1,11 +1,13 @@
 """A transformers model with "cmoe" under it, against eager, batched_mm and grouped_mm.
 
-    python -m benchmarks.experts_models                        two layers of Qwen3-30B-A3B's width in bf16 (5 GiB; forward and training)
+    python -m benchmarks.experts_models                        layers of Qwen3-30B-A3B's width in bf16: 8 forward (10 GB), 2 in training
     python -m benchmarks.experts_models --tokens 16 --steps train
     python -m benchmarks.experts_models --lora                 memory of LoRA on the experts
 
-One token is a decoding step behind a cache of 128; more are a prefill. A training step is forward and backward, every gradient. Before
-ours is timed, it is compared with eager (output, and in training the experts' gradients); a wrong result gets no time.
+One token is a decoding step behind a cache of 128; more are a prefill. A training step is forward and backward, every gradient: they are as
+large as the weights, which is why it has fewer layers. Before ours is timed, it is compared with eager (output, and in training the
+experts' gradients); a wrong result gets no time. All sides are timed in turn. What is measured is kept cell by cell in benchmarks/results/;
+`make bench-report` writes the tables.
 """
 
 import argparse
@@ -18,13 +20,14 @@ import transformers
 
 import cmoe_kernels.integrations.transformers  # noqa: F401  registers "cmoe"
 from benchmarks import machine, memory, record, timer
+from benchmarks.models_report import PEERS, SUITE
 from cmoe_kernels import backends
 
-PEERS = ("eager", "batched_mm", "grouped_mm")
-STEPS = ("forward", "train")
+LAYERS = {"forward": 8, "train": 2}
 CACHED = 128
 # batched_mm gathers the weights of every selection: above this it would swap, not compute.
 MOST_COPIED = 4 * 2**30
+LONG = 5.0  # seconds of a call: such a peer is timed once
 
 
 def build(layers: int, experts: int = 128, hidden: int = 2048, of_expert: int = 768) -> transformers.Qwen3MoeForCausalLM:
@@ -47,8 +50,21 @@ def build(layers: int, experts: int = 128, hidden: int = 2048, of_expert: int = 
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for p in model.parameters():
-        torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5) if p.dim() > 1 else torch.nn.init.ones_(p)
+        if p.dim() < 3:
+            torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5) if p.dim() > 1 else torch.nn.init.ones_(p)
+    first = model.model.layers[0].mlp.experts
+    for p in first.parameters():
+        torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
+    for place, layer in enumerate(model.model.layers[1:], 1):
+        for name, p in layer.mlp.experts.named_parameters():
+            p.data.copy_(first.get_parameter(name).roll(place, 0))  # in another order: drawing ten gigabytes would take minutes
     return model
+
+
+def shorten(model: Any, layers: int) -> None:
+    """Drop all but the first layers."""
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
 
 
 def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Callable[[], torch.Tensor]:
@@ -93,35 +109,44 @@ def check(model: Any, ours: Callable[[], torch.Tensor], eager: Callable[[], torc
 
 
 def measure(model: Any, tokens: int, step: str, seconds: float) -> dict[str, Any]:
+    """Check, then time, one cell: ours and every peer in turn."""
     train = step == "train"
     ours = make_call(model, "cmoe", tokens, train)
     error = check(model, ours, make_call(model, "eager", tokens, train), train)
-    per_expert = model.model.layers[0].mlp.experts.gate_up_proj[0].nbytes
-    result: dict[str, Any] = {"tokens": tokens, "step": step, "error": round(error, 5), "peers": {}, "skipped": {}}
-    for peer in PEERS:
-        copied = tokens * 8 * per_expert
-        if peer == "batched_mm" and copied > MOST_COPIED:
-            result["skipped"][peer] = f"it would copy {copied / 2**30:.0f} GiB of weights per layer"
-            continue
-        mine, theirs = timer.alternate(ours, make_call(model, peer, tokens, train), seconds, least=3)
-        result["ours"] = mine.summary()
-        result["peers"][peer] = {**theirs.summary(), "ours_p50_ms": mine.summary()["p50_ms"], "ratio": round(timer.ratio(mine, theirs), 3)}
-    return result
+    copied = tokens * 8 * model.model.layers[0].mlp.experts.gate_up_proj[0].nbytes
+    skipped = {}
+    if copied > MOST_COPIED:
+        skipped["batched_mm"] = f"it would copy {copied / 2**30:.0f} GiB of weights per layer"
+    peers = [name for name in PEERS if name not in skipped]
+    mine, *theirs = timer.in_turn([ours, *(make_call(model, name, tokens, train) for name in peers)], seconds, least=3, once_above=LONG)
+    return {
+        "tokens": tokens,
+        "step": step,
+        "layers": model.config.num_hidden_layers,
+        "error": round(error, 5),
+        "ours": mine.summary(),
+        "peers": {
+            name: {**times.summary(), "ratio": round(timer.ratio(mine, times), 3)} for name, times in zip(peers, theirs, strict=True)
+        },
+        "skipped": skipped,
+    }
 
 
-def lora_memory(experts: int) -> dict[str, Any]:
+def lora_memory(experts: int, hidden: int = 2048) -> dict[str, Any]:
     """Peak memory of one layer's training step above its weights, with and without LoRA on all its experts."""
     import peft
 
-    model = build(1, experts).requires_grad_(False)
-    weights = sum(p.nbytes for m in model.modules() if hasattr(m, "gate_up_proj") for p in m.parameters())
+    model = build(1, experts, hidden).requires_grad_(False)
+    weights = sum(p.nbytes for p in model.model.layers[0].mlp.experts.parameters())
     model.get_input_embeddings().requires_grad_(True)
-    peaks = {"frozen experts": memory.peak(make_call(model, "cmoe", 64, True))}
+    frozen = memory.peak(make_call(model, "cmoe", 64, True))
     lora = peft.get_peft_model(
         model, peft.LoraConfig(r=16, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     )
-    peaks["LoRA on the experts"] = memory.peak(make_call(lora.base_model.model, "cmoe", 64, True))
-    return {"experts": experts, "weights_of_experts_bytes": weights, "peak_bytes": peaks}
+    peaks = {}
+    for implementation in ("cmoe", "eager", "grouped_mm"):
+        peaks[implementation] = memory.peak(make_call(lora.base_model.model, implementation, 64, True))
+    return {"experts": experts, "tokens": 64, "rank": 16, "weights_bytes": weights, "frozen_peak_bytes": frozen, "lora_peak_bytes": peaks}
 
 
 def main() -> None:
@@ -129,39 +154,41 @@ def main() -> None:
         "python -m benchmarks.experts_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    parser.add_argument("--layers", type=int, help=f"of both steps (default: {', '.join(f'{s} {n}' for s, n in LAYERS.items())})")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=10, help="time for each pair, but at least three calls of each (default: 10)")
+    parser.add_argument("--seconds", type=float, default=6, help="time for each cell, but at least three calls of each side (default: 6)")
     parser.add_argument("--lora", action="store_true", help="measure the memory of LoRA on the experts, and nothing else")
     options = parser.parse_args()
     threads = record.set_threads(options.threads)
-    if options.lora:
-        print(json.dumps(lora_memory(experts=32), indent=1))
-        return
     described, run = machine.describe(), machine.run_info(threads)
-    served = backends.choose("sparse_experts", "cpu", torch.bfloat16)
-    document: dict[str, Any] = {
-        "suite": "experts_models",
-        "machine": described,
-        "threads": threads,
-        "model": f"{options.layers} layers of Qwen3-30B-A3B's width, bf16",
-        "run": {**run, "transformers": transformers.__version__, "served_by": served},
-        "cases": {},
-    }
+    run |= {"transformers": transformers.__version__, "served_by": backends.choose("sparse_experts", "cpu", torch.bfloat16)}
     out = record.RESULTS / f"experts-models-{machine.slug(described, threads)}.json"
+    document: dict[str, Any] = {"suite": SUITE, "machine": described, "threads": threads, "cases": {}}
     if out.exists():
-        document["cases"] = json.loads(out.read_text())["cases"]
-    model = build(options.layers)
-    print(f"{described['cpu']}, {threads} threads; cmoe is served by {served}; ratio: how many times faster cmoe is", flush=True)
-    for step in options.steps:
+        document = json.loads(out.read_text())
+
+    def keep(kind: str, values: dict[str, Any]) -> None:
+        document[kind] = values
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+    if options.lora:
+        keep("lora", {**lora_memory(experts=32), "run": run})
+        print(json.dumps(document["lora"], indent=1))
+        return
+    run["gemm_gflops"] = {"bfloat16": round(machine.gemm_rate(torch.bfloat16), 1)}
+    layers = {step: options.layers or LAYERS[step] for step in LAYERS if step in options.steps}
+    model = build(max(layers.values()))
+    print(f"{described['cpu']}, {threads} threads; cmoe is served by {run['served_by']}; ratio: how many times faster cmoe is", flush=True)
+    for step in sorted(layers, key=lambda step: -layers[step]):
+        shorten(model, layers[step])
         for tokens in options.tokens:
+            print(f"{step:8} T={tokens:<5} {layers[step]} layers", end=" ", flush=True)
             case = measure(model, tokens, step, options.seconds)
             peers = "  ".join(f"{name} {p['ratio']:.2f}x" for name, p in case["peers"].items())
-            print(f"{step:8} T={tokens:<5} cmoe {case['ours']['p50_ms']:9.1f} ms  {peers}  {case['skipped'] or ''}", flush=True)
-            document["cases"][f"{step}/T{tokens}"] = case
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+            print(f"cmoe {case['ours']['p50_ms']:9.1f} ms  {peers}  {case['skipped'] or ''}", flush=True)
+            keep("cases", {**document["cases"], f"{step}/T{tokens}": {**case, "run": run}})
     print(f"kept in {out}")
 
 

@@ -143,10 +143,10 @@ def merge(path: Path, described: dict[str, Any], key: str, record: dict[str, Any
     os.replace(part, path)
 
 
-def documents(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All results of this suite in a folder."""
+def documents(folder: Path = RESULTS, suite: str = SUITE) -> list[dict[str, Any]]:
+    """All results of a suite in a folder."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [d for d in found if isinstance(d, dict) and d.get("suite") == SUITE]
+    return [d for d in found if isinstance(d, dict) and d.get("suite") == suite]
 
 
 def set_threads(threads: int | None) -> int:

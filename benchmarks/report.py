@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, record
+from benchmarks import machine, models_report, record
+from benchmarks.digits import milliseconds, ratio_text
 from benchmarks.shapes import TINY
 
 README = machine.ROOT / "README.md"
@@ -53,16 +54,6 @@ def works(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
     for r in timed(records):
         found.setdefault((r["case"], r["shape"], r["dtype"]), []).append(r)
     return found
-
-
-def ratio_text(ratio: float) -> str:
-    """Two digits and more; a loss is bold."""
-    text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-    return f"**{text}**" if ratio < 1 else text
-
-
-def milliseconds(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def rivals(r: Record) -> dict[str, Record]:
@@ -136,7 +127,7 @@ def _span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def readme(documents: list[dict[str, Any]]) -> str:
+def readme(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> str:
     """What stands between README's markers."""
     parts = []
     for document in documents:
@@ -149,10 +140,10 @@ def readme(documents: list[dict[str, Any]]) -> str:
             f"Ours is slower in {len(lost)} of {compared} comparisons; docs/benchmarks.md lists them, with times, spread, bytes and "
             "what was skipped and why."
         )
-    return "\n\n".join(parts) or "Nothing has been measured yet: `make bench` does it."
+    return "\n\n".join([*parts, models_report.readme(models)]).strip() or "Nothing has been measured yet: `make bench` does it."
 
 
-def markdown(documents: list[dict[str, Any]]) -> str:
+def markdown(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> str:
     """docs/benchmarks.md."""
     parts = [
         "# Benchmarks",
@@ -207,7 +198,7 @@ def markdown(documents: list[dict[str, Any]]) -> str:
         if reasons:
             parts.append("### Not timed")
             parts.append("\n".join(f"- {reason} ({', '.join(where)})" for reason, where in reasons.items()))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *models_report.markdown(models)]) + "\n"
 
 
 def insert(text: str, table: str) -> str:
@@ -293,10 +284,10 @@ def plot_roofline(document: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    documents = record.documents()
+    documents, models = record.documents(), record.documents(suite=models_report.SUITE)
     DOCS.mkdir(exist_ok=True)
-    (DOCS / "benchmarks.md").write_text(markdown(documents))
-    README.write_text(insert(README.read_text(), readme(documents)))
+    (DOCS / "benchmarks.md").write_text(markdown(documents, models))
+    README.write_text(insert(README.read_text(), readme(documents, models)))
     for document in documents:
         if timed(rows(document)):
             name = machine.slug(document["machine"], document["threads"])

@@ -7,7 +7,7 @@ What a call returns is freed inside the timed region, as a training step frees i
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,25 +41,41 @@ def alternate(
 
     At least ``least`` calls of each are timed, at most ``most``; FEW are enough where they take PATIENCE times as long as asked for.
     """
-    taken: tuple[list[float], list[float]] = ([], [])
+    mine, theirs = in_turn((ours, peer), seconds, least, most, clock)
+    return mine, theirs
+
+
+def in_turn(
+    sides: Sequence[Call],
+    seconds: float,
+    least: int = 5,
+    most: int = 200,
+    clock: Call = time.perf_counter,
+    once_above: float = float("inf"),
+) -> tuple[Times, ...]:
+    """Times of any number of sides, as :func:`alternate` takes them of two. A later side whose first call takes longer than ``once_above``
+    seconds has no second turn."""
+    taken: tuple[list[float], ...] = tuple([] for _ in sides)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         begin = clock()
         while True:
-            for call, times in zip((ours, peer), taken, strict=True):
+            for call, times in zip(sides, taken, strict=True):
+                if times is not taken[0] and times and times[0] > once_above:
+                    continue
                 call()
                 start = clock()
                 call()
                 times.append(clock() - start)
-            done, passed = len(taken[1]), clock() - begin
+            done, passed = len(taken[0]), clock() - begin
             if (passed >= seconds and done >= least) or done >= most or (passed >= PATIENCE * seconds and done >= FEW):
                 break
     finally:
         if collecting:
             gc.enable()
-    return Times(tuple(taken[0])), Times(tuple(taken[1]))
+    return tuple(Times(tuple(times)) for times in taken)
 
 
 def ratio(ours: Times, peer: Times) -> float:

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import experts_models
+from benchmarks import experts_models, models_report
 from cmoe_kernels.integrations import experts
 
 
@@ -14,12 +14,13 @@ def model():
     return experts_models.build(layers=2, experts=16, hidden=256, of_expert=32)
 
 
-@pytest.mark.parametrize("step", experts_models.STEPS)
+@pytest.mark.parametrize("step", list(experts_models.LAYERS))
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_measures_every_peer(model, tokens, step):
     result = experts_models.measure(model, tokens, step, seconds=0)
-    assert set(result["peers"]) == set(experts_models.PEERS)
+    assert set(result["peers"]) == set(models_report.PEERS)
     assert result["ours"]["calls"] >= 3
+    assert result["layers"] == 2
     assert all(peer["ratio"] > 0 for peer in result["peers"].values())
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.timer import Times, alternate, ratio
+from benchmarks.timer import Times, alternate, in_turn, ratio
 
 
 class Clock:
@@ -41,6 +41,14 @@ def test_when_it_stops():
     assert len(ours.seconds) == 9
     ours, _ = alternate(clock.call("ours", 1000), clock.call("peer", 1), seconds=1, least=5, clock=clock)
     assert len(ours.seconds) == 3
+
+
+def test_any_number_of_sides_take_turns_and_a_slow_one_has_a_single_turn():
+    clock = Clock()
+    sides = [clock.call("ours", 9), clock.call("slow", 8), clock.call("fast", 1)]
+    times = in_turn(sides, seconds=1, least=3, clock=clock, once_above=7)
+    assert clock.calls == ["ours", "ours", "slow", "slow", "fast", "fast", *["ours", "ours", "fast", "fast"] * 2]
+    assert [t.seconds for t in times] == [(9, 9, 9), (8,), (1, 1, 1)]
 
 
 def test_quantiles_interpolate():
