@@ -5,7 +5,7 @@
     python -m benchmarks.experts_models --lora                 memory of LoRA on the experts
 
 One token is a decoding step behind a cache of 128; more are a prefill. A training step is forward and backward, every gradient: they are as
-large as the weights, which is why it has fewer layers. Before ours is timed, its experts are compared with eager (output, and in
+large as the weights, which is why it has fewer layers. Before ours is timed, its experts are compared with grouped_mm (output, and in
 training all gradients); a wrong result gets no time. All sides are timed in turn. What is measured is kept cell by cell in
 benchmarks/results/; `make bench-report` writes the tables.
 """
@@ -91,7 +91,7 @@ def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Call
 
 
 def check(model: Any, tokens: int, train: bool) -> float:
-    """The relative RMS error against eager of the first layer's experts on what the model gives them; the largest of output and gradients.
+    """The relative RMS error against grouped_mm of the first layer's experts on what the model gives them; the largest of output and gradients.
 
     Of the experts alone: between two roundings of a layer's output, a later layer's router sends some tokens to other experts.
 
@@ -99,13 +99,13 @@ def check(model: Any, tokens: int, train: bool) -> float:
         ValueError: it is above 2 %, far beyond what bf16 rounding makes.
     """
     experts, given = model.model.layers[0].mlp.experts, []
-    step = make_call(model, "eager", tokens, False)
+    step = make_call(model, "grouped_mm", tokens, False)
     hook = experts.register_forward_pre_hook(lambda _, arguments: given.extend(arguments))
     step()
     hook.remove()
     x, indices, weights = given
     dy, results = torch.randn_like(x), []
-    for implementation in ("eager", "cmoe"):
+    for implementation in ("grouped_mm", "cmoe"):
         model.config._experts_implementation = implementation
         leaves = [t.detach().requires_grad_(train) for t in (x, weights)]
         with torch.set_grad_enabled(train):
@@ -114,7 +114,7 @@ def check(model: Any, tokens: int, train: bool) -> float:
         results.append([y.detach(), *grads])
     worst = max(float((o - e).float().norm() / e.float().norm()) for e, o in zip(*results, strict=True))
     if not worst < 0.02:
-        raise ValueError(f"cmoe differs from eager by {worst:.1%}")
+        raise ValueError(f"cmoe differs from grouped_mm by {worst:.1%}")
     return worst
 
 

@@ -53,8 +53,8 @@ def in_turn(
     clock: Call = time.perf_counter,
     once_above: float = float("inf"),
 ) -> tuple[Times, ...]:
-    """Times of any number of sides, as :func:`alternate` takes them of two. A later side whose first call takes longer than ``once_above``
-    seconds has no second turn."""
+    """Times of any number of sides, as :func:`alternate` takes them of two. A later side whose first, untimed call takes longer than
+    ``once_above`` seconds has that one call alone."""
     taken: tuple[list[float], ...] = tuple([] for _ in sides)
     collecting = gc.isenabled()
     gc.collect()
@@ -65,9 +65,11 @@ def in_turn(
             for call, times in zip(sides, taken, strict=True):
                 if times is not taken[0] and times and times[0] > once_above:
                     continue
-                call()
                 start = clock()
                 call()
+                if times is taken[0] or clock() - start <= once_above:
+                    start = clock()
+                    call()
                 times.append(clock() - start)
             done, passed = len(taken[0]), clock() - begin
             if (passed >= seconds and done >= least) or done >= most or (passed >= PATIENCE * seconds and done >= FEW):
