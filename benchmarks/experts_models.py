@@ -91,7 +91,7 @@ def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Call
 
 
 def check(model: Any, tokens: int, train: bool) -> float:
-    """The relative RMS error against grouped_mm of the first layer's experts on what the model gives them; the largest of output and gradients.
+    """The largest relative RMS error, of output and gradients, of the first layer's experts on equal inputs, against grouped_mm.
 
     Of the experts alone: between two roundings of a layer's output, a later layer's router sends some tokens to other experts.
 
