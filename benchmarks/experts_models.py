@@ -27,6 +27,8 @@ LAYERS = {"forward": 8, "train": 2}
 CACHED = 128
 # batched_mm gathers the weights of every selection: above this it would swap, not compute.
 MOST_COPIED = 4 * 2**30
+# eager's backward pass writes a gradient of all experts' weights for each expert that was used.
+MOST_WRITTEN = 128 * 2**30
 LONG = 5.0  # seconds of a call: such a peer is timed once
 
 
@@ -122,10 +124,14 @@ def measure(model: Any, tokens: int, step: str, seconds: float) -> dict[str, Any
     """Check, then time, one cell: ours and every peer in turn."""
     train = step == "train"
     error = check(model, tokens, train)
-    copied = tokens * 8 * model.model.layers[0].mlp.experts.gate_up_proj[0].nbytes
-    skipped = {}
+    experts = model.model.layers[0].mlp.experts
+    copied, skipped = tokens * 8 * experts.gate_up_proj[0].nbytes, {}
     if copied > MOST_COPIED:
         skipped["batched_mm"] = f"it would copy {copied / 2**30:.0f} GiB of weights per layer"
+    used = experts.num_experts * (1 - (1 - 8 / experts.num_experts) ** tokens)
+    written = used * sum(p.nbytes for p in experts.parameters())
+    if train and written > MOST_WRITTEN:
+        skipped["eager"] = f"its backward pass would write {written / 2**30:.0f} GiB per layer"
     peers = [name for name in PEERS if name not in skipped]
     mine, *theirs = timer.in_turn([make_call(model, name, tokens, train) for name in ("cmoe", *peers)], seconds, least=3, once_above=LONG)
     return {

@@ -26,8 +26,9 @@ def test_measures_every_peer(model, tokens, step):
 
 def test_a_peer_that_would_copy_too_much_is_skipped(model, monkeypatch):
     monkeypatch.setattr(experts_models, "MOST_COPIED", 0)
-    result = experts_models.measure(model, 5, "forward", seconds=0)
-    assert set(result["skipped"]) == {"batched_mm"}
+    monkeypatch.setattr(experts_models, "MOST_WRITTEN", 0)
+    assert set(experts_models.measure(model, 5, "forward", seconds=0)["skipped"]) == {"batched_mm"}
+    assert set(experts_models.measure(model, 5, "train", seconds=0)["skipped"]) == {"batched_mm", "eager"}
 
 
 def test_a_wrong_result_gets_no_time(model, monkeypatch):
