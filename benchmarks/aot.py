@@ -427,7 +427,7 @@ def main() -> None:
                     f"{row['registers']} registers, {row['spills']} spills, {row['shared']} bytes shared, {row['mma']} matrix instructions"
                 )
                 print(f"{target} {len(fresh)}/{len(wanted)} {time.perf_counter() - start:.0f} s: {what}: {found}", flush=True)
-                if options.write and (len(fresh) % 20 == 0 or len(fresh) == len(wanted)):
+                if options.write and (len(fresh) % 10 == 0 or len(fresh) == len(wanted)):
                     kept = [r for r in read() if r["key"] not in fresh and (r["target"] != target or r["key"] in current)]
                     write(sorted([*kept, *fresh.values()], key=lambda r: [r[n] for n in ("target", "kernel", "operand", "tile", "key")]))
 

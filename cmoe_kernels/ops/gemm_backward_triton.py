@@ -40,7 +40,7 @@ def gemm_bwd_du_kernel(
 ):  # fmt: skip
     """dh = dy @ w[e]; parts = sum over n of dh * act(u); du = scale * dh * act'(u); h = scale * act(u). ACT None: u is a row of x."""
     tiles_m, tiles_n = count_row_tiles(offsets, rows, experts, EP, BM), tl.cdiv(width, BN)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
         expert, first, end = tile_rows(tile_m, offsets, rows, experts, EP, BM)
@@ -102,7 +102,7 @@ def gemm_bwd_mix_kernel(
 ):  # fmt: skip
     """For each expert z = dy @ w[e]: parts = sum over n of z * x; dx = sum over e of gates[e] * z."""
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
         first = tile_m * BM

@@ -37,7 +37,7 @@ def gemm_sum_fwd_kernel(
 ):  # fmt: skip
     """y[r] = sum_e w[e] @ x[r, e] + gates[r, e] * b[e], or its parts; SCALE: gates[r, e] * x[r, e] in place of x[r, e]."""
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK).to(tl.int64)
     steps = tl.cdiv(depth, BK)
     share = tl.cdiv(experts * steps, splits)
     for tile in range(tl.program_id(0), tiles_m * tiles_n * splits, tl.num_programs(0)):

@@ -42,7 +42,7 @@ def gemm_fwd_kernel(
 ):  # fmt: skip
     """y[scatter[r]] = scale * act(w[e] @ x[gather[r] // DIV] + b[e]), or scale on the bias alone; u is what goes into act."""
     tiles_m, tiles_n = count_row_tiles(offsets, rows, experts, EP, BM), tl.cdiv(width, BN)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
         expert, first, end = tile_rows(tile_m, offsets, rows, experts, EP, BM)

@@ -34,10 +34,10 @@ def gate_bwd_kernel(
     DIV: tl.constexpr, ROUND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dgates[i] = sum over column tiles of parts[:, i] + <dy[t], b[e]>; i is a row of an expert, or t * E + e without offsets."""
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = i < count
     if offsets is None:
-        target, token, e = i.to(tl.int64), i // experts, i % experts
+        target, token, e = i, i // experts, i % experts
     else:
         e = i * 0
         for j in range(experts):
@@ -49,16 +49,16 @@ def gate_bwd_kernel(
     for tile in range(tiles):
         total += tl.load(parts + tl.cast(tile, tl.int64) * count + i, mask=live, other=0.0)
     if b is not None:
-        n = tl.arange(0, BN)
-        ds = dy + token.to(tl.int64)[:, None] * sd_t + n[None, :] * sd_n
-        bs = b + e.to(tl.int64)[:, None] * sb_e + n[None, :] * sb_n
+        n = tl.arange(0, BN).to(tl.int64)
+        ds = dy + token[:, None] * sd_t + n[None, :] * sd_n
+        bs = b + e[:, None] * sb_e + n[None, :] * sb_n
         dot = tl.zeros((BM, BN), tl.float32)
         for start in range(0, width, BN):
             inside = live[:, None] & (n[None, :] < width - start)
             bias = tl.load(bs, mask=inside, other=0.0).to(ROUND).to(tl.float32)
             dot += tl.load(ds, mask=inside, other=0.0).to(tl.float32) * bias
-            ds += BN * sd_n
-            bs += BN * sb_n
+            ds += tl.cast(BN, tl.int64) * sd_n
+            bs += tl.cast(BN, tl.int64) * sb_n
         total += tl.sum(dot, 1)
     tl.store(dgates + target, total, mask=i < count)
 

@@ -3,6 +3,7 @@
 The memory between them is reserved and never touched.
 """
 
+import functools
 import mmap
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends
+from cmoe_kernels.ops import tuning_triton
 from tests.compare import grads
 from tests.ops.cases import Maker
 
@@ -21,11 +23,12 @@ STRIDE = 1 << 30
 NORESERVE = 0x4000
 
 
-def far(t: Tensor) -> Tensor:
-    """The same values, STRIDE elements between neighbours in the first dimension."""
-    elements = (t.shape[0] - 1) * STRIDE + t[0].numel()
+def far(t: Tensor, dim: int) -> Tensor:
+    """The same values, STRIDE elements between neighbours in one dimension."""
+    strides = [STRIDE if d == dim else stride for d, stride in enumerate(t.contiguous().stride())]
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
     memory = mmap.mmap(-1, elements * t.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, (STRIDE, *t[0].stride())).copy_(t)
+    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
 
 
 def mlp(m: Maker) -> dict[str, Tensor]:
@@ -41,27 +44,40 @@ CALLS = {
     "sparse_experts": lambda m: {"x": m.x(4, 5), "weights": m.gates(4, 1), "indices": torch.tensor([[0], [3], [3], [2]]), **mlp(m)},
     "task_router": lambda m: {"x": m.x(4, 5), "task": None, "w1": m.x(4, 5), "b1": m.x(4), "w2": m.x(4, 4), "b2": None, "inputs": "token"},
 }
-# Left out: rows of w1 are the depth of the product that gives dx, and a step along the depth is taken in 32 bits.
-PAIRS = [
-    (op, name)
+PLACES = [
+    (op, name, dim)
     for op, make in CALLS.items()
-    for name, value in make(Maker(torch.float16, 0)).items()
-    if isinstance(value, Tensor) and value.dim() > 1 and (op, name) != ("task_router", "w1")
+    for name, value in {**make(Maker(torch.float16, 0)), "gradient": torch.ones(4, 3)}.items()
+    if isinstance(value, Tensor) and name != "offsets" and (op, name) != ("balance_loss", "gradient")
+    for dim, size in enumerate(value.shape)
+    if size > 1
 ]
 
 
-@pytest.mark.parametrize(("op", "name"), PAIRS)
-def test_far_apart(op, name):
-    results = []
-    for place in (lambda t: t, far):
-        arguments = CALLS[op](Maker(torch.float16, 0))
-        arguments[name] = place(arguments[name])
-        leaves = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
-        for n in leaves:
-            arguments[n].requires_grad_()
-        with cmoe.use_backend("triton"):
-            y = getattr(cmoe, op)(**arguments)
-        y = y[0] if isinstance(y, tuple) else y
-        results.append([y, *grads(y, [arguments[n] for n in leaves], torch.ones_like(y))])
-    for near, apart in zip(*results, strict=True):
-        assert torch.equal(near, apart)
+def run(op: str, name: str = "", dim: int = 0) -> list[Tensor]:
+    """The result and its gradients, with one tensor spread out."""
+    arguments = CALLS[op](Maker(torch.float16, 0))
+    if name in arguments:
+        arguments[name] = far(arguments[name], dim)
+    leaves = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    for n in leaves:
+        arguments[n].requires_grad_()
+    with cmoe.use_backend("triton"):
+        y = getattr(cmoe, op)(**arguments)
+    y = y[0] if isinstance(y, tuple) else y
+    gradient = far(torch.ones_like(y), dim) if name == "gradient" else torch.ones_like(y)
+    return [y, *grads(y, [arguments[n] for n in leaves], gradient)]
+
+
+@functools.cache
+def near(op: str, arch: str) -> list[Tensor]:
+    return run(op)
+
+
+# Through pointers, which the kernels step along themselves, and through descriptors where strides allow.
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.full)])
+@pytest.mark.parametrize(("op", "name", "dim"), PLACES)
+def test_far_apart(op, name, dim, arch, monkeypatch):
+    monkeypatch.setattr(tuning_triton, "interpreted", tuning_triton.KNOWN[arch]._replace(multiprocessors=4))
+    for expected, got in zip(near(op, arch), run(op, name, dim), strict=True):
+        assert torch.equal(expected, got)

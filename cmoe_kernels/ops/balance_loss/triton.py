@@ -24,16 +24,23 @@ PROGRAMS = 256
 
 
 @triton.jit
+def _scores(scores, row, e, live, E, stride_t, stride_e):
+    """Of the rows given, 0 where not live."""
+    at = scores + row[:, None] * stride_t + e.to(tl.int64)[None, :] * stride_e
+    return tl.load(at, live[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _tile(scores, indices, mask, row, live, e, E, K, stride_t, stride_e, stride_it, stride_ik, KIND: tl.constexpr, COUNT: tl.constexpr):
     """Of the rows given: scores (0 where not live), live as 0 or 1, the selections of each expert, sum of squared logsumexps."""
     if mask is not None:
         live = live & (tl.load(mask + row, live, other=0) != 0)
-    s = tl.load(scores + row[:, None] * stride_t + e[None, :] * stride_e, live[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+    s = _scores(scores, row, e, live, E, stride_t, stride_e)
     count = tl.zeros_like(e)
     squares = 0.0
     if COUNT:
         for k in range(K):
-            expert = tl.load(indices + row * stride_it + k * stride_ik, live, other=-1)
+            expert = tl.load(indices + row * stride_it + tl.cast(k, tl.int64) * stride_ik, live, other=-1)
             count += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), 0)
     if KIND == "z":
         z, _ = _logsumexp(s, e, E)
@@ -152,7 +159,7 @@ def _spread(scores, mask, dscores, slope, row, inside, e, E, stride_t, stride_e,
         live = live & (tl.load(mask + row, inside, other=0) != 0)
     ds = tl.where(live[:, None], slope[None, :], 0.0)
     if KIND == "z":
-        s = tl.load(scores + row[:, None] * stride_t + e[None, :] * stride_e, live[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+        s = _scores(scores, row, e, live, E, stride_t, stride_e)
         z, softmax = _logsumexp(s, e, E)
         ds = ds * z[:, None] * softmax
     tl.store(dscores + row[:, None] * E + e[None, :], ds.to(dscores.dtype.element_ty), inside[:, None] & (e < E)[None, :])

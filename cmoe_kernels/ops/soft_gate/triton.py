@@ -29,7 +29,7 @@ def _gates(logits):
 @triton.jit
 def soft_gate_fwd_kernel(logits, gates, T, E, stride_t, stride_e, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
-    e = tl.arange(0, BLOCK_E)[None, :]
+    e = tl.arange(0, BLOCK_E).to(tl.int64)[None, :]
     live = (t < T) & (e < E)
     l = tl.load(logits + t * stride_t + e * stride_e, live, other=-float("inf")).to(tl.float32)
     # A row past the end would be 0 / 0.
@@ -42,7 +42,7 @@ def soft_gate_bwd_kernel(
     dgates, logits, dlogits, T, E, stride_dt, stride_de, stride_t, stride_e, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
-    e = tl.arange(0, BLOCK_E)[None, :]
+    e = tl.arange(0, BLOCK_E).to(tl.int64)[None, :]
     live = (t < T) & (e < E)
     l = tl.load(logits + t * stride_t + e * stride_e, live, other=-float("inf")).to(tl.float32)
     l = tl.where(t < T, l, 0.0)

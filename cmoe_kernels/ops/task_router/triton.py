@@ -39,7 +39,7 @@ def task_router_fwd_kernel(
 ):  # fmt: skip
     """u = x @ w1^T + bias[ids]; parts[tile] = act(u) @ w2^T over the tile's columns, or h = act(u)."""
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
         r = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)

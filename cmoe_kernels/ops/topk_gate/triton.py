@@ -68,8 +68,8 @@ def topk_gate_fwd_kernel(
     e = tl.arange(0, BLOCK_E)[None, :]
     slot = tl.arange(0, BLOCK_K)[None, :]
     live = (t < T) & (e < E)
-    l = tl.load(logits + t * stride_t + e * stride_e, live, other=0.0).to(tl.float32)
-    r = tl.load(rank + t * stride_rt + e * stride_re, live, other=0.0)
+    l = tl.load(logits + t * stride_t + e.to(tl.int64) * stride_e, live, other=0.0).to(tl.float32)
+    r = tl.load(rank + t * stride_rt + e.to(tl.int64) * stride_re, live, other=0.0)
     if rank.dtype.element_ty != tl.float64:
         r = r.to(tl.float32)
     key = tl.where(e < E, _ranking_key(r, INTEGER, LOWEST), tl.full((), LOWEST, INTEGER))
@@ -102,11 +102,11 @@ def topk_gate_bwd_kernel(
     slot = tl.arange(0, BLOCK_K)[None, :]
     live = (t < T) & (e < E)
     inside = (t < T) & (slot < K)
-    l = tl.load(logits + t * stride_t + e * stride_e, live, other=0.0).to(tl.float32)
-    index = tl.load(indices + t * stride_it + slot * stride_ik, inside, other=E)
+    l = tl.load(logits + t * stride_t + e.to(tl.int64) * stride_e, live, other=0.0).to(tl.float32)
+    index = tl.load(indices + t * stride_it + slot.to(tl.int64) * stride_ik, inside, other=E)
     chosen = (index >= 0) & (index < E)
     picked = tl.load(logits + t * stride_t + index * stride_e, chosen, other=0.0).to(tl.float32)
-    d = tl.load(dweights + t * stride_dt + slot * stride_dk, inside, other=0.0).to(tl.float32)
+    d = tl.load(dweights + t * stride_dt + slot.to(tl.int64) * stride_dk, inside, other=0.0).to(tl.float32)
     w = _weights(l, picked, chosen, e, E, SCORE, RENORMALIZE)
     scaled = tl.where(chosen, d * scale, 0.0)
     total = tl.sum(scaled * w, 1)[:, None]
