@@ -10,8 +10,8 @@ formulas as released, each torch operation one launch. For each launch
     bytes   of every distinct element that it reads or writes, once: caches serve what tiles read again; an idle expert is not read
     time    the larger of FLOPs / peak and bytes / bandwidth; launches one after another, a launch itself costs nothing
 
-so times are lower bounds, and of both sides alike. Routing is taken to be even.
-The products are held against the algebra (tests/benchmarks/test_roofline.py), not yet against the kernels' own loops.
+so times are lower bounds, and of both sides alike. Routing is taken to be even. tests/triton/test_roofline.py holds the FLOPs and bytes
+of every launch against what the kernels' loops multiply, load and store in the interpreter.
 """
 
 import argparse
@@ -107,6 +107,8 @@ def of_launch(kernel: Any, args: tuple[Any, ...], settings: dict[str, Any], used
     tensors = {name: tensor for name, value in values.items() if (tensor := _tensor(value)) is not None}
     if kernel.__name__.startswith("gate_bwd") and "b" not in tensors:
         tensors.pop("dy")  # is there for its product with b
+    if kernel.__name__.startswith("balance_loss_bwd") and values["KIND"] != "z":
+        tensors.pop("scores")  # the other kinds are linear in them
     grouped = "offsets" in tensors
     flops = size = 0.0
     # One tensor can stand for several arguments, and twice for one: by pointer and in a descriptor.
@@ -384,8 +386,8 @@ with its published peaks needs at least: each launch takes the larger of FLOPs /
 launch itself costs nothing. FLOPs are those of matrix products, without the padding of tiles. Bytes count every distinct element once:
 caches serve what tiles read again. Routing is even. So times are lower bounds on both sides, and a ratio says what the counts alone are
 worth, not how near either side comes to its bound. What the host needs for its launches is left out, and so is the loop's search for the
-rows of an expert, which waits for the device. The products are held
-against the algebra (tests/benchmarks/test_roofline.py), not yet against the kernels' own loops.
+rows of an expert, which waits for the device. FLOPs and bytes of every launch of ours are held against what the kernels' own loops
+multiply, load and store in Triton's interpreter (tests/triton/test_roofline.py).
 
 {peaks}
 
