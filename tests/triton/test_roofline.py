@@ -117,7 +117,7 @@ def sized(monkeypatch, **letters):
         monkeypatch.setattr(cases, letter, value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_whole_tiles(case, dtype, launches, monkeypatch):
     sized(monkeypatch, **WHOLE | ({"E": 16} if case.op == "task_router" else {}))
@@ -139,6 +139,7 @@ def test_whole_tiles(case, dtype, launches, monkeypatch):
     assert predicted == [step for step, _ in launches]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_padded_tiles_do_more_and_touch_no_more(case, launches):
     with cmoe.use_backend("triton"):
