@@ -216,9 +216,10 @@ def test_only_the_gradients_asked_for(case, backend):
 
 
 @on_backends([case for case in CASES if case.op in ("task_router", "grouped_linear", "soft_experts", "sparse_experts")])
-def test_fp32_weights_with_bf16_products(case, backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
+def test_fp32_weights_with_half_products(case, backend, dtype):
     """fp32 weights are rounded to the dtype of x; their gradients come back in fp32. The same under autocast, from an fp32 x."""
-    rounded = case.make(torch.bfloat16)
+    rounded = case.make(dtype)
     master = {
         n: v.detach().float().requires_grad_() if n in leaves(rounded) and n not in ("x", "gates", "weights") else v
         for n, v in rounded.items()
@@ -234,7 +235,7 @@ def test_fp32_weights_with_bf16_products(case, backend):
             assert ours.dtype == master[name].dtype
             torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=5e-2, atol=5e-2, msg=lambda m, n=name: f"{n}: {m}")
         full = {**master, source: rounded[source].detach().float().requires_grad_()}
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=dtype):
             a = case.call(full)
         assert a.dtype == y.dtype
         assert torch.equal(a, z)

@@ -5,6 +5,7 @@ and offsets that are wrong on the device, where nothing may raise and nothing ou
 """
 
 import importlib
+import itertools
 import sys
 
 import pytest
@@ -100,9 +101,9 @@ FORMS = {
 }
 
 
-def device(monkeypatch, arch: str) -> None:
-    """Play a device of an architecture, with three multiprocessors: programs take several tiles, and long loops are split."""
-    monkeypatch.setattr(tuning, "interpreted", tuning.KNOWN[arch]._replace(multiprocessors=3))
+def device(monkeypatch, arch: str, multiprocessors: int = 3) -> None:
+    """Play a device of an architecture, with few multiprocessors: programs take several tiles."""
+    monkeypatch.setattr(tuning, "interpreted", tuning.KNOWN[arch]._replace(multiprocessors=multiprocessors))
 
 
 @pytest.fixture
@@ -122,8 +123,10 @@ def tf32():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", FORMS)
+HALF = [pytest.param(f, torch.float16, marks=() if f in ("soft", "sparse-gated", "grouped", "router") else pytest.mark.full) for f in FORMS]
+
+
+@pytest.mark.parametrize(("form", "dtype"), [*itertools.product(FORMS, (torch.float32, torch.bfloat16)), *HALF], ids=str)
 def test_many_tiles(monkeypatch, descriptors, form, dtype):
     device(monkeypatch, "sm_80")
     check(form, dtype)
@@ -139,6 +142,17 @@ def test_many_tiles_through_descriptors(monkeypatch, descriptors, tf32, form, dt
         monkeypatch.setattr(sys.modules[__name__], letter, size)
     check(form, dtype)
     assert descriptors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
+def test_a_loop_is_split_among_programs_without_a_tile(monkeypatch, dtype):
+    """Six tiles of y on 24 multiprocessors: four programs for each, of whose six steps the last one has none."""
+    device(monkeypatch, "sm_80", 24)
+    module, parts = importlib.import_module("cmoe_kernels.ops.gemm_sum_triton"), []
+    plain = module.sum_parts
+    monkeypatch.setattr(module, "sum_parts", lambda each, *others: parts.append(len(each)) or plain(each, *others))
+    check("soft", dtype)
+    assert 4 in parts
 
 
 def check(form: str, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from tests.ops.cases import Case
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("sizes", test_edges.SIZES, ids=str)
 @pytest.mark.parametrize("op", ["soft_experts", "sparse_experts", "task_router"])
 def test_sizes(op, sizes, dtype):
