@@ -39,7 +39,7 @@ test: lint test-triton  ## what CI runs: lint and the tests, with what was skipp
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
-	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_aot.py
+	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_capture.py tests/triton/test_aot.py
 
 aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md
 	$(BIN)/python -m benchmarks.aot --jobs $(JOBS) --write
