@@ -64,7 +64,7 @@ def steps(device: str) -> list[Step]:
         pytest("wrong input", "tests/ops/test_errors.py"),
         pytest("wrong input, values read", "tests/ops/test_errors.py", "tests/nn/test_connector.py", "-k", "wrong", CMOE_CHECK="1"),
         pytest("algebra and other implementations", "tests/ops/test_algebra.py", "tests/ops/test_outside_oracles.py"),
-        pytest("golden", "tests/nn/test_golden.py"),
+        pytest("golden", "tests/nn/test_golden.py", "tests/triton/test_golden.py"),
         pytest("connector", "tests/nn/test_connector.py", "tests/nn/test_convert.py"),
         pytest("graphs, synchronisation, TF32, bad indices", "tests/gpu"),
     ]
@@ -164,7 +164,7 @@ def _version(package: str) -> str:
 def fingerprint(device: str) -> str:
     """Of the sources, torch and the device: what was verified is verified for these."""
     digest = hashlib.sha256(f"{torch.__version__} {device_name(device)}".encode())
-    for folder in ("cmoe_kernels", "csrc", "tests/ops", "tests/nn", "tests/gpu", "benchmarks"):
+    for folder in ("cmoe_kernels", "csrc", "tests/ops", "tests/nn", "tests/gpu", "tests/triton", "benchmarks"):
         for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")):
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
-"""The released connector's own outputs, gates and gradients through the Triton kernels: cast to fp32, under the rule of tests/compare.py.
+"""The released connector's own outputs, gates and gradients through the GPU kernels: cast to fp32, under the rule of tests/compare.py.
 
-The baseline is the connector in plain torch at fp32, sample by sample and expert by expert.
+In the interpreter, and on a GPU (CMOE_TEST_DEVICE=cuda) through each backend that it has. The baseline is the connector in plain torch at
+fp32, sample by sample and expert by expert.
 """
 
 import pytest
@@ -11,13 +12,15 @@ from cmoe_kernels import backends
 from tests.compare import assert_close, grads
 from tests.nn import test_golden as golden
 from tests.nn.test_connector import expected
+from tests.ops.cases import backends_of
 
-if not backends.INTERPRETED:
-    pytest.skip("for the interpreter's process (TRITON_INTERPRET=1)", allow_module_level=True)
+# fp64 is not theirs, so tests/nn/test_golden.py does not meet them.
+BACKENDS = [b for b in backends_of("soft_experts") if b in backends.WITHOUT_DOUBLE]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case["case"])
-def test_golden(case):
+def test_golden(case, backend):
     values = golden.tensors(case["case"])
     parameters, exact_grads = golden.part(values, "p."), golden.part(values, "g.")
     connector = golden.build(case, parameters, recompute=int(case["case"][-1]) % 2 == 1).float()
@@ -28,7 +31,7 @@ def test_golden(case):
 
     baseline, baseline_gates = expected(connector, norm(x)[:, 1:], [connector.config.tasks.index(case["task"])] * len(x))
     baseline_grads = grads(baseline, list(leaves.values()), values["gy"])
-    with cmoe.use_backend("triton"):
+    with cmoe.use_backend(backend):
         out = connector(norm(x)[:, 1:], task=case["task"])
     ours = grads(out.embeddings, list(leaves.values()), values["gy"])
 
