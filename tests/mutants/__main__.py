@@ -1,14 +1,16 @@
 """Plant each bug in a copy of the tree and see that the tests named beside it fail.
 
-    python -m tests.mutants [--sample 3] [--only TEXT] [--jobs 2]
+    python -m tests.mutants [--sample 3] [--only TEXT] [--missing] [--jobs 2] [--write]
 
 Before the mutants, the tests of all of them run once on the tree as it is, where they must pass. Survivors are listed at the end, and so
-are mutants of which nothing can be said (a text that is gone, tests that were not found or took too long); the exit status is then 1.
+are mutants of which nothing can be said: a text that is gone, code that does not build or run, tests that were not found or took too
+long. The exit status is then 1. ``--write`` notes the verdicts in docs/mutants.md, beside those of mutants that were not run.
 """
 
 import argparse
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.mutants import Mutant, Suite
 from tests.mutants.triton import MUTANTS as TRITON
@@ -27,20 +30,35 @@ LIMIT = 300
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
 
 
-def run(suite: Suite, tests: tuple[str, ...], tree: Path) -> tuple[int | None, str]:
-    """The tests' exit status, None where they took too long; and the end of what they wrote."""
+RECORD = ROOT / "docs" / "mutants.md"
+
+
+class Outcome(NamedTuple):
+    """Of a suite: whether the commands before the tests passed, the last command's exit status (None: too long), what it wrote."""
+
+    built: bool
+    status: int | None
+    output: str
+
+    @property
+    def end(self) -> str:
+        return self.output[-2000:]
+
+
+def run(suite: Suite, tests: tuple[str, ...], tree: Path) -> Outcome:
     # Bytecode goes by a file's time and size, and a mutant may change neither.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **suite.environment}
     for command in (*suite.before, (*suite.command, *tests)):
+        built = command not in suite.before
         try:
             done = subprocess.run(
                 command, cwd=tree, env=environment, timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         except subprocess.TimeoutExpired:
-            return None, f"stopped after {LIMIT} s"
+            return Outcome(built, None, f"stopped after {LIMIT} s")
         if done.returncode:
             break
-    return done.returncode, done.stdout[-2000:]
+    return Outcome(built, done.returncode, done.stdout)
 
 
 def verdict(mutant: Mutant, tree: Path) -> str:
@@ -53,12 +71,42 @@ def verdict(mutant: Mutant, tree: Path) -> str:
         return str(error)
     try:
         file.write_text(planted)
-        status, output = run(mutant.suite, mutant.tests, tree)
+        found = run(mutant.suite, mutant.tests, tree)
     finally:
         file.write_text(text)
-    if status == mutant.suite.failed:
-        return "caught"
-    return "survived" if status == 0 else f"no test failed, but exit status {status}: {output}"
+    if not found.built and found.status != 0:
+        return f"broken: it does not build: {found.end}"
+    if found.status == mutant.suite.failed:
+        error = re.search(mutant.suite.broken, found.output, re.MULTILINE)
+        return f"broken: {error[0]}" if error else "caught"
+    return "survived" if found.status == 0 else f"no test failed, but exit status {found.status}: {found.end}"
+
+
+HEAD = """# Planted bugs
+
+Written by `python -m tests.mutants --write`. Each bug was planted alone in a copy of the tree, where the tests beside it had passed;
+"caught" means that one of them failed then, and not because the code no longer built or ran. A bug whose text or tests have changed
+since stands as "not run".
+"""
+
+
+def verdicts() -> dict[str, str]:
+    """Of the record, by a mutant's key."""
+    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
+    return {row[-1].strip("`"): row[-2] for row in cells}
+
+
+def page(found: dict[str, str]) -> str:
+    """docs/mutants.md, a line a mutant."""
+    parts = [HEAD]
+    for file in dict.fromkeys(m.file for m in MUTANTS):
+        parts.append(f"\n## {file}\n\n| planted | kind | tests | verdict | key |\n| --- | --- | --- | --- | --- |\n")
+        for m in (m for m in MUTANTS if m.file == file):
+            first = (m.new.strip().splitlines() or ["(gone)"])[0].replace("|", "&#124;").replace("`", "'")
+            tests = ", ".join(test.rsplit("/", 1)[-1] for test in m.tests).replace("|", "&#124;")
+            parts.append(f"| `{first}` | {m.kind} | {tests} | {found.get(m.key, 'not run')} | `{m.key}` |\n")
+    return "".join(parts)
 
 
 def sample(mutants: list[Mutant], count: int) -> list[Mutant]:
@@ -70,9 +118,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, help="that many, spread over the list")
     parser.add_argument("--only", default="", help="those with this text in their line")
+    parser.add_argument("--missing", action="store_true", help="those that docs/mutants.md has not as caught")
+    parser.add_argument("--write", action="store_true", help="note the verdicts in docs/mutants.md")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    mutants = [m for m in MUTANTS if options.only in str(m)]
+    record = verdicts()
+    mutants = [m for m in MUTANTS if options.only in str(m) and not (options.missing and record.get(m.key) == "caught")]
     mutants = sample(mutants, options.sample) if options.sample else mutants
     suites = list(dict.fromkeys(m.suite for m in mutants))
     controls = [(suite, tuple(sorted({test for m in mutants if m.suite == suite for test in m.tests}))) for suite in suites]
@@ -86,9 +137,9 @@ def main() -> int:
 
         def control(which: tuple[Suite, tuple[str, ...]]) -> str:
             tree = trees.get()
-            status, output = run(*which, tree)
+            found = run(*which, tree)
             trees.put(tree)
-            return "passes" if status == 0 else f"fails on the tree as it is (status {status}): {output}"
+            return "passes" if found.status == 0 else f"fails on the tree as it is (status {found.status}): {found.end}"
 
         def check(mutant: Mutant) -> str:
             tree = trees.get()
@@ -102,6 +153,9 @@ def main() -> int:
                 print(f"{kind} {number}/{len(items)}, {time.perf_counter() - start:.0f} s: {found.splitlines()[0]}: {name}", flush=True)
                 if found != good:
                     wrong.append(f"{name}\n{found}")
+                if options.write and isinstance(item, Mutant):
+                    record[item.key] = found.split(":")[0]
+                    RECORD.write_text(page(record))
             if wrong:
                 break
     print("\n\n".join(wrong) or "all caught")

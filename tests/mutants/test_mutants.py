@@ -1,5 +1,6 @@
 """The list of planted bugs is about the code as it is."""
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,10 +27,16 @@ def test_no_text_twice_no_text_gone():
             mutant.planted(text)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: str(path.relative_to(runner.ROOT)))
 def test_each_kernel_file_has_two(path: Path):
     assert Counter(m.file for m in TRITON)[str(path.relative_to(runner.ROOT))] >= 2
+
+
+def test_the_record_has_them_all_caught():
+    """If not: `python -m tests.mutants --missing --write`."""
+    found = runner.verdicts()
+    assert runner.RECORD.read_text() == runner.page(found)
+    assert {str(m): found.get(m.key, "not run") for m in TRITON} == {str(m): "caught" for m in TRITON}
 
 
 CHECK = "import sys; from planted import x; sys.exit(0 if x > 0 else int(sys.argv[1]))"
@@ -37,16 +44,48 @@ CHECK = "import sys; from planted import x; sys.exit(0 if x > 0 else int(sys.arg
 
 @pytest.mark.parametrize(
     ("new", "status", "expected"),
-    [("x = 0", 1, "caught"), ("x = 2", 1, "survived"), ("x = 0", 4, "no test failed, but exit status 4"), ("x = 0", None, "no test")],
+    [
+        ("x = 0", 1, "caught"),
+        ("x = 2", 1, "survived"),
+        ("x = 0", 4, "no test failed, but exit status 4"),
+        ("x = 0", None, "no test"),
+        ("x = (", 1, "broken"),
+        ("x = y", 1, "broken"),
+    ],
 )
 def test_verdicts(tmp_path, monkeypatch, new, status, expected):
-    """Only a failed test catches: not a wrong name, nor a run that is too long. The file is as before."""
+    """Only a failed test catches: not a wrong name, a run that is too long, nor code that does not run. The file is as before."""
     (tmp_path / "planted.py").write_text("x = 1")
     wait = "import time; time.sleep(60)"
-    suite = Suite(command=(sys.executable, "-c", CHECK if status else wait))
+    # Python's own message begins where pytest's has an E.
+    suite = Suite(command=(sys.executable, "-c", CHECK if status else wait), broken=r"^(SyntaxError|NameError)")
     monkeypatch.setattr(runner, "LIMIT", 30 if status else 0.1)
     mutant = Mutant("value", "planted.py", "x = 1", new, (str(status),), suite)
     assert runner.verdict(mutant, tmp_path).startswith(expected)
     assert (tmp_path / "planted.py").read_text() == "x = 1"
     if status:
-        assert runner.run(suite, ("1",), tmp_path)[0] == 0
+        assert runner.run(suite, ("1",), tmp_path).status == 0
+
+
+def test_a_failed_build_catches_nothing(tmp_path):
+    (tmp_path / "planted.py").write_text("x = 1")
+    suite = Suite(before=((sys.executable, "-c", CHECK, "1"),), command=(sys.executable, "-c", "raise SystemExit(1)"))
+    assert runner.verdict(Mutant("value", "planted.py", "x = 1", "x = 0", (), suite), tmp_path).startswith("broken: it does not build")
+
+
+@pytest.mark.parametrize(
+    ("line", "broken"),
+    [
+        ("E   NameError: name 'u' is not defined", True),
+        ("E       triton.runtime.errors.InterpreterError: NameError(\"name 'u' is not defined\")", True),
+        ("E       triton.runtime.errors.InterpreterError: ValueError('Cannot broadcast')", True),
+        ("E       triton.runtime.errors.InterpreterError: KernelMemoryError('store past the end')", False),
+        ("E       triton.runtime.errors.InterpreterError: InterpreterError('KernelMemoryError(\\'store past the end\\')')", False),
+        ("E       triton.runtime.errors.InterpreterError: InterpreterError('TypeError(\\'unexpected\\')')", True),
+        ("E       triton.runtime.errors.InterpreterError: AssertionError('int32 overflow detected for operation mul')", False),
+        ("E       AssertionError: output: largest error 1", False),
+        ("    # NameError", False),
+    ],
+)
+def test_code_that_does_not_run(line, broken):
+    assert bool(re.search(Suite().broken, f"test\n{line}\n", re.MULTILINE)) == broken

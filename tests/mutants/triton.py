@@ -23,6 +23,14 @@ def _many_tiles(form: str) -> str:
     return f"{_tiles}many_tiles[{form}-torch.float32]"
 
 
+def _through_descriptors(form: str) -> str:
+    return f"{_tiles}many_tiles_through_descriptors[{form}-torch.float32]"
+
+
+def _far(what: str) -> str:
+    return f"tests/triton/test_far.py::test_far_apart[{what}-sm_80]"
+
+
 activation = _in("activation_triton.py")
 soft_gate = _in("soft_gate/triton.py", f"{_gates}soft_gate[300-5]")
 topk_gate = _in("topk_gate/triton.py", f"{_gates}topk_gate[True-softmax-300-5]")
@@ -33,6 +41,9 @@ grouped = _in("grouped_linear/triton.py", _precision("grouped_linear-gather-scat
 router = _in("task_router/triton.py", _many_tiles("router"))
 gemm = _in("gemm_triton.py", _many_tiles("sparse-gated"))
 backward = _in("gemm_backward_triton.py", _many_tiles("sparse-gated"))
+tiles = _in("tiles_triton.py", _many_tiles("sparse"))
+sum_of_experts = _in("gemm_sum_triton.py", f"{_tiles}a_loop_is_split_among_programs_without_a_tile[torch.float32]")
+weights = _in("gemm_weight_triton.py", _many_tiles("sparse"))
 
 MUTANTS = [
     activation("epilogue", "0.134145 * u * u", "0.044715 * u * u", _precision("soft_experts-mlp-recompute")),
@@ -113,4 +124,25 @@ MUTANTS = [
     backward("epilogue", "tl.sum(acc * act * up, 1)", "tl.sum(acc * act, 1)"),
     backward("epilogue", "acc *= derivative(pre, ACT)", "acc *= act"),
     backward("index", "(source if ACT is None else far_r)", "far_r", _many_tiles("sparse-linear")),
+    gemm("int32 wrap", "wide_e, wide_n = expert.to(tl.int64), n.to(tl.int64)", "wide_e, wide_n = expert, n", _far("soft_experts-b1-0")),
+    gemm("int32 wrap", "k = tl.arange(0, BK).to(tl.int64)", "k = tl.arange(0, BK)", _far("soft_experts-w1-2")),
+    router("int32 wrap", "k = tl.arange(0, BK).to(tl.int64)", "k = tl.arange(0, BK)", _far("task_router-w1-1")),
+    sum_of_experts("int32 wrap", "k = tl.arange(0, BK).to(tl.int64)", "k = tl.arange(0, BK)", _far("soft_experts-w2-2")),
+    sums("int32 wrap", "tl.cast(BN, tl.int64) * sb_n", "BN * sb_n", _far("soft_experts-b2-1")),
+    balance_loss("int32 wrap", "e.to(tl.int64)[None, :] * stride_e", "e[None, :] * stride_e", _far("balance_loss-scores-1")),
+    tiles("order", "first + tile % width % size", "first + tile % width % GROUP"),
+    tiles("empty group", "highs = tl.where(e == experts, rows, highs)", "highs = tl.where(e == experts, lows, highs)"),
+    tiles("index", "live = live & (source >= 0) & (source < rows)", "live = live & (source < rows)", f"{_tiles}wrong_indices_are_no_rows"),
+    tiles(
+        "transposed strides",
+        "return tl.reshape(t.load([expert, start, row]), [BK, BN])",
+        "return tl.reshape(t.load([expert, row, start]), [BK, BN])",
+        _through_descriptors("grouped"),
+    ),
+    sum_of_experts("split sums", "tl.minimum((part + 1) * share, experts * steps)", "(part + 1) * share"),
+    sum_of_experts("split sums", "for part in range(splits):", "for part in range(1):"),
+    sum_of_experts("epilogue", "acc += tl.load(gates + r * sg_r + far * sg_e, mask=live, other=0.0)[:, None] * bias", "acc += bias"),
+    weights("tail", "value = tl.where(live[:, None], value, 0.0).to(value.dtype)", "value = value + 0", _through_descriptors("hard")),
+    weights("race", "if tile_n == 0:", "if tile_n >= 0:"),
+    weights("index", "end = tl.minimum(tl.load(offsets + expert + 1), rows)", "end = rows"),
 ]
