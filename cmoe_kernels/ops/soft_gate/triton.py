@@ -48,11 +48,10 @@ def soft_gate_bwd_kernel(
     l = tl.where(t < T, l, 0.0)
     d = tl.load(dgates + t * stride_dt + e * stride_de, live, other=0.0).to(tl.float32)
     g = _gates(l)
-    # A mean lies between the values, also after rounding: where all are equal nothing remains.
-    low, high = tl.min(tl.where(e < E, d, float("inf")), 1), tl.max(tl.where(e < E, d, -float("inf")), 1)
-    mean = tl.clamp(tl.sum(d * g, 1), low, high, propagate_nan=tl.PropagateNan.ALL)
+    # What all have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing.
+    d = tl.where(e < E, d - tl.min(tl.where(e < E, d, float("inf")), 1)[:, None], 0.0)
     # d log(sigmoid(l)) / d l = sigmoid(-l)
-    dl = g * (d - mean[:, None]) * tl.sigmoid(-l)
+    dl = g * (d - tl.sum(d * g, 1)[:, None]) * tl.sigmoid(-l)
     tl.store(dlogits + t * E + e, dl.to(dlogits.dtype.element_ty), live)
 
 

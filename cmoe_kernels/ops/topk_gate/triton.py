@@ -111,10 +111,10 @@ def topk_gate_bwd_kernel(
     scaled = tl.where(chosen, d * scale, 0.0)
     total = tl.sum(scaled * w, 1)[:, None]
     if RENORMALIZE:
-        # A mean lies between the values, also after rounding: where all are equal nothing remains.
-        low = tl.min(tl.where(slot < K, scaled, float("inf")), 1)[:, None]
-        high = tl.max(tl.where(slot < K, scaled, -float("inf")), 1)[:, None]
-        scaled -= tl.clamp(total, low, high, propagate_nan=tl.PropagateNan.ALL)
+        # What all have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing.
+        least = tl.min(tl.where(chosen, scaled, float("inf")), 1)[:, None]
+        scaled = tl.where(chosen, scaled - least, 0.0)
+        scaled -= tl.sum(scaled * w, 1)[:, None]
     dpicked = scaled * w
     if SCORE == "sigmoid":
         # d log(sigmoid(l)) / d l = sigmoid(-l)
