@@ -56,8 +56,8 @@ test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
-mutants: install  ## plant each bug of tests/mutants in a copy of the tree, and see that its tests fail
-	$(BIN)/python -m tests.mutants --jobs $(JOBS)
+mutants: install  ## plant each bug of tests/mutants in a copy of the tree, and see that its tests fail: docs/mutants.md
+	$(BIN)/python -m tests.mutants --jobs $(JOBS) --write
 
 wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -61,12 +61,17 @@ MUTANTS = [
     ),
     topk_gate("tie order", "tl.min(tl.where(key == best, e, BLOCK_E), 1)", "tl.max(tl.where(key == best, e, -1), 1)"),
     topk_gate("tail", "(taken & some & (t < T))", "(taken & some)"),
-    topk_gate("epilogue", "scaled -= tl.clamp(total, low, high, propagate_nan=tl.PropagateNan.ALL)", "scaled -= total * w"),
+    topk_gate("epilogue", "scaled -= tl.sum(scaled * w, 1)[:, None]", "scaled -= tl.sum(scaled, 1)[:, None]"),
     topk_gate("order", "bits = (v + 0.0)", "bits = v", f"{_gates}ranks_are_those_of_a_stable_sort"),
     topk_gate(
         "order", "return tl.where(v != v, ~tl.full((), LOWEST, INTEGER), key)", "return key", f"{_gates}ranks_are_those_of_a_stable_sort"
     ),
-    topk_gate("dtype", "if rank.dtype.element_ty != tl.float64:", "if True:", f"{_gates}ranks_are_those_of_a_stable_sort"),
+    topk_gate(
+        "dtype",
+        "logits if selection is None else selection\n",
+        "logits if selection is None else selection.float()\n",
+        f"{_gates}ranks_are_those_of_a_stable_sort[torch.float64]",
+    ),
     topk_gate("index", "chosen = (index >= 0) & (index < E)", "chosen = index < E", f"{_gates}a_bad_index_reads_and_receives_nothing"),
     topk_gate(
         "empty row",
@@ -142,7 +147,9 @@ MUTANTS = [
     sum_of_experts("split sums", "tl.minimum((part + 1) * share, experts * steps)", "(part + 1) * share"),
     sum_of_experts("split sums", "for part in range(splits):", "for part in range(1):"),
     sum_of_experts("epilogue", "acc += tl.load(gates + r * sg_r + far * sg_e, mask=live, other=0.0)[:, None] * bias", "acc += bias"),
-    weights("tail", "value = tl.where(live[:, None], value, 0.0).to(value.dtype)", "value = value + 0", _through_descriptors("hard")),
+    weights(
+        "tail", "value = tl.where(live[:, None], value, 0.0).to(value.dtype)", "value = value + 0", _through_descriptors("grouped-plain")
+    ),
     weights("race", "if tile_n == 0:", "if tile_n >= 0:"),
     weights("index", "end = tl.minimum(tl.load(offsets + expert + 1), rows)", "end = rows"),
 ]

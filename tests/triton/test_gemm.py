@@ -95,6 +95,11 @@ FORMS = {
             "activation": "gelu",
         },
     ),
+    # Neither gathered nor scattered: the only one whose weights' gradients read both sides through descriptors.
+    "grouped-plain": (
+        "grouped_linear",
+        lambda m: {"x": m.x(T, D), "w": m.x(E, O, D), "b": m.x(E, O), "offsets": torch.tensor([0, 21, 21, T], dtype=torch.int32)},
+    ),
     "router": ("task_router", lambda m: {"x": m.x(T, D), "task": m.x(G, S), **router(m, S + D), "group_ids": m.ids(G, T)}),
     "router-many_experts": ("task_router", lambda m: {"x": m.x(T, D), "task": None, **router(m, D, 19), "inputs": "token"}),
     "router-many_groups": ("task_router", lambda m: {"x": m.x(T, D), "task": m.x(21, S), **router(m, S + D), "group_ids": m.ids(21, T)}),
