@@ -117,8 +117,18 @@ def sized(monkeypatch, **letters):
         monkeypatch.setattr(cases, letter, value)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", FORMS, ids=str)
+IN_CI = ("topk_gate-selection", "task_router-task_token", "soft_experts-mlp", "sparse_experts-gated", "balance_loss-switch")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=() if dtype == torch.bfloat16 and str(case) in IN_CI else pytest.mark.full)
+        for case in FORMS
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    ids=str,
+)
 def test_whole_tiles(case, dtype, launches, monkeypatch):
     sized(monkeypatch, **WHOLE | ({"E": 16} if case.op == "task_router" else {}))
     arguments = arguments_of(case, dtype)
