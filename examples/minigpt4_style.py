@@ -49,7 +49,13 @@ def build() -> MiniGPT4:
     )
     language = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.2,  # random weights of the usual size say much the same whatever stands in the prompt
         )
     )
     return MiniGPT4(vision, language)

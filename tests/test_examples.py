@@ -27,8 +27,7 @@ def test_minigpt4_style():
     pytest.importorskip("transformers")
     module = load("minigpt4_style")
     first, last = module.main(steps=60)
-    # Little, because the frozen language model has random weights and gives nearly even probabilities whatever stands before.
-    assert last < first - 0.2
+    assert last < first / 2
 
 
 def test_minigpt4_trains_the_connector_alone():

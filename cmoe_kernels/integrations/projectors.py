@@ -61,8 +61,8 @@ def replace_projector(
         init: "upcycle" copies the trained projector into every expert: the model's output is unchanged at first, because gates sum to one
             (co-upcycling, CuMo, arXiv 2405.05949). "random" initialises every expert anew.
         upcycle_noise: adds N(0, (upcycle_noise * std(w))^2) to every weight of every expert. At 0 experts start equal: the router's
-            gradient is zero in the first step, and experts part because their gates differ. ``router="constant"`` has equal gates and
-            therefore needs noise.
+            gradient is zero in the first step (exactly by our kernels, within rounding by plain torch), and experts part because their
+            gates differ. ``router="constant"`` has equal gates and therefore needs noise.
         settings: of :class:`CMoEConfig`: num_experts=4, tasks=["chart", "photo"], router="sparse", aux_losses={"switch": 0.01}, ...
 
     Returns:

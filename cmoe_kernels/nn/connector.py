@@ -42,7 +42,8 @@ class CMoEConnector(nn.Module):
 
     Args:
         config: a :class:`CMoEConfig`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     One module serves every combination of ``expert``, ``router``, ``router_inputs`` and ``resample``. A batch may mix tasks.
     """

@@ -291,6 +291,20 @@ def test_autocast(mixtral):
     torch.testing.assert_close(loss, mixtral(**inputs, labels=inputs["input_ids"]).loss, rtol=2e-2, atol=0)
 
 
+def test_gradient_checkpointing(mixtral):
+    mixtral.set_experts_implementation("cmoe")
+    inputs = {**tiny_inputs(mixtral), "use_cache": False}
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            mixtral.train().gradient_checkpointing_enable()
+        mixtral.zero_grad()
+        mixtral(**inputs, labels=inputs["input_ids"]).loss.backward()
+        results.append({name: p.grad.clone() for name, p in mixtral.named_parameters()})
+    for name, grad in results[0].items():
+        assert results[1][name].equal(grad), name
+
+
 def test_a_dense_model_is_refused():
     dense = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

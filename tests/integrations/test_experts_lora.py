@@ -1,5 +1,7 @@
 """LoRA on the 3-D weights of experts, by peft's own mechanism, on the fused path."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -11,9 +13,10 @@ import transformers
 import cmoe_kernels
 from cmoe_kernels.integrations import experts
 from tests.integrations.test_experts import mixtral_config
-from tests.integrations.tiny import tiny_inputs
+from tests.integrations.tiny import tiny_inputs, tiny_model
 
-TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Gated; transposed; not gated.
+LAYOUTS = {"mixtral": "MixtralExperts", "aria": "AriaExperts", "nemotron_h": "NemotronHExperts"}
 
 
 @pytest.fixture
@@ -23,7 +26,9 @@ def model():
 
 
 def with_lora(model, **settings):
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=TARGETS, **settings))
+    place, module = next((name, m) for name, m in model.named_modules() if experts._is_experts(m))
+    targets = [f"{place.rpartition('.')[2]}.{name}" for name, _ in module.named_parameters()]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=[], target_parameters=targets, **settings))
     with torch.no_grad():
         for name, p in lora.named_parameters():
             if "lora_B" in name:
@@ -31,7 +36,10 @@ def with_lora(model, **settings):
     return lora.eval()
 
 
-def test_merged_equals_unmerged_and_eager(model, monkeypatch):
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_merged_equals_unmerged_and_eager(family, monkeypatch):
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    model = tiny_model(experts.Family(family, getattr(modeling, LAYOUTS[family]), "", None, ()))
     calls = []
     monkeypatch.setattr(experts, "sparse_experts", lambda *a, **k: calls.append(1) or cmoe_kernels.sparse_experts(*a, **k))
     inputs = tiny_inputs(model)
@@ -41,7 +49,7 @@ def test_merged_equals_unmerged_and_eager(model, monkeypatch):
     eager = lora(**inputs).logits
     lora.base_model.model.set_experts_implementation("cmoe")
     ours = lora(**inputs).logits
-    assert len(calls) == 2
+    assert calls
     torch.testing.assert_close(ours, eager)
     assert not torch.allclose(ours, plain, atol=1e-3)
     merged = lora.merge_and_unload()
