@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 namespace emulator {
 
@@ -12,9 +13,11 @@ struct Options {
   Order order = Order::forward;  // in which threads that can run do run: results must not depend on it
   unsigned seed = 1;             // of the shuffled order
   bool lazy = true;              // asynchronous copies take effect at the last legal moment (the wait); else at the first (the instruction)
+  bool early_copies = false;     // of tensors, while warpgroup products stay lazy: a tile that is filled again before its products are done
   bool poison = true;            // shared memory holds NaNs before a block starts
   int resident = 1;              // blocks that run interleaved: kernels in which blocks wait for each other need as many as they have
   int multiprocessors = 4;       // what the launchers are told
+  int capability = std::getenv("CMOE_EMULATE_CAPABILITY") ? std::atoi(std::getenv("CMOE_EMULATE_CAPABILITY")) : 80;  // likewise: 80 or 90
   std::size_t stack = 128 << 10;
 };
 inline Options options;
