@@ -60,7 +60,7 @@ RESULTS = Path(__file__).parent / "results" / "aot.json"
 PAGE = Path(__file__).parents[1] / "docs" / "aot.md"
 
 # The released connector for 16 images, for four, for one and for a few tokens, so that each row of the tile tables is chosen; many experts;
-# and sizes that divide by nothing.
+# sizes that divide by nothing; and narrow weights, which have tiles of their own in the product of the weights' gradients.
 _CONNECTOR = {"T": 1024, "D": 5632, "H": 4096, "O": 4096, "E": 5, "K": 2, "R": 45056, "G": 4, "S": 5632}
 SIZES = {
     "connector": _CONNECTOR,
@@ -69,6 +69,7 @@ SIZES = {
     "tokens": {**_CONNECTOR, "T": 16},
     "many_experts": {"T": 4096, "D": 2048, "H": 768, "O": 2048, "E": 64, "K": 8, "R": 4096, "G": 4, "S": 2048},
     "odd": {"T": 11, "D": 7, "H": 9, "O": 6, "E": 5, "K": 2, "R": 13, "G": 3, "S": 4},
+    "narrow": {"T": 64, "D": 64, "H": 64, "O": 64, "E": 5, "K": 2, "R": 64, "G": 4, "S": 64},
 }
 # "mixed" is bf16 with weights in fp32, tf32 is fp32 with the switch that asks for it.
 PRECISIONS = {"bf16": torch.bfloat16, "mixed": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
