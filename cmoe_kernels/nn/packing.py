@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cmoe_kernels import backends
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
+from cmoe_kernels.ops.registration import operator
 
 if TYPE_CHECKING:
     from cmoe_kernels.nn.experts import Experts
@@ -122,7 +123,7 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # The fakes say what the native operations return, so that a connector with packed weights compiles.
-@torch.library.custom_op("cmoe::packed_soft_experts", mutates_args=())
+@operator("packed_soft_experts")
 def _soft_experts(
     x: Tensor,
     gates: Tensor,
@@ -143,7 +144,7 @@ def _(x, gates, w1, b1, w2, b2, group_ids, activation, hidden, outputs):
     return x.new_empty(x.shape[0], outputs)
 
 
-@torch.library.custom_op("cmoe::packed_sparse_experts", mutates_args=())
+@operator("packed_sparse_experts")
 def _sparse_experts(
     x: Tensor,
     weights: Tensor | None,
@@ -167,7 +168,7 @@ def _(x, weights, indices, w1, b1, w2, b2, group_ids, activation, experts, hidde
     return x.new_empty(x.shape[0], outputs)
 
 
-@torch.library.custom_op("cmoe::packed_router", mutates_args=())
+@operator("packed_router")
 def _router(x: Tensor, bias: Tensor, w1: Tensor, w2: Tensor | None, b2: Tensor | None, group_ids: Tensor | None, activation: str) -> Tensor:
     return torch.ops.cmoe_native.packed_router(x, bias, w1, w2, b2, group_ids, activation)
 

@@ -1,16 +1,48 @@
 """What every op's autograd registration shares."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_library = torch.library.Library("cmoe", "FRAGMENT")
 
-def refuse_double_backward(backward_op: Any) -> None:
+
+class Operator:
+    """An op of torch's dispatcher, made from a function by ``operator``; called as the function is."""
+
+    def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
+        self.qualname = f"cmoe::{name}"
+        schema = torch.library.infer_schema(kernel, mutates_args=())
+        _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        self._call = getattr(torch.ops.cmoe, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def register_fake(self, fake: Callable[..., Any]) -> None:
+        torch.library.register_fake(self.qualname, fake, lib=_library)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+        torch.library.register_autograd(self.qualname, backward, setup_context=setup_context, lib=_library)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make ``cmoe::<name>`` of a function that mutates nothing; the schema comes from its annotations.
+
+    It is what ``torch.library.custom_op`` gives, without the two wrappers that it puts around each call (no tracing inside, no output
+    that is an input: the ops' tests see to that). They cost as much as the gates of some hundred tokens.
+    """
+    return lambda kernel: Operator(name, kernel)
+
+
+def refuse_double_backward(backward_op: Operator) -> None:
     """Give a backward op an autograd formula that says that there is none, in one line."""
 
     def refuse(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{backward_op._qualname} has no second derivative: call backward() without create_graph=True")
+        raise RuntimeError(f"{backward_op.qualname} has no second derivative: call backward() without create_graph=True")
 
     backward_op.register_autograd(refuse)
 

@@ -12,7 +12,7 @@ from cmoe_kernels import backends
 from cmoe_kernels.ops.arguments import require_choice, require_device, require_float, require_index, require_size, require_tensor
 from cmoe_kernels.ops.balance_loss import reference
 from cmoe_kernels.ops.precision import accumulate_dtype
-from cmoe_kernels.ops.registration import refuse_double_backward
+from cmoe_kernels.ops.registration import operator, refuse_double_backward
 
 KINDS = ("switch", "importance", "z")
 
@@ -84,7 +84,7 @@ def balance_loss(
     return _balance_loss(scores, indices, mask, kind, segments, counts, total, backend)
 
 
-@torch.library.custom_op("cmoe::balance_loss", mutates_args=())
+@operator("balance_loss")
 def _balance_loss(
     scores: Tensor,
     indices: Tensor | None,
@@ -103,7 +103,7 @@ def _(scores, indices, mask, kind, segments, counts, total, backend):
     return scores.new_empty((), dtype=accumulate_dtype(scores.dtype))
 
 
-@torch.library.custom_op("cmoe::balance_loss_backward", mutates_args=())
+@operator("balance_loss_backward")
 def _balance_loss_backward(
     dloss: Tensor,
     scores: Tensor,

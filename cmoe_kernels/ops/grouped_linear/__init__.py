@@ -11,7 +11,7 @@ from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.grouped_linear import reference
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
 
 
 def grouped_linear(
@@ -69,7 +69,7 @@ def grouped_linear(
     return _grouped_linear(x, w, b, offsets, gather_idx, k, scatter_idx, activation, save, backend)[0]
 
 
-@torch.library.custom_op("cmoe::grouped_linear", mutates_args=())
+@operator("grouped_linear")
 def _grouped_linear(
     x: Tensor,
     w: Tensor,
@@ -91,7 +91,7 @@ def _(x, w, b, offsets, gather_idx, k, scatter_idx, activation, save, backend):
     return x.new_empty(shape), x.new_empty(shape) if save else absent(x)
 
 
-@torch.library.custom_op("cmoe::grouped_linear_backward", mutates_args=())
+@operator("grouped_linear_backward")
 def _grouped_linear_backward(
     dy: Tensor,
     x: Tensor,

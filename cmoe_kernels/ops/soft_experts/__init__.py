@@ -3,14 +3,13 @@
 y[t] = sum_e gates[t, e] * (w2[e] @ act(w1[e] @ x[t] + b1[e]) + b2[e])          (w2 None: sum_e gates[t, e] * (w1[e] @ x[t] + b1[e]))
 """
 
-import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.soft_experts import reference
 
 
@@ -65,7 +64,7 @@ def soft_experts(
     return _soft_experts(x, gates, w1, b1, w2, b2, group_ids, activation, save, backend)[0]
 
 
-@torch.library.custom_op("cmoe::soft_experts", mutates_args=())
+@operator("soft_experts")
 def _soft_experts(
     x: Tensor,
     gates: Tensor,
@@ -87,7 +86,7 @@ def _(x, gates, w1, b1, w2, b2, group_ids, activation, save, backend):
     return y, x.new_empty(x.shape[0], w1.shape[0], w1.shape[1]) if save else absent(x)
 
 
-@torch.library.custom_op("cmoe::soft_experts_backward", mutates_args=())
+@operator("soft_experts_backward")
 def _soft_experts_backward(
     dy: Tensor,
     x: Tensor,

@@ -3,13 +3,12 @@
 gates[t, e] = sigmoid(logits[t, e]) / sum_j sigmoid(logits[t, j])
 """
 
-import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
 from cmoe_kernels.ops.arguments import require_float
 from cmoe_kernels.ops.precision import accumulate_dtype
-from cmoe_kernels.ops.registration import refuse_double_backward
+from cmoe_kernels.ops.registration import operator, refuse_double_backward
 from cmoe_kernels.ops.soft_gate import reference
 
 
@@ -31,7 +30,7 @@ def soft_gate(logits: Tensor) -> Tensor:
     return _soft_gate(logits, backends.choose("soft_gate", logits.device.type, logits.dtype))
 
 
-@torch.library.custom_op("cmoe::soft_gate", mutates_args=())
+@operator("soft_gate")
 def _soft_gate(logits: Tensor, backend: str) -> Tensor:
     return backends.run("soft_gate", backend, logits.device, logits)
 
@@ -41,7 +40,7 @@ def _(logits, backend):
     return logits.new_empty(logits.shape, dtype=accumulate_dtype(logits.dtype))
 
 
-@torch.library.custom_op("cmoe::soft_gate_backward", mutates_args=())
+@operator("soft_gate_backward")
 def _soft_gate_backward(dgates: Tensor, logits: Tensor, backend: str) -> Tensor:
     return backends.run("soft_gate_backward", backend, logits.device, dgates, logits)
 

@@ -12,7 +12,7 @@ from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.sparse_experts import reference
 
 
@@ -76,7 +76,7 @@ def sparse_experts(
     return _sparse_experts(x, weights, indices, w1, b1, w2, b2, group_ids, activation, gated, save, backend)[0]
 
 
-@torch.library.custom_op("cmoe::sparse_experts", mutates_args=())
+@operator("sparse_experts")
 def _sparse_experts(
     x: Tensor,
     weights: Tensor | None,
@@ -105,7 +105,7 @@ def _(x, weights, indices, w1, b1, w2, b2, group_ids, activation, gated, save, b
     )
 
 
-@torch.library.custom_op("cmoe::sparse_experts_backward", mutates_args=())
+@operator("sparse_experts_backward")
 def _sparse_experts_backward(
     dy: Tensor,
     x: Tensor,

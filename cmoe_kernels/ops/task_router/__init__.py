@@ -4,14 +4,13 @@ hidden[t] = w1 @ [task[group_ids[t]] ; x[t]] + b1  =  W_task @ task[group_ids[t]
 logits[t] = w2 @ act(hidden[t]) + b2               (w2 None: logits = hidden)
 """
 
-import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.task_router import reference
 
 ROUTER_INPUTS = ("task_token", "token", "task")
@@ -101,7 +100,7 @@ def task_router(
     return _task_router(x, task, w1, b1, w2, b2, group_ids, activation, save, backend)[0]
 
 
-@torch.library.custom_op("cmoe::task_router", mutates_args=())
+@operator("task_router")
 def _task_router(
     x: Tensor | None,
     task: Tensor | None,
@@ -124,7 +123,7 @@ def _(x, task, w1, b1, w2, b2, group_ids, activation, save, backend):
     return logits, rows.new_empty(rows.shape[0], w1.shape[0]) if save and w2 is not None else absent(rows)
 
 
-@torch.library.custom_op("cmoe::task_router_backward", mutates_args=())
+@operator("task_router_backward")
 def _task_router_backward(
     dlogits: Tensor,
     x: Tensor | None,

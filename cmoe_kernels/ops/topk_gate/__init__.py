@@ -13,7 +13,7 @@ from torch import Tensor
 from cmoe_kernels import backends
 from cmoe_kernels.ops.arguments import require_choice, require_device, require_float, require_size
 from cmoe_kernels.ops.precision import accumulate_dtype
-from cmoe_kernels.ops.registration import refuse_double_backward
+from cmoe_kernels.ops.registration import operator, refuse_double_backward
 from cmoe_kernels.ops.topk_gate import reference
 
 
@@ -62,7 +62,7 @@ def topk_gate(
     return TopK(*_topk_gate(logits, k, score, renormalize, float(scale), selection, backend))
 
 
-@torch.library.custom_op("cmoe::topk_gate", mutates_args=())
+@operator("topk_gate")
 def _topk_gate(
     logits: Tensor, k: int, score: str, renormalize: bool, scale: float, selection: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _(logits, k, score, renormalize, scale, selection, backend):
     )
 
 
-@torch.library.custom_op("cmoe::topk_gate_backward", mutates_args=())
+@operator("topk_gate_backward")
 def _topk_gate_backward(
     dweights: Tensor, logits: Tensor, indices: Tensor, score: str, renormalize: bool, scale: float, backend: str
 ) -> Tensor:
