@@ -376,7 +376,7 @@ def _gates(shape: Shape, tokens: int, dtype: torch.dtype, kind: str) -> Work:
         return shape.E * (share * probabilities.mean(0)).sum()
 
     def our_loss(scores: Tensor) -> Tensor:
-        return cmoe.balance_loss(scores.softmax(-1), cmoe.topk_gate(scores, k).indices)
+        return cmoe.balance_loss(scores, cmoe.topk_gate(scores, k).indices, from_logits=True)
 
     ours, theirs, ops = {
         "soft": (cmoe.soft_gate, torch_soft, ("soft_gate",)),

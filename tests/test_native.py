@@ -145,7 +145,9 @@ def test_balance_loss(segments, masked, dtype):
     logits, indices = draw((6001, 5), dtype), draw((6001, 6)).argsort(1)[:, :2]
     mask = draw((6001,)) > 1 if masked else None
     uneven = logits.sigmoid() * torch.arange(1, 6)  # near balance the loss is a difference of what is almost equal, in the reference too
-    for kind, scores, chosen in (("switch", logits.softmax(-1), indices), ("importance", uneven, None), ("z", logits, None)):
+    kinds = [("switch", logits.softmax(-1), indices), ("importance", uneven, None), ("z", logits, None)]
+    kinds += [("softmax_switch", logits, indices), ("softmax_importance", logits * 3 + torch.arange(5), None)]
+    for kind, scores, chosen in kinds:
         arguments = (chosen, mask, kind, segments, None, None)
         loss, dloss = native.balance_loss(scores, *arguments), torch.tensor(0.7, dtype=torch.float64)
         close(loss, balance.balance_loss(scores, *arguments), balance.balance_loss(scores.double(), *arguments))
@@ -175,6 +177,8 @@ def everything(logits, dgates, dweights, indices):
         native.topk_gate_backward(dweights, logits, indices, "softmax", False, 1.5),
         native.balance_loss(logits, indices, None, "switch", indices[:, 0], None, None),
         native.balance_loss_backward(dgates[0, 0], logits, indices, None, "switch", indices[:, 0], None, None),
+        native.balance_loss(logits, indices, None, "softmax_switch", None, None, None),
+        native.balance_loss_backward(dgates[0, 0], logits, indices, None, "softmax_switch", None, None, None),
         native.balance_loss(logits, None, dgates[:, 0] > 0, "z", None, None, None),
         native.balance_loss_backward(dgates[0, 0], logits, None, dgates[:, 0] > 0, "z", None, None, None),
     )

@@ -239,7 +239,7 @@ def load_balancing_loss(
     logits = torch.cat([layer.to(device) for layer in gate_logits])
     mask = None if attention_mask is None else attention_mask.to(device).reshape(-1).bool().repeat(len(gate_logits))
     indices = topk_gate(logits.detach(), top_k).indices
-    return top_k * balance_loss(logits.softmax(-1, dtype=torch.float32), indices, mask)
+    return top_k * balance_loss(logits, indices, mask, from_logits=True)
 
 
 _own_losses: dict[str, Any] = {}

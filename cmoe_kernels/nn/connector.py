@@ -245,7 +245,7 @@ class CMoEConnector(nn.Module):
         for name in self.config.aux_losses:
             if name == "switch":
                 assert routing.logits is not None
-                losses[name] = balance_loss(routing.logits.softmax(-1), routing.indices, mask)
+                losses[name] = balance_loss(routing.logits, routing.indices, mask, from_logits=True)
             else:
                 scores = gates if name == "importance" else routing.logits
                 assert scores is not None

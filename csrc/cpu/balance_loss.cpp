@@ -3,6 +3,7 @@
 //     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count, f_e = share of the selections that went to e
 //     importance   E sum_e d_e^2                d_e = m_e / sum_j m_j - 1/E: zero where there is no mass
 //     z            sum_t logsumexp(scores[t])^2 / n
+//     softmax_switch, softmax_importance: of softmax(scores) in place of scores
 //     the mean over the segments that hold a token that counts; without segments all tokens are one.
 //
 // d loss / d scores[t, e] is one slope per segment and expert for every token that counts (for "z" a factor on logsumexp times softmax), so
@@ -11,16 +12,17 @@
 // Memory plan: segments are labels, not ranges. Neighbours with one label are a run; runs are sorted by label, not tokens: labels that come
 // in order, such as one per image, cost one look each. Runs of a segment are grouped into pieces of some thousand scores. Each piece is
 // summed by one thread in token order, in double (an addition in double costs what one in float does); the pieces of a segment are added in
-// order. Pieces follow from the shape and the labels, so the result has the same bits for any number of threads. Scratch: E doubles and E
-// counts per piece, E doubles per segment. Inputs are read through their strides.
+// order. Pieces follow from the shape and the labels, so the result has the same bits for any number of threads. Scores are read in blocks of
+// 16 rows side by side (blocks.h), each lane with its own sum. Scratch: E doubles and E counts per piece, E doubles per segment, some
+// blocks [E, 16] per thread. Inputs are read through their strides.
 
 #include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
+#include "blocks.h"
 #include "ops.h"
-#include "rows.h"
 #include "tensors.h"
 
 namespace cmoe::cpu {
@@ -28,11 +30,18 @@ namespace {
 
 enum class Kind { switch_, importance, z };
 
-Kind take_kind(OwnedString handle) {
-  const std::string name = taken(handle);
-  STD_TORCH_CHECK(name == "switch" || name == "importance" || name == "z", "kind is '", name, "', must be one of switch, importance, z");
-  return name == "switch" ? Kind::switch_ : name == "importance" ? Kind::importance : Kind::z;
-}
+struct Named {
+  Kind kind;
+  bool softmax;
+
+  explicit Named(OwnedString handle) {
+    std::string name = taken(handle);
+    softmax = name.starts_with("softmax_");
+    if (softmax) name = name.substr(8);
+    STD_TORCH_CHECK(name == "switch" || name == "importance" || (name == "z" && !softmax), "kind is '", name, "', must be one of switch, importance, z");
+    kind = name == "switch" ? Kind::switch_ : name == "importance" ? Kind::importance : Kind::z;
+  }
+};
 
 // Values of a dimension or two, at any strides; everywhere `otherwise` where there is no tensor.
 template <class T>
@@ -120,13 +129,14 @@ struct Sums {
 struct Arguments {
   const Tensor& scores;
   const std::optional<Tensor>&indices, &mask;
-  Kind kind;
+  const Named named;
+  const Kind kind;
   const std::optional<Tensor>&segments, &counts, &total;
   int64_t tokens, experts;
 
   Arguments(const Tensor& scores_, const std::optional<Tensor>& indices_, const std::optional<Tensor>& mask_, OwnedString kind_, const std::optional<Tensor>& segments_,
             const std::optional<Tensor>& counts_, const std::optional<Tensor>& total_)
-      : scores(scores_), indices(indices_), mask(mask_), kind(take_kind(kind_)), segments(segments_), counts(counts_), total(total_) {
+      : scores(scores_), indices(indices_), mask(mask_), named(kind_), kind(named.kind), segments(segments_), counts(counts_), total(total_) {
     require_2d("scores", scores, "[T, E]");
     tokens = scores.size(0), experts = scores.size(1);
     if (indices) {
@@ -166,6 +176,27 @@ double logsumexp(const Rows<L>& scores, int64_t t, int64_t experts, accumulate_t
   return std::isinf(largest) ? largest : largest + std::log(*sum);
 }
 
+// Rows t.. of the scores as a block x [E, 16], their softmax where the kind asks for it.
+template <class L>
+void read_scores(const Arguments& a, const Rows<L>& scores, int64_t t, int64_t rows, accumulate_t<L>* x) {
+  using A = accumulate_t<L>;
+  using V = Vector<A>;
+  read_block(scores, t, rows, a.experts, x);
+  if (!a.named.softmax) return;
+  const RowFunctions<A>& f = row_functions_here<A>();
+  each_vector<A>([&](int64_t lane) {
+    const auto largest = greatest(x + lane, a.experts);
+    for (int64_t e = 0; e < a.experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) - largest);
+  });
+  f.exp(x, x, a.experts * lanes);
+  each_vector<A>([&](int64_t lane) {
+    Sum<A> sum;
+    for (int64_t e = 0; e < a.experts; ++e) sum.add(V::load(x + e * lanes + lane));
+    const auto share = 1 / sum.value();
+    for (int64_t e = 0; e < a.experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) * share);
+  });
+}
+
 // The sums of each segment that the loss needs, or those that its slopes need.
 template <class L>
 Sums sums_of(const Arguments& a, const Pieces& pieces, bool backward) {
@@ -179,7 +210,8 @@ Sums sums_of(const Arguments& a, const Pieces& pieces, bool backward) {
   pieces.each(a.tokens, experts, [&](int64_t piece) {
     double* const part = parts.mass.data() + piece * experts;
     int64_t* const selected = parts.selected.data() + piece * experts;
-    std::vector<accumulate_t<L>> powers(squares ? experts : 0);
+    std::vector<accumulate_t<L>> powers(squares ? experts : 0), x(mass ? experts * lanes : 0);
+    std::vector<double> by_lane(x.size());
     bool bad = false;
     for (int64_t r = pieces.list[piece].first; r < pieces.list[piece].last; ++r) {
       for (int64_t t = pieces.runs[r].first; t < pieces.runs[r].last; ++t) {
@@ -193,16 +225,26 @@ Sums sums_of(const Arguments& a, const Pieces& pieces, bool backward) {
         }
         if (!live(t)) continue;
         ++parts.tokens[piece];
-        if (mass) {
-          for (int64_t e = 0; e < experts; ++e) part[e] += scores(t, e);
-        }
         if (squares) {
           sum_t sum;
           const double z = logsumexp(scores, t, experts, powers.data(), &sum);
           parts.squares[piece] += z * z;
         }
       }
+      if (!mass) continue;
+      each_block(pieces.runs[r].first, pieces.runs[r].last, [&](int64_t t, int64_t rows) {
+        read_scores(a, scores, t, rows, x.data());
+        // A full block without a mask needs no choice, and is added in vectors.
+        if (rows == lanes && !a.mask) {
+          for (int64_t i = 0; i < experts * lanes; ++i) by_lane[i] += x[i];
+        } else {
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t e = 0; live(t + row) && e < experts; ++e) by_lane[e * lanes + row] += x[e * lanes + row];
+          }
+        }
+      });
     }
+    for (int64_t i = 0; i < static_cast<int64_t>(by_lane.size()); ++i) part[i / lanes] += by_lane[i];
     if (bad) bad_index = true;
   });
   if (bad_index) {
@@ -305,8 +347,30 @@ Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> 
       const double* const slope = slopes.data() + pieces.list[piece].segment * experts;
       std::vector<A> powers(a.kind == Kind::z ? experts : 0);
       std::vector<L> row(experts);
+      // What all slopes have in common has no effect through a softmax; near balance it is nearly all there is.
+      std::vector<A> x(a.named.softmax ? experts * lanes : 0), beyond(experts);
+      const double common = std::accumulate(slope, slope + experts, 0.) / static_cast<double>(experts);
+      for (int64_t e = 0; e < experts; ++e) beyond[e] = static_cast<A>((slope[e] - common) * scale);
       for (int64_t e = 0; e < experts; ++e) row[e] = static_cast<L>(static_cast<A>(slope[e] * scale));
       for (int64_t r = pieces.list[piece].first; r < pieces.list[piece].last; ++r) {
+        if (a.named.softmax) {
+          each_block(pieces.runs[r].first, pieces.runs[r].last, [&](int64_t t, int64_t rows) {
+            using V = Vector<A>;
+            read_scores(a, s, t, rows, x.data());
+            each_vector<A>([&](int64_t lane) {
+              A* const p = x.data() + lane;
+              Sum<A> dot;
+              for (int64_t e = 0; e < experts; ++e) dot.add(V::load(p + e * lanes) * beyond[e]);
+              const auto mean = dot.value();
+              for (int64_t e = 0; e < experts; ++e) V::store(p + e * lanes, V::load(p + e * lanes) * (beyond[e] - mean));
+            });
+            write_block(x.data(), rows, experts, out + t * experts);
+            for (int64_t i = t; i < t + rows; ++i) {
+              if (!live(i)) std::fill_n(out + i * experts, experts, L(0));
+            }
+          });
+          continue;
+        }
         for (int64_t t = pieces.runs[r].first; t < pieces.runs[r].last; ++t) {
           L* const to = out + t * experts;
           if (!live(t)) {

@@ -39,6 +39,8 @@ template <class T>
 class Rows {
  public:
   explicit Rows(const Tensor& t) : data_(static_cast<const T*>(t.const_data_ptr())), row_(t.stride(0)), column_(t.stride(1)) {}
+  bool dense() const { return column_ == 1; }
+  const T* row(int64_t i) const { return data_ + i * row_; }
   accumulate_t<T> operator()(int64_t row, int64_t column) const { return static_cast<accumulate_t<T>>(data_[row * row_ + column * column_]); }
 
  private:

@@ -38,7 +38,8 @@ Tensor soft_gate(Tensor logits) {
             sum.add(s);
             V::store(x + e * lanes + lane, s);
           }
-          for (int64_t e = 0; e < experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) / sum.value());
+          const auto share = 1 / sum.value();
+          for (int64_t e = 0; e < experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) * share);
         });
         write_block(x, rows, experts, out + t * experts);
       });
@@ -62,9 +63,10 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
     const Rows<A> dg(dgates_exact);
     L* const out = static_cast<L*>(dlogits.mutable_data_ptr());
     const Chunks chunks(tokens, experts);
-    Scratch<A> scratch(chunks, (3 * experts + 1) * lanes);
+    Scratch<A> scratch(chunks, (4 * experts + 1) * lanes);
     chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      A *const x = scratch[chunk], *const d = x + experts * lanes, *const tails = d + experts * lanes, *const exp_c = tails + experts * lanes;
+      A *const x = scratch[chunk], *const d = x + experts * lanes, *const terms = d + experts * lanes, *const tails = terms + experts * lanes;
+      A* const exp_c = tails + experts * lanes;
       each_block(first, last, [&](int64_t t, int64_t rows) {
         read_block(l, t, rows, experts, x);
         read_block(dg, t, rows, experts, d);
@@ -75,17 +77,18 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
           Range<A> range;
           for (int64_t e = 0; e < experts; ++e) {
             const auto s = 1 / (c + V::load(tails + e * lanes + lane)), de = V::load(d + e * lanes + lane);
+            V::store(terms + e * lanes + lane, s);
             sum.add(s);
             product.add(s * de);
             range.add(de);
           }
-          const auto dot = range.clamp(product.value() / sum.value());
+          const auto share = 1 / sum.value(), dot = range.clamp(product.value() * share);
           for (int64_t e = 0; e < experts; ++e) {
-            const auto tail = V::load(tails + e * lanes + lane), s = 1 / (c + tail);
+            const auto tail = V::load(tails + e * lanes + lane), s = V::load(terms + e * lanes + lane);
             // sigmoid(-l), which is the derivative of log(sigmoid(l)). The product would be inf * 0 for a tail that overflows, hence the choice;
             // neither side cancels.
             const auto derivative = V::load(x + e * lanes + lane) > typename V::type{} ? tail * s : 1 - c * s;
-            V::store(x + e * lanes + lane, s / sum.value() * (V::load(d + e * lanes + lane) - dot) * derivative);
+            V::store(x + e * lanes + lane, s * share * (V::load(d + e * lanes + lane) - dot) * derivative);
           }
         });
         write_block(x, rows, experts, out + t * experts);

@@ -92,8 +92,10 @@ def sparse_experts(x, weights, indices, w1, b1, w2=None, b2=None, activation="ge
     return (gates.T[:, :, None] * stack).sum(0).to(x.dtype)
 
 
-def balance_loss(scores, indices=None, mask=None, kind="switch", segments=None, counts=None, total=None):
+def balance_loss(scores, indices=None, mask=None, kind="switch", segments=None, counts=None, total=None, from_logits=False):
     scores, experts = wide(scores), scores.shape[1]
+    if from_logits:
+        scores = scores.softmax(-1)
     labels = torch.zeros(scores.shape[0], dtype=torch.int64) if segments is None else segments
     losses = []
     for label in labels.unique().tolist():

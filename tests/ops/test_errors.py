@@ -86,6 +86,7 @@ BAD = [
     ("balance_loss-switch", {"mask": t(11)}, TypeError, "mask must be torch.bool, got torch.float32"),
     ("balance_loss-switch", {"total": 3}, ValueError, "total is given without counts"),
     ("balance_loss-switch-counts", {"segments": torch.zeros(11, dtype=torch.int64)}, ValueError, "counts cannot be combined with segments"),
+    ("balance_loss-z", {"from_logits": True}, ValueError, "from_logits is given, is for kind='switch' and 'importance'"),
     ("balance_loss-z", {"indices": torch.zeros(11, 1, dtype=torch.int64)}, ValueError, "indices is given, is for kind='switch' alone"),
 ]
 

@@ -3,6 +3,8 @@
 switch      E * sum_e f_e p_e      p_e: mean of scores[:, e];  f_e: share of the selections that went to e
 importance  E * sum_e (m_e / sum_j m_j)^2 - 1      m_e: sum of scores[:, e]
 z           mean_t logsumexp(scores[t])^2
+
+The op cmoe::balance_loss also has the kinds softmax_switch and softmax_importance, of the softmax of its scores (``from_logits``).
 """
 
 import torch
@@ -25,6 +27,7 @@ def balance_loss(
     segments: Tensor | None = None,
     counts: Tensor | None = None,
     total: Tensor | float | None = None,
+    from_logits: bool = False,
 ) -> Tensor:
     """A scalar that is least when the experts are used evenly ("switch", "importance") or the logits are small ("z").
 
@@ -38,6 +41,8 @@ def balance_loss(
         segments: [T] int64 labels: the statistic of each segment, then their mean. CuMo's loss is per image with indices[:, :1].
         counts: [E], selections all-reduced over ranks, in place of ``indices``: f is then of the global batch.
         total: the number of selections that counts belongs to; default their sum.
+        from_logits: scores are logits, and the loss is of their softmax over the experts, in fp32 ("switch", "importance"). On the CPU the
+            softmax and its gradient are computed inside, and no probabilities are stored.
 
     Returns:
         a scalar, fp32 (fp64 for fp64).
@@ -50,6 +55,8 @@ def balance_loss(
     require_choice("kind", kind, KINDS)
     require_float("scores", scores, "TE")
     tokens, experts = scores.shape
+    if from_logits and kind == "z":
+        raise ValueError("from_logits is given, is for kind='switch' and 'importance'; the scores of 'z' are logits as they are")
     if kind == "switch":
         if (indices is None) == (counts is None):
             raise ValueError("kind='switch' needs either indices or counts")
@@ -81,6 +88,10 @@ def balance_loss(
     elif total is not None:
         raise ValueError("total is given without counts")
     backend = backends.choose("balance_loss", scores.device.type, scores.dtype)
+    if from_logits and backend in ("reference", "cpu"):
+        kind = f"softmax_{kind}"
+    elif from_logits:
+        scores = scores.softmax(-1, dtype=accumulate_dtype(scores.dtype))
     return _balance_loss(scores, indices, mask, kind, segments, counts, total, backend)
 
 

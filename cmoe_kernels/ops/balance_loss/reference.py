@@ -21,7 +21,7 @@ def balance_loss(
     experts = scores.shape[1]
     if indices is not None:
         require_range("indices", indices, experts + 1, f"{experts} experts, and {experts} for no expert")
-    s, live = _masked(scores, mask)
+    kind, s, live = _read(scores, mask, kind)
     seg = _segments(live, segments)
     if kind == "switch":
         f = _selection_shares(seg, live, experts, indices, counts, total)
@@ -45,7 +45,8 @@ def balance_loss_backward(
     total: Tensor | None,
 ) -> Tensor:
     experts = scores.shape[1]
-    s, live = _masked(scores, mask)
+    softmax = kind.startswith("softmax_")
+    kind, s, live = _read(scores, mask, kind)
     seg = _segments(live, segments)
     if kind == "switch":
         slope = experts * _selection_shares(seg, live, experts, indices, counts, total) / seg.tokens
@@ -55,9 +56,14 @@ def balance_loss_backward(
         slope = 2 * experts / mass * (deviation - deviation.square().sum(-1, keepdim=True))
     else:
         slope = 2 / seg.tokens
+    if softmax:
+        # What all slopes of a token have in common has no effect; near balance it is nearly all there is.
+        slope = slope - slope.mean(-1, keepdim=True)
     ds = _of_token((slope * seg.weight[:, None]), seg) * live * dloss
     if kind == "z":
         ds = ds * s.logsumexp(-1, keepdim=True) * s.softmax(-1)
+    elif softmax:
+        ds = s * (ds - (s * ds).sum(-1, keepdim=True))
     # Rows of one segment and no mask are views of one row: the op returns memory of its own.
     return ds.expand_as(scores).to(scores.dtype, memory_format=torch.contiguous_format, copy=True)
 
@@ -70,12 +76,14 @@ class _Segments(NamedTuple):
     weight: Tensor  # [S] 1 / (segments with a token), 0 for a segment without
 
 
-def _masked(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores in fp32 (fp64), zero where masked, and the mask as numbers [T, 1]."""
+def _read(scores: Tensor, mask: Tensor | None, kind: str) -> tuple[str, Tensor, Tensor]:
+    """The kind without "softmax_"; what it takes, in fp32 (fp64), zero where masked; the mask as numbers [T, 1]."""
     s = scores.to(accumulate_dtype(scores.dtype))
+    if kind.startswith("softmax_"):
+        kind, s = kind.removeprefix("softmax_"), s.softmax(-1)
     if mask is None:
-        return s, s.new_ones(s.shape[0], 1)
-    return s.masked_fill(~mask[:, None], 0), mask[:, None].to(s.dtype)
+        return kind, s, s.new_ones(s.shape[0], 1)
+    return kind, s.masked_fill(~mask[:, None], 0), mask[:, None].to(s.dtype)
 
 
 def _segments(live: Tensor, segments: Tensor | None) -> _Segments:
