@@ -100,15 +100,23 @@ class Range {
   V low_ = V{} + infinity<A>, high_ = V{} - infinity<A>;
 };
 
+// Four values out of two vectors, counted through both.
+template <int... at>
+inline Vector<float>::type picked(Vector<float>::type a, Vector<float>::type b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, at...);
+#else
+  return __builtin_shuffle(a, b, Vector<float>::mask{at...});
+#endif
+}
+
 // Four rows of four values, to columns.
 inline void turn(Vector<float>::type* r) {
-  using I = Vector<float>::mask;
-  const auto a = __builtin_shuffle(r[0], r[1], I{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], I{2, 6, 3, 7});
-  const auto c = __builtin_shuffle(r[2], r[3], I{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], I{2, 6, 3, 7});
-  r[0] = __builtin_shuffle(a, c, I{0, 1, 4, 5});
-  r[1] = __builtin_shuffle(a, c, I{2, 3, 6, 7});
-  r[2] = __builtin_shuffle(b, d, I{0, 1, 4, 5});
-  r[3] = __builtin_shuffle(b, d, I{2, 3, 6, 7});
+  const auto a = picked<0, 4, 1, 5>(r[0], r[1]), b = picked<2, 6, 3, 7>(r[0], r[1]), c = picked<0, 4, 1, 5>(r[2], r[3]), d = picked<2, 6, 3, 7>(r[2], r[3]);
+  r[0] = picked<0, 1, 4, 5>(a, c);
+  r[1] = picked<2, 3, 6, 7>(a, c);
+  r[2] = picked<0, 1, 4, 5>(b, d);
+  r[3] = picked<2, 3, 6, 7>(b, d);
 }
 
 template <class L>

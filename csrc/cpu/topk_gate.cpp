@@ -8,11 +8,10 @@
 //                        sigmoid:      dpicked_i *= sigmoid(-l_i);  softmax over all:  dlogits_e = -softmax(l)_e * total, then + dpicked
 //
 // Memory plan: 16 rows are computed side by side, in a block that stays in the first-level cache; some blocks of [E, 16] and [K, 16] values per
-// thread are all the scratch. Choosing and weighing are two loops over the rows, each compiled for one dtype (selection and logits may differ)
-// and not for every pair of them; logits [T, E] are small beside the tokens they come from, so reading them twice is nothing. Choosing takes
-// k scans of a block; for a large k a heap inside the row of the output, O(E log k). Counts are integers per chunk of rows, summed at the end:
-// no atomics, the same for any number of threads. Backward recomputes the weights from logits and indices, so that these two are all it needs
-// saved.
+// thread are all the scratch. With a selection, choosing and weighing are two loops over the rows, each compiled for one dtype (selection and
+// logits may differ) and not for every pair of them. Choosing takes k scans of a block; for a large k a heap inside the row of the
+// output, O(E log k). Counts are integers per chunk of rows, summed at the end: no atomics, the same for any number of threads. Backward
+// recomputes the weights from logits and indices, so that these two are all it needs saved.
 
 #include <atomic>
 #include <limits>
@@ -191,32 +190,33 @@ std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedStri
   const Chunks chunks(tokens, experts);
   Scratch<int32_t> chunk_counts(chunks, experts);
 
-  const Tensor& ranking = selection ? *selection : logits;
-  dispatch_float(selection ? "selection" : "logits", ranking, [&](auto zero) {
+  // The rows first..last-1 of a ranking, block by block; then(first row, rows) follows each block.
+  const auto choose = [&](auto zero, const Tensor& ranking, int64_t chunk, int64_t first, int64_t last, const auto& then) {
     using A = accumulate_t<decltype(zero)>;
     using I = typename Vector<A>::Integer;
     const Rows<decltype(zero)> rank(ranking);
     const bool scans = k <= most_scans;
-    Scratch<A> values(chunks, scans ? experts * lanes : 0);
-    Scratch<I> integers(chunks, scans ? (experts + k) * lanes : 0);
-    chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      A* const x = values[chunk];
-      I *const keys = integers[chunk], *const best = keys + experts * lanes;
-      int32_t* const counted = chunk_counts[chunk];
-      each_block(first, last, [&](int64_t t, int64_t rows) {
-        if (scans) {
-          read_block(rank, t, rows, experts, x);
-          choose_by_scans(x, experts, k, keys, best);
-          write_block(best, rows, k, chosen + t * k);
-        } else {
-          for (int64_t r = 0; r < rows; ++r) choose_by_heap(rank, t + r, experts, k, chosen + (t + r) * k);
-        }
-        for (int64_t i = t * k; i < (t + rows) * k; ++i) {
-          if (chosen[i] != experts) ++counted[chosen[i]];
-        }
-      });
+    std::vector<A> x(scans ? experts * lanes : 0);
+    std::vector<I> keys(x.size()), best(scans ? k * lanes : 0);
+    each_block(first, last, [&](int64_t t, int64_t rows) {
+      if (scans) {
+        read_block(rank, t, rows, experts, x.data());
+        choose_by_scans(x.data(), experts, k, keys.data(), best.data());
+        write_block(best.data(), rows, k, chosen + t * k);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) choose_by_heap(rank, t + r, experts, k, chosen + (t + r) * k);
+      }
+      for (int64_t i = t * k; i < (t + rows) * k; ++i) {
+        if (chosen[i] != experts) ++chunk_counts[chunk][chosen[i]];
+      }
+      then(t, rows);
     });
-  });
+  };
+  if (selection) {
+    dispatch_float("selection", *selection, [&](auto zero) {
+      chunks.run([&](int64_t chunk, int64_t first, int64_t last) { choose(zero, *selection, chunk, first, last, [](int64_t, int64_t) {}); });
+    });
+  }
   dispatch_float("logits", logits, [&](auto zero) {
     using A = accumulate_t<decltype(zero)>;
     const Rows<decltype(zero)> l(logits);
@@ -224,12 +224,17 @@ std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedStri
     const RowFunctions<A>& f = row_functions_here<A>();
     Scratch<A> scratch(chunks, Weighing<A>::size(experts, k));
     chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      const Weighing<A> weigh(f, score, renormalize, experts, k, scratch[chunk]);
-      each_block(first, last, [&](int64_t t, int64_t rows) {
-        weigh(l, t, rows, chosen + t * k);
-        for (int64_t i = 0; i < k * lanes; ++i) weigh.weights[i] *= static_cast<A>(scale);
-        write_block(weigh.weights, rows, k, out + t * k);
-      });
+      const Weighing<A> weighing(f, score, renormalize, experts, k, scratch[chunk]);
+      const auto weigh = [&](int64_t t, int64_t rows) {
+        weighing(l, t, rows, chosen + t * k);
+        for (int64_t i = 0; i < k * lanes; ++i) weighing.weights[i] *= static_cast<A>(scale);
+        write_block(weighing.weights, rows, k, out + t * k);
+      };
+      if (selection) {
+        each_block(first, last, weigh);
+      } else {
+        choose(zero, logits, chunk, first, last, weigh);
+      }
     });
   });
 
