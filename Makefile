@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-full aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
+.PHONY: help install test test-triton test-cuda test-full aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,14 +32,18 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy cmoe_kernels unimed
 
-test: lint test-triton  ## what CI runs: lint and the tests, with what was skipped and why
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton
+test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton --ignore tests/emulation
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
 	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_capture.py tests/triton/test_aot.py
+
+# A process of its own here too: the emulated kernels take the place of the backend "cuda" on the CPU.
+test-cuda: lint  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
+	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "cuda or emulation"
 
 aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md
 	$(BIN)/python -m benchmarks.aot --jobs $(JOBS) --write
@@ -53,6 +57,7 @@ gpu-check:  ## on a machine with a GPU: the tests natively, then ours beside the
 
 test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
+	CMOE_TEST_FULL=1 CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "cuda or emulation"
 	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 

@@ -7,12 +7,17 @@ backend of its forward pass, also outside ``use_backend`` and on another thread,
 
 Triton is imported by the first call that it serves, so a machine without a GPU never imports it. With TRITON_INTERPRET=1 in the
 environment its kernels also run on the CPU, interpreted: the last choice there, for tests.
+
+Which of ``cuda`` and ``triton`` goes first is a matter of measurement: ops/preferred.json says it per architecture and op. Where it says
+"unmeasured" the order below stands.
 """
 
 import contextlib
 import functools
 import importlib.util
+import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,11 +30,13 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE_ORDER = {
     "cpu": ("cpu", "reference", "triton") if INTERPRETED else ("cpu", "reference"),
-    # Triton's kernels are proven by its interpreter and its compiler (tests/triton), and have not run on a GPU yet.
-    "cuda": ("cuda", "triton", "reference"),
+    # Both are proven without a GPU (tests/triton, tests/emulation) and have not run on one yet.
+    "cuda": ("triton", "cuda", "reference"),
 }
 # GPU kernels accumulate in fp32: fp64 is left to the others.
 WITHOUT_DOUBLE = ("triton", "cuda")
+# {architecture: {op: the faster one of "cuda" and "triton", or "unmeasured"}}
+PREFERRED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "ops" / "preferred.json").read_text())
 
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -80,7 +87,14 @@ def _run_triton(module: str, name: str, *arguments: Any) -> Any:
 def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends that can run ``op`` on a device in a dtype, best first."""
     able = [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
-    return [b for b in able if b not in WITHOUT_DOUBLE] if dtype == torch.float64 else able
+    if dtype == torch.float64:
+        return [b for b in able if b not in WITHOUT_DOUBLE]
+    if device_type == "cuda" and "cuda" in able:
+        if cuda_error():
+            able.remove("cuda")
+        elif preferred(op) == "cuda":
+            able = ["cuda", *(b for b in able if b != "cuda")]
+    return able
 
 
 def selected() -> str:
@@ -95,8 +109,9 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str
         return able[0]
     if _selected not in able:
         what = f"{op} in torch.float64" if _selected in serving(op, device_type) else op
+        why = f" ({cuda_error()})" if _selected == device_type == "cuda" and cuda_error() else ""
         raise RuntimeError(
-            f"backend {_selected!r} has no {what} for device {device_type!r}; it is served there by {', '.join(able)} "
+            f"backend {_selected!r} has no {what} for device {device_type!r}{why}; it is served there by {', '.join(able)} "
             "(use_backend('auto') picks one)"
         )
     return _selected
@@ -128,8 +143,12 @@ def missing_reason(backend: str) -> str:
         return native_error or "it has no kernel for this op yet"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if backend == "cuda" and cuda_kernels().error:
+        return cuda_kernels().error
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         return "no GPU that torch can use was found"
+    if backend == "cuda" and cuda_error():
+        return cuda_error()
     return "it has no kernel for this op yet"
 
 
@@ -155,6 +174,69 @@ def instruction_sets() -> InstructionSets | None:
     return InstructionSets(used, available.split(", "), error)
 
 
+def _constant(function: Callable[..., str]) -> Any:
+    """Called once, and a constant of compiled functions: torch.compiler.assume_constant_result without importing torch._dynamo here."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*arguments: str) -> str:
+        return cached(*arguments)
+
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return call
+
+
+class CudaKernels(NamedTuple):
+    """What the CUDA kernels of the library were compiled for; ``error`` says why there are none."""
+
+    built: str
+    error: str
+
+
+@functools.cache
+def cuda_kernels() -> CudaKernels:
+    """What CUDA kernels the native library holds."""
+    if native_library is None:
+        return CudaKernels("", native_error or "")
+    return CudaKernels(*importlib.import_module("cmoe_kernels._C").cuda_kernels())
+
+
+def runs_on(built: str, major: int, minor: int) -> bool:
+    """Whether code for these architectures (``CudaKernels.built``) runs on a GPU of a compute capability.
+
+    A cubin runs on its own and on later minor versions, one of an architecture with a letter on that alone; PTX on everything later.
+    """
+    capability = 10 * major + minor
+    cubins = re.findall(r"sm_(\d+)([af]?)", built)
+    ptx = [int(arch) for arch in re.findall(r"PTX of compute_(\d+)", built)]
+    fits = [int(arch) == capability if letter else int(arch) // 10 == major and int(arch) <= capability for arch, letter in cubins]
+    return any(fits) or any(arch <= capability for arch in ptx)
+
+
+@_constant
+def cuda_error() -> str:
+    """Why the CUDA kernels cannot run on the GPUs found here; empty where they can, or where there is no GPU to ask."""
+    if cuda_kernels().error or not torch.cuda.is_available():
+        return cuda_kernels().error
+    if torch.version.hip is not None:
+        return "the CUDA kernels are for NVIDIA GPUs"
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not runs_on(cuda_kernels().built, major, minor):
+            name = torch.cuda.get_device_name(device)
+            return f"{name} has compute capability {major}.{minor}, the CUDA kernels were compiled for {cuda_kernels().built}"
+    return ""
+
+
+@_constant
+def preferred(op: str) -> str:
+    """What ops/preferred.json says of an op on the first GPU: "cuda", "triton" or "unmeasured"."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "unmeasured"
+    return PREFERRED.get("sm_{}{}".format(*torch.cuda.get_device_capability(0)), {}).get(op, "unmeasured")
+
+
 def _load_native() -> None:
     global native_library, native_error
     spec = importlib.util.find_spec("cmoe_kernels._C")
@@ -178,6 +260,8 @@ def _load_native() -> None:
         for name in (op, f"{op}_backward"):
             if hasattr(torch.ops.cmoe_native, name):
                 register(name, "cpu", getattr(torch.ops.cmoe_native, name))
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"cmoe_native::{name}", "CUDA"):
+                    register(name, "cuda", getattr(torch.ops.cmoe_native, name))
 
 
 _load_native()

@@ -32,6 +32,7 @@ def _versions() -> str:
         ("triton", _version("triton")),
         ("native library", native),
         ("instruction set", _instruction_set()),
+        ("CUDA kernels", backends.cuda_kernels().built or f"none: {backends.cuda_kernels().error}"),
         ("processor", f"{_processor()}, torch runs at {torch.backends.cpu.get_cpu_capability()}"),
     ]
     if torch.cuda.is_available():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cmoe_kernels import backends
+from tests.emulation import library
 from tests.ops.cases import DEVICE
 
 if DEVICE != "cpu":  # before the test files are imported: some make tensors for their parameters
@@ -14,6 +15,8 @@ if backends.INTERPRETED:
     from tests.triton import strict
 
     strict.install()
+if library.WANTED and not library.missing():
+    library.install()
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +41,12 @@ def pytest_collection_modifyitems(items):
 def pytest_report_header():
     sets = backends.instruction_sets()
     library = f"{backends.native_library}, {sets.used or sets.error}" if sets else f"absent ({backends.native_error})"
-    return f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}" + (
-        "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
-        if backends.INTERPRETED
-        else ""
+    return (
+        f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}"
+        + (
+            "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
+            if backends.INTERPRETED
+            else ""
+        )
+        + ("; CUDA kernels emulated on the CPU, they alone" if library.WANTED else "")
     )

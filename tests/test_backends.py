@@ -69,6 +69,92 @@ def test_doctor_names_the_instruction_set():
     assert (f"{sets.used} (CMOE_CPU_ISA chooses among {', '.join(sets.available)})" if sets else "none: there is no native library") in line
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is not there, of the capability asked for."""
+
+    def of(capability, preferred=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+        monkeypatch.setattr(backends, "cuda_kernels", lambda: backends.CudaKernels("sm_80, sm_90a, PTX of compute_80; CUDA 13.0", ""))
+        monkeypatch.setattr(backends, "PREFERRED", {"sm_{}{}".format(*capability): preferred or {}})
+        monkeypatch.setitem(backends.DEVICE_ORDER, "cuda", ("triton", "cuda", "reference"))
+        for name in ("triton", "cuda"):
+            monkeypatch.setitem(backends._kernels, ("soft_gate", name), backends._kernels["soft_gate", "reference"])
+
+    uncached = backends.cuda_error, backends.preferred
+    for function in uncached:
+        function.cache_clear()
+    yield of
+    for function in uncached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_cuda_kernels_serve_the_capabilities_they_were_compiled_for(gpu, capability, runs):
+    gpu(capability)
+    assert backends.serving("soft_gate", "cuda") == (["triton", "cuda", "reference"] if runs else ["triton", "reference"])
+    with cmoe.use_backend("cuda"):
+        if runs:
+            assert backends.choose("soft_gate", "cuda") == "cuda"
+        else:
+            with pytest.raises(RuntimeError, match=r"compute capability 7\.5, the CUDA kernels were compiled for sm_80"):
+                backends.choose("soft_gate", "cuda")
+    assert ("compute capability" in backends.missing_reason("cuda")) == (not runs)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_90a; CUDA 13.0", (9, 0), True),
+        ("sm_90a; CUDA 13.0", (10, 0), False),
+        ("sm_86, PTX of compute_86; CUDA 13.0", (8, 0), False),
+        ("sm_86, PTX of compute_86; CUDA 13.0", (10, 3), True),
+        ("sm_80; CUDA 12.4", (9, 0), False),
+        ("sm_100, PTX of compute_100; CUDA 13.0", (10, 0), True),
+    ],
+)
+def test_where_code_runs(built, capability, runs):
+    assert backends.runs_on(built, *capability) == runs
+
+
+@pytest.mark.parametrize(("said", "first"), [("unmeasured", "triton"), ("triton", "triton"), ("cuda", "cuda")])
+def test_auto_takes_the_gpu_backend_that_was_measured_to_be_faster(gpu, said, first):
+    gpu((9, 0), {"soft_gate": said})
+    assert backends.choose("soft_gate", "cuda") == first
+    assert backends.serving("soft_gate", "cuda", torch.float64) == ["reference"]
+
+
+def test_the_choice_on_a_gpu_is_a_constant_of_a_compiled_function(gpu, monkeypatch):
+    gpu((9, 0), {"soft_gate": "cuda"})
+    backends.choose("soft_gate", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler looks for GPUs itself
+    torch._dynamo.reset()
+
+    def f(x):
+        return x + ("cuda", "triton").index(backends.choose("soft_gate", "cuda"))
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
+
+
+def test_the_table_of_preferred_backends():
+    for table in backends.PREFERRED.values():
+        assert table.keys() == set(backends.OPS)
+        assert set(table.values()) <= {"cuda", "triton", "unmeasured"}
+
+
+def test_doctor_names_what_the_cuda_kernels_were_built_for():
+    line = next(line for line in doctor.report().splitlines() if line.startswith("CUDA kernels "))
+    built, error = backends.cuda_kernels()
+    assert (built or f"none: {error}") in line
+    assert bool(built) != bool(error)
+    registered = {op for op, backend in backends._kernels if backend == "cuda"}
+    assert bool(registered) == bool(built)
+
+
 def test_doctor_command():
     run = subprocess.run([sys.executable, "-m", "cmoe_kernels"], capture_output=True, text=True, check=False)
     assert run.returncode == 0

@@ -68,6 +68,7 @@ def copy_of_tree(name: str) -> Path:
 
 def build(tree: Path, flags: str, link_flags: str = "") -> None:
     environment = os.environ | {
+        "CMOE_CUDA": "0",  # nothing of it runs here, and nvcc takes its time
         "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {flags}",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {link_flags}",
     }
@@ -81,10 +82,10 @@ def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
     need_compiler()
     os.chdir(ROOT)
     script = build_script()
-    command, tiers = script.compile_command(script.torch_folder()), script.tiers_of_compiler()
+    command, tiers, cuda = script.compile_command(script.torch_folder()), script.tiers_of_compiler(), script.cuda_toolkit()
 
     def compiled(source: str) -> Path:
-        flags = [*command, *script.flags_of(source, tiers)]
+        flags = [*command, *script.flags_of(source, tiers, cuda)]
         if emulate_amx and Path(source).stem in ("amx", "dispatch"):
             return script.compiled(source, [*flags, "-DCMOE_EMULATE_AMX"], Path("build", "emulated", "objects"))
         return script.compiled(source, flags)
@@ -94,6 +95,18 @@ def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes want the same files
         sources = script.built(script.SOURCES, tiers)
         return dict(zip(sources, pool.map(compiled, sources), strict=True))
+
+
+def cuda_objects() -> dict[str, Path]:
+    """The object files of csrc/cuda/*.cu by their source, compiled by nvcc unless they are there and fresh; none where there is no nvcc."""
+    need_compiler()
+    os.chdir(ROOT)
+    script = build_script()
+    cuda = script.cuda_toolkit()
+    sources = [source for source in script.CUDA_SOURCES if source.endswith(".cu")] if cuda.found else []
+    with Path("build", "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return dict(zip(sources, pool.map(lambda source: ROOT / script.compiled(source, list(cuda.command)), sources), strict=True))
 
 
 def run_tests(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends
+from tests.emulation import library
 from tests.ops import naive
 
 T, D, H, O, E, K, R, G, S = 11, 7, 9, 6, 5, 2, 13, 3, 4  # noqa: E741
@@ -272,9 +273,10 @@ ONE_PER_OP = list({case.op: case for case in reversed(CASES)}.values())[::-1]
 
 
 def backends_of(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends to test here. In the interpreter's process Triton alone: the others were tested in the ordinary one."""
+    """The backends to test here. Where kernels are interpreted or emulated they alone: the others were tested in the ordinary process."""
     able = sorted(backends.serving(op, DEVICE, dtype))
-    return [b for b in able if b == "triton"] if backends.INTERPRETED else able
+    alone = "triton" if backends.INTERPRETED else "cuda" if library.WANTED else None
+    return [b for b in able if alone in (None, b)]
 
 
 def widest(op: str, backend: str) -> torch.dtype:

@@ -1,0 +1,110 @@
+"""The CUDA kernels on the CPU: csrc/cuda built by the C++ compiler over the emulator, serving CPU tensors as backend "cuda".
+
+With CMOE_EMULATE_CUDA=1 in the environment tests/conftest.py installs it, so that the tests of the ops run on these kernels alone, as they
+do on Triton's under TRITON_INTERPRET=1.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cmoe_kernels import backends
+from tests.emulation.programs import EMULATED, SANITIZERS
+from tests.native.variants import ROOT, build_script, need_compiler
+
+WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
+FOLDER = Path("build", "emulation", "library")
+
+
+class Counts(NamedTuple):
+    """Launches; and accesses to shared memory beside the phases that serve them, equal where no banks conflict."""
+
+    launches: int
+    copies: int
+    copy_phases: int
+    ldmatrix: int
+    ldmatrix_phases: int
+    vectors: int
+    vector_phases: int
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "the emulator switches stacks on x86-64 Linux"
+    return build_script().missing()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Built unless it is there and fresh, and loaded: its operations are torch.ops.cmoe_emulated.*"""
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        target = ROOT / build()
+    finally:
+        os.chdir(before)
+    torch.ops.load_library(str(target))
+    return ctypes.CDLL(str(target))
+
+
+def build() -> Path:
+    script, compiler = build_script(), need_compiler()
+    torch_folder = script.torch_folder()
+    flags = [f for f in script.compile_command(torch_folder)[len(compiler) + 1 :] if f not in ("-O3", "-g0")]
+    command = [*compiler, "-c", *flags, *EMULATED, *SANITIZERS["plain"]]
+
+    def compiled(source: str) -> Path:
+        return script.compiled(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])], FOLDER)
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    # Other test processes want the same files.
+    with Path(FOLDER, "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objects = list(pool.map(compiled, [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]))
+        target = FOLDER / "emulated.so"
+        libraries = ["-L" + str(torch_folder / "lib"), "-ltorch_cpu"]
+        script.run_if_stale([*compiler, "-shared", "-o", str(target), *map(str, objects), *libraries], target, *objects)
+    return target
+
+
+def install() -> None:
+    """Let the emulated kernels serve CPU tensors as backend "cuda", the last choice there."""
+    library()
+    for op in backends.OPS:
+        for name in (op, f"{op}_backward"):
+            if hasattr(torch.ops.cmoe_emulated, name):
+                backends.register(name, "cuda", getattr(torch.ops.cmoe_emulated, name))
+    backends.DEVICE_ORDER["cpu"] = (*(b for b in backends.DEVICE_ORDER["cpu"] if b != "cuda"), "cuda")
+
+
+@contextlib.contextmanager
+def emulator(order: str = "forward", *, lazy: bool = True, seed: int = 1, multiprocessors: int = 4) -> Iterator[None]:
+    """How kernels are run inside the block: the order of threads and blocks, and whether asynchronous copies land late or at once."""
+    set_options = library().set_options
+    set_options(("forward", "reverse", "shuffled").index(order), seed, lazy, multiprocessors)
+    try:
+        yield
+    finally:
+        set_options(0, 1, True, 4)
+
+
+def take_counts() -> Counts:
+    """What was counted since the last call."""
+    values = (ctypes.c_uint64 * len(Counts._fields))()
+    library().take_counts(values)
+    return Counts(*values)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    print(build())
