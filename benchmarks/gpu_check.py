@@ -1,11 +1,14 @@
 """On a machine with a GPU: the same tests natively, then ours against the peers found there. `make gpu-check`.
 
-    python -m benchmarks.gpu_check [--device cuda] [--only words] [--again] [--out benchmarks/results]
+    python -m benchmarks.gpu_check [--device cuda] [--only words] [--again] [--prefer] [--out benchmarks/results]
 
 Offline, with the torch found there; nothing is installed. Each step is a process of its own that ends within ten minutes, and its result is
 written at once to gpu-<device>.json, so an interrupted check goes on where it was: a step that passed is not run again while the sources,
 torch and the device are the same (``--again`` runs it all the same). A peer or a package that is absent is a skip with its reason.
 The last lines say what was verified, what failed and what was not run. `--device cpu` is a dry run of this driver and says so.
+
+``--prefer`` then notes in cmoe_kernels/ops/preferred.json, for this architecture, which of the CUDA and the Triton kernels of each op took
+less time over all shapes: `auto` takes that one from then on.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -135,6 +139,7 @@ def environment(device: str) -> dict[str, Any]:
     for package in PACKAGES:
         found[package] = _version(package)
     found["native library"] = str(backends.native_library) if backends.native_library else f"absent: {backends.native_error}"
+    found["CUDA kernels"] = backends.cuda_kernels().built or f"none: {backends.cuda_kernels().error}"
     found["backends"] = {op: backends.serving(op, device) for op in backends.OPS}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -215,11 +220,42 @@ def summary(results: dict[str, Any], todo: Sequence[Step]) -> str:
     return "\n".join(lines)
 
 
+# --- which of two backends is faster ------------------------------------------------------------------------------------------
+def preferences(results: dict[str, Any]) -> dict[str, str]:
+    """Of each op "cuda" or "triton", by the geometric mean of times over shapes and passes; "unmeasured" unless both ran everywhere."""
+    times: dict[str, dict[str, dict[tuple[str, str], float]]] = {op: {"cuda": {}, "triton": {}} for op in backends.OPS}
+    for step, record in results["steps"].items():
+        for row in record.get("rows", []):
+            ours = next((peer["ours"]["p50_ms"] for peer in row["peers"].values() if "ours" in peer), None)
+            if ours is not None and row["backend"] in ("cuda", "triton"):
+                times[row["op"]][row["backend"]][step, row["pass"]] = ours
+    found = {}
+    for op, by_backend in times.items():
+        cuda, triton = by_backend["cuda"], by_backend["triton"]
+        if not cuda or cuda.keys() != triton.keys():
+            found[op] = "unmeasured"
+        else:
+            found[op] = "cuda" if sum(math.log(cuda[at] / triton[at]) for at in cuda) < 0 else "triton"
+    return found
+
+
+def note_preferences(results: dict[str, Any], path: Path) -> dict[str, str]:
+    """Write them into the table, for the architecture of the results; what was not measured leaves the line as it was."""
+    table = json.loads(path.read_text())
+    arch = "sm_" + results["environment"]["capability"].replace(".", "")
+    found = preferences(results)
+    before = table.get(arch, dict.fromkeys(backends.OPS, "unmeasured"))
+    table[arch] = {op: before[op] if found[op] == "unmeasured" else found[op] for op in backends.OPS}
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    return table[arch]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run of this driver at tiny shapes")
     parser.add_argument("--only", default="", help="comma-separated words; the steps whose name has one")
     parser.add_argument("--again", action="store_true", help="run steps that passed before, too")
+    parser.add_argument("--prefer", action="store_true", help="note the faster GPU backend of each op in ops/preferred.json")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -235,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = check(options.device, todo, path, options.again)
     print(summary(results, todo))
     print(f"written to {path}")
+    if options.prefer and options.device == "cuda":
+        noted = note_preferences(results, Path(backends.__file__).parent / "ops" / "preferred.json")
+        print("; ".join(f"{op}: {which}" for op, which in noted.items()))
     return int(any(results["steps"][step.name]["status"] in ("failed", "timeout") for step in todo))
 
 

@@ -151,3 +151,33 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     wrong = gpu_bench.measure("sparse_experts", arguments, False, "reference", "cpu", 0.01)
     assert "wrong" in wrong
     assert not wrong["peers"]
+
+
+def timed(op, backend, step, ms):
+    return step, {
+        "op": op,
+        "pass": "forward",
+        "backend": backend,
+        "peers": {"released loop": {"ours": {"p50_ms": ms}}, "x": {"skipped": "no"}},
+    }
+
+
+def test_the_faster_backend_is_noted(tmp_path):
+    """Over all shapes; an op that one backend did not run everywhere stays as it was."""
+    rows = [
+        timed("soft_experts", b, s, ms) for b, s, ms in (("cuda", "a", 1.0), ("triton", "a", 4.0), ("cuda", "b", 3.0), ("triton", "b", 1.0))
+    ]
+    rows += [timed("soft_gate", "cuda", "a", 2.0), timed("soft_gate", "triton", "a", 1.0)]
+    rows += [timed("topk_gate", "cuda", "a", 1.0), timed("topk_gate", "triton", "a", 2.0), timed("topk_gate", "cuda", "b", 1.0)]
+    steps = {step: {"rows": [row for at, row in rows if at == step]} for step in ("a", "b")} | {"golden": {"status": "passed"}}
+    results = {"steps": steps, "environment": {"capability": "9.0"}}
+    assert {op: b for op, b in gpu_check.preferences(results).items() if b != "unmeasured"} == {
+        "soft_experts": "cuda",
+        "soft_gate": "triton",
+    }
+    table = tmp_path / "preferred.json"
+    table.write_text(json.dumps({"sm_80": {"soft_gate": "cuda"}}))
+    gpu_check.note_preferences(results, table)
+    noted = json.loads(table.read_text())
+    assert noted["sm_80"] == {"soft_gate": "cuda"}
+    assert (noted["sm_90"]["soft_experts"], noted["sm_90"]["soft_gate"], noted["sm_90"]["topk_gate"]) == ("cuda", "triton", "unmeasured")

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.mutants import Mutant, Suite
+from tests.mutants.cuda_rows import MUTANTS as CUDA_ROWS
 from tests.mutants.triton import MUTANTS as TRITON
 
-MUTANTS = [*TRITON]
+MUTANTS = [*TRITON, *CUDA_ROWS]
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
 # Everything that a build or a run leaves behind, but for the native library.
@@ -43,6 +44,15 @@ class Outcome(NamedTuple):
     @property
     def end(self) -> str:
         return self.output[-2000:]
+
+
+def tree_in(folder: Path) -> Path:
+    """A copy of the tree; with the object files of the emulated kernels, so that a mutant compiles no more than it changes."""
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+    objects = Path("build", "emulation", "library")
+    if (ROOT / objects).exists():
+        shutil.copytree(ROOT / objects, folder / objects)
+    return folder
 
 
 def run(suite: Suite, tests: tuple[str, ...], tree: Path) -> Outcome:
@@ -133,7 +143,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         trees: queue.Queue[Path] = queue.Queue()
         for i in range(options.jobs):
-            trees.put(Path(shutil.copytree(ROOT, Path(folder) / str(i), ignore=LEFT_OUT)))
+            trees.put(tree_in(Path(folder) / str(i)))
 
         def control(which: tuple[Suite, tuple[str, ...]]) -> str:
             tree = trees.get()

@@ -1,0 +1,74 @@
+"""Planted bugs of the CUDA kernels over rows: gates, losses, the order of selections. Caught through the emulator."""
+
+import sys
+
+from tests.mutants import Mutant, Suite
+
+EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.library"),), environment={"CMOE_EMULATE_CUDA": "1"})
+_rows = "tests/emulation/test_rows.py::test_"
+
+
+def _in(file: str, *tests: str):
+    """A mutant of one file, with its tests."""
+    return lambda kind, old, new, *others: Mutant(
+        kind, f"csrc/cuda/{file}", old, new, tuple(f"{_rows}{t}" for t in others or tests), EMULATED
+    )
+
+
+rows = _in("rows.cuh", "soft_gate[300-5-torch.float32]")
+soft_gate = _in("soft_gate.cu", "soft_gate[300-5-torch.float32]")
+topk_gate = _in("topk_gate.cu", "topk_gate[True-softmax-300-5-2]")
+sort = _in("sort_by_expert.cu", "order_of_selections[1500-5]")
+balance_loss = _in("balance_loss.cu", "balance_loss[400-5-switch-whole]")
+
+MUTANTS = [
+    rows("tail", "live = t < rows;", "live = true;"),
+    rows("reduction", "x += __shfl_xor_sync(~0u, x, by)", "x += __shfl_xor_sync(~0u, x, 1)"),
+    rows("strides", "data[t * row + e * column]", "data[t * row + e]", "topk_of_strided_rows"),
+    soft_gate("overflow", "c = fminf(p.largest(top), 0.0f);", "c = 0.0f;", "soft_gate_of_tiny_sigmoids"),
+    soft_gate("epilogue", "/ (1.0f + expf(l))", "/ (1.0f + expf(-l))"),
+    soft_gate("dtype", "from_float<T>(score(l)", "from_float<T>(2.0f * score(l)", "soft_gate[300-5-torch.bfloat16]"),
+    topk_gate("tie order", "(other == best && there < where)", "(other == best && there > where)"),
+    topk_gate("tie order", "(key == last && e > at)", "key == last"),
+    topk_gate("order", "  x += Float(0);\n", "", "ranks_are_those_of_a_stable_sort[selection-torch.float32]"),
+    topk_gate("order", "x != x ? greatest : bits", "bits", "ranks_are_those_of_a_stable_sort[logits-torch.float32]"),
+    topk_gate(
+        "index",
+        "return e >= 0 && e < experts ? static_cast<int>(e) : experts;",
+        "return static_cast<int>(e < experts && e >= -1 ? e & 3 : experts);",
+        "a_bad_index_reads_and_receives_nothing",
+    ),
+    topk_gate("tail", "if (p.lane == 0 && p.live) {", "if (p.lane == 0) {"),
+    topk_gate(
+        "sync", "  __syncwarp();\n  const auto chosen = [&](int i) { return p.live ?", "  const auto chosen = [&](int i) { return p.live ?"
+    ),
+    topk_gate(
+        "sync",
+        "    weights[p.t * k + i] = e < experts ? weight(logits(p.t, e)) * scale : 0.0f;\n  }\n  __syncthreads();",
+        "    weights[p.t * k + i] = e < experts ? weight(logits(p.t, e)) * scale : 0.0f;\n  }",
+    ),
+    topk_gate("epilogue", "if (all) d -= w * total;", "", "topk_gate[False-softmax-300-5-2]"),
+    sort("sync", "    __syncwarp();\n    if (expert >= 0 && before == 0)", "    if (expert >= 0 && before == 0)"),
+    sort("split sums", "earlier = b == blockIdx.x ? all : earlier;", "earlier = 0;"),
+    sort("order", "same & ((1u << lane) - 1)", "same & ~((2u << lane) - 1)"),
+    sort("index", "e >= 0 && e < s.experts ? e : s.experts", "e < s.experts ? e & 255 : s.experts"),
+    sort("edge", "return *row >= 0 && *row < s.rows;", "return *row >= 0;", "order_of_groups[5]"),
+    sort("carry", "base += __shfl_sync(~0u, sum, 31);", "base = __shfl_sync(~0u, sum, 31);", "order_of_selections[700-256]"),
+    balance_loss("mask", "return counts(t) ? scores(t, e) : 0.0f;", "return scores(t, e);"),
+    balance_loss("sync", "  __syncthreads();\n  V sum = 0;", "  V sum = 0;"),
+    balance_loss(
+        "sync",
+        "    __syncthreads();\n    if (static_cast<int>(threadIdx.x) < width && e < columns) {",
+        "    if (static_cast<int>(threadIdx.x) < width && e < columns) {",
+    ),
+    balance_loss("epilogue", "mass[e] = factor * share;", "mass[e] = experts * share;"),
+    balance_loss("reduction", "for (int by = width; by < 32; by *= 2)", "for (int by = width; by < 16; by *= 2)"),
+    balance_loss(
+        "order",
+        "op.labels[first - 1] == label) continue;",
+        "op.labels[first - 1] < label) continue;",
+        "balance_loss[400-5-switch-segments]",
+    ),
+    balance_loss("split sums", "first += gridDim.x", "first += op.tokens", "each_block_serves_several_segments"),
+    balance_loss("epilogue", "slopes[e] * factor * z * sum.softmax", "slopes[e] * factor * sum.softmax", "balance_loss[400-5-z-whole]"),
+]

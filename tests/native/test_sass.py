@@ -1,0 +1,70 @@
+"""What nvcc makes of the CUDA kernels is within its budgets, and is what the committed table says."""
+
+import json
+
+import pytest
+
+from benchmarks import sass
+from tests.native.variants import build_script
+
+REASON = sass.missing()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+COMMITTED = json.loads(sass.TABLE.read_text())
+# Kernels over rows: blocks of 256 threads, of which a multiprocessor is to hold four at least.
+ROWS = ("soft_gate", "topk_gate", "sort_by_expert", "balance_loss")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return sass.table()
+
+
+def every_kernel(table):
+    return [(s, k, arch, figures) for s, names in table.items() for k, arches in names.items() for arch, figures in arches.items()]
+
+
+def test_no_kernel_spills(found):
+    for source, kernel, arch, figures in every_kernel(found):
+        counts = figures["counts"]
+        assert figures["stack"] == 0, (source, kernel, arch)
+        assert not counts.get("STL", 0) + counts.get("LDL", 0), (source, kernel, arch)
+
+
+def test_every_kernel_is_there_for_every_architecture(found):
+    archs = {arch for *_, arch, _ in every_kernel(found)}
+    assert archs == {part for part in build_script().cuda_toolkit().built.split("; ")[0].split(", ") if part.startswith("sm_")}
+    for source, names in found.items():
+        assert names, source
+        for kernel, arches in names.items():
+            assert arches.keys() == archs, (source, kernel)
+
+
+def test_blocks_of_the_row_kernels_fit(found):
+    seen = 0
+    for source, kernel, arch, figures in every_kernel(found):
+        if source.removeprefix("csrc/cuda/").removesuffix(".cu") in ROWS:
+            assert sass.blocks(figures, 256, arch) >= 4, (source, kernel, arch, figures)
+            seen += 1
+    assert seen
+
+
+def test_the_committed_table(found):
+    """The same kernels; and the same figures where the compiler is the same."""
+    assert {s: set(names) for s, names in COMMITTED["sources"].items()} == {s: set(names) for s, names in found.items()}
+    if COMMITTED["built"] != build_script().cuda_toolkit().built:
+        pytest.skip(f"the table is of {COMMITTED['built']}")
+    for (source, kernel, arch, figures), (*_, committed) in zip(every_kernel(found), every_kernel(_ordered_as(found)), strict=True):
+        assert figures == committed, f"{source}: {kernel} on {arch}: python -m benchmarks.sass --write"
+
+
+def _ordered_as(found):
+    table = COMMITTED["sources"]
+    return {s: {k: {arch: table[s][k][arch] for arch in arches} for k, arches in names.items()} for s, names in found.items()}
+
+
+def test_blocks_are_bounded_by_registers_warps_and_shared_memory():
+    figures = {"registers": 64, "shared": 0}
+    assert sass.blocks(figures, 256, "sm_80") == 4
+    assert sass.blocks({**figures, "registers": 16}, 256, "sm_80") == 8
+    assert sass.blocks({**figures, "shared": 100 << 10}, 256, "sm_80") == 1
+    assert sass.blocks({**figures, "shared": 100 << 10}, 256, "sm_90a") == 2
