@@ -117,7 +117,8 @@ def splits(tiles: int, steps: int, tile: Tile, x: Tensor) -> int:
 def tuned(kernel: str, rows: int, x: Tensor, w: Tensor, run: Callable[[Tile], Result]) -> Result:
     """Run a product of x and w with the tile for it. ``run`` writes the same whenever it is called with the same tile."""
     device = device_of(x)
-    operands = "rounded" if w.dtype != x.dtype else "half" if x.dtype != torch.float32 else "tf32" if precision() == "tf32" else "fp32"
+    # fp32 x with weights of another dtype (a router's single layer) is multiplied in fp32.
+    operands = ("tf32" if precision() == "tf32" else "fp32") if x.dtype == torch.float32 else "half" if w.dtype == x.dtype else "rounded"
     line = f"{operands} {kernel} {next((most for most in ROWS if rows <= most), 'more')}"
     if os.environ.get("CMOE_AUTOTUNE", "0") not in ("", "0") and rows and not _capturing(x) and f"{device.arch} {line}" not in _own_table():
         _tune(f"{device.arch} {line}", x, run)

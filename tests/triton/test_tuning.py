@@ -52,6 +52,7 @@ def test_lines_by_rows_and_operands():
     for rows, most in ((1, "16"), (16, "16"), (17, "64"), (256, "256"), (257, "more")):
         assert used(rows=rows) == table[f"sm_90 half gemm {most}"]
     assert used(w=X.float()) == table["sm_90 rounded gemm 64"]
+    assert used(x=X.float()) == table["sm_90 fp32 gemm 64"]
     assert used(x=X.float(), w=X.float()) == table["sm_90 fp32 gemm 64"]
 
 
