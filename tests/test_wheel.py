@@ -153,6 +153,8 @@ def test_wheel_without_the_library_is_pure(sdist, tmp_path, environment, reason)
 
 @builds_native
 def test_a_compiler_that_fails_is_an_error(sdist, tmp_path):
-    done = run("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", tmp_path, sdist, CXX="false", CMOE_CUDA="0")
+    done = run(
+        "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-cache-dir", "-w", tmp_path, sdist, CXX="false", CMOE_CUDA="0"
+    )
     assert done.returncode != 0
     assert list(tmp_path.iterdir()) == []
