@@ -22,6 +22,12 @@ constexpr Kernel kernels[] = {
     {"soft_gate_backward", TORCH_BOX(&cuda::soft_gate_backward)},
     {"topk_gate", TORCH_BOX(&cuda::topk_gate)},
     {"topk_gate_backward", TORCH_BOX(&cuda::topk_gate_backward)},
+    {"grouped_linear", TORCH_BOX(&cuda::grouped_linear)},
+    {"grouped_linear_backward", TORCH_BOX(&cuda::grouped_linear_backward)},
+    {"soft_experts", TORCH_BOX(&cuda::soft_experts)},
+    {"soft_experts_backward", TORCH_BOX(&cuda::soft_experts_backward)},
+    {"sparse_experts", TORCH_BOX(&cuda::sparse_experts)},
+    {"sparse_experts_backward", TORCH_BOX(&cuda::sparse_experts_backward)},
     {"balance_loss", TORCH_BOX(&cuda::balance_loss)},
     {"balance_loss_backward", TORCH_BOX(&cuda::balance_loss_backward)},
 };

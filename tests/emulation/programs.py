@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tests.native.variants import ROOT, build_script, need_compiler
 # Unused parameters and variables: a kernel is written for nvcc, whose launch bounds and pragmas mean nothing here.
 EMULATED = ("-std=c++20", "-DCMOE_EMULATE_CUDA", "-Icsrc/cuda", "-Itests/emulation", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-g1")
 SANITIZERS = {
-    "plain": ("-O2",),
+    "plain": ("-O1",),
     "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-fsanitize=thread"),
 }
@@ -34,3 +35,7 @@ def run_emulated(program: Path, *arguments: str, timeout: float = 240) -> subpro
     # Leaks: a fault leaves the threads that it stopped as they were, with what they held.
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
     return subprocess.run([str(program), *arguments], env=os.environ | options, capture_output=True, text=True, timeout=timeout)
+
+
+if __name__ == "__main__":  # python -m tests.emulation.programs PROGRAM KERNEL ...
+    compile_emulated(sys.argv[1], kernels=tuple(sys.argv[2:]))

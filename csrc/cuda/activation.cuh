@@ -1,0 +1,51 @@
+// Activations and their derivatives on the device. The choice is the same for all threads of a launch, so it costs a uniform branch and no
+// second copy of a kernel.
+#pragma once
+
+#include "activation.h"
+#include "device/types.h"
+
+namespace cmoe::cuda {
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// The argument of gelu_tanh: 0.5 (1 + tanh(z)) = sigmoid(2 z)
+__device__ inline float tanh_argument(float u) { return 1.5957691216057308f * (u + 0.044715f * u * u * u); }
+
+__device__ inline float activate(Activation f, float u) {
+  switch (f) {
+    case Activation::gelu: return 0.5f * u * (1.0f + erff(u * 0.70710678118654752f));
+    case Activation::gelu_tanh: return u * sigmoid(tanh_argument(u));
+    case Activation::silu: return u * sigmoid(u);
+    case Activation::relu: return u <= 0.0f ? 0.0f : u;  // a NaN stays one
+    case Activation::relu2: return u <= 0.0f ? 0.0f : u * u;
+    default: return u;
+  }
+}
+
+struct Slope {
+  float value, derivative;
+};
+
+// f(u) and f'(u)
+__device__ inline Slope slope(Activation f, float u) {
+  switch (f) {
+    case Activation::gelu: {
+      const float half = 0.5f * (1.0f + erff(u * 0.70710678118654752f));
+      return {u * half, half + 0.3989422804014327f * u * expf(-0.5f * u * u)};
+    }
+    case Activation::gelu_tanh: {
+      const float s = sigmoid(tanh_argument(u));
+      return {u * s, s + u * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * u * u)};
+    }
+    case Activation::silu: {
+      const float s = sigmoid(u);
+      return {u * s, s * (1.0f + u * (1.0f - s))};
+    }
+    case Activation::relu: return {u <= 0.0f ? 0.0f : u, u <= 0.0f ? 0.0f : 1.0f};
+    case Activation::relu2: return {u <= 0.0f ? 0.0f : u * u, u <= 0.0f ? 0.0f : u + u};
+    default: return {u, 1.0f};
+  }
+}
+
+}  // namespace cmoe::cuda

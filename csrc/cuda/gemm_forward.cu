@@ -1,0 +1,11 @@
+// Forward products of expert layers, and dx, which is one with the weights transposed.
+
+#include "gemm_epilogue.cuh"
+
+namespace cmoe::cuda {
+
+void row_product(const char* operation, const RowProduct& p, Stream stream) {
+  run_rows<ForwardEpilogue>(operation, p.type, {p.groups, p.width, p.depth, 0, p.sum, p.gated, p.x, p.w, false, false}, p, stream);
+}
+
+}  // namespace cmoe::cuda

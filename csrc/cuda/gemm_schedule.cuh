@@ -1,0 +1,99 @@
+// Which tile a block works on next. Blocks are as many as fit on the GPU and take every so-many-th tile; how many tiles each expert has is
+// counted on the device, by every block for itself, so the host reads no offsets.
+#pragma once
+
+#include "device/launch.h"
+#include "gemm.h"
+
+namespace cmoe::cuda {
+
+// Rows [first, end) of one expert; expert == experts: rows of none.
+struct RowTile {
+  int expert, first, end, column;  // column: of tiles
+};
+
+template <int m, int threads>
+class RowTiles {
+ public:
+  // Shared memory for the tiles before each expert.
+  static size_t bytes(const Groups& g) { return g.offsets ? (g.experts + 2) * sizeof(int) : 0; }
+
+  // `before` is shared memory of that size.
+  __device__ RowTiles(const Groups& groups, bool sum, int columns, int* before) : groups_(groups), before_(before), columns_(columns) {
+    const int experts = static_cast<int>(groups.experts);
+    each_ = static_cast<int>((groups.rows + m - 1) / m);
+    rows_ = sum ? each_ : each_ * experts;
+    if (!groups.offsets) return;
+    for (int e = static_cast<int>(threadIdx.x); e <= experts; e += threads) before_[e + 1] = (end(e) - start(e) + m - 1) / m;
+    if (threadIdx.x == 0) before_[0] = 0;
+    __syncthreads();
+    if (threadIdx.x < 32) {  // prefix sums, 32 at a time
+      const int lane = static_cast<int>(threadIdx.x);
+      int carry = 0;
+      for (int e = 0; e <= experts; e += 32) {
+        int v = e + lane <= experts ? before_[e + lane + 1] : 0;
+        for (int by = 1; by < 32; by *= 2) {
+          const int other = __shfl_up_sync(~0u, v, by);
+          if (lane >= by) v += other;
+        }
+        v += carry;
+        if (e + lane <= experts) before_[e + lane + 1] = v;
+        carry = __shfl_sync(~0u, v, 31);
+      }
+    }
+    __syncthreads();
+    rows_ = before_[experts + 1];
+  }
+
+  // f(RowTile) for each tile of this block. Tiles go down 8 of rows and then along the columns, so that those at work together share operands in L2.
+  template <class F>
+  __device__ void each(F&& f) const {
+    constexpr int together = 8;
+    const int64_t tiles = static_cast<int64_t>(rows_) * columns_;
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+      const int64_t group = t / (together * columns_);
+      const int first = static_cast<int>(group) * together, height = min(together, rows_ - first);
+      const int in_group = static_cast<int>(t - group * together * columns_);
+      f(tile(first + in_group % height, in_group / height));
+    }
+  }
+
+ private:
+  __device__ int start(int e) const { return groups_.offsets[e]; }
+  __device__ int end(int e) const { return e < groups_.experts ? groups_.offsets[e + 1] : static_cast<int>(groups_.rows); }
+
+  __device__ RowTile tile(int row, int column) const {
+    if (!groups_.offsets) {
+      const int e = row / each_, first = (row - e * each_) * m;
+      return {e, first, min(first + m, static_cast<int>(groups_.rows)), column};
+    }
+    int low = 0, high = static_cast<int>(groups_.experts);  // the last expert with no more tiles before it than this
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (before_[middle] <= row)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    const int first = start(low) + (row - before_[low]) * m;
+    return {low, first, min(first + m, end(low)), column};
+  }
+
+  const Groups& groups_;
+  int* before_;
+  int columns_, each_, rows_;
+};
+
+// Blocks for so many tiles at most.
+template <class Tile>
+unsigned persistent_blocks(int64_t tiles) {
+  const int64_t most = int64_t{multiprocessors()} * Tile::blocks;
+  return static_cast<unsigned>(tiles < most ? tiles : most);
+}
+
+inline int64_t most_row_tiles(const Groups& g, bool sum, int64_t m) {
+  if (g.offsets) return g.rows / m + g.experts + 1;  // one of each expert may be short
+  return (g.rows + m - 1) / m * (sum ? 1 : g.experts);
+}
+
+}  // namespace cmoe::cuda
