@@ -89,10 +89,9 @@ def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> li
     able = [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
     if dtype == torch.float64:
         return [b for b in able if b not in WITHOUT_DOUBLE]
-    if device_type == "cuda" and "cuda" in able:
-        if cuda_error():
-            able.remove("cuda")
-        elif preferred(op) == "cuda":
+    if device_type == "cuda":
+        able = [b for b in able if not gpu_error(b)]
+        if "cuda" in able and preferred(op) == "cuda":
             able = ["cuda", *(b for b in able if b != "cuda")]
     return able
 
@@ -109,7 +108,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str
         return able[0]
     if _selected not in able:
         what = f"{op} in torch.float64" if _selected in serving(op, device_type) else op
-        why = f" ({cuda_error()})" if _selected == device_type == "cuda" and cuda_error() else ""
+        why = f" ({gpu_error(_selected)})" if device_type == "cuda" and gpu_error(_selected) else ""
         raise RuntimeError(
             f"backend {_selected!r} has no {what} for device {device_type!r}{why}; it is served there by {', '.join(able)} "
             "(use_backend('auto') picks one)"
@@ -147,9 +146,7 @@ def missing_reason(backend: str) -> str:
         return cuda_kernels().error
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         return "no GPU that torch can use was found"
-    if backend == "cuda" and cuda_error():
-        return cuda_error()
-    return "it has no kernel for this op yet"
+    return gpu_error(backend) or "it has no kernel for this op yet"
 
 
 # --- the native library -------------------------------------------------------------------------------------------------
@@ -215,17 +212,21 @@ def runs_on(built: str, major: int, minor: int) -> bool:
 
 
 @_constant
-def cuda_error() -> str:
-    """Why the CUDA kernels cannot run on the GPUs found here; empty where they can, or where there is no GPU to ask."""
-    if cuda_kernels().error or not torch.cuda.is_available():
+def gpu_error(backend: str) -> str:
+    """Why a backend's kernels cannot run on the GPUs found here; empty where they can, or where there is no GPU to ask."""
+    if backend == "cuda" and (cuda_kernels().error or not torch.cuda.is_available()):
         return cuda_kernels().error
+    if backend not in ("triton", "cuda") or not torch.cuda.is_available():
+        return ""
     if torch.version.hip is not None:
-        return "the CUDA kernels are for NVIDIA GPUs"
+        return "the CUDA kernels are for NVIDIA GPUs" if backend == "cuda" else ""
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
-        if not runs_on(cuda_kernels().built, major, minor):
-            name = torch.cuda.get_device_name(device)
-            return f"{name} has compute capability {major}.{minor}, the CUDA kernels were compiled for {cuda_kernels().built}"
+        found = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
+        if backend == "triton" and major < 8:
+            return f"{found}, the Triton kernels need 8.0"
+        if backend == "cuda" and not runs_on(cuda_kernels().built, major, minor):
+            return f"{found}, the CUDA kernels were compiled for {cuda_kernels().built}"
     return ""
 
 
