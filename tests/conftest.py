@@ -40,9 +40,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_report_header():
     sets = backends.instruction_sets()
-    library = f"{backends.native_library}, {sets.used or sets.error}" if sets else f"absent ({backends.native_error})"
+    native = f"{backends.native_library}, {sets.used or sets.error}" if sets else f"absent ({backends.native_error})"
     return (
-        f"cmoe_kernels: native library {library}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}"
+        f"cmoe_kernels: native library {native}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}"
         + (
             "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
             if backends.INTERPRETED
