@@ -27,6 +27,17 @@ struct Slope {
   float value, derivative;
 };
 
+// sigmoid(x) and sigmoid(-x): 1 - sigmoid(x) would lose what derivatives far from zero are made of.
+struct Sigmoids {
+  float value, rest;
+
+  __device__ explicit Sigmoids(float x) {
+    const float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e), small = e * large;
+    value = x < 0.0f ? small : large;
+    rest = x < 0.0f ? large : small;
+  }
+};
+
 // f(u) and f'(u)
 __device__ inline Slope slope(Activation f, float u) {
   switch (f) {
@@ -35,12 +46,12 @@ __device__ inline Slope slope(Activation f, float u) {
       return {u * half, half + 0.3989422804014327f * u * expf(-0.5f * u * u)};
     }
     case Activation::gelu_tanh: {
-      const float s = sigmoid(tanh_argument(u));
-      return {u * s, s + u * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * u * u)};
+      const Sigmoids s(tanh_argument(u));
+      return {u * s.value, s.value + u * s.value * s.rest * 1.5957691216057308f * (1.0f + 0.134145f * u * u)};
     }
     case Activation::silu: {
-      const float s = sigmoid(u);
-      return {u * s, s * (1.0f + u * (1.0f - s))};
+      const Sigmoids s(u);
+      return {u * s.value, s.value * (1.0f + u * s.rest)};
     }
     case Activation::relu: return {u <= 0.0f ? 0.0f : u, u <= 0.0f ? 0.0f : 1.0f};
     case Activation::relu2: return {u <= 0.0f ? 0.0f : u * u, u <= 0.0f ? 0.0f : u + u};

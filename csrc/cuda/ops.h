@@ -14,6 +14,12 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits);
 std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedString score, bool renormalize, double scale, std::optional<Tensor> selection);
 Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedString score, bool renormalize, double scale);
 
+std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                                       std::optional<Tensor> group_ids, OwnedString activation, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
+                                                                                std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
+                                                                                OwnedString activation, std::vector<bool> needs);
+
 std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx, int64_t k, std::optional<Tensor> scatter_idx,
                                           std::optional<OwnedString> activation, bool save);
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,

@@ -22,6 +22,8 @@ constexpr Kernel kernels[] = {
     {"soft_gate_backward", TORCH_BOX(&cuda::soft_gate_backward)},
     {"topk_gate", TORCH_BOX(&cuda::topk_gate)},
     {"topk_gate_backward", TORCH_BOX(&cuda::topk_gate_backward)},
+    {"task_router", TORCH_BOX(&cuda::task_router)},
+    {"task_router_backward", TORCH_BOX(&cuda::task_router_backward)},
     {"grouped_linear", TORCH_BOX(&cuda::grouped_linear)},
     {"grouped_linear_backward", TORCH_BOX(&cuda::grouped_linear_backward)},
     {"soft_experts", TORCH_BOX(&cuda::soft_experts)},

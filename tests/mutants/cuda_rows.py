@@ -1,4 +1,4 @@
-"""Planted bugs of the CUDA kernels over rows: gates, losses, the order of selections. Caught through the emulator."""
+"""Planted bugs of the CUDA kernels over rows (gates, losses, the order of selections) and of the router. Caught through the emulator."""
 
 import sys
 
@@ -20,6 +20,11 @@ soft_gate = _in("soft_gate.cu", "soft_gate[300-5-torch.float32]")
 topk_gate = _in("topk_gate.cu", "topk_gate[True-softmax-300-5-2]")
 sort = _in("sort_by_expert.cu", "order_of_selections[1500-5]")
 balance_loss = _in("balance_loss.cu", "balance_loss[400-5-switch-whole]")
+
+
+def router(kind: str, old: str, new: str, test: str = "many_tiles[5-torch.float32]") -> Mutant:
+    return Mutant(kind, "csrc/cuda/task_router.cu", old, new, (f"tests/emulation/test_router.py::test_{test}",), EMULATED)
+
 
 MUTANTS = [
     rows("tail", "live = t < rows;", "live = true;"),
@@ -71,4 +76,14 @@ MUTANTS = [
     ),
     balance_loss("split sums", "first += gridDim.x", "first += op.tokens", "each_block_serves_several_segments"),
     balance_loss("epilogue", "slopes[e] * factor * z * sum.softmax", "slopes[e] * factor * sum.softmax", "balance_loss[400-5-z-whole]"),
+    router(
+        "sync", "    __syncthreads();\n    for (int at = static_cast<int>(threadIdx.x);", "    for (int at = static_cast<int>(threadIdx.x);"
+    ),
+    router("edge", "const float w = n < p.width ? w2(e, n) : 0.0f;", "const float w = w2(0, n % p.width);"),
+    router("reduction", "for (int w = 0; w < Tile::warps_n; ++w) sum +=", "for (int w = 1; w < Tile::warps_n; ++w) sum +="),
+    router("epilogue", "live && c < left ? activate(activation, v[c])", "live && c < left ? activate(Activation::relu, v[c])"),
+    router("group", "if (own != group) leave();", ""),
+    router("group", "group >= 0 && group < groups ? biases", "group < groups ? biases", "a_group_that_does_not_exist_has_no_bias"),
+    router("split sums", "p < count; p += adding_warps", "p < 1; p += adding_warps"),
+    router("epilogue", "sum + (b ? b[i % columns] : 0.0f)", "sum"),
 ]
