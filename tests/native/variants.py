@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("cmoe_kernels", "csrc", "tests/ops", "tests/native", "tests/emulation", "tests/__init__.py", "tests/conftest.py", "tests/compare.py", "setup.py")
+COPIED = (
+    "cmoe_kernels",
+    "csrc",
+    "tests/ops",
+    "tests/native",
+    "tests/emulation",
+    "tests/__init__.py",
+    "tests/conftest.py",
+    "tests/compare.py",
+    "setup.py",
+)
 COPIED += ("tests/test_native.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 PASSED_OVER = ("__pycache__", ".hypothesis", ".pytest_cache")
 
