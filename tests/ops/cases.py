@@ -251,15 +251,6 @@ CASES = [
     ),
     Case("balance_loss", "switch-counts", lambda m: {"scores": m.probabilities(T, E), "counts": m.ids(9, E).int(), "total": 40}),
     Case("balance_loss", "switch-counts-sum", lambda m: {"scores": m.probabilities(T, E), "counts": m.ids(9, E).add(1)}),
-    Case(
-        "balance_loss",
-        "switch-logits-mask-segments",
-        lambda m: {
-            **{"scores": m.x(T, E), "indices": m.ids(E + 1, T, K), "mask": _some(m)},
-            **{"segments": m.ids(4, T), "from_logits": True},
-        },
-    ),
-    Case("balance_loss", "importance-logits", lambda m: {"scores": m.x(T, E), "kind": "importance", "from_logits": True}),
     Case("balance_loss", "importance", lambda m: {"scores": m.gates(T, E), "kind": "importance"}),
     Case(
         "balance_loss",
@@ -268,6 +259,12 @@ CASES = [
     ),
     Case("balance_loss", "z", lambda m: {"scores": m.x(T, E), "kind": "z"}),
     Case("balance_loss", "z-mask-segments", lambda m: {"scores": m.x(T, E), "kind": "z", "mask": _some(m), "segments": m.ids(4, T)}),
+    Case(
+        "balance_loss",
+        "switch-logits-mask",
+        lambda m: {"scores": m.x(T, E), "indices": m.ids(E + 1, T, K), "mask": _some(m), "from_logits": True},
+    ),
+    Case("balance_loss", "importance-logits", lambda m: {"scores": m.x(T, E), "kind": "importance", "from_logits": True}),
 ]
 ONE_PER_OP = list({case.op: case for case in reversed(CASES)}.values())[::-1]
 

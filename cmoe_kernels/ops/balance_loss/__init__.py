@@ -88,7 +88,7 @@ def balance_loss(
     elif total is not None:
         raise ValueError("total is given without counts")
     backend = backends.choose("balance_loss", scores.device.type, scores.dtype)
-    if from_logits and backend in ("reference", "cpu"):
+    if from_logits and backend == "cpu":
         kind = f"softmax_{kind}"
     elif from_logits:
         scores = scores.softmax(-1, dtype=accumulate_dtype(scores.dtype))
