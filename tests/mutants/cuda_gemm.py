@@ -80,6 +80,6 @@ MUTANTS = [
     weight("halves of db", "sum + sums[lane]", "sum"),
     weight("tail", "if (r + k >= tile.end) break;", ""),
     weight("prefetch", "    r_ += k_step<T>;\n    prefetch();", "    prefetch();\n    r_ += k_step<T>;", _values("large")),
-    activation("epilogue", "return {u * s, s * (1.0f + u * (1.0f - s))};", "return {u * s, s * (1.0f + u * s)};"),
+    activation("epilogue", "return {u * s.value, s.value * (1.0f + u * s.rest)};", "return {u * s.value, s.value * (1.0f + u)};"),
     activation("epilogue", "case Activation::silu: return u * sigmoid(u);", "case Activation::silu: return sigmoid(u);"),
 ]
