@@ -192,8 +192,8 @@ void read_scores(const Arguments& a, const Rows<L>& scores, int64_t t, int64_t r
   each_vector<A>([&](int64_t lane) {
     Sum<A> sum;
     for (int64_t e = 0; e < a.experts; ++e) sum.add(V::load(x + e * lanes + lane));
-    const auto share = 1 / sum.value();
-    for (int64_t e = 0; e < a.experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) * share);
+    const auto whole = sum.value();
+    for (int64_t e = 0; e < a.experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) / whole);
   });
 }
 

@@ -38,8 +38,8 @@ Tensor soft_gate(Tensor logits) {
             sum.add(s);
             V::store(x + e * lanes + lane, s);
           }
-          const auto share = 1 / sum.value();
-          for (int64_t e = 0; e < experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) * share);
+          const auto whole = sum.value();
+          for (int64_t e = 0; e < experts; ++e) V::store(x + e * lanes + lane, V::load(x + e * lanes + lane) / whole);
         });
         write_block(x, rows, experts, out + t * experts);
       });
