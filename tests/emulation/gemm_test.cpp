@@ -23,6 +23,7 @@ struct Scenario {
   bool dense, gated, sum, transposed, indexed;
   int64_t depth, width, experts, none;
   bool wide = false, bad = false;  // weights in fp32; indices that are none
+  int64_t gap = 0;                 // elements between one row of depth and the next, not numbers
 };
 // Sizes that are no multiple of a tile, and of 8 where operands come by cp.async; experts without rows, rows without an expert.
 const Scenario scenarios[] = {
@@ -44,6 +45,8 @@ const Scenario scenarios[] = {
     {"wide", {3, 0, 70, 1}, false, false, false, false, true, 40, 24, 4, 5, true},
     {"bad", {3, 0, 70, 1}, false, false, false, false, true, 40, 24, 4, 5, false, true},
     {"odd_bad", {3, 70}, false, false, false, true, true, 37, 23, 2, 5, false, true},
+    {"padded", {3, 0, 70, 1}, false, false, false, false, true, 37, 24, 4, 5, false, false, 3},
+    {"deep", {3, 0, 37}, false, false, false, false, true, 200, 24, 3, 1},
     {"many", std::vector<int>(40, 2), false, false, false, false, true, 24, 16, 40, 1},
 };
 
@@ -97,7 +100,7 @@ double silu_slope(double u) {
 
 template <class T>
 void run(const Scenario& s) {
-  const int64_t D = s.depth, N = s.width, E = s.experts, halves = s.gated ? 2 : 1;
+  const int64_t D = s.depth, L = D + s.gap, N = s.width, E = s.experts, halves = s.gated ? 2 : 1;
   int64_t rows = s.none;
   std::vector<int32_t> offsets{0};
   for (const int n : s.rows) rows += n, offsets.push_back(static_cast<int32_t>(rows - s.none));
@@ -116,14 +119,19 @@ void run(const Scenario& s) {
   const auto served = [&](int64_t r) { return (s.dense || expert[r] < E) && reads[r] >= 0 && reads[r] < rows; };
   const auto source = [&](int64_t r) { return reads[r]; };
 
-  const Values<T> x(rows * D * (s.sum ? E : 1)), w(E * halves * N * D), b(E * halves * N), dy(rows * D), pre(rows * each * halves * N);
+  Values<T> x(rows * L * (s.sum ? E : 1)), w(E * halves * N * L), dy(rows * L);
+  const Values<T> b(E * halves * N), pre(rows * each * halves * N);
+  if (s.gap)
+    for (std::vector<T>* v : {&x.bits, &w.bits, &dy.bits})
+      for (size_t i = 0; i < v->size(); ++i)
+        if (static_cast<int64_t>(i) % L >= D) memset(&(*v)[i], 0xff, sizeof(T));
   Values<float> scale(rows * E);
   const Type type = type_of(T{});
   std::vector<float> wide(s.wide ? w.bits.size() : 0);  // between two halves, so that rounding shows
   for (size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(w.bits[i]) * (1 + static_cast<float>(epsilon<T>) / 5);
-  const WeightOperand weights = s.wide ? WeightOperand{wide.data(), Type::f32, halves * N * D, D, 1} : s.transposed ? WeightOperand{w.bits.data(), type, halves * N * D, 1, halves * N} : WeightOperand{w.bits.data(), type, halves * N * D, D, 1};
+  const WeightOperand weights = s.wide ? WeightOperand{wide.data(), Type::f32, halves * N * L, L, 1} : s.transposed ? WeightOperand{w.bits.data(), type, halves * N * L, 1, halves * N} : WeightOperand{w.bits.data(), type, halves * N * L, L, 1};
   const auto weight = [&](int64_t e, int64_t n, int64_t k) {
-    const int64_t at = e * halves * N * D + (s.transposed ? k * halves * N + n : n * D + k);
+    const int64_t at = e * halves * N * L + (s.transposed ? k * halves * N + n : n * L + k);
     return s.wide ? double{to_float(from_float<T>(wide[at]))} : w[at];
   };
   const Scale by{scale.bits.data(), s.dense ? E : 1, s.dense ? 1 : 0};
@@ -132,7 +140,7 @@ void run(const Scenario& s) {
   // y = scale silu(W x + b), stored where the index says; the sum has no activation
   RowProduct p;
   p.type = type, p.groups = groups, p.width = N, p.depth = D, p.w = weights, p.sum = s.sum, p.gated = s.gated;
-  p.x = {x.bits.data(), type, s.sum ? E * D : D, 1, s.sum ? D : 0, read, 1};
+  p.x = {x.bits.data(), type, s.sum ? E * L : L, 1, s.sum ? L : 0, read, 1};
   p.b = {b.bits.data(), type, halves * N, 1};
   p.scale = by;
   p.activation = s.sum ? Activation::none : Activation::silu;
@@ -145,7 +153,7 @@ void run(const Scenario& s) {
   for (int64_t r = 0; r < rows; ++r) inverse[order[r]] = r;
   const auto product = [&](int64_t r, int64_t e, int64_t n) {
     double sum = b[e * halves * N + n];
-    for (int64_t k = 0; k < D; ++k) sum += weight(e, n, k) * x[s.sum ? (r * E + e) * D + k : source(r) * D + k];
+    for (int64_t k = 0; k < D; ++k) sum += weight(e, n, k) * x[s.sum ? (r * E + e) * L + k : source(r) * L + k];
     return sum;
   };
   const double forward = compare(y.bits, rows * outputs * N, epsilon<T>, [&](int64_t i) {
@@ -170,7 +178,7 @@ void run(const Scenario& s) {
   if (!s.sum) {
     HiddenProduct q;
     q.type = type, q.groups = groups, q.width = N, q.depth = D, q.w = weights, q.gated = s.gated, q.activation = Activation::silu, q.scale = by;
-    q.dy = {dy.bits.data(), type, D, 1, 0, read, 1};
+    q.dy = {dy.bits.data(), type, L, 1, 0, read, 1};
     q.u = {pre.bits.data(), type, each * halves * N, 1, s.dense ? halves * N : 0, nullptr, 1};
     Results<T> du(rows * each * halves * N), h(rows * each * N);
     q.du = {du.bits.data(), type, each * halves * N, s.dense ? halves * N : 0, nullptr};
@@ -180,7 +188,7 @@ void run(const Scenario& s) {
     hidden_product("hidden", q, nullptr);
     const auto dh = [&](int64_t r, int64_t e, int64_t n) {
       double sum = 0;
-      for (int64_t k = 0; k < D; ++k) sum += weight(e, n, k) * dy[source(r) * D + k];
+      for (int64_t k = 0; k < D; ++k) sum += weight(e, n, k) * dy[source(r) * L + k];
       return sum;
     };
     const auto at = [&](int64_t i, int64_t columns, int64_t& r, int64_t& e) { r = i / columns / each, e = s.dense ? i / columns % each : expert[r]; };
@@ -215,7 +223,7 @@ void run(const Scenario& s) {
   WeightProduct v;
   v.type = type, v.groups = groups, v.height = halves * N, v.width = D;
   v.p = {pre.bits.data(), type, each * halves * N, 1, s.dense ? halves * N : 0, nullptr, 1};
-  v.q = {x.bits.data(), type, D, 1, 0, read, 1};
+  v.q = {x.bits.data(), type, L, 1, 0, read, 1};
   v.scale = by;
   Results<T> dw(E * halves * N * D);
   Results<float> db(E * halves * N);
@@ -230,7 +238,7 @@ void run(const Scenario& s) {
   };
   const double dw_error = compare(dw.bits, E * halves * N * D, epsilon<T>, [&](int64_t i) {
     const int64_t k = i % D, n = i / D % (halves * N), e = i / D / (halves * N);
-    return over_rows(e, [&](int64_t r, int64_t base) { return served(r) ? pre[base + n] * x[source(r) * D + k] : 0.0; });
+    return over_rows(e, [&](int64_t r, int64_t base) { return served(r) ? pre[base + n] * x[source(r) * L + k] : 0.0; });
   });
   const double db_error = compare(db.bits, E * halves * N, 64 * 0x1p-23, [&](int64_t i) {
     const int64_t n = i % (halves * N), e = i / (halves * N);

@@ -10,7 +10,21 @@ from tests.native.variants import runtime_of
 
 KERNELS = ("gemm_forward", "gemm_hidden", "gemm_weight")
 # By cp.async in small tiles, in large tiles, and element by element.
-SMALL = ("sparse", "transposed", "gated", "gated_transposed", "gated_in_fours", "dense", "sum", "sum_transposed", "empty", "bad", "many")
+SMALL = (
+    "sparse",
+    "transposed",
+    "gated",
+    "gated_transposed",
+    "gated_in_fours",
+    "dense",
+    "sum",
+    "sum_transposed",
+    "empty",
+    "bad",
+    "padded",
+    "deep",
+    "many",
+)
 LARGE = ("large", "large_transposed", "large_gated")
 ELEMENTS = ("odd", "odd_gated", "odd_sum", "odd_bad", "wide")
 SCENARIOS = (*SMALL, *LARGE, *ELEMENTS)
@@ -47,7 +61,15 @@ def test_values_and_bank_conflicts(program, scenario, dtype):
 
 @pytest.mark.parametrize(
     ("scenario", "dtype"),
-    [("sparse", "bf16"), ("gated_transposed", "f16"), ("sum", "bf16"), ("odd_gated", "bf16"), ("odd", "f32"), ("large", "bf16")],
+    [
+        ("sparse", "bf16"),
+        ("gated_transposed", "f16"),
+        ("sum", "bf16"),
+        ("deep", "bf16"),
+        ("odd_gated", "bf16"),
+        ("odd", "f32"),
+        ("large", "bf16"),
+    ],
 )
 def test_no_order_of_threads_and_no_moment_of_copies_changes_a_bit(program, scenario, dtype):
     digests = {
