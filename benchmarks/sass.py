@@ -24,8 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "sass.json"
 PAGE = ROOT / "docs" / "sass.md"
-# Tensor cores, asynchronous copies, matrix loads, floating-point products, atomics, spills.
-COUNTED = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "UTMASTG", "LDSM", "FFMA", "ATOMS", "ATOMG", "RED", "STL", "LDL")
+# Tensor cores, asynchronous copies, matrix loads, floating-point products, atomics, spills; what orders warpgroups and copies.
+COUNTED = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "FFMA", "ATOMS", "ATOMG", "RED", "STL", "LDL", "FENCE", "WARPGROUP", "USETMAXREG")
 REGISTERS, SHARED, MOST_WARPS = 65536, {"sm_80": 164 << 10, "sm_90a": 228 << 10}, 64
 
 HEAD = """# What nvcc makes of the CUDA kernels

@@ -248,10 +248,15 @@ struct HiddenEpilogue {
         float sum = at[k].sum;
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        if (place.lane % 4 == 0) sums[place.warp_n * Tile::m + place.row(i, k)] = sum;
+        if (place.lane % 4 != 0) continue;
+        const int r = tile.first + place.row(i, k);
+        if (Tile::warps_n > 1)
+          sums[place.warp_n * Tile::m + place.row(i, k)] = sum;
+        else if (r < tile.end)
+          parts[(tile.column * rows + r) * (dense ? p.groups.experts : 1) + (dense ? e : 0)] = sum;
       }
     }
-    if (!parts) return;
+    if (!parts || Tile::warps_n == 1) return;
     __syncthreads();
     const int row = static_cast<int>(threadIdx.x), r = tile.first + row;
     if (row < Tile::m && row % Tile::warp_m < 16 * Tile::tiles_m && r < tile.end) {

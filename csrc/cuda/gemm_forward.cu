@@ -1,10 +1,12 @@
 // Forward products of expert layers, and dx, which is one with the weights transposed.
 
 #include "gemm_epilogue.cuh"
+#include "gemm_sm90.h"
 
 namespace cmoe::cuda {
 
 void row_product(const char* operation, const RowProduct& p, Stream stream) {
+  if (row_product_sm90(operation, p, stream)) return;
   run_rows<ForwardEpilogue>(operation, p.type, {p.groups, p.width, p.depth, 0, p.sum, p.gated, p.x, p.w, false, false}, p, stream);
 }
 

@@ -2,6 +2,7 @@
 // weight itself, of which every tile leaves the sum over its columns. They are added later, in a fixed order; expert outputs never exist.
 
 #include "gemm_epilogue.cuh"
+#include "gemm_sm90.h"
 
 namespace cmoe::cuda {
 
@@ -11,9 +12,13 @@ RowArguments arguments(const HiddenProduct& p) { return {p.groups, p.width, p.de
 
 }  // namespace
 
-void hidden_product(const char* operation, const HiddenProduct& p, Stream stream) { run_rows<HiddenEpilogue>(operation, p.type, arguments(p), p, stream); }
+void hidden_product(const char* operation, const HiddenProduct& p, Stream stream) {
+  if (hidden_product_sm90(operation, p, stream)) return;
+  run_rows<HiddenEpilogue>(operation, p.type, arguments(p), p, stream);
+}
 
 int64_t hidden_parts(const HiddenProduct& p) {
+  if (const int64_t parts = hidden_parts_sm90(p)) return parts;
   const bool large = RowLoads(p.type, arguments(p)).how == Load::async && takes_large_tiles(p.groups, p.width);
   const int64_t wide = large ? LargeTile::n : SmallTile::n;
   static_assert(SmallTile::n == ElementTile::n);

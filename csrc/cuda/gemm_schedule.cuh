@@ -19,10 +19,8 @@ class RowTiles {
   static size_t bytes(const Groups& g) { return g.offsets ? (g.experts + 2) * sizeof(int) : 0; }
 
   // `before` is shared memory of that size.
-  __device__ RowTiles(const Groups& groups, bool sum, int columns, int* before) : groups_(groups), before_(before), columns_(columns) {
+  __device__ RowTiles(const Groups& groups, bool sum, int columns, int* before) : groups_(groups), sum_(sum), before_(before), columns_(columns) {
     const int experts = static_cast<int>(groups.experts);
-    each_ = static_cast<int>((groups.rows + m - 1) / m);
-    rows_ = sum ? each_ : each_ * experts;
     if (!groups.offsets) return;
     for (int e = static_cast<int>(threadIdx.x); e <= experts; e += threads) before_[e + 1] = (end(e) - start(e) + m - 1) / m;
     if (threadIdx.x == 0) before_[0] = 0;
@@ -42,29 +40,32 @@ class RowTiles {
       }
     }
     __syncthreads();
-    rows_ = before_[experts + 1];
   }
 
   // f(RowTile) for each tile of this block. Tiles go down 8 of rows and then along the columns, so that those at work together share operands in L2.
   template <class F>
   __device__ void each(F&& f) const {
     constexpr int together = 8;
-    const int64_t tiles = static_cast<int64_t>(rows_) * columns_;
+    const int rows = row_tiles();
+    const int64_t tiles = static_cast<int64_t>(rows) * columns_;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
       const int64_t group = t / (together * columns_);
-      const int first = static_cast<int>(group) * together, height = min(together, rows_ - first);
+      const int first = static_cast<int>(group) * together, height = min(together, rows - first);
       const int in_group = static_cast<int>(t - group * together * columns_);
       f(tile(first + in_group % height, in_group / height));
     }
   }
 
  private:
+  // Counted again where they are asked for: registers are scarcer.
+  __device__ int row_tiles_of_all() const { return static_cast<int>((groups_.rows + m - 1) / m); }
+  __device__ int row_tiles() const { return groups_.offsets ? before_[groups_.experts + 1] : row_tiles_of_all() * (sum_ ? 1 : static_cast<int>(groups_.experts)); }
   __device__ int start(int e) const { return groups_.offsets[e]; }
   __device__ int end(int e) const { return e < groups_.experts ? groups_.offsets[e + 1] : static_cast<int>(groups_.rows); }
 
   __device__ RowTile tile(int row, int column) const {
     if (!groups_.offsets) {
-      const int e = row / each_, first = (row - e * each_) * m;
+      const int each = row_tiles_of_all(), e = row / each, first = (row - e * each) * m;
       return {e, first, min(first + m, static_cast<int>(groups_.rows)), column};
     }
     int low = 0, high = static_cast<int>(groups_.experts);  // the last expert with no more tiles before it than this
@@ -80,8 +81,9 @@ class RowTiles {
   }
 
   const Groups& groups_;
+  bool sum_;
   int* before_;
-  int columns_, each_, rows_;
+  int columns_;
 };
 
 // Blocks for so many tiles at most.

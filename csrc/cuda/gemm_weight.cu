@@ -5,6 +5,7 @@
 // dW: two threads for each of its rows where there are as many, each over half of a stage, added in the end; the order is fixed.
 
 #include "gemm_epilogue.cuh"
+#include "gemm_sm90.h"
 
 namespace cmoe::cuda {
 
@@ -187,6 +188,7 @@ void run(const char* operation, const WeightProduct& p, Stream stream) {
 }  // namespace
 
 void weight_product(const char* operation, const WeightProduct& p, Stream stream) {
+  if (weight_product_sm90(operation, p, stream)) return;
   switch (p.type) {
     case Type::f32: return run<float>(operation, p, stream);
     case Type::bf16: return run<bf16>(operation, p, stream);

@@ -1,6 +1,6 @@
 // The products of expert layers by themselves, against sums in fp64.
 //
-//     gemm_test SCENARIO bf16|f16|f32 [forward|reverse|shuffled] [eager]
+//     gemm_test SCENARIO bf16|f16|f32 [forward|reverse|shuffled] [eager|early]
 //
 // prints, for each product, its worst error over the rounding that its type allows, then accesses to shared memory and the phases that served
 // them, then a hash of all results.
@@ -28,6 +28,7 @@ struct Scenario {
 // Sizes that are no multiple of a tile, and of 8 where operands come by cp.async; experts without rows, rows without an expert.
 const Scenario scenarios[] = {
     {"sparse", {3, 0, 70, 1}, false, false, false, false, true, 40, 24, 4, 5},
+    {"sorted", {70, 0, 5, 66}, false, false, false, false, false, 72, 40, 4, 3},
     {"transposed", {3, 0, 70, 1}, false, false, false, true, true, 40, 72, 4, 5},
     {"gated", {9, 66, 0}, false, true, false, false, true, 72, 40, 3, 2},
     {"gated_transposed", {9, 66, 0}, false, true, false, true, true, 72, 40, 3, 2},
@@ -260,6 +261,7 @@ int main(int argc, char** argv) {
     if (option == "reverse") emulator::options.order = emulator::Order::reverse;
     if (option == "shuffled") emulator::options.order = emulator::Order::shuffled;
     if (option == "eager") emulator::options.lazy = false;
+    if (option == "early") emulator::options.early_copies = true;
   }
   const std::string which = argv[1], type = argv[2];
   for (const Scenario& s : scenarios)

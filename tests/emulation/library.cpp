@@ -7,11 +7,12 @@
 
 extern "C" {
 
-[[gnu::visibility("default")]] void set_options(int order, unsigned seed, bool lazy, int multiprocessors) {
+[[gnu::visibility("default")]] void set_options(int order, unsigned seed, bool lazy, int multiprocessors, int capability) {
   emulator::options.order = static_cast<emulator::Order>(order);
   emulator::options.seed = seed;
   emulator::options.lazy = lazy;
   emulator::options.multiprocessors = multiprocessors;
+  emulator::options.capability = capability;
 }
 
 // launches, then quarter warps and phases of 16-byte copies, matrices and phases of ldmatrix, quarter warps and phases of 16-byte accesses.

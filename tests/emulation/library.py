@@ -23,6 +23,7 @@ from tests.native.variants import ROOT, build_script, need_compiler
 
 WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
 FOLDER = Path("build", "emulation", "library")
+CAPABILITY = int(os.environ.get("CMOE_EMULATE_CAPABILITY", "80"))
 
 
 class Counts(NamedTuple):
@@ -88,14 +89,16 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def emulator(order: str = "forward", *, lazy: bool = True, seed: int = 1, multiprocessors: int = 4) -> Iterator[None]:
-    """How kernels are run inside the block: the order of threads and blocks, and whether asynchronous copies land late or at once."""
+def emulator(
+    order: str = "forward", *, lazy: bool = True, seed: int = 1, multiprocessors: int = 4, capability: int = CAPABILITY
+) -> Iterator[None]:
+    """How kernels are run inside the block: the order of threads and blocks, when asynchronous copies land, and on what device."""
     set_options = library().set_options
-    set_options(("forward", "reverse", "shuffled").index(order), seed, lazy, multiprocessors)
+    set_options(("forward", "reverse", "shuffled").index(order), seed, lazy, multiprocessors, capability)
     try:
         yield
     finally:
-        set_options(0, 1, True, 4)
+        set_options(0, 1, True, 4, CAPABILITY)
 
 
 def take_counts() -> Counts:

@@ -110,6 +110,15 @@ def test_values_and_gradients(form, dtype):
     check(form, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_values_and_gradients_on_sm90(form, dtype):
+    with library.emulator(capability=90):
+        library.take_counts()
+        check(form, dtype)
+    assert library.take_counts().ldmatrix == 0, "a product of sm_80"
+
+
 @pytest.mark.parametrize("form", ["soft", "sparse-gated", "grouped"])
 def test_weights_in_fp32_under_rows_in_half_precision(form):
     check(form, torch.bfloat16, wide_weights=True)

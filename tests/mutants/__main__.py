@@ -23,9 +23,10 @@ from typing import NamedTuple
 from tests.mutants import Mutant, Suite
 from tests.mutants.cuda_gemm import MUTANTS as CUDA_GEMM
 from tests.mutants.cuda_rows import MUTANTS as CUDA_ROWS
+from tests.mutants.cuda_sm90 import MUTANTS as CUDA_SM90
 from tests.mutants.triton import MUTANTS as TRITON
 
-MUTANTS = [*TRITON, *CUDA_ROWS, *CUDA_GEMM]
+MUTANTS = [*TRITON, *CUDA_ROWS, *CUDA_GEMM, *CUDA_SM90]
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
 # Everything that a build or a run leaves behind, but for the native library.

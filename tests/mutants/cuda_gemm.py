@@ -53,7 +53,7 @@ MUTANTS = [
         "e < groups_.experts ? groups_.offsets[e + 1] : static_cast<int>(groups_.rows)",
         "groups_.offsets[e < groups_.experts ? e + 1 : e]",
     ),
-    schedule("tail", "height = min(together, rows_ - first)", "height = together", _values("transposed")),
+    schedule("tail", "height = min(together, rows - first)", "height = together", _values("transposed")),
     rows(
         "tail",
         "read_ >> i & 1 ? chunk_bytes<T>(left - per_chunk<T> * chunk) : 0);\n      a_[i]",
@@ -74,7 +74,7 @@ MUTANTS = [
     epilogue("column", "if (at == j)", "if (at == (j ^ 1))"),
     epilogue("rounding", "v[c] = row.served ? rounded<T>(v[c]) : 0.0f;", "v[c] = row.served ? v[c] : 0.0f;", _values("large", "f16")),
     epilogue("reduction", "sum += __shfl_xor_sync(~0u, sum, 2);", ""),
-    epilogue("sync", "    if (!parts) return;\n    __syncthreads();", "    if (!parts) return;"),
+    epilogue("sync", "Tile::warps_n == 1) return;\n    __syncthreads();", "Tile::warps_n == 1) return;"),
     epilogue("weights of the bias", "* b(e, n);\n    return total;", "* b(0, n);\n    return total;", _values("sum")),
     weight("empty expert", "a.groups.offsets ? a.groups.offsets[e] : 0", "a.groups.offsets ? a.groups.offsets[e ? e - 1 : 0] : 0"),
     weight("halves of db", "sum + sums[lane]", "sum"),

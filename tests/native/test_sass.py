@@ -48,6 +48,18 @@ def test_blocks_of_the_row_kernels_fit(found):
     assert seen
 
 
+def test_products_of_sm90_use_its_instructions(found):
+    """Also the fences, which the emulator does not miss, and the registers that one warpgroup leaves to two."""
+    kernels = [(k, f) for source, k, arch, f in every_kernel(found) if source.endswith("_sm90.cu") and arch == "sm_90a" and "product" in k]
+    assert kernels
+    for kernel, figures in kernels:
+        counts = figures["counts"]
+        for instruction, least in (("HGMMA", 4), ("UTMALDG", 2), ("LDGSTS", 1), ("USETMAXREG", 2), ("WARPGROUP", 3), ("FENCE", 2)):
+            assert counts.get(instruction, 0) >= least, (kernel, instruction)
+        assert "HMMA" not in counts
+        assert figures["registers"] * 384 <= sass.REGISTERS
+
+
 def test_the_committed_table(found):
     """The same kernels; and the same figures where the compiler is the same."""
     table = COMMITTED["sources"]

@@ -61,7 +61,11 @@ struct Product {
 
 template <class T, int N>
 void multiply(char* shared, const std::vector<Product<N>>& p, bool a_along_k, bool b_along_k) {
-  static thread_local double a[64][16], b[16][N], sum[N];
+  struct Operands {
+    double a[64][16], b[16][N], sum[N];
+  };
+  const auto operands = std::make_unique<Operands>();  // large for a fiber's stack
+  auto& [a, b, sum] = *operands;
   const auto element = [&](uint64_t descriptor, bool k_major, int m, int k) {
     const uint32_t address = operand_address(descriptor, k_major, m, k);
     if (address + 2 > shared_capacity) throw Fault("wgmma: an operand beyond shared memory");

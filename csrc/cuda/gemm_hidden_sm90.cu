@@ -1,0 +1,21 @@
+// The backward product whose epilogue holds du, the weighted hidden units and the gradient of the weights, on sm_90a.
+
+#include "gemm_sm90.cuh"
+#include "gemm_sm90.h"
+
+namespace cmoe::cuda {
+
+namespace {
+
+RowArguments arguments(const HiddenProduct& p) { return {p.groups, p.width, p.depth, 0, false, false, p.dy, p.w, false, false}; }
+
+}  // namespace
+
+bool hidden_product_sm90(const char* operation, const HiddenProduct& p, Stream stream) { return run_rows_sm90<HiddenEpilogue>(operation, p.type, arguments(p), p, stream); }
+
+int64_t hidden_parts_sm90(const HiddenProduct& p) {
+  constexpr int64_t part = columns_at_once<HiddenEpilogue<bf16>>;
+  return runs_sm90() && Mapped(p.type, arguments(p)).can ? (p.width + part - 1) / part : 0;
+}
+
+}  // namespace cmoe::cuda

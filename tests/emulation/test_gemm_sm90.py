@@ -1,0 +1,51 @@
+"""The products of sm_90a (csrc/cuda/gemm_*sm90.*) on the CPU: each sum of the main loop exactly, and what test_gemm.py asks of sm_80's."""
+
+import pytest
+
+from tests.emulation.programs import compile_emulated, run_emulated
+from tests.emulation.test_emulator import pytestmark  # noqa: F401
+from tests.emulation.test_gemm import BOUND, LARGE, SMALL, program, results, sanitized  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def sm90(monkeypatch):
+    monkeypatch.setenv("CMOE_EMULATE_CAPABILITY", "90")
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@pytest.mark.parametrize("when", ["late", "early", "eager"])
+def test_main_loop(order, when):
+    run = run_emulated(compile_emulated("gemm_sm90_test"), order, when)
+    assert run.stdout == "done\n"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("scenario", [*SMALL, *LARGE])
+def test_values(program, scenario, dtype):  # noqa: F811
+    errors, accesses, _ = results(program, scenario, dtype)
+    for name, error in errors.items():
+        assert error <= BOUND[dtype], f"{name}: {error} times the rounding"
+    assert accesses["ldmatrix"][0] == 0, "these are the products of sm_80"
+    copies, phases = accesses["copies"]
+    assert phases == copies, f"{phases - copies} bank conflicts in {copies} copies"
+
+
+def test_operands_that_no_tensor_copy_reads_take_the_products_of_sm80(program):  # noqa: F811
+    errors, _, _ = results(program, "odd_gated", "bf16")
+    assert max(errors.values()) <= BOUND["bf16"]
+
+
+@pytest.mark.parametrize(("scenario", "dtype"), [("gated", "bf16"), ("sum", "f16"), ("large_transposed", "bf16")])
+def test_no_order_of_threads_and_no_moment_of_copies_changes_a_bit(program, scenario, dtype):  # noqa: F811
+    digests = {
+        results(program, scenario, dtype, order, when)[2]
+        for order in ("forward", "reverse", "shuffled")
+        for when in ("late", "early", "eager")
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("scenario", ["gated_transposed", pytest.param("large", marks=pytest.mark.full)])
+def test_sanitizers_find_nothing(sanitized, scenario):  # noqa: F811
+    errors, _, _ = results(sanitized, scenario, "bf16", "shuffled")
+    assert max(errors.values()) <= BOUND["bf16"]
