@@ -6,7 +6,6 @@ do on Triton's under TRITON_INTERPRET=1.
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import os
 import platform
@@ -19,7 +18,7 @@ import torch
 
 from cmoe_kernels import backends
 from tests.emulation.programs import EMULATED, SANITIZERS
-from tests.native.variants import ROOT, build_script, need_compiler
+from tests.native.variants import ROOT, alone_in, build_script, need_compiler
 
 WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
 FOLDER = Path("build", "emulation", "library")
@@ -67,10 +66,7 @@ def build() -> Path:
     def compiled(source: str) -> Path:
         return script.compiled(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])], FOLDER)
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    # Other test processes want the same files.
-    with Path(FOLDER, "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(FOLDER), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]))
         target = FOLDER / "emulated.so"
         libraries = ["-L" + str(torch_folder / "lib"), "-ltorch_cpu"]

@@ -6,7 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.native.variants import ROOT, build_script, need_compiler
+from tests.native.variants import ROOT, alone_in, build_script, need_compiler
 
 # Unused parameters and variables: a kernel is written for nvcc, whose launch bounds and pragmas mean nothing here.
 EMULATED = ("-std=c++20", "-DCMOE_EMULATE_CUDA", "-Icsrc/cuda", "-Itests/emulation", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-g1")
@@ -24,10 +24,10 @@ def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str,
     folder = Path("build", "emulation", sanitizer)
     command = [*compiler, "-c", *EMULATED, *SANITIZERS[sanitizer], "-x", "c++"]
     sources = [f"tests/emulation/{program}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: script.compiled(source, command, folder), sources))
-    target = folder / program
-    script.run_if_stale([*compiler, *SANITIZERS[sanitizer], "-o", str(target), *map(str, objects)], target, *objects)
+        target = folder / program
+        script.run_if_stale([*compiler, *SANITIZERS[sanitizer], "-o", str(target), *map(str, objects)], target, *objects)
     return ROOT / target
 
 

@@ -5,7 +5,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.native.variants import ROOT, build_script, need_compiler, product_objects
+from tests.native.variants import ROOT, alone_in, build_script, need_compiler, product_objects
 
 DRIVERS = ("soft_experts", "sparse_experts", "grouped_linear", "experts_backward", "task_router", "dispatch")
 
@@ -25,12 +25,12 @@ def compile_program(name: str, *flags: str) -> Path:
         return script.compiled(source, [*command, *script.flags_of(source, tiers)], folder)
 
     drivers = [source for source in script.built(script.SOURCES, tiers) if driver(source)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*(drivers if flags else []), f"tests/native/{name}.cpp"]))
-    if not flags:
-        objects += [path for source, path in product_objects(emulate_amx=True).items() if driver(source)]
     program = folder / name
-    script.run_if_stale([*compiler, *flags, "-pthread", "-o", str(program), *map(str, objects)], program, *objects)
+    with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*(drivers if flags else []), f"tests/native/{name}.cpp"]))
+        if not flags:
+            objects += [path for source, path in product_objects(emulate_amx=True).items() if driver(source)]
+        script.run_if_stale([*compiler, *flags, "-pthread", "-o", str(program), *map(str, objects)], program, *objects)
     return ROOT / program
 
 

@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,15 @@ def build(tree: Path, flags: str, link_flags: str = "") -> None:
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Other test processes that want files of this folder wait, and then find them fresh: nobody writes a program that another runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Path(folder, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
     """The library's object files by their source, compiled unless they are there and fresh. On demand AMX's instructions are plain C++."""
     need_compiler()
@@ -100,9 +111,7 @@ def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
             return script.compiled(source, [*flags, "-DCMOE_EMULATE_AMX"], Path("build", "emulated", "objects"))
         return script.compiled(source, flags)
 
-    Path("build").mkdir(exist_ok=True)
-    with Path("build", "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes want the same files
+    with alone_in(Path("build")), ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = script.built(script.SOURCES, tiers)
         return dict(zip(sources, pool.map(compiled, sources), strict=True))
 
@@ -114,8 +123,7 @@ def cuda_objects() -> dict[str, Path]:
     script = build_script()
     cuda = script.cuda_toolkit()
     sources = [source for source in script.CUDA_SOURCES if source.endswith(".cu")] if cuda.found else []
-    with Path("build", "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(Path("build")), ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(sources, pool.map(lambda source: ROOT / script.compiled(source, list(cuda.command)), sources), strict=True))
 
 
