@@ -11,6 +11,9 @@ A case makes inputs, computes the result in fp64, and checks ours and each peer 
 take turns in this process, an untimed call before each timed one, and p20, p50, p80 and the ratio of the p50 are kept. A ratio above 1
 means that ours is faster. The machine's copy bandwidth and its best GEMM rate are measured in the same run. Keep the machine idle.
 
+Large results lie in fresh pages of the system, as malloc gives them, and a fresh page can cost more than computing what it holds. With
+--keep-pages the program begins anew with a malloc that keeps what was freed, for all sides; these results have a file of their own.
+
 A peer that is not there is skipped with its reason. transformers comes with the unimed extra. vLLM's operators are one library out of
 a wheel that is not to be installed:
 
@@ -39,6 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few calls; writes only with --out")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of our kernels (default: torch's)")
     parser.add_argument("--seconds", type=float, default=20, metavar="S", help="time for each pair, but at least five calls (default: 20)")
+    parser.add_argument("--keep-pages", action="store_true", help="malloc keeps the pages of freed memory (glibc)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process per peer")
     parser.add_argument("--vllm", type=Path, metavar="PATH", help=f"vLLM's _C.abi3.so (default: ${peers.VLLM_VARIABLE})")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results file (default: benchmarks/results/<machine>.json)")
@@ -59,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{i.key:52} {i.case.title}" for i in options.chosen))
         return 0
+    if options.keep_pages:
+        machine.keep_pages()
     if options.vllm is not None:
         os.environ[peers.VLLM_VARIABLE] = str(options.vllm.resolve())
     threads = record.set_threads(options.threads)

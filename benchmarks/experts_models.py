@@ -5,9 +5,9 @@
     python -m benchmarks.experts_models --lora                 memory of LoRA on the experts
 
 One token is a decoding step behind a cache of 128; more are a prefill. A training step is forward and backward, every gradient: they are as
-large as the weights, which is why it has fewer layers. Before ours is timed, its experts are compared with grouped_mm (output, and in
-training all gradients); a wrong result gets no time. All sides are timed in turn. What is measured is kept cell by cell in
-benchmarks/results/; `make bench-report` writes the tables.
+large as the weights, which is why it has fewer layers, and why it matters where their pages come from (--keep-pages). Before ours is timed,
+its experts are compared with grouped_mm (output, and in training all gradients); a wrong result gets no time. All sides are timed in turn.
+What is measured is kept cell by cell in benchmarks/results/; `make bench-report` writes the tables.
 """
 
 import argparse
@@ -173,8 +173,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help=f"of both steps (default: {', '.join(f'{s} {n}' for s, n in LAYERS.items())})")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=6, help="time for each cell, but at least three calls of each side (default: 6)")
+    parser.add_argument("--keep-pages", action="store_true", help="malloc keeps the pages of freed memory (glibc): a file of its own")
     parser.add_argument("--lora", action="store_true", help="measure the memory of LoRA on the experts, and nothing else")
     options = parser.parse_args()
+    if options.keep_pages:
+        machine.keep_pages()
     threads = record.set_threads(options.threads)
     described, run = machine.describe(), machine.run_info(threads)
     run |= {"transformers": transformers.__version__, "served_by": backends.choose("sparse_experts", "cpu", torch.bfloat16)}

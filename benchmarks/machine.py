@@ -2,9 +2,11 @@
 
 import datetime
 import functools
+import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 COPY_BYTES = 256 * 2**20
 GEMM_SIDE = 2048
+# glibc's malloc maps every large block anew and unmaps it when it is freed; with these in the environment it keeps what it has.
+KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # What decides which kernels run; the rest of a CPU's flags does not.
 FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx512f", "avx2", "f16c", "fma")
+
+
+def keeps_pages() -> bool:
+    return all(os.environ.get(name) == value for name, value in KEEP_PAGES.items())
+
+
+def keep_pages() -> None:
+    """Begin this program again with a malloc that keeps the pages of freed memory, unless it does: malloc reads this when it starts."""
+    if not keeps_pages():
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_PAGES)
 
 
 def describe() -> dict[str, Any]:
@@ -32,6 +47,7 @@ def describe() -> dict[str, Any]:
         "cores": len(re.findall(r"^processor", info, flags=re.MULTILINE)) or 1,
         "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
         "system": f"{platform.system()} {platform.machine()}",
+        **({"pages": "kept"} if keeps_pages() else {}),
     }
 
 
@@ -39,7 +55,15 @@ def slug(machine: dict[str, Any], threads: int) -> str:
     """A file name for a machine and a number of threads."""
     words = re.sub(r"\([^)]*\)|@.*|CPU|Processor", " ", machine["cpu"])
     tier = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in machine["flags"]), "generic")
-    return re.sub(r"[^a-z0-9]+", "-", f"cpu {words} {tier} {threads} threads".lower()).strip("-")
+    pages = f"pages {machine['pages']}" if "pages" in machine else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"cpu {words} {tier} {threads} threads {pages}".lower()).strip("-")
+
+
+def memory_of(machine: dict[str, Any]) -> str:
+    """Where the memory of a run's results came from, for people."""
+    if "pages" in machine:
+        return "Memory that was freed stays in the process (--keep-pages), so results lie in pages used before."
+    return "Large results lie in fresh pages of the system, as malloc gives them."
 
 
 def run_info(threads: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def about(document: dict[str, Any]) -> str:
     return (
         f"{m['cpu']} (family/model {m['family_model']}, {m['cores']} cores, {', '.join(m['flags'])}), {document['threads']} threads, "
         f"torch {distinct('torch')}, commit {distinct('commit')}, {when}. Measured in the same runs: a copy moves {_span(copy)} GB/s "
-        f"(read and written bytes), {distinct('gemm_loop')} reaches {peaks} GFLOP/s."
+        f"(read and written bytes), {distinct('gemm_loop')} reaches {peaks} GFLOP/s. {machine.memory_of(m)}"
     )
 
 

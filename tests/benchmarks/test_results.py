@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -171,6 +172,13 @@ def test_peaks_are_measured():
         machine.slug({**described, "cpu": "Intel(R) Xeon(R) CPU @ 2.00GHz", "flags": ["amx_bf16"]}, 2)
         == "cpu-intel-xeon-amx-bf16-2-threads"
     )
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="glibc's malloc reads these variables")
+def test_a_run_that_keeps_pages_has_a_file_of_its_own():
+    code = "from benchmarks import machine as m; m.keep_pages(); print(m.describe()['pages'], m.slug(m.describe(), 2))"
+    kept = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=True).stdout
+    assert kept == f"kept {machine.slug(machine.describe(), 2)}-pages-kept\n"
 
 
 def example(ratios=(0.5, 2.0)):
