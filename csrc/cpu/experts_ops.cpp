@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optiona
     Sorted<T> sorted(x, weights, indices, group_ids, op.tokens, op.experts);
     const int64_t rows = op.tokens * indices.size(1), live = sorted.selection().offsets[op.experts], row_bytes = op.first_outputs() * size_of(op.type);
     Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()), u = save ? fresh(x, {rows, op.first_outputs()}, x.scalar_type()) : absent(x);
-    if (save) std::memset(bytes_of(u) + live * row_bytes, 0, (rows - live) * row_bytes);
+    if (save && live < rows) std::memset(bytes_of(u) + live * row_bytes, 0, (rows - live) * row_bytes);
     sparse_experts<T>(op, sorted.selection(), sorted.weights(), bytes_of(y), save ? bytes_of(u) : nullptr);
     return std::make_tuple(y, u, sorted.gather_idx, sorted.offsets);
   });

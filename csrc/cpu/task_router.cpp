@@ -286,19 +286,26 @@ class TaskRouter {
       // Few rows against a large weight: the threads share the reduction over R, so that the weight is read once, in order.
       const Array<T> sums(threads_ * op_.groups * op_.task_inputs);
       if (op_.w1_task.along_inputs()) {
-        const Array<T> rows(threads_ * op_.task_inputs);
+        // In two steps: thousands of values added one by one to fp32 sums would lose what sums of a few keep.
+        constexpr int64_t step = 64;
+        const int64_t count = op_.groups * op_.task_inputs;
+        const Array<T> rows(threads_ * (op_.task_inputs + count));
         parallel(threads_, [&](int64_t thread) {
           const Share share(op_.hidden, thread, threads_);
-          T *const sum = sums.get() + thread * op_.groups * op_.task_inputs, *const row = rows.get() + thread * op_.task_inputs;
-          std::fill(sum, sum + op_.groups * op_.task_inputs, T(0));
+          T *const sum = sums.get() + thread * count, *const row = rows.get() + thread * (op_.task_inputs + count), *const part = row + op_.task_inputs;
+          std::fill(sum, sum + count, T(0));
           const Matrix w = op_.w1_task.matrix(0);
-          for (int64_t r = share.first; r < share.last; ++r) {
-            f_.load(w.type, w.row(r), row, op_.task_inputs);
-            f_.round(op_.type, row, op_.task_inputs);
-            for (int64_t g = 0; g < op_.groups; ++g) f_.axpy(dbias[g * op_.hidden + r], row, sum + g * op_.task_inputs, op_.task_inputs);
+          for (int64_t first = share.first; first < share.last; first += step) {
+            std::fill(part, part + count, T(0));
+            for (int64_t r = first; r < std::min(share.last, first + step); ++r) {
+              f_.load(w.type, w.row(r), row, op_.task_inputs);
+              f_.round(op_.type, row, op_.task_inputs);
+              for (int64_t g = 0; g < op_.groups; ++g) f_.axpy(dbias[g * op_.hidden + r], row, part + g * op_.task_inputs, op_.task_inputs);
+            }
+            f_.add(part, sum, count);
           }
         });
-        for (int64_t thread = 1; thread < threads_; ++thread) f_.add(sums.get() + thread * op_.groups * op_.task_inputs, sums.get(), op_.groups * op_.task_inputs);
+        for (int64_t thread = 1; thread < threads_; ++thread) f_.add(sums.get() + thread * count, sums.get(), count);
       } else {
         const Array<T> rows(op_.hidden);
         const Matrix w = op_.w1_task.matrix(0);

