@@ -307,7 +307,7 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
     const char* const other = shared.at(s, chunk);
     T* const to = block + (outer_index * p.shared_panels + s - s0) * cell;
     if (p.outer == Side::a)
-      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, lanes_in(outer_index), add);
+      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, gemm.row_major[1] ? shared.in_panel(s) : lanes_in(outer_index), add);
     else
       gemm.multiply[resident](other, chunk.padded * kernels.element(), o.data, to, chunk.padded, shared.in_panel(s), add);
   };

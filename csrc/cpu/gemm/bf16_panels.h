@@ -66,28 +66,14 @@ static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* 
   multiply_pairs<rows>(static_cast<const int32_t*>(a), static_cast<const int32_t*>(b), static_cast<float*>(block), k / 2, add);
 }
 
-static void multiply_few_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int, bool add) {
-  const char* const rows = static_cast<const char*>(a);
-  const uint16_t* const columns = static_cast<const uint16_t*>(b);
-  __m512 sums[few_lanes][few_lanes] = {};
-  for (int64_t i = 0; i < k; i += 32) {
-    __m512i column[few_lanes];
-#pragma GCC unroll 4
-    for (int c = 0; c < few_lanes; ++c) column[c] = _mm512_loadu_si512(columns + c * k + i);
-#pragma GCC unroll 4
-    for (int r = 0; r < few_lanes; ++r) {
-      const __m512bh row = (__m512bh)_mm512_loadu_si512(rows + r * a_stride + i * 2);
-#pragma GCC unroll 4
-      for (int c = 0; c < few_lanes; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], row, (__m512bh)column[c]);
-    }
-  }
-  float* const to = static_cast<float*>(block);
-  for (int r = 0; r < few_lanes; ++r)
-    for (int c = 0; c < few_lanes; ++c) to[r * few_lanes + c] = total((vfloat)sums[r][c]) + (add ? to[r * few_lanes + c] : 0.f);
-}
+struct PairsOfBf16 {
+  static constexpr int step = 32, size = 2;
+  static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+  static void add_product(vfloat& sum, __m512i a, __m512i b) { sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+};
 constexpr Microkernel bf16_few = {Type::bf16, few_lanes, few_lanes, 32, 512, Side::a, {true, true}, true,
                                   {pack_rows_few<2, 32>, pack_rows_few<2, 32>}, {nullptr, nullptr}, nullptr, nullptr,
-                                  {multiply_few_bf16, multiply_few_bf16}};
+                                  {multiply_few<PairsOfBf16>, multiply_few<PairsOfBf16>}};
 
 constexpr Microkernel bf16_pairs = {Type::bf16, a_lanes, b_lanes, 2, 256, Side::b, {false, false}, false,
                                     {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>}, {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>}, nullptr, nullptr,

@@ -42,9 +42,9 @@ struct Microkernel {
   void (*begin)();
   void (*end)();
 
-  // block = A B^T over k (a multiple of k_step), or block += with add; `rows` lanes of A are in use. a_stride: bytes from one lane of A
-  // to the next where A is row-major. By the side of the resident operand.
-  void (*multiply[2])(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int rows, bool add);
+  // block = A B^T over k (a multiple of k_step), or block += with add; `used` lanes of A are in use; of B, where B is row-major.
+  // a_stride: bytes from one lane of A to the next where A is row-major. By the side of the resident operand.
+  void (*multiply[2])(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add);
 };
 
 // Functions over n values; T is float, or double for fp64.

@@ -80,28 +80,47 @@ static void pack_rows_few(const void* const* rows, int lanes, int64_t k, void* p
   }
 }
 
-[[maybe_unused]] static void multiply_few_f32(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int, bool add) {
-  const char* const rows = static_cast<const char*>(a);
-  const float* const columns = static_cast<const float*>(b);
-  vfloat sums[few_lanes][few_lanes] = {};
-  for (int64_t i = 0; i < k; i += width) {
-    vfloat column[few_lanes];
+// Values: how a vector of them is read, and multiplied into sums. Four rows of A with `columns` rows of B; where these are too few to hide
+// what a product takes, the even and the odd steps of k are summed apart.
+template <class Values, int columns>
+INLINE void dot_products(const char* rows, int64_t stride, const char* others, float* to, int64_t k, bool add) {
+  constexpr int sets = columns > 2 ? 1 : 2;
+  vfloat sums[sets][few_lanes][columns] = {};
+  for (int64_t i = 0; i < k; i += Values::step * sets)
+#pragma GCC unroll 2
+    for (int set = 0; set < sets; ++set) {
+      const int64_t at = i + Values::step * set;
+      if (set && at >= k) break;
+      decltype(Values::load(others)) column[columns];
 #pragma GCC unroll 4
-    for (int c = 0; c < few_lanes; ++c) column[c] = load<vfloat>(columns + c * k + i);
+      for (int c = 0; c < columns; ++c) column[c] = Values::load(others + (c * k + at) * Values::size);
 #pragma GCC unroll 4
-    for (int r = 0; r < few_lanes; ++r) {
-      const vfloat row = load<vfloat>(rows + r * a_stride + i * 4);
+      for (int r = 0; r < few_lanes; ++r) {
+        const auto row = Values::load(rows + r * stride + at * Values::size);
 #pragma GCC unroll 4
-      for (int c = 0; c < few_lanes; ++c) sums[r][c] += row * column[c];
+        for (int c = 0; c < columns; ++c) Values::add_product(sums[set][r][c], row, column[c]);
+      }
     }
-  }
-  float* const to = static_cast<float*>(block);
   for (int r = 0; r < few_lanes; ++r)
-    for (int c = 0; c < few_lanes; ++c) to[r * few_lanes + c] = total(sums[r][c]) + (add ? to[r * few_lanes + c] : 0.f);
+    for (int c = 0; c < columns; ++c) {
+      const vfloat sum = sets > 1 ? sums[0][r][c] + sums[sets - 1][r][c] : sums[0][r][c];
+      to[r * few_lanes + c] = total(sum) + (add ? to[r * few_lanes + c] : 0.f);
+    }
 }
+template <class Values>
+static void multiply_few(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add) {
+  const auto products = used == 1 ? dot_products<Values, 1> : used == 2 ? dot_products<Values, 2> : used == 3 ? dot_products<Values, 3> : dot_products<Values, 4>;
+  products(static_cast<const char*>(a), a_stride, static_cast<const char*>(b), static_cast<float*>(block), k, add);
+}
+
+struct ValuesOfF32 {
+  static constexpr int step = width, size = 4;
+  static vfloat load(const void* p) { return ::load<vfloat>(p); }
+  static void add_product(vfloat& sum, vfloat a, vfloat b) { sum += a * b; }
+};
 [[maybe_unused]] constexpr Microkernel f32_few = {Type::f32, few_lanes, few_lanes, width, 512, Side::a, {true, true}, true,
                                                   {pack_rows_few<4, width>, pack_rows_few<4, width>}, {nullptr, nullptr}, nullptr, nullptr,
-                                                  {multiply_few_f32, multiply_few_f32}};
+                                                  {multiply_few<ValuesOfF32>, multiply_few<ValuesOfF32>}};
 
 [[maybe_unused]] static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
   for (int r = 0; r < rows; ++r)
