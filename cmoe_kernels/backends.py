@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cmoe_kernels.ops.arguments import CHECK_ON_DEVICE
+
 OPS = ("soft_gate", "topk_gate", "task_router", "grouped_linear", "soft_experts", "sparse_experts", "balance_loss")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -82,6 +84,15 @@ def register_triton(op: str) -> None:
 
 def _run_triton(module: str, name: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*arguments)
+
+
+def register_cuda(name: str, kernel: Callable[..., Any]) -> None:
+    """Let a native kernel serve on GPUs. It reads no index on the host: with CMOE_CHECK=1 ``ops/checked.py`` does, before it."""
+    register(name, "cuda", functools.partial(_run_checked, name, kernel) if CHECK_ON_DEVICE else kernel)
+
+
+def _run_checked(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
+    return importlib.import_module("cmoe_kernels.ops.checked").run(name, kernel, *arguments)
 
 
 def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -262,7 +273,7 @@ def _load_native() -> None:
             if hasattr(torch.ops.cmoe_native, name):
                 register(name, "cpu", getattr(torch.ops.cmoe_native, name))
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"cmoe_native::{name}", "CUDA"):
-                    register(name, "cuda", getattr(torch.ops.cmoe_native, name))
+                    register_cuda(name, getattr(torch.ops.cmoe_native, name))
 
 
 _load_native()

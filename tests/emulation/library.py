@@ -21,7 +21,9 @@ from tests.emulation.programs import EMULATED, SANITIZERS
 from tests.native.variants import ROOT, alone_in, build_script, need_compiler
 
 WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
-FOLDER = Path("build", "emulation", "library")
+# One of SANITIZERS; its runtime must have been loaded before Python.
+SANITIZER = os.environ.get("CMOE_EMULATE_SANITIZER", "plain")
+FOLDER = Path("build", "emulation", "library" if SANITIZER == "plain" else f"library-{SANITIZER}")
 CAPABILITY = int(os.environ.get("CMOE_EMULATE_CAPABILITY", "80"))
 
 
@@ -61,7 +63,7 @@ def build() -> Path:
     script, compiler = build_script(), need_compiler()
     torch_folder = script.torch_folder()
     flags = [f for f in script.compile_command(torch_folder)[len(compiler) + 1 :] if f not in ("-O3", "-g0")]
-    command = [*compiler, "-c", *flags, *EMULATED, *SANITIZERS["plain"]]
+    command = [*compiler, "-c", *flags, *EMULATED, *SANITIZERS[SANITIZER]]
 
     def compiled(source: str) -> Path:
         return script.compiled(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])], FOLDER)
@@ -70,7 +72,9 @@ def build() -> Path:
         objects = list(pool.map(compiled, [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]))
         target = FOLDER / "emulated.so"
         libraries = ["-L" + str(torch_folder / "lib"), "-ltorch_cpu"]
-        script.run_if_stale([*compiler, "-shared", "-o", str(target), *map(str, objects), *libraries], target, *objects)
+        script.run_if_stale(
+            [*compiler, *SANITIZERS[SANITIZER], "-shared", "-o", str(target), *map(str, objects), *libraries], target, *objects
+        )
     return target
 
 
@@ -80,7 +84,7 @@ def install() -> None:
     for op in backends.OPS:
         for name in (op, f"{op}_backward"):
             if hasattr(torch.ops.cmoe_emulated, name):
-                backends.register(name, "cuda", getattr(torch.ops.cmoe_emulated, name))
+                backends.register_cuda(name, getattr(torch.ops.cmoe_emulated, name))
     backends.DEVICE_ORDER["cpu"] = (*(b for b in backends.DEVICE_ORDER["cpu"] if b != "cuda"), "cuda")
 
 
