@@ -112,7 +112,10 @@ __device__ void multiply(Accumulator<Tile>& acc, const WarpPlace<Tile>& place, S
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int i = 0; i < 2 * Tile::tiles_m; ++i) acc[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i][k] * b[k];
+          for (int i = 0; i < 2 * Tile::tiles_m; ++i) {
+            float& sum = acc[i / 2][j / 2][i % 2 * 2 + j % 2];
+            sum = fmaf(a[i][k], b[k], sum);
+          }
       }
     }
   }

@@ -56,21 +56,7 @@ struct Place {
     for (int by = width / 2; by; by /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, by));
     return x;
   }
-};
-
-
-// Where a weighted mean of a row's values lies, also after rounding: where all are equal, exactly nothing remains behind their mean.
-struct Range {
-  float low = infinity, high = -infinity;
-
-  __device__ void add(float x) {
-    low = fminf(low, x);
-    high = fmaxf(high, x);
-  }
-  __device__ float clamp(const Place& p, float mean) const {
-    const float least = -p.largest(-low), most = p.largest(high);
-    return mean < least ? least : mean > most ? most : mean;
-  }
+  __device__ float least(float x) const { return -largest(-x); }
 };
 
 // Calls f with a value of the C++ type.

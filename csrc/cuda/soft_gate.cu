@@ -6,9 +6,9 @@
 // With c = min(max_j l_j, 0), exp(-c) sigmoid(l) = 1 / (exp(c) + exp(c - l)): the factor cancels in the ratio and the largest term lies in
 // [1/2, 1], so a row whose sigmoids all underflow divides by a normal number, at one exponential per element.
 //
-// Memory plan: one pass for the maximum, one for the sums, one that writes. A row is read from memory once and then from the first-level
-// cache; nothing is kept in shared memory, and E has no limit. The op costs its bytes and a launch: backward recomputes the gates, since the
-// logits (half precision as a rule) are the smaller thing to save.
+// Memory plan: one pass for the maximum, one for the sums (backward: one before for the least gradient), one that writes. A row is read from
+// memory once and then from the first-level cache; nothing is kept in shared memory, and E has no limit. The op costs its bytes and a
+// launch: backward recomputes the gates, since the logits (half precision as a rule) are the smaller thing to save.
 
 #include "soft_gate.h"
 
@@ -46,21 +46,22 @@ template <class T>
 __global__ void __launch_bounds__(row_threads, row_residents) soft_gate_bwd_kernel(Rows<float> dgates, Rows<T> logits, T* dlogits, int64_t tokens, int64_t experts, int width) {
   const Place p(tokens, width);
   const Scaled score(p, logits, experts);
-  float sum = 0.0f, product = 0.0f;
-  Range range;
+  // What all gradients of a row have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing.
+  float sum = 0.0f, product = 0.0f, common = infinity;
+  p.each(experts, [&](int64_t e) { common = fminf(common, dgates(p.t, e)); });
+  common = p.least(common);
   p.each(experts, [&](int64_t e) {
-    const float s = score(logits(p.t, e)), d = dgates(p.t, e);
+    const float s = score(logits(p.t, e));
     sum += s;
-    product += s * d;
-    range.add(d);
+    product += s * (dgates(p.t, e) - common);
   });
   const float inverse = 1.0f / p.sum(sum);
-  const float mean = range.clamp(p, p.sum(product) * inverse);
+  const float mean = p.sum(product) * inverse;
   if (!p.live) return;
   p.each(experts, [&](int64_t e) {
     const float l = logits(p.t, e);
     // d log(sigmoid(l)) / d l = sigmoid(-l)
-    dlogits[p.t * experts + e] = from_float<T>(score(l) * inverse * (dgates(p.t, e) - mean) / (1.0f + expf(l)));
+    dlogits[p.t * experts + e] = from_float<T>(score(l) * inverse * (dgates(p.t, e) - common - mean) / (1.0f + expf(l)));
   });
 }
 

@@ -75,7 +75,7 @@ struct RouterEpilogue {
           const int64_t n = column0 + 8 * j + c;
           const float w = n < p.width ? w2(e, n) : 0.0f;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) sum[i] += hidden[i][j][c] * w;
+          for (int i = 0; i < 2; ++i) sum[i] = fmaf(hidden[i][j][c], w, sum[i]);
         }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(column_threads) router_bwd_du_kernel(GradientA
     if (own != group) leave();
     group = own;
     float dh = 0.0f;
-    for (int64_t e = 0; e < g.experts; ++e) dh += g.dlogit(t, e) * w2(e, n);
+    for (int64_t e = 0; e < g.experts; ++e) dh = fmaf(g.dlogit(t, e), w2(e, n), dh);
     const T value = from_float<T>(dh * slope(g.activation, to_float(u[t * g.width + n])).derivative);
     du[t * g.width + n] = value;
     sum += to_float(value);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(column_threads) router_bwd_dw2_kernel(Gradient
     const float h = activate(g.activation, to_float(u[t * g.width + n]));
 #pragma unroll
     for (int i = 0; i < most_fused; ++i)
-      if (e0 + i < g.experts) sums[i] += g.dlogit(t, e0 + i) * h;
+      if (e0 + i < g.experts) sums[i] = fmaf(g.dlogit(t, e0 + i), h, sums[i]);
   }
 #pragma unroll
   for (int i = 0; i < most_fused; ++i)

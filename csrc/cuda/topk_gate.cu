@@ -181,16 +181,16 @@ __global__ void __launch_bounds__(row_threads, row_residents)
     return e >= 0 && e < experts ? static_cast<int>(e) : experts;
   };
   const Weights<T> weight(p, logits, experts, k, sigmoid, renormalize, chosen);
-  float total = 0.0f;
-  Range range;
+  // What all gradients of a row have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing. Each is rounded
+  // for itself: a fused multiply and subtract would leave what the rounding took.
+  const auto gradient = [&](int i) { return __fmul_rn(dweights(p.t, i), scale); };
+  float total = 0.0f, common = infinity;
   for (int i = p.lane; i < k; i += p.width)
-    if (const int e = chosen(i); e < experts) {
-      const float d = dweights(p.t, i) * scale;
-      total += d * weight(logits(p.t, e));
-      range.add(d);
-    }
+    if (chosen(i) < experts) common = fminf(common, gradient(i));
+  common = renormalize ? p.least(common) : 0.0f;
+  for (int i = p.lane; i < k; i += p.width)
+    if (const int e = chosen(i); e < experts) total += (gradient(i) - common) * weight(logits(p.t, e));
   total = p.sum(total);
-  const float mean = range.clamp(p, total);
   const bool all = !sigmoid && !renormalize;
   T* const row = dlogits + p.t * experts;
   if (p.live) p.each(experts, [&](int64_t e) { row[e] = from_float<T>(all ? -weight(logits(p.t, e)) * total : 0.0f); });
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(row_threads, row_residents)
     const int e = chosen(i);
     if (e == experts) continue;
     const float l = logits(p.t, e), w = weight(l);
-    float d = w * (dweights(p.t, i) * scale - (renormalize ? mean : 0.0f));
+    float d = w * (gradient(i) - common - (renormalize ? total : 0.0f));
     if (all) d -= w * total;
     // d log(sigmoid(l)) / d l = sigmoid(-l)
     row[e] = from_float<T>(sigmoid ? d / (1.0f + expf(l)) : d);

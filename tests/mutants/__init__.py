@@ -14,6 +14,8 @@ class Suite:
     environment: dict[str, str] = field(default_factory=dict, hash=False)
     # Exit status when a test failed. Others (a wrong name, nothing collected) mean that nothing was shown.
     failed: int = 1
+    # Whether an illegal access ends the process, which then says as much as a failed test: kernels that run on the CPU.
+    crashes: bool = False
     # What a failure says when the planted code does not run at all: then it shows nothing about the tests.
     broken: str = (
         r"^E .*\b(SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError|UnboundLocalError|CompilationError"

@@ -12,6 +12,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from tests.mutants.triton import MUTANTS as TRITON
 MUTANTS = [*TRITON, *CUDA_ROWS, *CUDA_GEMM, *CUDA_SM90]
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
+ILLEGAL_ACCESS = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 # Everything that a build or a run leaves behind, but for the native library.
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
 
@@ -91,6 +93,8 @@ def verdict(mutant: Mutant, tree: Path) -> str:
     if found.status == mutant.suite.failed:
         error = re.search(mutant.suite.broken, found.output, re.MULTILINE)
         return f"broken: {error[0]}" if error else "caught"
+    if mutant.suite.crashes and found.status in ILLEGAL_ACCESS:
+        return "caught"
     return "survived" if found.status == 0 else f"no test failed, but exit status {found.status}: {found.end}"
 
 

@@ -4,7 +4,7 @@ import sys
 
 from tests.mutants import Mutant, Suite
 
-EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.library"),), environment={"CMOE_EMULATE_CUDA": "1"})
+EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.library"),), environment={"CMOE_EMULATE_CUDA": "1"}, crashes=True)
 _rows = "tests/emulation/test_rows.py::test_"
 
 
@@ -22,6 +22,11 @@ sort = _in("sort_by_expert.cu", "order_of_selections[1500-5]")
 balance_loss = _in("balance_loss.cu", "balance_loss[400-5-switch-whole]")
 
 
+def equal(file: str, old: str, new: str) -> Mutant:
+    test = "tests/ops/test_edges.py::test_equal_gradients_of_gates_whose_sum_is_one_cancel_exactly[5-cuda]"
+    return Mutant("cancellation", f"csrc/cuda/{file}", old, new, (test,), EMULATED)
+
+
 def router(kind: str, old: str, new: str, test: str = "many_tiles[5-torch.float32]") -> Mutant:
     return Mutant(kind, "csrc/cuda/task_router.cu", old, new, (f"tests/emulation/test_router.py::test_{test}",), EMULATED)
 
@@ -33,6 +38,8 @@ MUTANTS = [
     soft_gate("overflow", "c = fminf(p.largest(top), 0.0f);", "c = 0.0f;", "soft_gate_of_tiny_sigmoids"),
     soft_gate("epilogue", "/ (1.0f + expf(l))", "/ (1.0f + expf(-l))"),
     soft_gate("dtype", "from_float<T>(score(l)", "from_float<T>(2.0f * score(l)", "soft_gate[300-5-torch.bfloat16]"),
+    equal("soft_gate.cu", "  common = p.least(common);", "  common = 0.0f;"),
+    equal("topk_gate.cu", "renormalize ? p.least(common) : 0.0f", "0.0f"),
     topk_gate("tie order", "(other == best && there < where)", "(other == best && there > where)"),
     topk_gate("tie order", "(key == last && e > at)", "key == last"),
     topk_gate("order", "  x += Float(0);\n", "", "ranks_are_those_of_a_stable_sort[selection-torch.float32]"),
@@ -40,7 +47,7 @@ MUTANTS = [
     topk_gate(
         "index",
         "return e >= 0 && e < experts ? static_cast<int>(e) : experts;",
-        "return static_cast<int>(e < experts && e >= -1 ? e & 3 : experts);",
+        "return static_cast<int>(e < 0 ? 0 : e < experts ? e : experts);",
         "a_bad_index_reads_and_receives_nothing",
     ),
     topk_gate("tail", "if (p.lane == 0 && p.live) {", "if (p.lane == 0) {"),

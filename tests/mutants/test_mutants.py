@@ -67,6 +67,14 @@ def test_verdicts(tmp_path, monkeypatch, new, status, expected):
         assert runner.run(suite, ("1",), tmp_path).status == 0
 
 
+@pytest.mark.parametrize(("crashes", "expected"), [(True, "caught"), (False, "no test failed, but exit status -11")])
+def test_an_illegal_access_where_it_ends_the_process(tmp_path, crashes, expected):
+    (tmp_path / "planted.py").write_text("x = 1")
+    code = "import os; from planted import x; x or os.kill(os.getpid(), 11)"
+    mutant = Mutant("value", "planted.py", "x = 1", "x = 0", (), Suite(command=(sys.executable, "-c", code), crashes=crashes))
+    assert runner.verdict(mutant, tmp_path).startswith(expected)
+
+
 def test_a_failed_build_catches_nothing(tmp_path):
     (tmp_path / "planted.py").write_text("x = 1")
     suite = Suite(before=((sys.executable, "-c", CHECK, "1"),), command=(sys.executable, "-c", "raise SystemExit(1)"))

@@ -128,6 +128,7 @@ inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline int __clz(uint32_t x) { return std::countl_zero(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 template <class T>
 T __ldg(const T* p) {
