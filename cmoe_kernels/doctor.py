@@ -40,7 +40,17 @@ def _versions() -> str:
             ("gpu", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
             for i in range(torch.cuda.device_count())
         ]
+        if torch.cuda.get_device_capability() == (9, 0) and backends.cuda_kernels().built:
+            rows.append(("CUDA products", _products_of_sm90()))
     return _table(rows)
+
+
+def _products_of_sm90() -> str:
+    if os.environ.get("CMOE_CUDA_SM90") == "0":
+        return "of sm_80: CMOE_CUDA_SM90=0"
+    if "sm_90a" not in backends.cuda_kernels().built:
+        return "of sm_80: the library was built without sm_90a"
+    return "of sm_90a where rows of bf16 or fp16 begin at multiples of 16 bytes; the others, and the router's first layer, of sm_80"
 
 
 def _instruction_set() -> str:
@@ -67,7 +77,7 @@ def _ops(device: str) -> str:
 
 
 def _settings() -> str:
-    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK", "CMOE_AUTOTUNE")
+    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK", "CMOE_AUTOTUNE", "CMOE_CUDA_SM90")
     return _table([(name, os.environ.get(name, "not set")) for name in names])
 
 

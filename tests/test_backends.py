@@ -158,6 +158,16 @@ def test_doctor_names_what_the_cuda_kernels_were_built_for():
     assert bool(registered) == bool(built)
 
 
+@pytest.mark.parametrize(
+    ("built", "wanted", "said"),
+    [("sm_80, sm_90a", "", "of sm_90a where rows"), ("sm_80", "", "built without sm_90a"), ("sm_80, sm_90a", "0", "CMOE_CUDA_SM90=0")],
+)
+def test_doctor_says_whose_products_run_on_sm90(monkeypatch, built, wanted, said):
+    monkeypatch.setattr(backends, "cuda_kernels", lambda: backends.CudaKernels(built, ""))
+    monkeypatch.setenv("CMOE_CUDA_SM90", wanted)
+    assert said in doctor._products_of_sm90()
+
+
 def test_doctor_command():
     run = subprocess.run([sys.executable, "-m", "cmoe_kernels"], capture_output=True, text=True, check=False)
     assert run.returncode == 0

@@ -15,6 +15,9 @@
 // of k both operands are zeros.
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 #include "device/hopper.h"
 #include "gemm_epilogue.cuh"
 
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) row_product_sm90_kernel(cons
 // --- on the host
 
 // The current device is of the kind, and the library was built for it: made for another architecture the kernels are empty, and so is this
-// one, which else has shared memory.
+// one, which else has shared memory. CMOE_CUDA_SM90=0 leaves the products to sm_80's, for comparison.
 #ifdef CMOE_EMULATE_CUDA
 inline bool runs_sm90() { return emulator::options.capability == 90; }
 #else
@@ -239,6 +242,11 @@ static __global__ void built_for_sm90_kernel(unsigned* out) {
 #endif
 }
 inline bool runs_sm90() {
+  static const bool wanted = [] {
+    const char* const set = std::getenv("CMOE_CUDA_SM90");
+    return !set || std::string_view(set) != "0";
+  }();
+  if (!wanted) return false;
   int device = 0, major = 0, minor = 0;
   check("capability", cudaGetDevice(&device));
   check("capability", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

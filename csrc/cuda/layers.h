@@ -66,6 +66,8 @@ inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const T
 inline const int64_t* indices_of(const std::optional<Tensor>& t) { return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr; }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt; }
 
-inline void require_rows(int64_t rows) { STD_TORCH_CHECK(rows <= INT32_MAX, "x has too many rows, ", rows, " with every selection; at most ", INT32_MAX); }
+// Rows are counted in int32, also those of a tile that ends beyond the last.
+constexpr int64_t most_rows = INT32_MAX - 255;
+inline void require_rows(int64_t rows) { STD_TORCH_CHECK(rows <= most_rows, "x has too many rows, ", rows, " with every selection; at most ", most_rows); }
 
 }  // namespace cmoe::cuda

@@ -163,10 +163,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
 
   // d input = d W, into its gradient; dW = d^T input, into some columns of W's.
   const auto input_gradient = [&](const Tensor& d, const WeightOperand& w, Tensor& to) {
-    RouterProduct p = router.product(d, w.transposed());
-    p.width = to.size(1);
-    p.h = target_of(to);
-    router_product(backward_name, p, on.stream);
+    RowProduct p = row_product_of(router.type, {nullptr, d.size(0), 1}, to.size(1), hidden, rows_of("d", d), w.transposed());
+    p.y = target_of(to);
+    row_product(backward_name, p, on.stream);
   };
   const auto weight_gradient = [&](const Tensor& d, const Tensor& of, int64_t column) {
     WeightProduct p = weight_product_of(router.type, {nullptr, of.size(0), 1}, hidden, of.size(1), rows_of("d", d), rows_of("x", of));

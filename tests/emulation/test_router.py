@@ -27,13 +27,13 @@ def arguments_of(dtype, tokens, width, hidden, experts, groups, **settings):
     return given
 
 
-def check(arguments, dtype):
+def check(arguments, dtype, capability=library.CAPABILITY):
     names, double = leaves(arguments), to_double(arguments)
     exact, baseline = naive.task_router(**double), naive.task_router(**arguments)
     upstream = torch.randn(exact.shape)
     results = []
     for order in ("forward", "reverse", "shuffled"):
-        with library.emulator(order, lazy=order != "reverse"), cmoe.use_backend("cuda"):
+        with library.emulator(order, lazy=order != "reverse", capability=capability), cmoe.use_backend("cuda"):
             logits = cmoe.task_router(**arguments)
             results.append([logits.detach(), *grads(logits, [arguments[n] for n in names], upstream)])
         assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True)), order
@@ -48,6 +48,12 @@ def check(arguments, dtype):
 def test_many_tiles(dtype, experts):
     """Over several tiles and ranges of rows; 20 experts are past what the epilogue multiplies. Widths of whole chunks go by cp.async."""
     check(arguments_of(dtype, 150, 40, 200, experts, 3, activation="silu"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_on_sm90(dtype):
+    """dx and dW are products of sm_90a there."""
+    check(arguments_of(dtype, 150, 40, 200, 5, 3), dtype, capability=90)
 
 
 @pytest.mark.parametrize("settings", [{"recompute": True}, {"activation": "gelu_tanh"}], ids=str)
