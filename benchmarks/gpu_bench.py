@@ -265,6 +265,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--backend", choices=("triton", "cuda"), help="that one alone")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each pair")
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
@@ -274,7 +275,7 @@ def main() -> int:
     with torch.device(options.device):
         made = drawn(shape, options.tokens, options.device, torch.bfloat16)
         for op, arguments in made.items():
-            able = [b for b in backends.serving(op, options.device) if b in ("triton", "cuda")]
+            able = [b for b in backends.serving(op, options.device) if b in ("triton", "cuda") and options.backend in (None, b)]
             # Without a GPU the driver is rehearsed with what serves there.
             for backend in able or ([] if options.device == "cuda" else ["reference"]):
                 for backward in (False, True):

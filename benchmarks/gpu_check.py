@@ -8,10 +8,11 @@ torch and the device are the same (``--again`` runs it all the same). A peer or 
 The last lines say what was verified, what failed and what was not run. `--device cpu` is a dry run of this driver and says so.
 
 ``--prefer`` then notes in cmoe_kernels/ops/preferred.json, for this architecture, which of the CUDA and the Triton kernels of each op took
-less time over all shapes: `auto` takes that one from then on.
+less time over all shapes: `auto` takes that one from then on. On sm_90 the products of both architectures are checked and timed.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -27,7 +28,6 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ LIMIT = 9.5 * 60
 PACKAGES = ("torch", "triton", "transformers", "pytest", *gpu_bench.PACKAGES)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Step:
     """A command that says by its exit code whether something holds."""
 
     name: str
     command: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
     limit: float = LIMIT
 
     @property
@@ -72,14 +72,28 @@ def steps(device: str) -> list[Step]:
         pytest("connector", "tests/nn/test_connector.py", "tests/nn/test_convert.py"),
         pytest("graphs, synchronisation, TF32, bad indices", "tests/gpu"),
     ]
-    times = [
-        Step(
-            f"times of {shape} at T = {tokens}",
-            (sys.executable, "-m", "benchmarks.gpu_bench", "--device", device, "--shape", shape, "--tokens", str(tokens)),
+    times = [times_of(shape, tokens, device) for shape, tokens in (gpu_bench.AT if device == "cuda" else gpu_bench.DRY)]
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and backends.cuda_kernels().built:
+        # There the CUDA products of two architectures run: those of sm_80 by themselves, for their values and for comparison.
+        sm80 = {"CMOE_CUDA_SM90": "0"}
+        tests.append(
+            pytest(
+                "CUDA products of sm_80", "tests/ops/test_promises.py", "tests/gpu", "-k", "cuda and (experts or tiles or chunks)", **sm80
+            )
         )
-        for shape, tokens in (gpu_bench.AT if device == "cuda" else gpu_bench.DRY)
-    ]
+        times += [
+            dataclasses.replace(times_of(shape, tokens, device, "--backend", "cuda"), name=f"{SM80} of {shape} at T = {tokens}", env=sm80)
+            for shape, tokens in gpu_bench.AT
+        ]
     return tests + times
+
+
+SM80 = "times with CUDA products of sm_80"
+
+
+def times_of(shape: str, tokens: int, device: str, *options: str) -> Step:
+    command = (sys.executable, "-m", "benchmarks.gpu_bench", "--device", device, "--shape", shape, "--tokens", str(tokens), *options)
+    return Step(f"times of {shape} at T = {tokens}", command)
 
 
 def run(step: Step, device: str) -> dict[str, Any]:
@@ -225,7 +239,7 @@ def preferences(results: dict[str, Any]) -> dict[str, str]:
     """Of each op "cuda" or "triton", by the geometric mean of times over shapes and passes; "unmeasured" unless both ran everywhere."""
     times: dict[str, dict[str, dict[tuple[str, str], float]]] = {op: {"cuda": {}, "triton": {}} for op in backends.OPS}
     for step, record in results["steps"].items():
-        for row in record.get("rows", []):
+        for row in record.get("rows", []) if not step.startswith(SM80) else []:
             ours = next((peer["ours"]["p50_ms"] for peer in row["peers"].values() if "ours" in peer), None)
             if ours is not None and row["backend"] in ("cuda", "triton"):
                 times[row["op"]][row["backend"]][step, row["pass"]] = ours

@@ -94,6 +94,18 @@ def test_every_step_is_below_ten_minutes_and_every_op_has_one():
     assert sum("times" in step.name for step in gpu_check.steps("cuda")) == 15
 
 
+def test_on_sm90_the_products_of_both_architectures_are_compared(monkeypatch):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_check.backends, "cuda_kernels", lambda: backends.CudaKernels("sm_80, sm_90a", ""))
+    todo = gpu_check.steps("cuda")
+    assert len({step.name for step in todo}) == len(todo)
+    assert sum("times" in step.name for step in todo) == 30
+    old = [step for step in todo if step.env.get("CMOE_CUDA_SM90") == "0"]
+    assert len(old) == 16
+    assert all(step.name.startswith(gpu_check.SM80) == (step.command[-2:] == ("--backend", "cuda")) for step in todo)
+
+
 def test_dry_run_without_the_native_library_hypothesis_and_xdist(tmp_path):
     """A copy of the sources as they lie in git, where importing either package is an error: tests, times, JSON and summary."""
     for folder in ("cmoe_kernels", "tests", "benchmarks"):
@@ -170,6 +182,7 @@ def test_the_faster_backend_is_noted(tmp_path):
     rows += [timed("soft_gate", "cuda", "a", 2.0), timed("soft_gate", "triton", "a", 1.0)]
     rows += [timed("topk_gate", "cuda", "a", 1.0), timed("topk_gate", "triton", "a", 2.0), timed("topk_gate", "cuda", "b", 1.0)]
     steps = {step: {"rows": [row for at, row in rows if at == step]} for step in ("a", "b")} | {"golden": {"status": "passed"}}
+    steps[f"{gpu_check.SM80} of a"] = {"rows": [timed("soft_gate", "cuda", "", 0.1)[1]]}  # not what auto would run
     results = {"steps": steps, "environment": {"capability": "9.0"}}
     assert {op: b for op, b in gpu_check.preferences(results).items() if b != "unmeasured"} == {
         "soft_experts": "cuda",

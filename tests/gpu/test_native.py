@@ -10,7 +10,7 @@ import torch
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends
 from tests.compare import assert_close, grads
-from tests.ops import naive
+from tests.ops import aligned, naive
 from tests.ops.cases import CASES, DEVICE, DTYPES, Maker, backends_of, leaves, on_backends, to_double
 
 if DEVICE != "cuda" or not torch.cuda.is_available():
@@ -120,10 +120,11 @@ def test_tf32_only_where_it_was_asked_for(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("form", ["soft", "sparse", "gated", "router"])
-def test_many_tiles(form, backend, dtype):
-    """Sizes over several tiles that divide by none, every expert with a tail."""
+@pytest.mark.parametrize("hidden", [330, 336])
+def test_many_tiles(hidden, form, backend, dtype):
+    """Sizes over several tiles that divide by none, every expert with a tail; rows of whole chunks throughout (336), and not (330)."""
     m = Maker(dtype, 0)
-    tokens, width, hidden, out, experts = 523, 200, 330, 264, 5
+    tokens, width, out, experts = 523, 200, 264, 5
     mlp = {"w1": m.x(experts, hidden, width), "b1": m.x(experts, hidden), "w2": m.x(experts, out, hidden), "b2": m.x(experts, out)}
     mlp = {name: value / value.shape[-1] ** 0.5 for name, value in mlp.items()}
     x = m.x(tokens, width)
@@ -153,6 +154,14 @@ def test_many_tiles(form, backend, dtype):
     assert_close("y", y, exact.detach(), baseline.detach(), dtype)
     for name, got, t, b in zip(names, ours, true, base, strict=True):
         assert_close(name, got, t, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", aligned.FORMS)
+@pytest.mark.parametrize("backend", NATIVE)
+def test_rows_of_whole_chunks(backend, form, dtype):
+    with cmoe.use_backend(backend):
+        aligned.check(form, dtype)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
