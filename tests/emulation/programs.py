@@ -18,15 +18,20 @@ SANITIZERS = {
 
 
 def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str, ...] = ()) -> Path:
-    """tests/emulation/<program>.cpp with some files of csrc/cuda; compiled again only when they, a header or the flags have changed."""
+    """tests/emulation/<program>.cpp with some files of csrc/cuda; compiled again only when they, a header or the flags have changed.
+
+    The last of the kernels may be what stands in the place of others, of tests/emulation: the program then has its name too.
+    """
     script, compiler = build_script(), need_compiler()
     os.chdir(ROOT)
     folder = Path("build", "emulation", sanitizer)
     command = [*compiler, "-c", *EMULATED, *SANITIZERS[sanitizer], "-x", "c++"]
-    sources = [f"tests/emulation/{program}.cpp", *(f"csrc/cuda/{kernel}.cu" for kernel in kernels)]
+    stand_ins = [kernel for kernel in kernels if Path("tests", "emulation", f"{kernel}.cpp").exists()]
+    sources = [f"csrc/cuda/{kernel}.cu" for kernel in kernels if kernel not in stand_ins]
+    sources += [f"tests/emulation/{name}.cpp" for name in (program, *stand_ins)]
     with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: script.compiled(source, command, folder), sources))
-        target = folder / program
+        target = folder / "-".join((program, *stand_ins))
         script.run_if_stale([*compiler, *SANITIZERS[sanitizer], "-o", str(target), *map(str, objects)], target, *objects)
     return ROOT / target
 

@@ -4,7 +4,23 @@ import pytest
 
 from tests.emulation.programs import compile_emulated, run_emulated
 from tests.emulation.test_emulator import pytestmark  # noqa: F401
-from tests.emulation.test_gemm import BOUND, LARGE, SMALL, program, results, sanitized  # noqa: F401
+from tests.emulation.test_gemm import BOUND, LARGE, SMALL, results
+from tests.native.variants import runtime_of
+
+# With those of sm_80, which serve where these do not.
+KERNELS = tuple(f"gemm_{product}{of}" for product in ("forward", "hidden", "weight") for of in ("", "_sm90"))
+
+
+@pytest.fixture(scope="module")
+def program():
+    return compile_emulated("gemm_test", "plain", KERNELS)
+
+
+@pytest.fixture(scope="module", params=["address", "thread"])
+def sanitized(request):
+    for name in ("asan", "ubsan", "tsan"):
+        runtime_of(name)
+    return compile_emulated("gemm_test", request.param, KERNELS)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +37,7 @@ def test_main_loop(order, when):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("scenario", [*SMALL, *LARGE])
-def test_values(program, scenario, dtype):  # noqa: F811
+def test_values(program, scenario, dtype):
     errors, accesses, _ = results(program, scenario, dtype)
     for name, error in errors.items():
         assert error <= BOUND[dtype], f"{name}: {error} times the rounding"
@@ -30,13 +46,13 @@ def test_values(program, scenario, dtype):  # noqa: F811
     assert phases == copies, f"{phases - copies} bank conflicts in {copies} copies"
 
 
-def test_operands_that_no_tensor_copy_reads_take_the_products_of_sm80(program):  # noqa: F811
+def test_operands_that_no_tensor_copy_reads_take_the_products_of_sm80(program):
     errors, _, _ = results(program, "odd_gated", "bf16")
     assert max(errors.values()) <= BOUND["bf16"]
 
 
 @pytest.mark.parametrize(("scenario", "dtype"), [("gated", "bf16"), ("sum", "f16"), ("large_transposed", "bf16")])
-def test_no_order_of_threads_and_no_moment_of_copies_changes_a_bit(program, scenario, dtype):  # noqa: F811
+def test_no_order_of_threads_and_no_moment_of_copies_changes_a_bit(program, scenario, dtype):
     digests = {
         results(program, scenario, dtype, order, when)[2]
         for order in ("forward", "reverse", "shuffled")
@@ -46,6 +62,6 @@ def test_no_order_of_threads_and_no_moment_of_copies_changes_a_bit(program, scen
 
 
 @pytest.mark.parametrize("scenario", ["gated_transposed", pytest.param("large", marks=pytest.mark.full)])
-def test_sanitizers_find_nothing(sanitized, scenario):  # noqa: F811
+def test_sanitizers_find_nothing(sanitized, scenario):
     errors, _, _ = results(sanitized, scenario, "bf16", "shuffled")
     assert max(errors.values()) <= BOUND["bf16"]

@@ -4,8 +4,10 @@ import sys
 
 from tests.mutants import Mutant, Suite
 
+PRODUCTS = ("gemm_forward", "gemm_hidden", "gemm_weight")
+
 # Compiled before the tests, which would do it themselves: a mutant that does not compile is no bug that was caught.
-EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.programs", "gemm_test", "gemm_forward", "gemm_hidden", "gemm_weight"),))
+EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.programs", "gemm_test", *PRODUCTS, "without_sm90"),))
 _gemm = "tests/emulation/test_gemm.py::test_"
 
 

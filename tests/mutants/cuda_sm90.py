@@ -1,8 +1,14 @@
 """Planted bugs of the products of sm_90a, caught through the emulator."""
 
-from tests.mutants import Mutant, Suite
+import sys
 
-EMULATED = Suite()
+from tests.mutants import Mutant, Suite
+from tests.mutants.cuda_gemm import PRODUCTS
+
+_build = (sys.executable, "-m", "tests.emulation.programs")
+# What a test runs is compiled before it: a mutant that does not compile is no bug that was caught.
+MAIN_LOOP = Suite(before=((*_build, "gemm_sm90_test"),))
+VALUES = Suite(before=((*_build, "gemm_test", *PRODUCTS, *(f"{product}_sm90" for product in PRODUCTS)),))
 _tests = "tests/emulation/test_gemm_sm90.py::test_"
 _early, _late, _eager = (f"{_tests}main_loop[{when}-reverse]" for when in ("early", "late", "eager"))
 
@@ -13,7 +19,12 @@ def _values(scenario: str) -> str:
 
 def _in(file: str, *tests: str):
     """A mutant of one file, with its tests."""
-    return lambda kind, old, new, *others: Mutant(kind, f"csrc/cuda/{file}", old, new, others or tests, EMULATED)
+
+    def mutant(kind: str, old: str, new: str, *others: str) -> Mutant:
+        run = others or tests
+        return Mutant(kind, f"csrc/cuda/{file}", old, new, run, MAIN_LOOP if "main_loop" in run[0] else VALUES)
+
+    return mutant
 
 
 rows = _in("gemm_sm90.cuh", _late)
