@@ -25,7 +25,25 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "sass.json"
 PAGE = ROOT / "docs" / "sass.md"
 # Tensor cores, asynchronous copies, matrix loads, floating-point products, atomics, spills; what orders warpgroups and copies.
-COUNTED = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "FFMA", "ATOMS", "ATOMG", "RED", "STL", "LDL", "FENCE", "WARPGROUP", "USETMAXREG")
+COUNTED = (
+    "HMMA",
+    "HGMMA",
+    "LDGSTS",
+    "UTMALDG",
+    "LDSM",
+    "FFMA",
+    "ATOM",
+    "ATOMS",
+    "ATOMG",
+    "RED",
+    "REDG",
+    "STL",
+    "LDL",
+    "FENCE",
+    "WARPGROUP",
+    "USETMAXREG",
+)
+ATOMICS = ("ATOMS", "ATOMG", "ATOM", "RED", "REDG")
 REGISTERS, SHARED, MOST_WARPS = 65536, {"sm_80": 164 << 10, "sm_90a": 228 << 10}, 64
 
 HEAD = """# What nvcc makes of the CUDA kernels
@@ -73,8 +91,10 @@ def kernels(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         elif match := re.match(r"\s*Function : (\S+)", line):
             name = match[1]
             found[name][arch]["counts"] = Counter()
-        elif (match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line)) and match[1] in COUNTED:
+        elif (match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([.A-Z0-9_]*)", line)) and match[1] in COUNTED:
             found[name][arch]["counts"][match[1]] += 1
+            if match[1] in ATOMICS and re.search(r"\.(F\d|BF)", match[2]):
+                found[name][arch]["counts"]["float atomics"] += 1
     plain = _run("c++filt", stdin="\n".join(found)).splitlines()
     return {_short(name): arches for name, arches in zip(plain, found.values(), strict=True)}
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from cmoe_kernels import backends
-from tests.native.variants import build_script
+from tests.native.variants import ROOT, build_script
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA kernels are built on Linux alone")
 SETTINGS = ("CMOE_CUDA", "CMOE_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH")
@@ -33,6 +33,14 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "toolkit"
+
+
+def test_nothing_in_the_sources_waits_or_allocates():
+    """What a CUDA graph could not capture, and memory that is not torch's."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*.*"))
+    for name in ("cudaMalloc", "cudaFree", "cudaMemcpy", "Synchronize", "cudaEventQuery", "cudaStreamQuery"):
+        assert name not in text, name
+    assert text.count("<<<") == 1, "every kernel is launched by launch(), which names the stream and checks"
 
 
 def test_without_nvcc(home, monkeypatch):

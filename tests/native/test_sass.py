@@ -30,6 +30,17 @@ def test_no_kernel_spills(found):
         assert not counts.get("STL", 0) + counts.get("LDL", 0), (source, kernel, arch)
 
 
+def test_atomics_are_of_integers(found):
+    """Sums of floats would depend on the order."""
+    atomics = {
+        (source, kernel): figures["counts"]
+        for source, kernel, _, figures in every_kernel(found)
+        if set(figures["counts"]) & set(sass.ATOMICS)
+    }
+    assert {source for source, _ in atomics} == {"csrc/cuda/balance_loss.cu", "csrc/cuda/topk_gate.cu"}
+    assert not [kernel for kernel, counts in atomics.items() if "float atomics" in counts]
+
+
 def test_every_kernel_is_there_for_every_architecture(found):
     archs = {arch for *_, arch, _ in every_kernel(found)}
     assert archs == {part for part in build_script().cuda_toolkit().built.split("; ")[0].split(", ") if part.startswith("sm_")}

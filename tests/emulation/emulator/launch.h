@@ -1,6 +1,7 @@
 // Runs a grid: every block, every thread of it, on the calling CPU thread.
 #pragma once
 
+#include <optional>
 #include <random>
 
 #include "block.h"
@@ -63,7 +64,9 @@ inline void launch(uint3 size, uint3 block_size, std::size_t dynamic, std::funct
     throw Fault("launch: a grid of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads");
   if (grid) throw Fault("launch inside a kernel");
   ++counts.launches;
-  Grid state;
+  // Not on the stack, which what comes next will write: a thread reads its grid on the way out, after it has released what it did.
+  static thread_local std::optional<Grid> kept;
+  Grid& state = kept.emplace();
   grid = &state;
   state.grid = size;
   state.block = block_size;

@@ -1,0 +1,45 @@
+"""Every kernel under sanitizers. Products have programs of their own (test_gemm.py, test_gemm_sm90.py), and so have kernels over rows here;
+under `make test-full` the whole emulated library is built with each sanitizer, and the tests of its operations run on that.
+
+AddressSanitizer with UndefinedBehaviorSanitizer: no access outside of a tensor, a shared array or a scratch. ThreadSanitizer: no two
+threads of a grid touch the same memory without a barrier, a collective or a wait between them.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.emulation.programs import compile_emulated, run_emulated
+from tests.emulation.test_emulator import pytestmark  # noqa: F401
+from tests.native.variants import ROOT, output_of, run_tests, runtime_of, summary_of
+
+ROWS = ("soft_gate", "topk_gate", "sort_by_expert", "balance_loss")
+RUNTIMES = {"address": ("asan", "ubsan", "stdc++"), "thread": ("tsan", "stdc++")}
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+# Every form of every op in its smallest sizes, and what needs more than a tile or a block.
+TESTS = ("tests/ops/test_promises.py", "tests/ops/test_edges.py", "tests/emulation")
+SELECTED = "(cuda and (test_precision or test_edges)) or test_rows or test_router or (test_experts and bf16)"
+
+
+@pytest.mark.parametrize("sanitizer", RUNTIMES)
+def test_kernels_over_rows(sanitizer):
+    for name in RUNTIMES[sanitizer][:-1]:
+        runtime_of(name)
+    run = run_emulated(compile_emulated("rows_test", sanitizer, ROWS), "shuffled")
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr[-3000:]
+
+
+@pytest.mark.full  # some minutes of compiling
+@pytest.mark.parametrize("sanitizer", RUNTIMES)
+def test_the_library(sanitizer, capsys):
+    preloaded = " ".join(map(runtime_of, RUNTIMES[sanitizer]))
+    environment = {"CMOE_EMULATE_CUDA": "1", "CMOE_EMULATE_SANITIZER": sanitizer, "PYTHONPATH": str(ROOT), **OPTIONS}
+    command = [sys.executable, "-m", "tests.emulation.library"]
+    built = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    run = run_tests(ROOT, *TESTS, "-k", SELECTED, LD_PRELOAD=preloaded, CMOE_TEST_FULL="0", **environment)
+    assert run.returncode == 0, output_of(run)
+    with capsys.disabled():
+        print(f"\nThe emulated library, {sanitizer} sanitizer: {summary_of(run)}")
