@@ -119,7 +119,7 @@ def page(found: dict[str, str]) -> str:
     for file in dict.fromkeys(m.file for m in MUTANTS):
         parts.append(f"\n## {file}\n\n| planted | kind | tests | verdict | key |\n| --- | --- | --- | --- | --- |\n")
         for m in (m for m in MUTANTS if m.file == file):
-            first = (m.new.strip().splitlines() or ["(gone)"])[0].replace("|", "&#124;").replace("`", "'")
+            first = (m.new.strip().splitlines() or ["(gone)"])[0].replace("|", "&#124;").replace("`", "'").replace("](", "] (")
             tests = ", ".join(test.rsplit("/", 1)[-1] for test in m.tests).replace("|", "&#124;")
             parts.append(f"| `{first}` | {m.kind} | `{tests}` | {found.get(m.key, 'not run')} | `{m.key}` |\n")
     return "".join(parts)
