@@ -144,9 +144,9 @@ def merge(path: Path, described: dict[str, Any], key: str, record: dict[str, Any
 
 
 def documents(folder: Path = RESULTS, suite: str = SUITE) -> list[dict[str, Any]]:
-    """All results of a suite in a folder."""
+    """All results of a suite in a folder, ordinary runs before those that kept pages."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [d for d in found if isinstance(d, dict) and d.get("suite") == suite]
+    return sorted((d for d in found if isinstance(d, dict) and d.get("suite") == suite), key=lambda d: "pages" in d["machine"])
 
 
 def set_threads(threads: int | None) -> int:
