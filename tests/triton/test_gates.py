@@ -81,7 +81,7 @@ def test_ranks_are_those_of_a_stable_sort(dtype):
     assert torch.equal(counts, expected_counts)
 
 
-def test_a_bad_index_reads_and_receives_nothing():
+def test_a_bad_index_reads_and_receives_nothing(monkeypatch):
     logits, dweights = torch.randn(2, 3), torch.randn(2, 2)
     indices = torch.tensor([[1 << 40, 0], [-1, 2]])
     clean = torch.tensor([[3, 0], [3, 2]])
@@ -89,6 +89,7 @@ def test_a_bad_index_reads_and_receives_nothing():
         ours = topk_triton.topk_gate_backward(dweights, logits, indices, score, renormalize, 1.0)
         torch.testing.assert_close(ours, topk_reference.topk_gate_backward(dweights, logits, clean, score, renormalize, 1.0))
     scores = torch.rand(2, 3)
+    monkeypatch.setattr(balance_loss_triton, "require_range", lambda *_: None)  # as on a GPU without CMOE_CHECK=1
     assert balance_loss_triton.balance_loss(scores, indices, None, "switch", None, None, None).isfinite()
 
 
