@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.digits import milliseconds, ratio_text
+from benchmarks.digits import days, milliseconds, ratio_text
 
 Record = dict[str, Any]
 
@@ -44,13 +44,9 @@ def about(document: Record) -> str:
     return (
         f"Qwen3-MoE in the width of its 30B-A3B (128 experts of 768, 8 chosen, model width 2048, bf16), {depth}: "
         f"{document['machine']['cpu']}, {document['threads']} threads, torch {distinct('torch')}, transformers {distinct('transformers')}, "
-        f"commit {distinct('commit')}, {_span([run['date'][:10] for run in runs])}; `cmoe` was served by the {distinct('served_by')} "
+        f"commit {distinct('commit')}, {days([run['date'] for run in runs])}; `cmoe` was served by the {distinct('served_by')} "
         f"backend. {machine.memory_of(document['machine'])}"
     )
-
-
-def _span(dates: list[str]) -> str:
-    return min(dates) if min(dates) == max(dates) else f"{min(dates)} to {max(dates)}"
 
 
 def headline(document: Record) -> str:

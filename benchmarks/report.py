@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, models_report, record
-from benchmarks.digits import milliseconds, ratio_text
+from benchmarks.digits import days, milliseconds, ratio_text
 from benchmarks.shapes import TINY
 
 README = machine.ROOT / "README.md"
@@ -107,17 +107,16 @@ def about(document: dict[str, Any]) -> str:
     def distinct(name: str) -> str:
         return " and ".join(sorted({str(run[name]) for run in runs}))
 
-    dates = sorted(run["date"] for run in runs)
     copy = sorted(run["copy_gbps"] for run in runs)
     gemm: dict[str, list[float]] = {}
     for run in runs:
         for dtype, rate in run["gemm_gflops"].items():
             gemm.setdefault(dtype, []).append(rate)
     peaks = ", ".join(f"{dtype} {_span(rates)}" for dtype, rates in sorted(gemm.items()))
-    when = dates[0][:10] if dates[0][:10] == dates[-1][:10] else f"{dates[0][:10]} to {dates[-1][:10]}"
     return (
         f"{m['cpu']} (family/model {m['family_model']}, {m['cores']} cores, {', '.join(m['flags'])}), {document['threads']} threads, "
-        f"torch {distinct('torch')}, commit {distinct('commit')}, {when}. Measured in the same runs: a copy moves {_span(copy)} GB/s "
+        f"torch {distinct('torch')}, commit {distinct('commit')}, {days([run['date'] for run in runs])}. "
+        f"Measured in the same runs: a copy moves {_span(copy)} GB/s "
         f"(read and written bytes), {distinct('gemm_loop')} reaches {peaks} GFLOP/s. {machine.memory_of(m)}"
     )
 

@@ -47,7 +47,7 @@ struct Maps {
   bool x_alternates;
 };
 
-__device__ inline bool gathers(const RowOperand& x) { return x.index || x.divisor != 1; }
+__host__ __device__ inline bool gathers(const RowOperand& x) { return x.index || x.divisor != 1; }
 
 template <class Tile>
 struct Ring {
@@ -274,7 +274,7 @@ struct Mapped {
     x = {p.x.data, p.depth, p.groups.rows, x_experts, p.x.row, p.x.expert};
     w = major == Major::k ? TensorView{p.w.data, p.depth, outputs, experts, p.w.output, p.w.expert} : TensorView{p.w.data, outputs, p.depth, experts, p.w.input, p.w.expert};
     const bool along = p.x.column == 1 && (p.w.input == 1 || p.w.output == 1), narrow = type != Type::f32 && p.x.type == type && p.w.type == type;
-    const bool rows = p.x.index || p.x.divisor != 1 ? in_chunks(p.x.data, type, p.x.column, p.x.row, p.x.expert) : can_map(x);
+    const bool rows = gathers(p.x) ? in_chunks(p.x.data, type, p.x.column, p.x.row, p.x.expert) : can_map(x);
     can = narrow && along && rows && can_map(w);
   }
 };
@@ -286,7 +286,7 @@ void launch_rows_sm90(const char* operation, const Mapped& from, RowArguments p,
   const int64_t tiles = most_row_tiles(p.groups, p.sum, Tile::m) * p.columns;
   if (!tiles || !p.groups.rows) return;
   const TensorMap w = tensor_map(from.w, major == Major::mn ? 64 : wide);
-  const bool by_threads = p.x.index || p.x.divisor != 1;
+  const bool by_threads = gathers(p.x);
   const Maps maps{by_threads ? w : tensor_map(from.x, Tile::m), w, alternates(from.x)};
   const size_t shared = Tile::stages * Tile::stage_bytes + RowTiles<Tile::m, Tile::threads>::bytes(p.groups);
   launch(operation, row_product_sm90_kernel<T, Tile, major, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared, stream, maps, p, epilogue);

@@ -171,13 +171,12 @@ bool run(const char* operation, const WeightProduct& p, Stream stream) {
   using Tile = GradientTile;
   WeightArguments a{p.groups, p.height, p.width, p.p, p.q, p.scale, static_cast<int>((p.height + Tile::m - 1) / Tile::m), p.dw.data ? static_cast<int>((p.width + Tile::n - 1) / Tile::n) : 1};
   const auto view = [&](const RowOperand& x, int64_t width) { return TensorView{x.data, width, p.groups.rows, x.expert ? p.groups.experts : 1, x.row, x.expert}; };
-  const auto gathered = [](const RowOperand& x) { return x.index || x.divisor != 1; };
   const TensorView view_p = view(p.p, p.height), view_q = view(p.q, p.width);
-  const auto can = [&](const RowOperand& x, const TensorView& v) { return x.data && x.type == p.type && in_chunks(x.data, x.type, x.column, x.row, x.expert) && (gathered(x) || can_map(v)); };
+  const auto can = [&](const RowOperand& x, const TensorView& v) { return x.data && x.type == p.type && in_chunks(x.data, x.type, x.column, x.row, x.expert) && (gathers(x) || can_map(v)); };
   if (!can(p.p, view_p) || !can(p.q, view_q)) return false;
   const int64_t tiles = int64_t{a.tiles_m} * a.tiles_n * p.groups.experts;
   if (!tiles) return true;
-  const WeightMaps maps{gathered(p.p) ? TensorMap{} : tensor_map(view_p, 64), gathered(p.q) ? TensorMap{} : tensor_map(view_q, 64), alternates(view_p), alternates(view_q)};
+  const WeightMaps maps{gathers(p.p) ? TensorMap{} : tensor_map(view_p, 64), gathers(p.q) ? TensorMap{} : tensor_map(view_q, 64), alternates(view_p), alternates(view_q)};
   launch(operation, weight_product_sm90_kernel<T>, persistent_blocks<Tile>(tiles), Tile::threads, Tile::stages * Tile::stage_bytes, stream, maps, a, Stored<T>(p.dw), Stored<T>(p.db));
   return true;
 }
