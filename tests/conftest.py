@@ -30,6 +30,11 @@ def _settled():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_make_parametrize_id(val, argname):
+    # Bytes name the argument, not their content: a gzip header holds the second it was made in, so that two workers would not collect the same tests.
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items):
     if os.environ.get("CMOE_TEST_FULL", "0") in ("", "0"):
         skip = pytest.mark.skip(reason="runs under `make test-full`")
