@@ -93,7 +93,7 @@ def test_corpus_bleu_sums_before_dividing():
     assert overlap.corpus_bleu([["q"]], [["a"]])[0] < 1e-8
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(WORDS.filter(bool), WORDS.filter(bool)), min_size=1, max_size=5))
 def test_corpus_bleu_is_that_of_the_coco_code(pairs):
     bleu = pytest.importorskip("pycocoevalcap.bleu.bleu")
