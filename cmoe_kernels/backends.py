@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cmoe_kernels.ops import checked
 from cmoe_kernels.ops.arguments import CHECK_ON_DEVICE
 
 OPS = ("soft_gate", "topk_gate", "task_router", "grouped_linear", "soft_experts", "sparse_experts", "balance_loss")
@@ -86,15 +87,6 @@ def _run_triton(module: str, name: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*arguments)
 
 
-def register_cuda(name: str, kernel: Callable[..., Any]) -> None:
-    """Let a native kernel serve on GPUs. It reads no index on the host: with CMOE_CHECK=1 ``ops/checked.py`` does, before it."""
-    register(name, "cuda", functools.partial(_run_checked, name, kernel) if CHECK_ON_DEVICE else kernel)
-
-
-def _run_checked(name: str, kernel: Callable[..., Any], *arguments: Any) -> Any:
-    return importlib.import_module("cmoe_kernels.ops.checked").run(name, kernel, *arguments)
-
-
 def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends that can run ``op`` on a device in a dtype, best first."""
     able = [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
@@ -128,7 +120,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str
 
 
 def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
-    """Call a backend's kernel.
+    """Call a backend's kernel, after a look at the values of its index tensors where ``ops/checked.py`` says so.
 
     Autocast is off inside: dtypes were settled by the public function. Outputs are made contiguous, as the fakes say, and None (a
     gradient that nobody asked for, nothing saved) becomes an empty tensor of its own.
@@ -136,6 +128,9 @@ def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
     kernel = _kernels.get((op, backend))
     if kernel is None or backend not in DEVICE_ORDER.get(device.type, ("reference",)):
         raise RuntimeError(f"{op} was recorded with backend {backend!r}, which is not there on this machine: {missing_reason(backend)}")
+    # "cuda" is a GPU's backend also where tests emulate it.
+    if op in checked.CHECKS and backend != "cpu" and (backend != "cuda" or CHECK_ON_DEVICE):
+        checked.CHECKS[op](*arguments)
     # Entering autocast to switch it off costs as much as a small kernel: only where it is on.
     autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext()
     # Triton launches on the current device, which need not be that of the arguments.
@@ -273,7 +268,7 @@ def _load_native() -> None:
             if hasattr(torch.ops.cmoe_native, name):
                 register(name, "cpu", getattr(torch.ops.cmoe_native, name))
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"cmoe_native::{name}", "CUDA"):
-                    register_cuda(name, getattr(torch.ops.cmoe_native, name))
+                    register(name, "cuda", getattr(torch.ops.cmoe_native, name))
 
 
 _load_native()

@@ -31,7 +31,7 @@ def _settled():
 
 
 def pytest_make_parametrize_id(val, argname):
-    # Bytes name the argument, not their content: a gzip header holds the second it was made in, so that two workers would not collect the same tests.
+    # Not by content: a gzip header holds the second it was made in, and two workers must collect the same names.
     return argname if isinstance(val, bytes) else None
 
 

@@ -4,6 +4,7 @@ Shapes and dtypes are checked here, where torch.compile can trace them. Values o
 read them: always on the CPU; on a GPU, where reading would wait for the device, only with CMOE_CHECK=1.
 """
 
+import itertools
 import os
 
 import torch
@@ -107,6 +108,22 @@ def require_range(name: str, index: Tensor, size: int, what: str) -> None:
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"{name} holds {low if low < 0 else high}, must be in 0..{size - 1} ({what})")
+
+
+def require_permutation(name: str, index: Tensor) -> None:
+    """Values that are range(n) in some order; reads the tensor as require_range does."""
+    if index.device.type != "cpu" and not CHECK_ON_DEVICE:
+        return
+    if not torch.equal(index.sort().values, torch.arange(index.shape[0], device=index.device)):
+        raise ValueError(f"{name} must be a permutation of range({index.shape[0]})")
+
+
+def require_offsets(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
+    """Where each expert's rows begin and end; reads the tensor on every device."""
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] > rows or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"offsets are {ends}, must start at 0, not decrease and end at {rows} rows or before")
+    return list(itertools.pairwise(ends))
 
 
 def _brackets(letters: str) -> str:

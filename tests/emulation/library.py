@@ -84,7 +84,7 @@ def install() -> None:
     for op in backends.OPS:
         for name in (op, f"{op}_backward"):
             if hasattr(torch.ops.cmoe_emulated, name):
-                backends.register_cuda(name, getattr(torch.ops.cmoe_emulated, name))
+                backends.register(name, "cuda", getattr(torch.ops.cmoe_emulated, name))
     backends.DEVICE_ORDER["cpu"] = (*(b for b in backends.DEVICE_ORDER["cpu"] if b != "cuda"), "cuda")
 
 

@@ -89,7 +89,6 @@ def test_a_bad_index_reads_and_receives_nothing(monkeypatch):
         ours = topk_triton.topk_gate_backward(dweights, logits, indices, score, renormalize, 1.0)
         torch.testing.assert_close(ours, topk_reference.topk_gate_backward(dweights, logits, clean, score, renormalize, 1.0))
     scores = torch.rand(2, 3)
-    monkeypatch.setattr(balance_loss_triton, "require_range", lambda *_: None)  # as on a GPU without CMOE_CHECK=1
     assert balance_loss_triton.balance_loss(scores, indices, None, "switch", None, None, None).isfinite()
 
 

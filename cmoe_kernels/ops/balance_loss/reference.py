@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmoe_kernels.ops.arguments import require_range
 from cmoe_kernels.ops.precision import accumulate_dtype
 
 
@@ -19,8 +18,6 @@ def balance_loss(
     total: Tensor | None,
 ) -> Tensor:
     experts = scores.shape[1]
-    if indices is not None:
-        require_range("indices", indices, experts + 1, f"{experts} experts, and {experts} for no expert")
     kind, s, live = _read(scores, mask, kind)
     seg = _segments(live, segments)
     if kind == "switch":

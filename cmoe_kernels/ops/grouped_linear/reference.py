@@ -1,11 +1,10 @@
 """grouped_linear in plain PyTorch: one product per expert, whose row ranges are read on the host."""
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from cmoe_kernels.ops.activation import activate, activate_backward
+from cmoe_kernels.ops.arguments import require_offsets
 
 
 def grouped_linear(
@@ -19,7 +18,7 @@ def grouped_linear(
     activation: str | None,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    bounds = require_layout(offsets, x.shape[0] * k, gather_idx, scatter_idx)
+    bounds = require_offsets(offsets, x.shape[0] * k)
     rows = _gather(x, gather_idx, k)
     u = x.new_zeros(rows.shape[0], w.shape[1])
     for e, (start, stop) in enumerate(bounds):
@@ -47,7 +46,7 @@ def grouped_linear_backward(
     activation: str | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    bounds = _bounds(offsets, x.shape[0] * k)
+    bounds = require_offsets(offsets, x.shape[0] * k)
     rows = _gather(x, gather_idx, k)
     du = dy if scatter_idx is None else dy[scatter_idx]
     if activation is not None:
@@ -76,23 +75,3 @@ def _sum_rows(drows: Tensor, gather_idx: Tensor | None, k: int) -> Tensor:
     if gather_idx is not None:
         drows = torch.empty_like(drows).index_copy_(0, gather_idx, drows)
     return drows.view(-1, k, drows.shape[1]).sum(1) if k > 1 else drows
-
-
-def require_layout(offsets: Tensor, rows: int, gather_idx: Tensor | None, scatter_idx: Tensor | None) -> list[tuple[int, int]]:
-    """The rows of each expert. Reads the tensors, so it is for kernels (see ``ops/arguments.py``)."""
-    for name, index in (("gather_idx", gather_idx), ("scatter_idx", scatter_idx)):
-        if index is not None:
-            _require_permutation(name, index)
-    return _bounds(offsets, rows)
-
-
-def _bounds(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
-    ends = offsets.tolist()
-    if ends[0] != 0 or ends[-1] > rows or any(a > b for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"offsets are {ends}, must start at 0, not decrease and end at {rows} rows or before")
-    return list(itertools.pairwise(ends))
-
-
-def _require_permutation(name: str, index: Tensor) -> None:
-    if not torch.equal(index.sort().values, torch.arange(index.shape[0], device=index.device)):
-        raise ValueError(f"{name} must be a permutation of range({index.shape[0]})")
