@@ -287,7 +287,7 @@ def main() -> int:
                     finally:
                         with contextlib.suppress(RuntimeError):
                             torch.cuda.empty_cache()
-                    rows.append(row)
+                    rows.append(row | {"tokens": options.tokens})
                     print(line(row), flush=True)
     if options.write:
         options.write.write_text(json.dumps({"rows": rows, **({"skip_reasons": skip_reasons} if skip_reasons else {})}))

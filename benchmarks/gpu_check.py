@@ -8,7 +8,7 @@ torch and the device are the same (``--again`` runs it all the same). A peer or 
 The last lines say what was verified, what failed and what was not run. `--device cpu` is a dry run of this driver and says so.
 
 ``--prefer`` then notes in cmoe_kernels/ops/preferred.json, for this architecture, which of the CUDA and the Triton kernels of each op took
-less time over all shapes: `auto` takes that one from then on. On sm_90 the products of both architectures are checked and timed.
+less time over all shapes, with up to 64 tokens and with more: `auto` takes that one from then on. On sm_90 the products of both architectures are checked and timed.
 """
 
 import argparse
@@ -235,33 +235,39 @@ def summary(results: dict[str, Any], todo: Sequence[Step]) -> str:
 
 
 # --- which of two backends is faster ------------------------------------------------------------------------------------------
-def preferences(results: dict[str, Any]) -> dict[str, str]:
-    """Of each op "cuda" or "triton", by the geometric mean of times over shapes and passes; "unmeasured" unless both ran everywhere."""
-    times: dict[str, dict[str, dict[tuple[str, str], float]]] = {op: {"cuda": {}, "triton": {}} for op in backends.OPS}
+def preferences(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Of each op, for few and for many tokens, "cuda" or "triton": by the geometric mean of times over shapes and passes.
+
+    "unmeasured" unless both ran everywhere.
+    """
+    times: dict[tuple[str, str], dict[str, dict[tuple[str, str], float]]]
+    times = {(op, tokens): {"cuda": {}, "triton": {}} for op in backends.OPS for tokens in ("few", "many")}
     for step, record in results["steps"].items():
         for row in record.get("rows", []) if not step.startswith(SM80) else []:
             ours = next((peer["ours"]["p50_ms"] for peer in row["peers"].values() if "ours" in peer), None)
             if ours is not None and row["backend"] in ("cuda", "triton"):
-                times[row["op"]][row["backend"]][step, row["pass"]] = ours
-    found = {}
-    for op, by_backend in times.items():
+                tokens = "few" if row["tokens"] <= backends.FEW else "many"
+                times[row["op"], tokens][row["backend"]][step, row["pass"]] = ours
+    found: dict[str, dict[str, str]] = {op: {} for op in backends.OPS}
+    for (op, tokens), by_backend in times.items():
         cuda, triton = by_backend["cuda"], by_backend["triton"]
         if not cuda or cuda.keys() != triton.keys():
-            found[op] = "unmeasured"
+            found[op][tokens] = "unmeasured"
         else:
-            found[op] = "cuda" if sum(math.log(cuda[at] / triton[at]) for at in cuda) < 0 else "triton"
+            found[op][tokens] = "cuda" if sum(math.log(cuda[at] / triton[at]) for at in cuda) < 0 else "triton"
     return found
 
 
-def note_preferences(results: dict[str, Any], path: Path) -> dict[str, str]:
+def note_preferences(results: dict[str, Any], path: Path) -> dict[str, dict[str, str]]:
     """Write them into the table, for the architecture of the results; what was not measured leaves the line as it was."""
     table = json.loads(path.read_text())
     arch = "sm_" + results["environment"]["capability"].replace(".", "")
-    found = preferences(results)
-    before = table.get(arch, dict.fromkeys(backends.OPS, "unmeasured"))
-    table[arch] = {op: before[op] if found[op] == "unmeasured" else found[op] for op in backends.OPS}
+    noted = table.setdefault(arch, {})
+    for op, found in preferences(results).items():
+        before = noted.setdefault(op, found)
+        before |= {tokens: backend for tokens, backend in found.items() if backend != "unmeasured"}
     path.write_text(json.dumps(table, indent=1) + "\n")
-    return table[arch]
+    return noted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -287,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"written to {path}")
     if options.prefer and options.device == "cuda":
         noted = note_preferences(results, Path(backends.__file__).parent / "ops" / "preferred.json")
-        print("; ".join(f"{op}: {which}" for op, which in noted.items()))
+        print("; ".join(f"{op}: {of['few']} for few tokens, {of['many']} for many" for op, of in noted.items()))
     return int(any(results["steps"][step.name]["status"] in ("failed", "timeout") for step in todo))
 
 

@@ -8,8 +8,8 @@ backend of its forward pass, also outside ``use_backend`` and on another thread,
 Triton is imported by the first call that it serves, so a machine without a GPU never imports it. With TRITON_INTERPRET=1 in the
 environment its kernels also run on the CPU, interpreted: the last choice there, for tests.
 
-Which of ``cuda`` and ``triton`` goes first is a matter of measurement: ops/preferred.json says it per architecture and op. Where it says
-"unmeasured" the order below stands.
+Which of ``cuda`` and ``triton`` goes first is a matter of measurement: ops/preferred.json says it per architecture, op and number of tokens
+(few, many). Where it says "unmeasured" the order below stands.
 """
 
 import contextlib
@@ -38,8 +38,9 @@ DEVICE_ORDER = {
 }
 # GPU kernels accumulate in fp32: fp64 is left to the others.
 WITHOUT_DOUBLE = ("triton", "cuda")
-# {architecture: {op: the faster one of "cuda" and "triton", or "unmeasured"}}
-PREFERRED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "ops" / "preferred.json").read_text())
+# {architecture: {op: {"few" or "many" tokens: the faster one of "cuda" and "triton", or "unmeasured"}}}
+FEW = 64
+PREFERRED: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "ops" / "preferred.json").read_text())
 
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -87,14 +88,14 @@ def _run_triton(module: str, name: str, *arguments: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*arguments)
 
 
-def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that can run ``op`` on a device in a dtype, best first."""
+def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32, tokens: int | None = None) -> list[str]:
+    """The backends that can run ``op`` on a device in a dtype, best first; ``tokens`` is None for many."""
     able = [b for b in DEVICE_ORDER.get(device_type, ("reference",)) if (op, b) in _kernels]
     if dtype == torch.float64:
         return [b for b in able if b not in WITHOUT_DOUBLE]
     if device_type == "cuda":
         able = [b for b in able if not gpu_error(b)]
-        if "cuda" in able and preferred(op) == "cuda":
+        if "cuda" in able and _preferred(op, tokens) == "cuda":
             able = ["cuda", *(b for b in able if b != "cuda")]
     return able
 
@@ -104,9 +105,9 @@ def selected() -> str:
     return _selected
 
 
-def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that ``op`` will use on a device, in a dtype, now."""
-    able = serving(op, device_type, dtype)
+def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32, tokens: int | None = None) -> str:
+    """The backend that ``op`` will use on a device, in a dtype, for a number of tokens (None: many), now."""
+    able = serving(op, device_type, dtype, tokens)
     if _selected == "auto":
         return able[0]
     if _selected not in able:
@@ -237,11 +238,18 @@ def gpu_error(backend: str) -> str:
 
 
 @_constant
-def preferred(op: str) -> str:
-    """What ops/preferred.json says of an op on the first GPU: "cuda", "triton" or "unmeasured"."""
+def preferred(op: str, tokens: str) -> str:
+    """What ops/preferred.json says of an op with "few" or "many" tokens on the first GPU: "cuda", "triton" or "unmeasured"."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "unmeasured"
-    return PREFERRED.get("sm_{}{}".format(*torch.cuda.get_device_capability(0)), {}).get(op, "unmeasured")
+    table = PREFERRED.get("sm_{}{}".format(*torch.cuda.get_device_capability(0)), {})
+    return table[op][tokens] if op in table else "unmeasured"
+
+
+def _preferred(op: str, tokens: int | None) -> str:
+    few, many = preferred(op, "few"), preferred(op, "many")
+    # The number of tokens is looked at where it decides: torch.compile makes a graph for each side of what is compared.
+    return few if few != many and tokens is not None and tokens <= FEW else many
 
 
 def _load_native() -> None:

@@ -72,7 +72,9 @@ def _ops(device: str) -> str:
         reasons = [f"{name}: {backends.missing_reason(name)}" for name in passed]
         if backends._selected != "auto":
             reasons = [f"chosen by {'CMOE_BACKEND' if os.environ.get('CMOE_BACKEND') else 'use_backend'}"]
-        rows.append((op, chosen, "; ".join(reasons) or "first choice for this device"))
+        few = backends.choose(op, device, tokens=1)
+        also = f"; {few} up to {backends.FEW} tokens" if few != chosen else ""
+        rows.append((op, chosen, ("; ".join(reasons) or "first choice for this device") + also))
     return _table(rows)
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends, doctor
@@ -125,13 +126,33 @@ def test_where_code_runs(built, capability, runs):
 
 @pytest.mark.parametrize(("said", "first"), [("unmeasured", "triton"), ("triton", "triton"), ("cuda", "cuda")])
 def test_auto_takes_the_gpu_backend_that_was_measured_to_be_faster(gpu, said, first):
-    gpu((9, 0), {"soft_gate": said})
-    assert backends.choose("soft_gate", "cuda") == first
+    gpu((9, 0), {"soft_gate": {"few": "triton", "many": said}})
+    assert [backends.choose("soft_gate", "cuda", tokens=t) for t in (0, 64, 65, None)] == ["triton", "triton", first, first]
     assert backends.serving("soft_gate", "cuda", torch.float64) == ["reference"]
+    assert ("triton up to 64 tokens" in doctor._ops("cuda")) == (first == "cuda")
+
+
+@pytest.mark.parametrize(("many", "graphs"), [("triton", 1), ("cuda", 2)])
+def test_compiled_code_asks_for_the_number_of_tokens_only_where_it_decides(gpu, monkeypatch, many, graphs):
+    gpu((9, 0), {"soft_gate": {"few": "triton", "many": many}})
+    for tokens in ("few", "many"):
+        backends.preferred("soft_gate", tokens)
+    backends.choose("soft_gate", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler looks for GPUs itself
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def f(x):
+        return x + ("triton", "cuda").index(backends.choose("soft_gate", "cuda", tokens=x.shape[0]))
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (8, 40, 100, 3000):
+        assert compiled(torch.zeros(tokens))[0] == float(many == "cuda" and tokens > 64)
+    assert counter.frame_count == graphs
 
 
 def test_the_choice_on_a_gpu_is_a_constant_of_a_compiled_function(gpu, monkeypatch):
-    gpu((9, 0), {"soft_gate": "cuda"})
+    gpu((9, 0), {"soft_gate": {"few": "cuda", "many": "cuda"}})
     backends.choose("soft_gate", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler looks for GPUs itself
     torch._dynamo.reset()
@@ -146,7 +167,9 @@ def test_the_choice_on_a_gpu_is_a_constant_of_a_compiled_function(gpu, monkeypat
 def test_the_table_of_preferred_backends():
     for table in backends.PREFERRED.values():
         assert table.keys() == set(backends.OPS)
-        assert set(table.values()) <= {"cuda", "triton", "unmeasured"}
+        for of in table.values():
+            assert of.keys() == {"few", "many"}
+            assert set(of.values()) <= {"cuda", "triton", "unmeasured"}
 
 
 def test_doctor_names_what_the_cuda_kernels_were_built_for():

@@ -165,11 +165,12 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
     assert not wrong["peers"]
 
 
-def timed(op, backend, step, ms):
+def timed(op, backend, step, ms, tokens=1024):
     return step, {
         "op": op,
         "pass": "forward",
         "backend": backend,
+        "tokens": tokens,
         "peers": {"released loop": {"ours": {"p50_ms": ms}}, "x": {"skipped": "no"}},
     }
 
@@ -180,17 +181,23 @@ def test_the_faster_backend_is_noted(tmp_path):
         timed("soft_experts", b, s, ms) for b, s, ms in (("cuda", "a", 1.0), ("triton", "a", 4.0), ("cuda", "b", 3.0), ("triton", "b", 1.0))
     ]
     rows += [timed("soft_gate", "cuda", "a", 2.0), timed("soft_gate", "triton", "a", 1.0)]
+    rows += [timed("soft_gate", "cuda", "b", 1.0, 64), timed("soft_gate", "triton", "b", 2.0, 64)]
     rows += [timed("topk_gate", "cuda", "a", 1.0), timed("topk_gate", "triton", "a", 2.0), timed("topk_gate", "cuda", "b", 1.0)]
     steps = {step: {"rows": [row for at, row in rows if at == step]} for step in ("a", "b")} | {"golden": {"status": "passed"}}
     steps[f"{gpu_check.SM80} of a"] = {"rows": [timed("soft_gate", "cuda", "", 0.1)[1]]}  # not what auto would run
     results = {"steps": steps, "environment": {"capability": "9.0"}}
-    assert {op: b for op, b in gpu_check.preferences(results).items() if b != "unmeasured"} == {
-        "soft_experts": "cuda",
-        "soft_gate": "triton",
+    unmeasured = {"few": "unmeasured", "many": "unmeasured"}
+    assert {op: of for op, of in gpu_check.preferences(results).items() if of != unmeasured} == {
+        "soft_experts": unmeasured | {"many": "cuda"},
+        "soft_gate": {"few": "cuda", "many": "triton"},
     }
     table = tmp_path / "preferred.json"
-    table.write_text(json.dumps({"sm_80": {"soft_gate": "cuda"}}))
+    before = {"soft_gate": {"few": "cuda", "many": "cuda"}}
+    table.write_text(json.dumps({"sm_80": before, "sm_90": {"topk_gate": before["soft_gate"]}}))
     gpu_check.note_preferences(results, table)
     noted = json.loads(table.read_text())
-    assert noted["sm_80"] == {"soft_gate": "cuda"}
-    assert (noted["sm_90"]["soft_experts"], noted["sm_90"]["soft_gate"], noted["sm_90"]["topk_gate"]) == ("cuda", "triton", "unmeasured")
+    assert noted["sm_80"] == before
+    assert noted["sm_90"]["soft_gate"] == {"few": "cuda", "many": "triton"}
+    assert noted["sm_90"]["soft_experts"] == {"few": "unmeasured", "many": "cuda"}
+    assert noted["sm_90"]["topk_gate"] == before["soft_gate"]
+    assert noted["sm_90"]["balance_loss"] == unmeasured

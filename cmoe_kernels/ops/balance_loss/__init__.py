@@ -87,7 +87,7 @@ def balance_loss(
         counts = counts.detach()
     elif total is not None:
         raise ValueError("total is given without counts")
-    backend = backends.choose("balance_loss", scores.device.type, scores.dtype)
+    backend = backends.choose("balance_loss", scores.device.type, scores.dtype, scores.shape[0])
     if from_logits and backend == "cpu":
         kind = f"softmax_{kind}"
     elif from_logits:

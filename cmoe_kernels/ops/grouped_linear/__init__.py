@@ -65,7 +65,7 @@ def grouped_linear(
     if activation is not None:
         require_choice("activation", activation, ACTIVATIONS)
     save = activation is not None and wants_grad(x, w, b)
-    backend = backends.choose("grouped_linear", x.device.type, x.dtype)
+    backend = backends.choose("grouped_linear", x.device.type, x.dtype, x.shape[0])
     return _grouped_linear(x, w, b, offsets, gather_idx, k, scatter_idx, activation, save, backend)[0]
 
 

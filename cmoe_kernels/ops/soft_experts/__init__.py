@@ -60,7 +60,7 @@ def soft_experts(
     elif gates.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"gates has {gates.shape[0]} rows, must have {x.shape[0]} (tokens in x) or 1; or give group_ids")
     save = not recompute and w2 is not None and wants_grad(x, gates, w1, b1, w2, b2)
-    backend = backends.choose("soft_experts", x.device.type, x.dtype)
+    backend = backends.choose("soft_experts", x.device.type, x.dtype, x.shape[0])
     return _soft_experts(x, gates, w1, b1, w2, b2, group_ids, activation, save, backend)[0]
 
 

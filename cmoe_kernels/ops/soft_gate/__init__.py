@@ -27,7 +27,7 @@ def soft_gate(logits: Tensor) -> Tensor:
     Saves ``logits`` for backward. Deterministic. ``T == 0`` gives an empty result.
     """
     require_float("logits", logits, "TE")
-    return _soft_gate(logits, backends.choose("soft_gate", logits.device.type, logits.dtype))
+    return _soft_gate(logits, backends.choose("soft_gate", logits.device.type, logits.dtype, logits.shape[0]))
 
 
 @operator("soft_gate")

@@ -72,7 +72,7 @@ def sparse_experts(
     elif indices.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"indices has {indices.shape[0]} rows, must have {x.shape[0]} (tokens in x) or 1; or give group_ids")
     save = not recompute and w2 is not None and wants_grad(x, weights, w1, b1, w2, b2)
-    backend = backends.choose("sparse_experts", x.device.type, x.dtype)
+    backend = backends.choose("sparse_experts", x.device.type, x.dtype, x.shape[0])
     return _sparse_experts(x, weights, indices, w1, b1, w2, b2, group_ids, activation, gated, save, backend)[0]
 
 

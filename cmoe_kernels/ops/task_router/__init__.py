@@ -96,7 +96,7 @@ def task_router(
     elif group_ids is not None:
         raise ValueError(f"group_ids must be None with inputs={inputs!r}")
     save = not recompute and wants_grad(x, task, w1, b1, w2, b2)
-    backend = backends.choose("task_router", rows.device.type, rows.dtype)
+    backend = backends.choose("task_router", rows.device.type, rows.dtype, rows.shape[0])
     return _task_router(x, task, w1, b1, w2, b2, group_ids, activation, save, backend)[0]
 
 

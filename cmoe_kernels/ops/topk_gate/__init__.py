@@ -58,7 +58,7 @@ def topk_gate(
         for dim, of in enumerate(("tokens in logits", "experts in logits")):
             require_size("selection", selection, dim, logits.shape[dim], of)
         selection = selection.detach()
-    backend = backends.choose("topk_gate", logits.device.type, logits.dtype)
+    backend = backends.choose("topk_gate", logits.device.type, logits.dtype, logits.shape[0])
     return TopK(*_topk_gate(logits, k, score, renormalize, float(scale), selection, backend))
 
 
