@@ -8,7 +8,8 @@ torch and the device are the same (``--again`` runs it all the same). A peer or 
 The last lines say what was verified, what failed and what was not run. `--device cpu` is a dry run of this driver and says so.
 
 ``--prefer`` then notes in cmoe_kernels/ops/preferred.json, for this architecture, which of the CUDA and the Triton kernels of each op took
-less time over all shapes, with up to 64 tokens and with more: `auto` takes that one from then on. On sm_90 the products of both architectures are checked and timed.
+less time over all shapes, with up to 64 tokens and with more: `auto` takes that one from then on. On sm_90 the products of both
+architectures are checked and timed.
 """
 
 import argparse
