@@ -79,7 +79,7 @@ def _ops(device: str) -> str:
 
 
 def _settings() -> str:
-    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK", "CMOE_AUTOTUNE", "CMOE_CUDA_SM90")
+    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK", "CMOE_KEEP_PAGES", "CMOE_AUTOTUNE", "CMOE_CUDA_SM90")
     return _table([(name, os.environ.get(name, "not set")) for name in names])
 
 

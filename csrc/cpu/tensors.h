@@ -56,7 +56,11 @@ auto computing(const Tensor& x, F&& f) {
 
 inline Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
 
+// A tensor in memory of the pool; none where the pool does not serve, or has no memory.
+std::optional<Tensor> pooled_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
+
 inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  if (std::optional<Tensor> t = pooled_tensor(sizes, dtype)) return *t;
   Tensor t;
   try {
     t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);

@@ -1,0 +1,23 @@
+// Memory of large results. glibc maps it anew for each and unmaps it when the tensor is gone, so that a training step writes its gradients into
+// pages that nobody touched before, and touching them costs more than computing what they hold. Here a large result's memory serves the next
+// one, and while it is idle the system may take its pages if it needs them.
+#pragma once
+
+#include <cstdint>
+
+namespace cmoe::cpu {
+
+constexpr int64_t pooled = 32 << 20;  // from this size on glibc maps and unmaps every time
+
+struct Block {
+  void* data;    // null: there is no memory
+  int64_t size;  // at least what was asked for
+};
+
+// False where CMOE_KEEP_PAGES=0 asks for malloc's memory, and on systems whose pages this file does not know.
+bool pool_serves();
+
+Block take(int64_t bytes);
+void give_back(Block block);
+
+}  // namespace cmoe::cpu
