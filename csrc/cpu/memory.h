@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "pool.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -39,17 +41,24 @@ class Buffer {
  public:
   explicit Buffer(int64_t bytes) {
     const int64_t whole = (bytes + 63) / 64 * 64 + 64;
-    data_ = std::aligned_alloc(64, static_cast<size_t>(whole));
+    if (whole >= pooled && pool_serves()) block_ = take(whole);
+    data_ = block_.data ? block_.data : std::aligned_alloc(64, static_cast<size_t>(whole));
     if (!data_) throw std::bad_alloc();
-    advise_large_pages(data_, bytes);
+    if (!block_.data) advise_large_pages(data_, bytes);
     forbid(get() + bytes, whole - bytes);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+    if (block_.data)
+      give_back(block_);
+    else
+      std::free(data_);
+  }
   char* get() const { return static_cast<char*>(data_); }
 
  private:
+  Block block_{nullptr, 0};
   void* data_;
 };
 

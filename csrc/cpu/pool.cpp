@@ -29,7 +29,7 @@ void* map(int64_t size) {
   return data;
 }
 
-// Results in use and idle blocks together never take more than results in use once did.
+// Blocks in use and idle ones together never take more than those in use once did.
 class Pool {
  public:
   Block take(int64_t size) {

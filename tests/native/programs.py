@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.native.variants import ROOT, alone_in, build_script, need_compiler, product_objects
 
-DRIVERS = ("soft_experts", "sparse_experts", "grouped_linear", "experts_backward", "task_router", "dispatch")
+DRIVERS = ("soft_experts", "sparse_experts", "grouped_linear", "experts_backward", "task_router", "dispatch", "pool")
 
 
 def driver(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""Memory of large results serves the next one: no result is touched while somebody holds it, and what is idle is bounded."""
+"""Memory of large results and scratch serves the next: no result is touched while somebody holds it, and what is idle is bounded."""
 
 import json
 import os
