@@ -11,8 +11,9 @@ A case makes inputs, computes the result in fp64, and checks ours and each peer 
 take turns in this process, an untimed call before each timed one, and p20, p50, p80 and the ratio of the p50 are kept. A ratio above 1
 means that ours is faster. The machine's copy bandwidth and its best GEMM rate are measured in the same run. Keep the machine idle.
 
-Large results lie in fresh pages of the system, as malloc gives them, and a fresh page can cost more than computing what it holds. With
---keep-pages the program begins anew with a malloc that keeps what was freed, for all sides; these results have a file of their own.
+A peer's large results lie in fresh pages of the system, as malloc gives them, and a fresh page can cost more than computing what it holds;
+ours, from 32 MB on, lie in memory that earlier ones left (CMOE_KEEP_PAGES=0: as malloc gives it). With --keep-pages the program begins anew
+with a malloc that keeps what was freed, for all sides; these results have a file of their own.
 
 A peer that is not there is skipped with its reason. transformers comes with the unimed extra. vLLM's operators are one library out of
 a wheel that is not to be installed:
