@@ -63,7 +63,10 @@ def memory_of(machine: dict[str, Any]) -> str:
     """Where the memory of a run's results came from, for people."""
     if "pages" in machine:
         return "Memory that was freed stays in the process (--keep-pages), so results lie in pages used before."
-    return "The peers' large results lie in fresh pages, as malloc gives them; ours, from 32 MB on, in memory that earlier ones left."
+    return (
+        "The peers' large results lie in fresh pages, as malloc gives them; ours, from 32 MB on, in memory that earlier ones left "
+        "(since commit 233ed55; a row keeps its commit in the results file)."
+    )
 
 
 def run_info(threads: int) -> dict[str, Any]:
