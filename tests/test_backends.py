@@ -135,8 +135,6 @@ def test_auto_takes_the_gpu_backend_that_was_measured_to_be_faster(gpu, said, fi
 @pytest.mark.parametrize(("many", "graphs"), [("triton", 1), ("cuda", 2)])
 def test_compiled_code_asks_for_the_number_of_tokens_only_where_it_decides(gpu, monkeypatch, many, graphs):
     gpu((9, 0), {"soft_gate": {"few": "triton", "many": many}})
-    for tokens in ("few", "many"):
-        backends.preferred("soft_gate", tokens)
     backends.choose("soft_gate", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler looks for GPUs itself
     torch._dynamo.reset()

@@ -102,9 +102,14 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
 
 
+def may_read(index: Tensor) -> bool:
+    """Whether a kernel's check may read the values of a tensor: on a GPU that waits for the device."""
+    return index.device.type == "cpu" or CHECK_ON_DEVICE
+
+
 def require_range(name: str, index: Tensor, size: int, what: str) -> None:
     """Values in [0, size); reads the tensor, so it is for kernels (see the module's note)."""
-    if index.numel() and (index.device.type == "cpu" or CHECK_ON_DEVICE):
+    if index.numel() and may_read(index):
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"{name} holds {low if low < 0 else high}, must be in 0..{size - 1} ({what})")
@@ -112,9 +117,7 @@ def require_range(name: str, index: Tensor, size: int, what: str) -> None:
 
 def require_permutation(name: str, index: Tensor) -> None:
     """Values that are range(n) in some order; reads the tensor as require_range does."""
-    if index.device.type != "cpu" and not CHECK_ON_DEVICE:
-        return
-    if not torch.equal(index.sort().values, torch.arange(index.shape[0], device=index.device)):
+    if may_read(index) and not torch.equal(index.sort().values, torch.arange(index.shape[0], device=index.device)):
         raise ValueError(f"{name} must be a permutation of range({index.shape[0]})")
 
 

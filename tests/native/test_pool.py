@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.11 and newer take memory of others"),
 ]
 HEAD = """
-import gc, json, os, resource, threading, torch, cmoe_kernels as cmoe
+import json, os, resource, threading, torch, cmoe_kernels as cmoe
 torch.set_num_threads(1)
 
 def result(megabytes, value=1.0):
