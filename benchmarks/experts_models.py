@@ -76,13 +76,13 @@ def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Call
     if tokens == 1 and not train:
         cache = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
-            model(torch.zeros(1, CACHED, dtype=torch.int64), past_key_values=cache)
+            model(torch.zeros(1, CACHED, dtype=torch.int64), cache=cache)
 
     def step() -> torch.Tensor:
         model.config._experts_implementation = implementation
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(train):
-            logits = model(ids, past_key_values=cache, use_cache=cache is not None).logits
+            logits = model(ids, cache=cache, use_cache=cache is not None).logits
             if cache is not None:
                 cache.crop(-tokens)
             if train:

@@ -82,3 +82,16 @@ def test_answers_do_not_depend_on_grad_mode():
     with torch.inference_mode():
         inference = generate([REFER], [picture(1)])
     assert inference == generate([REFER], [picture(1)])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # the second is transformers' name before 5.24
+def test_a_cache_continues_the_prompt(name):
+    rows = PROCESSOR(text=[REFER], images=[picture(1)])
+    ids = MODEL.generate(**rows, max_new_tokens=4)
+    images = {"pixel_values": rows.pixel_values, "task_ids": rows.task_ids}
+    start = rows.input_ids.shape[1]
+    whole = MODEL(input_ids=ids, **images).logits
+    first = MODEL(input_ids=ids[:, :start], use_cache=True, **images)
+    rest = MODEL(input_ids=ids[:, start:], **{name: first.cache}).logits
+    assert first.cache.get_seq_length() == ids.shape[1]
+    torch.testing.assert_close(rest, whole[:, start:])

@@ -29,7 +29,7 @@ class UniMedConfig(PreTrainedConfig):
     model_type = "unimed"
     sub_configs_defaults = {"vision_config": SubConfigSpec(Blip2VisionConfig), "text_config": SubConfigSpec(LlamaConfig)}  # noqa: RUF012
     attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values", "gates", "aux_loss", "aux_losses", "lm_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "gates", "aux_loss", "aux_losses", "lm_loss"]  # noqa: RUF012
 
     vision_config: Any = None
     text_config: Any = None

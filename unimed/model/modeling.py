@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import Blip2VisionModel, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
+from transformers.utils.deprecation import deprecate_kwarg
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
 from unimed.model.card import write_card
@@ -35,7 +36,7 @@ class UniMedOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     gates: Tensor | None = None
@@ -55,7 +56,6 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["CMoEConnector", "Blip2EncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     def __init__(self, config: UniMedConfig) -> None:
         super().__init__(config)
@@ -112,12 +112,13 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             return self.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as the models of transformers accept it
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         task_ids: Tensor | None = None,
@@ -144,7 +145,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError("pixel_values need input_ids: the image tokens say where the images go")
             connected = self.connector(self.encode_images(pixel_values), task=task_ids)
             inputs_embeds = self._place_images(inputs_embeds, input_ids, connected.embeddings)
-        if position_ids is None and past_key_values is None and attention_mask is not None and attention_mask.dim() == 2:
+        if position_ids is None and cache is None and attention_mask is not None and attention_mask.dim() == 2:
             # Counted over real tokens, so that padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
@@ -155,7 +156,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **{**kwargs, "return_dict": True},
@@ -174,7 +175,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return UniMedOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             gates=connected.gates if connected is not None else None,
