@@ -29,7 +29,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ def check(device: str, todo: Sequence[Step], path: Path, again: bool = False) ->
             continue
         print(f"{step.name:45} ", end="", flush=True)
         record = results["steps"][step.name] = run(step, device)
-        results["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+        results["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Replaced in one go, so that an interruption leaves the file of the step before.
         path.with_suffix(".part").write_text(json.dumps(results, indent=1) + "\n")

@@ -72,7 +72,7 @@ def memory_of(machine: dict[str, Any]) -> str:
 def run_info(threads: int) -> dict[str, Any]:
     """What may change from run to run, with the peaks measured now."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
