@@ -7,10 +7,13 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := $(VENV)/bin
+# Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
+INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+VERSIONS := $(BIN)/python -m tools.versions --jobs $(JOBS) --pin "$(TORCH)" --pin "$(TRITON)"
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-triton test-cuda test-full aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
+.PHONY: help install lock test test-triton test-cuda test-full test-latest test-oldest aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,14 +21,20 @@ help:  ## this list
 install: $(VENV)/.installed  ## .venv with the package (native library where a C++ compiler is) and everything the tests need
 
 # Build isolation would fetch a second torch, so the build runs inside the environment.
-$(VENV)/.installed: $(SOURCES)
+$(VENV)/.installed: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "setuptools>=77" wheel
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(INSTALL) pip setuptools wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) "$(TRITON)"
+	$(INSTALL) --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m cmoe_kernels
 	@touch $@
+
+# Not after install: where the ranges have left constraints.txt behind, that could not be done.
+lock:  ## constraints.txt anew: the newest versions that pyproject.toml's ranges admit, resolved together
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import packaging" 2>/dev/null || $(BIN)/python -m pip install -q packaging
+	$(VERSIONS) lock
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -34,6 +43,7 @@ lint: install  ## ruff and mypy
 
 test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton --ignore tests/emulation
+	$(VERSIONS) latest --sample 180
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
@@ -54,6 +64,12 @@ roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that 
 # Installs nothing: with the Python, torch and peers found there.
 gpu-check:  ## on a machine with a GPU: the tests natively, then ours beside the peers found there; offline, resumable
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
+
+test-latest: install  ## the newest of everything beyond the ranges in .venv-latest: unimed, integrations, README and examples on it
+	$(VERSIONS) latest
+
+test-oldest: install  ## the lower end of every range in .venv-oldest: the same tests
+	$(VERSIONS) oldest
 
 test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
@@ -81,8 +97,8 @@ bench-report: install  ## plots, docs/benchmarks.md and README's table from benc
 	$(BIN)/python -m benchmarks.report
 
 docs: install  ## the API pages and guides, in build/site; python -m docs.experts writes the table of transformers' families anew
-	$(BIN)/pip install -q --no-build-isolation -e ".[docs]"
+	$(INSTALL) --no-build-isolation -e ".[docs]"
 	$(BIN)/mkdocs build
 
 clean:  ## everything that the above made, but not runs/
-	rm -rf $(VENV) build dist *.egg-info cmoe_kernels/_C*.so
+	rm -rf $(VENV) .venv-latest .venv-oldest build dist *.egg-info cmoe_kernels/_C*.so

@@ -30,6 +30,7 @@ def _versions() -> str:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),
+        ("versions", tested_versions()),
         ("native library", native),
         ("instruction set", _instruction_set()),
         ("CUDA kernels", backends.cuda_kernels().built or f"none: {backends.cuda_kernels().error}"),
@@ -43,6 +44,26 @@ def _versions() -> str:
         if torch.cuda.get_device_capability() == (9, 0) and backends.cuda_kernels().built:
             rows.append(("CUDA products", _products_of_sm90()))
     return _table(rows)
+
+
+def tested_versions() -> str:
+    """Which installed packages are outside the ranges that this version was tested with; the installed metadata holds the ranges."""
+    try:
+        distribution = importlib.metadata.distribution("cmoe-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "tested versions unknown: cmoe-kernels is on the path and not installed"
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:  # transformers brings it, and with it each range that has an end
+        return "none of the extras is installed"
+    extras = [extra for extra in distribution.metadata.get_all("Provides-Extra") or [] if extra not in ("dev", "docs")]
+    outside = {}
+    for requirement in map(Requirement, distribution.requires or []):
+        wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+        version = _installed_version(requirement.name) if wanted else None
+        if version and not requirement.specifier.contains(version, prereleases=True):
+            outside[requirement.name] = f"{requirement.name} {version} (tested: {requirement.specifier})"
+    return f"not tested with: {'; '.join(outside.values())}" if outside else "within the tested ranges"
 
 
 def _products_of_sm90() -> str:
@@ -91,10 +112,14 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 def _version(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return "not installed"
+    return _installed_version(name) or "installed, version unknown"
+
+
+def _installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "installed, version unknown"
+        return None
 
 
 def _processor() -> str:

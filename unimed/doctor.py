@@ -20,10 +20,12 @@ OPTIONAL = {
 
 def lines() -> Iterator[tuple[str, str]]:
     """(title, finding) pairs."""
+    from cmoe_kernels.doctor import tested_versions
     from unimed.train import config, machine
 
     for name, text in machine.describe().items():
         yield name, text
+    yield "versions", tested_versions()
     for name, purpose in OPTIONAL.items():
         yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; pip install '.[unimed]'"
     root = Path(config.Data().root)
