@@ -110,7 +110,7 @@ class Routing:
         scale: the attribute with the factor on the weights.
         bias: the attribute with the balancing bias, which ranks scores and gets no gradient; "argument": forward's second argument.
         groups: only the best ``topk_group`` of ``num_group`` groups of experts can be chosen (DeepSeek-V3).
-        cast: weights in the dtype of the logits or of the hidden states, rather than in fp32.
+        cast: weights in the dtype of the logits, of exact ones in that of the hidden states, rather than in fp32.
     """
 
     score: str = "softmax"
@@ -145,6 +145,7 @@ ROUTERS: dict[str, Routing] = {
     ),
     **dict.fromkeys(["Qwen3_5MoeTopKRouter", "Qwen3VLMoeTextTopKRouter", "AriaTextTopKRouter"], Routing()),
     "JambaTopKRouter": Routing(renormalize=False),
+    "LaraMiniTopKRouter": Routing(renormalize="norm_topk_prob", exact=True),
     **dict.fromkeys(
         [
             "AXK1TopkRouter",
@@ -160,6 +161,7 @@ ROUTERS: dict[str, Routing] = {
             "Glm5NextTextTopkRouter",
             "GlmMoeDsaTopkRouter",
             "HYV4TopkRouter",
+            "HYV4VLTopkRouter",
             "KimiLinearTopkRouter",
             "MiMoV2FlashTopkRouter",
             "NemotronHTopkRouter",
@@ -195,7 +197,7 @@ class _FusedRouter(nn.Module):
             getattr(self, how.scale) if how.scale else 1.0,
             self._selection(logits, bias),
         )
-        return logits, weights.to(logits.dtype) if how.cast else weights, indices
+        return logits, weights.to((x if how.exact else logits).dtype) if how.cast else weights, indices
 
     @torch.no_grad()
     def _selection(self, logits: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -55,6 +55,19 @@ def test_router(name, of_router):
             torch.testing.assert_close(got, want)
 
 
+def test_exact_routers_cast_their_weights_as_the_model_does(of_router):
+    """Logits in fp32; weights in fp32, or in the dtype of the hidden states."""
+    dtypes = {}
+    for name in ("LaraMiniTopKRouter", "DeepseekV3TopkRouter"):
+        own = next(m for m in tiny_model(of_router[name]).modules() if type(m).__name__ == name).bfloat16()
+        fused = copy.deepcopy(own)
+        fused.__class__ = experts._fused_router(type(own))
+        x = torch.randn(4, 32, dtype=torch.bfloat16)
+        dtypes[name] = [[out.dtype for out in router(x)[:2]] for router in (own, fused)]
+    assert dtypes["LaraMiniTopKRouter"] == [[torch.float32, torch.bfloat16]] * 2
+    assert dtypes["DeepseekV3TopkRouter"] == [[torch.float32, torch.float32]] * 2
+
+
 def test_every_router_of_the_table_is_there(of_router):
     assert set(of_router) == set(experts.ROUTERS)
 

@@ -91,6 +91,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
         "global_head_dim": 8,
     },
+    "HYV4VLExperts": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "InklingExperts": {"rel_extent": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 8},
     "Inkling2Experts": {"rel_extent": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 8},
     "JambaExperts": {"attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
