@@ -1,5 +1,6 @@
 """For every test: one thread, a fixed seed, and memory that torch.empty leaves poisoned, so that an unwritten output shows as NaN."""
 
+import importlib.util
 import os
 
 import pytest
@@ -17,6 +18,10 @@ if backends.INTERPRETED:
     strict.install()
 if library.WANTED and not library.missing():
     library.install()
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.load_profile("ci")  # the same examples every time, and no limit of time for one
 
 
 @pytest.fixture(autouse=True)
