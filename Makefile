@@ -43,7 +43,7 @@ lint: install  ## ruff and mypy
 
 test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton --ignore tests/emulation
-	$(VERSIONS) latest --sample 180
+	$(VERSIONS) latest --sample 170
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
@@ -101,4 +101,4 @@ docs: install  ## the API pages and guides, in build/site; python -m docs.expert
 	$(BIN)/mkdocs build
 
 clean:  ## everything that the above made, but not runs/
-	rm -rf $(VENV) .venv-latest .venv-oldest build dist *.egg-info cmoe_kernels/_C*.so
+	rm -rf $(VENV) .venv-latest .venv-oldest .venv-sample build dist *.egg-info cmoe_kernels/_C*.so

@@ -174,18 +174,18 @@ class Sampled:
     """versions.sample with nothing installed or run."""
 
     def __init__(self, monkeypatch, resolved, output="", error=None):
-        self.built, self.output, self.error = False, output, error
+        self.installed, self.error = None, error
         monkeypatch.setattr(versions, "resolve", lambda wanted, seconds: self.answer(resolved))
-        monkeypatch.setattr(versions, "environment", self.environment)
-        monkeypatch.setattr(versions, "call", lambda command, clock, capture: (1, output))
+        monkeypatch.setattr(versions, "overlay", self.overlay)
+        monkeypatch.setattr(versions, "run_until", lambda command, seconds: output)
 
     def answer(self, resolved):
         if isinstance(resolved, Exception):
             raise resolved
         return resolved
 
-    def environment(self, *_, **__):
-        self.built = True
+    def overlay(self, wanted, seconds):
+        self.installed = wanted
         if self.error:
             raise self.error
         return Path("python")
@@ -194,40 +194,49 @@ class Sampled:
 def test_a_sample_without_news_installs_nothing(monkeypatch):
     sampled = Sampled(monkeypatch, {"numpy": LOCKED["numpy"]})
     assert versions.sample([], 1, 60) == "nothing is newer than constraints.txt"
-    assert not sampled.built
+    assert sampled.installed is None
 
 
 def test_a_sample_says_what_would_break(monkeypatch):
-    output = "..F\nFAILED tests/unimed/test_a.py::test_b - TypeError: no cache\n===== 1 failed, 2 passed in 3.00s =====\n"
-    Sampled(monkeypatch, {"numpy": "99.0", "pillow": LOCKED["pillow"]}, output)
+    output = (
+        "[gw0] [ 25%] PASSED tests/test_readme.py::test_example[import torch] \n"
+        "[gw1] [ 50%] FAILED tests/unimed/test_a.py::test_b \n"
+        "[gw1] [ 75%] ERROR tests/unimed/test_a.py::test_c \n"
+        "FAILED tests/unimed/test_a.py::test_b - TypeError: no cache\n"
+    )
+    sampled = Sampled(monkeypatch, {"numpy": "99.0", "pillow": LOCKED["pillow"], "entirely-new": "1.0"}, output)
     assert versions.sample([], 1, 60).splitlines() == [
-        f"newer: numpy {LOCKED['numpy']} -> 99.0",
-        "would break: 1 (1 failed, 2 passed in 3.00s)",
-        "FAILED tests/unimed/test_a.py::test_b - TypeError: no cache",
+        f"newer than constraints.txt: numpy {LOCKED['numpy']} -> 99.0, entirely-new - -> 1.0",
+        "would break: 2 of 3 tests that ran in 60 s",
+        "FAILED tests/unimed/test_a.py::test_b: TypeError: no cache",
+        "ERROR tests/unimed/test_a.py::test_c: no reason was written in time",
     ]
+    assert sampled.installed == ["numpy==99.0", "entirely-new==1.0"]
 
 
 @pytest.mark.parametrize(
     ("resolved", "error", "words"),
     [
         (subprocess.TimeoutExpired("pip", 60), None, "passed over: no index answered in time"),
-        (subprocess.CalledProcessError(1, "pip", stderr="ERROR: ResolutionImpossible: a needs b<3"), None, "a needs b<3"),
-        ({"numpy": "99.0"}, versions.Out(), "60 s were too short"),
-        ({"numpy": "99.0"}, subprocess.CalledProcessError(1, "pip", output="no space left"), "they do not install: no space left"),
+        (subprocess.CalledProcessError(1, "pip", stderr="ERROR: ResolutionImpossible: a needs b<3\nsee https://"), None, "a needs b<3"),
+        ({"numpy": "99.0"}, subprocess.TimeoutExpired("pip", 60), "60 s were too short"),
+        ({"numpy": "99.0"}, subprocess.CalledProcessError(1, "pip", stderr="no space left"), "they do not install: no space left"),
     ],
 )
 def test_a_sample_is_never_an_error(resolved, error, words, monkeypatch):
     Sampled(monkeypatch, resolved, error=error)
-    assert words in versions.sample([], 1, 60)
+    (line,) = versions.sample([], 1, 60).splitlines()
+    assert words in line
 
 
-def test_time_that_is_used_up_ends_a_command():
-    start = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
-    code, text = versions.call(start, versions.Clock(1), capture=True)
-    assert code != 0
-    assert text.startswith("begun")
-    with pytest.raises(versions.Out):
-        versions.call(start, versions.Clock(0.2))
+def test_the_files_of_the_sample_are_there():
+    assert [name for name in versions.SAMPLE + versions.TESTS if not (ROOT / name).exists()] == []
+
+
+def test_a_run_whose_time_is_up_keeps_what_it_has_written():
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun'); time.sleep(600)"
+    assert versions.run_until([sys.executable, "-c", code], 3) == "begun\n"
+    assert versions.run_until([sys.executable, "-c", code], -1) in ("", "begun\n")
 
 
 class Installed:

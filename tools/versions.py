@@ -9,10 +9,12 @@ never in constraints.txt, so an environment that has a torch keeps it. The tests
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -43,8 +45,13 @@ PLANNED = (
     *("ninja", "pybind11", "clang-format"),
 )
 NOT_LOCKED = re.compile(r"torch|triton|pytorch-triton.*|(nvidia|cuda)-.*")
-# In this order; a sample runs as many as its time allows.
 TESTS = ("tests/test_readme.py", "tests/test_examples.py", "tests/unimed", "tests/integrations")
+# In this order, as many as the time allows.
+SAMPLE = (
+    "tests/test_readme.py",
+    *(f"tests/unimed/test_{name}.py" for name in ("model_forward", "model_generate", "model_lora", "model_save", "data_volumes")),
+    *("tests/integrations/test_experts.py", "tests/integrations/test_routers.py", "tests/integrations/test_projectors.py"),
+)
 
 
 def project(path: Path = ROOT / "pyproject.toml") -> dict[str, Any]:
@@ -127,8 +134,8 @@ def lock(pins: Sequence[str]) -> None:
 
 
 def differences(before: dict[str, str], after: dict[str, str]) -> str:
-    """The names of both whose versions differ, as one line."""
-    return ", ".join(f"{name} {before[name]} -> {version}" for name, version in after.items() if before.get(name, version) != version)
+    """One line; what has gone is not in it."""
+    return ", ".join(f"{name} {before.get(name, '-')} -> {version}" for name, version in after.items() if before.get(name) != version)
 
 
 def lane(name: str, settings: dict[str, Any]) -> list[str]:
@@ -138,54 +145,15 @@ def lane(name: str, settings: dict[str, Any]) -> list[str]:
     return [*(str(end(requirement)) for requirement in run_time(settings)), *(f"{tool}=={versions[tool]}" for tool in tools)]
 
 
-class Out(Exception):
-    """The time of a sample is used up."""
-
-
-class Clock:
-    def __init__(self, seconds: float | None):
-        self.end = None if seconds is None else time.monotonic() + seconds
-
-    def left(self) -> float | None:
-        return None if self.end is None else self.end - time.monotonic()
-
-
-def call(command: Sequence[object], clock: Clock, capture: bool = False) -> tuple[int, str]:
-    """Runs a command in a process group of its own. When time is up it is interrupted, as by Ctrl-C: pytest then says what it has found."""
-    output = subprocess.PIPE if capture else None
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        text, _ = process.communicate(timeout=clock.left())
-    except subprocess.TimeoutExpired as late:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            text, _ = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise Out from late
-        if not capture:
-            raise Out from late
-    return process.returncode, text or ""
-
-
-def environment(name: str, wanted: Sequence[str], pins: Sequence[str], clock: Clock, quiet: bool = False) -> Path:
+def environment(name: str, pins: Sequence[str], wanted: Sequence[str]) -> Path:
     """A new environment beside the checkout. pip's cache keeps what was downloaded."""
     folder = ROOT / f".venv-{name}"
     python = folder / "bin" / "python"
     install = (python, "-m", "pip", "install", "--quiet")
-    steps = [
-        (sys.executable, "-m", "venv", "--clear", folder),
-        (*install, f"pip=={locked()['pip']}"),
-        (*install, *pins),
-        (*install, *pins, *wanted),
-    ]
-    for step in steps:
-        code, text = call(step, clock, capture=quiet)
-        if code:
-            raise subprocess.CalledProcessError(code, step, text)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+    subprocess.run([*install, f"pip=={locked()['pip']}"], check=True)
+    subprocess.run([*install, *pins], check=True)
+    subprocess.run([*install, *pins, *wanted], check=True)
     return python
 
 
@@ -195,40 +163,77 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def test(name: str, pins: Sequence[str], jobs: int) -> int:
-    try:
-        python = environment(name, lane(name, project()), pins, Clock(None))
-    except subprocess.CalledProcessError as failed:
-        return failed.returncode
+    python = environment(name, pins, lane(name, project()))
     versions = installed(python)
     print(f"{name}: {', '.join(f'{r.name} {versions[canonicalize_name(r.name)]}' for r in run_time(project()))}", flush=True)
-    code, _ = call((python, "-m", "pytest", "-n", jobs, "--dist", "loadfile", *TESTS), Clock(None))
-    return code
+    return subprocess.run([python, "-m", "pytest", "-n", str(jobs), "--dist", "loadfile", *TESTS], cwd=ROOT).returncode
+
+
+def overlay(wanted: Sequence[str], seconds: float) -> Path:
+    """An environment that holds these packages only and finds all else in the one that runs this."""
+    folder = ROOT / ".venv-sample"
+    python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True, capture_output=True, text=True)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    (packages / "other.pth").write_text("\n".join(site.getsitepackages()))
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *wanted]
+    subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds)
+    return python
+
+
+def run_until(command: Sequence[object], seconds: float) -> str:
+    """What a command has written when it ends or the time is up."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also those that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return output.read()
 
 
 def sample(pins: Sequence[str], jobs: int, seconds: float) -> str:
     """For CI, which must not fail because others released something: what would break, in words."""
-    clock, wanted = Clock(seconds), lane("latest", project())
+    end = time.monotonic() + seconds
     try:
-        found = resolve([*pins, *wanted], clock.left())
+        found = resolve([*pins, *lane("latest", project())], end - time.monotonic())
     except subprocess.TimeoutExpired:
         return "passed over: no index answered in time"
     except subprocess.CalledProcessError as failed:
-        conflict = "ResolutionImpossible" in failed.stderr or "conflict" in failed.stderr
-        reason = failed.stderr.strip().splitlines()[-1:] if conflict else ["no index answers"]
-        return f"passed over: {' '.join(reason)}"
-    newer = differences(locked(), found)
-    if not newer:
+        conflict = [line for line in failed.stderr.splitlines() if "ResolutionImpossible" in line or "conflict" in line]
+        return f"passed over: {conflict[0] if conflict else 'no index answers'}"
+    before = locked()
+    other = [f"{name}=={version}" for name, version in found.items() if before.get(name) != version]
+    if not other:
         return "nothing is newer than constraints.txt"
+    newer = f"newer than constraints.txt: {differences(before, found)}"
     try:
-        python = environment("latest", wanted, pins, clock, quiet=True)
-        _, text = call((python, "-m", "pytest", "-q", "-n", jobs, "--dist", "loadfile", *TESTS), clock, capture=True)
-    except Out:
-        return f"newer: {newer}; passed over: {seconds:.0f} s were too short"
+        python = overlay(other, end - time.monotonic())
+    except subprocess.TimeoutExpired:
+        return f"{newer}; passed over: {seconds:.0f} s were too short"
     except subprocess.CalledProcessError as failed:
-        return f"newer: {newer}; they do not install: {' '.join((failed.stdout or '').split())[-300:]}"
-    broken = re.findall(r"^(?:FAILED|ERROR) .*", text, flags=re.MULTILINE)
-    (ran,) = re.findall(r"^.*\d+ (?:passed|failed|error).*$", text, flags=re.MULTILINE)[-1:] or ["no test ran"]
-    return "\n".join([f"newer: {newer}", f"would break: {len(broken)} ({ran.strip('= ')})", *broken])
+        return f"{newer}; they do not install: {' '.join(failed.stderr.split())[-300:]}"
+    output = run_until((python, "-m", "pytest", "-v", "-n", jobs, "--dist", "loadfile", *SAMPLE), end - time.monotonic())
+    # One line a test as it ends, and at the end of all, where the time was enough, one with the reason for each that failed.
+    verdicts = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S.*?)(?: - (.*))?\s*$", output, flags=re.MULTILINE)
+    broken = {
+        test: f"{verdict} {test}: {reason or 'no reason was written in time'}" for verdict, test, reason in verdicts if verdict != "PASSED"
+    }
+    ran = len({test for _, test, _ in verdicts})
+    return "\n".join([newer, f"would break: {len(broken)} of {ran} tests that ran in {seconds:.0f} s", *broken.values()])
 
 
 def main() -> int:
