@@ -179,14 +179,14 @@ def report(run: RunPath) -> None:
 
 @command(app, "predict")
 def predict(
-    image: Annotated[str, typer.Argument(help="jpg, png, DICOM (.dcm) or NIfTI (.nii.gz) file; - for the text-only task qa")],
+    image: Annotated[str, typer.Argument(help="png, jpg, tiff, DICOM or NIfTI file, or folder or zip of a DICOM series; - for qa")],
     question: Annotated[str, typer.Argument(help="the question; an organ for refer, a box x1,y1,x2,y2 in pixels for identify")] = "",
     task: Annotated[str, typer.Option(help="vqa, refer, identify, caption, cls or qa")] = "vqa",
     model: Annotated[str | None, typer.Option(help="a run or a saved model; by default the newest run")] = None,
     save: Annotated[Path | None, typer.Option(help="refer, identify: write the image with its box drawn here")] = None,
     plane: Annotated[str, typer.Option(help="volumes: axial, coronal or sagittal")] = "axial",
-    index: Annotated[int | None, typer.Option("--slice", help="volumes: which slice; the middle one by default")] = None,
-    window: Annotated[str | None, typer.Option(help="volumes and DICOM: lowest,highest value shown, for example --window=-160,240")] = None,
+    index: Annotated[int | None, typer.Option("--slice", help="volumes, frames, pages: which one; the middle one by default")] = None,
+    window: Annotated[str | None, typer.Option(help="grey images: lowest,highest value shown, for example --window=-160,240")] = None,
 ) -> None:
     """Answer one question about one image.
 
@@ -215,7 +215,7 @@ def predict(
     if save is not None:
         answer.draw(save)
         console.print(f"drawn in {save}", highlight=False)
-    console.print(f"[dim]{answer.note}{NOTICE}[/]", highlight=False, soft_wrap=True)
+    console.print(f"{answer.note}{NOTICE}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 @command(app, "demo")

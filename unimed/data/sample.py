@@ -70,7 +70,10 @@ def build_sample(out: Path, progress: Progress = _quiet, volumes: Mapping[str, V
 
 
 def _sources() -> dict[str, str]:
-    code = [Path(__file__).with_name(name) for name in ("sample.py", "slices.py", "questions.py", "masks.py", "volumes.py")]
+    code = [
+        Path(__file__).with_name(name)
+        for name in ("sample.py", "slices.py", "questions.py", "masks.py", "volumes.py", "dicom.py", "greys.py")
+    ]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted([*ASSETS.iterdir(), *code])}
 
 

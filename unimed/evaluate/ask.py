@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from unimed.data import boxes
 from unimed.data.example import TASKS, Example
-from unimed.data.images import read_image_file
+from unimed.data.images import open_image
 from unimed.errors import UserError
 from unimed.evaluate.predict import answers
 from unimed.train import files
@@ -56,7 +56,8 @@ def ask(
         raise UserError(f"--task {task}: " + ("takes no image; give - in its place" if task == "qa" else "needs an image, not -"))
     if not question.strip() and task in ("vqa", "refer", "identify", "qa"):
         raise UserError(f"--task {task}: needs a question (refer: the organ's name; identify: a box x1,y1,x2,y2 in pixels)")
-    picture = read_image_file(Path(image), plane=plane, index=index, grey=_window(window)) if task != "qa" else None
+    opened = open_image(Path(image), plane=plane, index=index, grey=_window(window)) if task != "qa" else None
+    picture = opened.rgb if opened else None
     size = picture.size if picture else None
     box = None
     if task == "identify" and size:
@@ -72,7 +73,8 @@ def ask(
         found = boxes.from_text(text)
         box = boxes.to_pixels(found, size) if found else None
     shown = f"{size[0]} x {size[1]} pixels shown to the model {model} · " if size else f"model {model} · "
-    return Answer(text, picture, box, shown)
+    done = "".join(f"{note} · " for note in opened.notes) if opened else ""
+    return Answer(text, picture, box, done + shown)
 
 
 def read_box(text: str, size: tuple[int, int]) -> boxes.Box:

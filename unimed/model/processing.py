@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from unimed.data.images import to_rgb
 from unimed.errors import UserError
 from unimed.model.configuration import TASKS
 from unimed.model.tokenization import IMAGE_TOKEN, token_id
@@ -86,6 +87,7 @@ class UniMedProcessor(ProcessorMixin):
         Args:
             text: prompts.
             images: PIL images in the order of the prompts that have a placeholder; None entries (samples without image) are skipped.
+                They become RGB as image files do (`unimed.data.images.to_rgb`): 16 bits, transparency, EXIF orientation.
             task: one per prompt; by default read from the prompt's first `[tag]`. "qa" for text alone.
             answers: one per prompt, for training; adds `labels`.
             padding_side: by default "right" with answers and "left" without (generation continues at the right end).
@@ -122,7 +124,7 @@ class UniMedProcessor(ProcessorMixin):
                 raise UserError(f"image {index} must be a PIL image, got {type(image).__name__}")
         if len(flat) != expected:
             raise UserError(f"{len(flat)} images for {expected} image places ({PLACEHOLDER}) in the prompts, the numbers must agree")
-        return [image.convert("RGB") for image in flat]
+        return [_rgb(index, image) for index, image in enumerate(flat)]
 
     def _task_names(self, prompts: list[str], task: str | Sequence[str | None] | None, with_image: list[int]) -> list[str]:
         given: Sequence[str | None] = [task] * len(prompts) if task is None or isinstance(task, str) else list(task)
@@ -180,6 +182,13 @@ class UniMedProcessor(ProcessorMixin):
             return [text.strip() for text in self.tokenizer.batch_decode([row[prompt_length:] for row in rows], skip_special_tokens=True)]
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [text.rsplit("[/INST]", 1)[-1].strip() for text in texts]
+
+
+def _rgb(index: int, image: Image.Image) -> Image.Image:
+    try:
+        return to_rgb(image).rgb
+    except UserError as error:
+        raise UserError(f"image {index}: {error}") from error
 
 
 def _strings(name: str, value: Any) -> list[str]:
