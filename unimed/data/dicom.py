@@ -10,6 +10,7 @@ table first gets the form on which they are right (`_table`), and values are cut
 
 import importlib.util
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,15 +27,16 @@ from pydicom.pixels import (
     apply_icc_profile,
     apply_modality_lut,
     apply_presentation_lut,
+    apply_voi,
     apply_windowing,
     get_decoder,
 )
-from pydicom.pixels.processing import apply_voi
 
 from unimed.data.greys import PROJECTIONS, finite, grey_range, window
 from unimed.errors import UserError
 
-MAX_PIXELS = 178_956_970  # a frame; Pillow's own limit for the other formats
+MAX_PIXELS = 178_956_970  # of a frame; Pillow's own limit for the other formats
+MAX_BYTES = 4 << 30  # of a file, a volume or an archive, unpacked
 SUFFIXES = (".dcm", ".dicom", ".ima")
 EXTRA = "pip install 'cmoe-kernels[dicom]'"
 _EXTRA_SYNTAXES = (*uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
@@ -183,6 +185,7 @@ def parse(name: str, data: bytes) -> Dataset:
     with _readable(name):
         if not is_dicom(data):
             raise ValueError("it starts with neither the DICM prefix nor a header")
+        _check_deflated(name, data)
         made = pydicom.dcmread(io.BytesIO(data), force=True)
         if "TransferSyntaxUID" not in made.file_meta:
             if "PixelData" in made and made["PixelData"].is_undefined_length:
@@ -193,6 +196,14 @@ def parse(name: str, data: bytes) -> Dataset:
                 uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
             )
         return made
+
+
+def _check_deflated(name: str, data: bytes) -> None:
+    """Refuse a deflated file that inflates to more than MAX_BYTES, before pydicom inflates it."""
+    if data[128:138] == b"DICM\x02\x00\x00\x00UL" and str(uid.DeflatedExplicitVRLittleEndian).encode() + b"\x00" in data[:1024]:
+        start = 144 + int.from_bytes(data[140:144], "little")
+        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_BYTES + 1)) > MAX_BYTES:
+            raise UserError(f"{name}: inflates to more than {MAX_BYTES >> 30} GiB")
 
 
 def has_pixels(source: Dataset) -> bool:
@@ -211,7 +222,7 @@ def check_picture(name: str, source: Dataset) -> None:
         if modality in _NOT_PICTURES:
             raise UserError(f"{name}: {modality} is {_NOT_PICTURES[modality]}, not a picture")
         if not has_pixels(source):
-            raise UserError(f"{name}: a DICOM file without pixels ({kind or modality or 'of no named kind'})")
+            raise UserError(f"{name}: a DICOM file without pixels ({kind or modality or 'of unknown kind'})")
         if "TotalPixelMatrixColumns" in source and frame_count(source) > 1:
             raise UserError(f"{name}: a whole-slide image in {frame_count(source)} tiles; export the region you want as one picture")
 
@@ -267,8 +278,9 @@ def _decode(name: str, source: Dataset, header: Header, index: int) -> tuple[np.
     if shifted and not kept - 1 < high < allocated:
         raise ValueError(f"HighBit {high} does not fit BitsStored {kept} and BitsAllocated {allocated}")
     shifted = shifted and (not syntax.is_encapsulated or syntax == uid.RLELossless)
+    options: dict[str, Any] = {"bits_stored": allocated} if shifted else {}
     try:
-        stored, found = decoder.as_array(source, index=index, **({"bits_stored": allocated} if shifted else {}))
+        stored, found = decoder.as_array(source, index=index, **options)
     except Exception as error:
         if not decoder.is_available or _missing_codec(syntax):
             helps = EXTRA if syntax in _EXTRA_SYNTAXES else f"pip install {_OTHER_CODECS.get(syntax, 'python-gdcm')}"
@@ -291,6 +303,8 @@ def _missing_codec(syntax: uid.UID) -> bool:
 def _grey(name: str, source: Dataset, header: Header, stored: np.ndarray, colours: str, bits: int, notes: list[str]) -> Frame:
     if header.text("PixelPresentation") in ("COLOR", "MIXED") or "EnhancedPaletteColorLookupTableSequence" in source:
         raise UserError(f"{name}: grey with a supplemental or enhanced palette, which is not supported")
+    if "GrayLookupTableData" in source:
+        raise UserError(f"{name}: a retired grey lookup table, which is not supported")
     padded = _padding(header, stored)
     rescaled = _modality(source, header, stored, notes)
     values = rescaled.astype(np.float32)
@@ -310,6 +324,8 @@ def _grey(name: str, source: Dataset, header: Header, stored: np.ndarray, colour
         notes.append(f"inverted ({colours if colours == 'MONOCHROME1' else 'PresentationLUTShape INVERSE'})")
     if header.text("PresentationIntentType") == "FOR PROCESSING":
         notes.append("raw detector values (FOR PROCESSING)")
+    if header.text("RecommendedViewingMode") == "SUB":
+        notes.append("without the subtraction that the file recommends")
     if header.text("Modality") == "SEG":
         notes.append("a mask (SEG), not an image")
     as_stored = 0 < bits <= 8 and stored.dtype.kind == "u" and rescaled is stored and modality not in _MEASURED

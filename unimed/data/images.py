@@ -50,8 +50,9 @@ def image_size(path: Path) -> tuple[int, int]:
         return load_image(path).size
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns TIFF files itself
-            return image.size[::-1] if turned else image.size
+            if image.getexif().get(_EXIF_ORIENTATION, 1) not in (5, 6, 7, 8):
+                return image.size
+            return ImageOps.exif_transpose(_loaded(image)).size
     except Exception as error:  # Pillow's readers let many kinds through
         raise UserError(f"{path}: not a readable image ({short(error)})") from error
 
@@ -197,7 +198,7 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     gamma, profile = image.info.get("gamma"), image.info.get("icc_profile")
     if profile or "srgb" in image.info or not isinstance(gamma, float) or not 0.01 < gamma < 100 or abs(gamma - 1 / 2.2) < 0.05:
         gamma = None  # a screen's own, or overruled
-    if image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
+    if _loaded(image).getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
         notes.append("turned as its EXIF orientation says")
     if image.mode == "L" and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
@@ -221,6 +222,12 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     elif profile and image.mode != "CMYK" and not _is_grey(rgb):
         rgb = Image.fromarray(dicom.with_profile(np.array(rgb), profile, notes))
     return Opened(rgb, tuple(notes))
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """With its pixels read: only then does Pillow turn a TIFF file, and forget its orientation."""
+    image.load()
+    return image
 
 
 def _deep(image: Image.Image, grey: tuple[float, float] | None, inverted: bool, notes: list[str]) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from unimed.data import dicom
-from unimed.data.dicom import Frame, Voi, short
+from unimed.data.dicom import MAX_BYTES, Frame, Voi, short
 from unimed.data.greys import CT_WINDOW, MR_PERCENTILE, grey_range, window
 from unimed.errors import UserError
 
@@ -26,7 +26,6 @@ __all__ = ["CT_WINDOW", "MR_PERCENTILE", "Region", "Volume", "window"]
 
 PLANES = ("axial", "coronal", "sagittal")
 AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
-MAX_BYTES = 4 << 30  # of a volume or an archive, unpacked
 MAX_FILES = 10_000
 
 Region = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # half-open index ranges in x, y, z
@@ -103,7 +102,7 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
         raise UserError(f"{name}: not a readable NIfTI file ({short(error)})") from error
     colour = voxels.dtype.names is not None
     if colour:
-        opaque = voxels["A"] / 255 if "A" in voxels.dtype.names else 1  # transparent is black
+        opaque = voxels["A"] / 255 if "A" in (voxels.dtype.names or ()) else 1  # transparent is black
         voxels = np.stack([np.rint(voxels[channel] * opaque).astype(np.uint8) for channel in "RGB"], axis=-1)
     grid = voxels.shape[:-1] if colour else voxels.shape
     while len(grid) > 3 and grid[-1] == 1:
@@ -183,13 +182,13 @@ def _nifti(data: bytes, image_data: bytes | None) -> tuple[np.ndarray, Any, np.n
 
 def _files(path: Path) -> Iterable[tuple[str, bytes]]:
     """Names and bytes of the files in a folder (and below) or a zip, without those that systems leave behind."""
-    if path.is_dir():
-        names = sorted(file for file in path.rglob("*") if file.is_file() and not _left_behind(file.relative_to(path).parts))
-        if len(names) > MAX_FILES:
-            raise UserError(f"{path}: {len(names)} files, at most {MAX_FILES} are searched: give the folder of one series")
-        yield from ((str(file), file.read_bytes()) for file in names)
-        return
     try:
+        if path.is_dir():
+            names = sorted(file for file in path.rglob("*") if file.is_file() and not _left_behind(file.relative_to(path).parts))
+            if len(names) > MAX_FILES:
+                raise UserError(f"{path}: {len(names)} files, at most {MAX_FILES} are searched: give the folder of one series")
+            yield from ((str(file), file.read_bytes()) for file in names)
+            return
         with zipfile.ZipFile(path) as archive:
             members = sorted((entry for entry in archive.infolist() if not entry.is_dir()), key=lambda entry: entry.filename)
             members = [entry for entry in members if not _left_behind(entry.filename.split("/"))]
