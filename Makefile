@@ -55,11 +55,11 @@ test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compil
 test-cuda: lint  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
 	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "cuda or emulation"
 
-aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json and docs/aot.md
-	$(BIN)/python -m benchmarks.aot --jobs $(JOBS) --write
+aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json
+	$(BIN)/python -m benchmarks.inspection.aot --jobs $(JOBS) --write
 
-roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that are not here would need at least: docs/roofline.md
-	$(BIN)/python -m benchmarks.roofline --write
+roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that are not here would need at least: benchmarks/results/roofline.json
+	$(BIN)/python -m benchmarks.inspection.roofline --write
 
 # Installs nothing: with the Python, torch and peers found there.
 gpu-check:  ## on a machine with a GPU: the tests natively, then ours beside the peers found there; offline, resumable
@@ -77,7 +77,7 @@ test-full: lint  ## every case, also those that CI samples
 	CMOE_TEST_FULL=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 	$(BIN)/python -m tests.mutants --jobs $(JOBS)
 
-mutants: install  ## plant each bug of tests/mutants in a copy of the tree, and see that its tests fail: docs/mutants.md
+mutants: install  ## plant each bug of tests/mutants in a copy of the tree, and see that its tests fail: tests/mutants/verdicts.json
 	$(BIN)/python -m tests.mutants --jobs $(JOBS) --write
 
 wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz
@@ -93,11 +93,12 @@ doctor: install  ## what is built, what each op uses here, and why
 bench: install  ## time every op against its peers (hours; ARGS="--only soft_connector --threads 2"; ARGS=--help explains)
 	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
 
-bench-report: install  ## plots, docs/benchmarks.md and README's table from benchmarks/results/
+bench-report: install  ## README's table from benchmarks/results/; `make docs` writes the page of all rows and the plots
 	$(BIN)/python -m benchmarks.report
 
-docs: install  ## the API pages and guides, in build/site; python -m docs.experts writes the table of transformers' families anew
+docs: install  ## the API pages, guides and pages of evidence, in build/site; python -m docs.experts writes the table of transformers' families anew
 	$(INSTALL) --no-build-isolation -e ".[docs]"
+	$(BIN)/python -m docs.pages
 	$(BIN)/mkdocs build
 
 clean:  ## everything that the above made, but not runs/

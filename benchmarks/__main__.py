@@ -5,7 +5,7 @@
     python -m benchmarks --only soft_connector            one case; its other results in the file stay
     python -m benchmarks --only soft_connector/released/T256/bfloat16
     python -m benchmarks --quick                          tiny shapes: does everything run? writes nothing
-    python -m benchmarks.report                           plots, docs/benchmarks.md and README's table from benchmarks/results/*.json
+    python -m benchmarks.report                           README's table from benchmarks/results/*.json; make docs has every row, and plots
 
 A case makes inputs, computes the result in fp64, and checks ours and each peer against it; a wrong one gets no time. Then ours and one peer
 take turns in this process, an untimed call before each timed one, and p20, p50, p80 and the ratio of the p50 are kept. A ratio above 1

@@ -20,7 +20,8 @@ import transformers
 
 import cmoe_kernels.integrations.transformers  # noqa: F401  registers "cmoe"
 from benchmarks import machine, memory, record, timer
-from benchmarks.models_report import PEERS, SUITE
+from benchmarks.report import MODEL_PEERS as PEERS
+from benchmarks.report import MODELS as SUITE
 from cmoe_kernels import backends
 
 LAYERS = {"forward": 8, "train": 2}

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import cmoe_kernels as cmoe
-from benchmarks import roofline
+from benchmarks.compare import errors
+from benchmarks.inspection import roofline
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timer import alternate, ratio
 from cmoe_kernels import backends
-from tests.compare import errors
 
 PACKAGES = ("scattermoe", "sonicmoe", "liger_kernel", "megablocks")
 AT = [(shape, tokens) for shape in roofline.NAMES for tokens in roofline.TOKENS]

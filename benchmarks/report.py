@@ -1,21 +1,29 @@
-"""Plots and tables of what was measured: ``python -m benchmarks.report`` (``make bench-report``).
+"""Plots and tables of the results in benchmarks/results/.
 
-Reads every results file of the suite in benchmarks/results/, and writes docs/benchmarks.md (all of it), two plots per machine, and the
-table between the markers in README.md. The same JSON gives the same bytes; a test compares README and docs with it.
+``python -m benchmarks.report`` (``make bench-report``) writes the six rows between README's markers; ``make docs`` writes the page
+with every row, and two plots per machine. The same JSON gives the same bytes; a test compares README with it.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, models_report, record
-from benchmarks.digits import days, milliseconds, ratio_text
+from benchmarks import machine, record
 from benchmarks.shapes import TINY
 
 README = machine.ROOT / "README.md"
-DOCS = machine.ROOT / "docs"
 BEGIN, END = "<!-- benchmarks: written by make bench-report -->", "<!-- /benchmarks -->"
-# The works of README's table; docs/benchmarks.md has all.
+# README's table: cases of the machine below, and what README calls them.
+README_MACHINE = "cpu-amd-epyc-avx512-bf16-2-threads"
+README_ROWS = {
+    "soft_connector/released/T256/bfloat16": "connector, training step, bf16, 256 tokens",
+    "soft_connector/released/T1024/bfloat16": "connector, training step, bf16, 1024 tokens",
+    "soft_connector/released/T256/float32": "connector, training step, fp32, 256 tokens",
+    "soft_connector_prepacked/released/T256/bfloat16": "connector, prepacked, forward, bf16, 256 tokens",
+    "forward/T1": "Qwen3-MoE width, decode, 1 token",
+    "train/T256": "Qwen3-MoE width, training step, 256 tokens",
+}
+# The works in the plots.
 HEADLINE = (
     "soft_connector",
     "soft_connector_recompute",
@@ -31,8 +39,33 @@ HEADLINE = (
 )
 # Our own op in plain PyTorch: compared with, but no peer.
 OWN = "reference"
+# Whole models: python -m benchmarks.experts_models.
+MODELS = "experts_models"
+STEPS = {"forward": "forward", "train": "training step"}
+MODEL_PEERS = ("eager", "batched_mm", "grouped_mm")
 
 Record = dict[str, Any]
+
+
+def ratio_text(ratio: float) -> str:
+    """Two digits and more; a loss is bold."""
+    text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+    return f"**{text}**" if ratio < 1 else text
+
+
+def milliseconds(value: float) -> str:
+    """Three digits; all of them above a second."""
+    return f"{value:.3f}" if value < 1 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def days(dates: list[str]) -> str:
+    """The day of all dates and times, or the first and the last."""
+    first, last = min(dates)[:10], max(dates)[:10]
+    return first if first == last else f"{first} to {last}"
+
+
+def slug(document: Record) -> str:
+    return machine.slug(document["machine"], document["threads"])
 
 
 def rows(document: dict[str, Any]) -> list[Record]:
@@ -48,45 +81,9 @@ def timed(records: list[Record]) -> list[Record]:
     return [r for r in records if r["peers"]]
 
 
-def works(records: list[Record]) -> dict[tuple[str, str, str], list[Record]]:
-    """Records of one kind of work, which differ in the number of tokens alone."""
-    found: dict[tuple[str, str, str], list[Record]] = {}
-    for r in timed(records):
-        found.setdefault((r["case"], r["shape"], r["dtype"]), []).append(r)
-    return found
-
-
 def rivals(r: Record) -> dict[str, Record]:
     """The peers, without the plain formula and without our own reference."""
     return {n: p for n, p in r["peers"].items() if n not in (r["baseline"], OWN)}
-
-
-def headline_table(document: dict[str, Any]) -> str:
-    """README's table for one machine."""
-    chosen = {k: v for k, v in works(rows(document)).items() if k[0] in HEADLINE}
-    tokens = sorted({r["tokens"] for group in chosen.values() for r in group})
-    lines = ["| work | " + " | ".join(["", *(f"T = {t}" for t in tokens)]) + " |", "|---|---|" + "---|" * len(tokens)]
-    for (_, shape, dtype), group in chosen.items():
-        at = {r["tokens"]: r for r in group}
-        first = group[0]
-        cells: dict[str, dict[int, str]] = {"ours, ms": {}, f"vs {first['baseline']}": {}, "vs the fastest other": {}}
-        for t, r in at.items():
-            ours = r["ours"]
-            cells["ours, ms"][t] = milliseconds(ours["p50_ms"]) + (f" ({ours['gemm_share']:.0%})" if r["flops"] else "")
-            cells[f"vs {r['baseline']}"][t] = ratio_text(r["peers"][r["baseline"]]["ratio"]) if r["baseline"] in r["peers"] else ""
-            others = rivals(r)
-            if others:
-                name = min(others, key=lambda n: others[n]["ratio"])
-                cells["vs the fastest other"][t] = f"{ratio_text(others[name]['ratio'])} {name}"
-            saved = r["peers"].get(r["baseline"], {}).get("saved_bytes")
-            if saved and r["case"].startswith("soft_connector"):
-                cells.setdefault("bytes saved for backward", {})[t] = f"{ours['saved_bytes'] / saved:.0%}"
-        title = f"{first['title']} ({shape}, {dtype})"
-        for what, by_tokens in cells.items():
-            if by_tokens:
-                lines.append(f"| {title} | {what} | " + " | ".join(by_tokens.get(t, "") for t in tokens) + " |")
-                title = ""
-    return "\n".join(lines)
 
 
 def losses(document: dict[str, Any]) -> list[str]:
@@ -126,27 +123,38 @@ def _span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def readme(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> str:
-    """What stands between README's markers."""
-    parts = []
-    for document in documents:
-        if not timed(rows(document)):
-            continue
-        lost, compared = losses(document), sum(len(r["peers"]) for r in timed(rows(document)))
-        parts.append(
-            f"{about(document)}\n\n{headline_table(document)}\n\n"
-            "How many times as fast ours is (p50 of the peer over ours; **bold: ours is slower**), in brackets our share of the GEMM rate. "
-            f"Ours is slower in {len(lost)} of {compared} comparisons; docs/benchmarks.md lists them, with times, spread, bytes and "
-            "what was skipped and why."
-        )
-    return "\n\n".join([*parts, models_report.readme(models)]).strip() or "Nothing has been measured yet: `make bench` does it."
+def readme(documents: list[Record], models: list[Record]) -> str:
+    """The six rows between README's markers."""
+    (suite,) = (d for d in documents if slug(d) == README_MACHINE)
+    (model,) = (d for d in models if slug(d) == README_MACHINE)
+    lines = [f"| work (CPU, {suite['threads']} threads) | against the released loop | against the fastest other |", "|---|---|---|"]
+    dates = []
+    for key, title in README_ROWS.items():
+        if key in suite["cases"]:
+            r = suite["cases"][key]
+            others = rivals(r)
+            baseline = ratio_text(r["peers"][r["baseline"]]["ratio"])
+        else:
+            r = model["cases"][key]
+            others, baseline = r["peers"], ""
+        name = min(others, key=lambda n: others[n]["ratio"])
+        lines.append(f"| {title} | {baseline} | {ratio_text(others[name]['ratio'])} ({name}) |")
+        dates.append(r["run"]["date"])
+    lost = sum(len(losses(d)) for d in documents) + sum(len(model_losses(d)) for d in models)
+    measured = [*(r for d in documents for r in timed(rows(d))), *(c for d in models for c in model_cells(d))]
+    compared = sum(len(r["peers"]) for r in measured)
+    return (
+        "\n".join(lines) + f"\n\nSpeed-up: median time of the peer / ours (**bold: ours is slower**). {suite['machine']['cpu']} with "
+        f"{suite['machine']['flags'][0].upper()}, {days(dates)}.\n"
+        f"All {compared} comparisons, with the {lost} that we lose: `make docs`, page Benchmarks (from benchmarks/results/)."
+    )
 
 
 def markdown(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> str:
-    """docs/benchmarks.md."""
+    """The page Benchmarks."""
     parts = [
         "# Benchmarks",
-        "Written by `make bench-report` from benchmarks/results/; `python -m benchmarks --help` says how it is measured. Ratio: p50 of the "
+        "Written by `make docs` from benchmarks/results/; `python -m benchmarks --help` says how it is measured. Ratio: p50 of the "
         "peer over p50 of ours, taken alternately in one process; above 1 ours is faster, a bold one is a loss. GFLOP/s counts the "
         "products that the mathematics needs, the same for every side; GB/s each weight, input, output and gradient once. "
         "`saved` is kept from forward to backward besides weights and inputs; `peak` is what one call needs above its weights and "
@@ -156,7 +164,7 @@ def markdown(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> s
         records = rows(document)
         if not records:
             continue
-        name = machine.slug(document["machine"], document["threads"])
+        name = slug(document)
         parts += [
             f"## {name}",
             about(document),
@@ -197,7 +205,93 @@ def markdown(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> s
         if reasons:
             parts.append("### Not timed")
             parts.append("\n".join(f"- {reason} ({', '.join(where)})" for reason, where in reasons.items()))
-    return "\n\n".join([*parts, *models_report.markdown(models)]) + "\n"
+    return "\n\n".join([*parts, *models_markdown(models)]) + "\n"
+
+
+# --- whole models ------------------------------------------------------------------------------------------------------------
+def model_cells(document: Record) -> list[Record]:
+    """Forward before training, fewer tokens first."""
+    return sorted(document["cases"].values(), key=lambda c: (list(STEPS).index(c["step"]), c["tokens"]))
+
+
+def model_losses(document: Record) -> list[str]:
+    """Every comparison in which ours is slower."""
+    return [
+        f"{STEPS[case['step']]}, T = {case['tokens']}: {ratio_text(peer['ratio'])} of {name}"
+        for case in model_cells(document)
+        for name, peer in case["peers"].items()
+        if peer["ratio"] < 1
+    ]
+
+
+def about_models(document: Record) -> str:
+    """Machine, runs and model."""
+    runs = [case["run"] for case in model_cells(document)]
+
+    def distinct(name: str) -> str:
+        return " and ".join(sorted({str(run[name]) for run in runs}))
+
+    layers = {case["step"]: case["layers"] for case in model_cells(document)}
+    depth = " and ".join(f"{n} layers ({STEPS[step]})" for step, n in layers.items())
+    return (
+        f"Qwen3-MoE in the width of its 30B-A3B (128 experts of 768, 8 chosen, model width 2048, bf16), {depth}: "
+        f"{document['machine']['cpu']}, {document['threads']} threads, torch {distinct('torch')}, transformers {distinct('transformers')}, "
+        f"commit {distinct('commit')}, {days([run['date'] for run in runs])}; `cmoe` was served by the {distinct('served_by')} "
+        f"backend. {machine.memory_of(document['machine'])}"
+    )
+
+
+def models_markdown(documents: list[Record]) -> list[str]:
+    """The page's section on whole models."""
+    if not documents:
+        return []
+    parts = [
+        "## MoE models of transformers",
+        '`python -m benchmarks.experts_models`: `experts_implementation="cmoe"` against transformers\' own. T = 1 is a decoding step '
+        "behind a cache of 128 tokens (in training one token without a cache), more are a prefill; a training step is forward and backward "
+        "with every gradient. The whole model is timed, with attention, router and head. All sides take turns; ratios as above.",
+    ]
+    for document in documents:
+        parts.append(about_models(document))
+        lines = [
+            "| step | T | cmoe, p50 ms | p20 to p80 | " + " | ".join(f"{peer}, ms | ratio" for peer in MODEL_PEERS) + " |",
+            "|---" * (4 + 2 * len(MODEL_PEERS)) + "|",
+        ]
+        for case in model_cells(document):
+            ours, row = case["ours"], []
+            for name in MODEL_PEERS:
+                peer = case["peers"].get(name)
+                row.append(" | " if peer is None else f"{milliseconds(peer['p50_ms'])} | {ratio_text(peer['ratio'])}")
+            spread = f"{milliseconds(ours['p20_ms'])} to {milliseconds(ours['p80_ms'])}"
+            lines.append(f"| {STEPS[case['step']]} | {case['tokens']} | {milliseconds(ours['p50_ms'])} | {spread} | {' | '.join(row)} |")
+        parts.append("\n".join(lines))
+        lost = model_losses(document)
+        parts.append(f"Ours is slower in {len(lost)}" + (": " + "; ".join(lost) + "." if lost else "."))
+        left = {
+            f"{name}: {why} ({STEPS[case['step']]}, T = {case['tokens']})"
+            for case in model_cells(document)
+            for name, why in case["skipped"].items()
+        }
+        if left:
+            parts.append("Not timed: " + "; ".join(sorted(left)) + ".")
+        if "lora" in document:
+            parts.append(lora_memory(document["lora"]))
+    return parts
+
+
+def lora_memory(found: Record) -> str:
+    """What LoRA on the experts costs in memory."""
+    weights = found["weights_bytes"] / 2**20
+
+    def times(value: int) -> str:
+        return f"{value / 2**20:.0f} MiB ({value / found['weights_bytes']:.1f} times the experts' weights)"
+
+    under = ", ".join(f"{times(peak)} under {name}" for name, peak in found["lora_peak_bytes"].items())
+    return (
+        f"LoRA of rank {found['rank']} on the 3-D weights of one layer ({found['experts']} experts, {weights:.0f} MiB), by peft, a "
+        f"training step of {found['tokens']} tokens: at its peak it needs {under}; with frozen experts and no adapter, "
+        f"{times(found['frozen_peak_bytes'])}. peft builds W + ΔW of all experts in each forward pass, whichever implementation runs."
+    )
 
 
 def insert(text: str, table: str) -> str:
@@ -282,17 +376,19 @@ def plot_roofline(document: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    documents, models = record.documents(), record.documents(suite=models_report.SUITE)
-    DOCS.mkdir(exist_ok=True)
-    (DOCS / "benchmarks.md").write_text(markdown(documents, models))
-    README.write_text(insert(README.read_text(), readme(documents, models)))
+def write_pages(folder: Path) -> None:
+    """The page and its plots."""
+    documents = record.documents()
+    (folder / "benchmarks.md").write_text(markdown(documents, record.documents(suite=MODELS)))
     for document in documents:
         if timed(rows(document)):
-            name = machine.slug(document["machine"], document["threads"])
-            plot_ratios(document, DOCS / f"benchmarks-{name}-ratios.svg")
-            plot_roofline(document, DOCS / f"benchmarks-{name}-roofline.svg")
-    print(f"{len(documents)} results files; wrote {README.name} and {DOCS.name}/")
+            plot_ratios(document, folder / f"benchmarks-{slug(document)}-ratios.svg")
+            plot_roofline(document, folder / f"benchmarks-{slug(document)}-roofline.svg")
+
+
+def main() -> None:
+    README.write_text(insert(README.read_text(), readme(record.documents(), record.documents(suite=MODELS))))
+    print(f"wrote the table in {README.name}; `make docs` writes the page and the plots")
 
 
 if __name__ == "__main__":

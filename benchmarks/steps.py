@@ -3,9 +3,9 @@
 Ours, every peer and the fp64 reference of a case are ``Step``s over the same weights. Peers hold weights in pieces (one matrix per expert,
 the router's task columns apart); ``Leaves`` gives them such views without a copy and joins the gradients again under our names.
 
-Results are compared by the rule of ``tests/compare.py``. Of each matrix 256 rows are compared, spread evenly with the first and the last
-among them: a released connector in fp64, with its gradients, would be 11 GB. For the same reason the reference reads weights block by
-block, and computes the gradient of a weight for the compared rows alone.
+Results are compared by the rule of ``benchmarks/compare.py``. Of each matrix 256 rows are compared, spread evenly with the first and the
+last among them: a released connector in fp64, with its gradients, would be 11 GB. For the same reason the reference reads weights block
+by block, and computes the gradient of a weight for the compared rows only.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.compare import assert_close, errors
+from benchmarks.compare import assert_close, errors
 
 ROWS = 256
 BLOCK = 2048
@@ -214,7 +214,7 @@ class Work:
 
 
 class Rule:
-    """Whether results are right: err <= 2 * err(plain formula in this dtype) + 2 * eps * max|exact|, against fp64 (tests/compare.py)."""
+    """Whether results are right: err <= 2 * err(plain formula in this dtype) + 2 * eps * max|exact|, against fp64 (compare.py)."""
 
     def __init__(self, work: Work) -> None:
         self.dtype = work.dtype

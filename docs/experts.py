@@ -1,4 +1,4 @@
-"""docs/experts_table.md: every experts class of the installed transformers and what runs it. `python -m docs.experts` writes it."""
+"""docs/kernels/experts_table.md: every experts class of the installed transformers and what runs it. `python -m docs.experts` writes it."""
 
 from pathlib import Path
 
@@ -26,4 +26,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "experts_table.md").write_text(table())
+    (Path(__file__).parent / "kernels" / "experts_table.md").write_text(table())

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import experts_models, models_report
+from benchmarks import experts_models, report
 from cmoe_kernels.integrations import experts
 
 
@@ -18,7 +18,7 @@ def model():
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_measures_every_peer(model, tokens, step):
     result = experts_models.measure(model, tokens, step, seconds=0)
-    assert set(result["peers"]) == set(models_report.PEERS)
+    assert set(result["peers"]) == set(report.MODEL_PEERS)
     assert result["ours"]["calls"] >= 3
     assert result["layers"] == 2
     assert all(peer["ratio"] > 0 for peer in result["peers"].values())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cmoe_kernels as cmoe
-from tests.compare import assert_close, grads
+from benchmarks.compare import assert_close, grads
 from tests.emulation import library
 from tests.ops import naive
 from tests.ops.cases import DTYPES, Maker, leaves, to_double

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close, grads
 from cmoe_kernels.ops import groups
 from cmoe_kernels.ops.sparse_experts.reference import _selections
 from cmoe_kernels.ops.topk_gate import reference as topk_reference
-from tests.compare import assert_close, grads
 from tests.emulation import library
 from tests.ops import naive
 from tests.ops.cases import DTYPES
@@ -44,7 +44,7 @@ def in_every_order(call):
 
 
 def close_to_naive(op, source, arguments, upstream):
-    """Value and gradient of ``source`` under the rule of tests/compare.py, in every order of threads."""
+    """Value and gradient of ``source`` under the rule of benchmarks/compare.py, in every order of threads."""
     x = arguments[source].requires_grad_()
     double = {n: v.detach().double().requires_grad_(n == source) if n == source else v for n, v in arguments.items()}
     exact, baseline = getattr(naive, op)(**double), getattr(naive, op)(**arguments)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
-from tests.compare import assert_close, grads
 from tests.ops import aligned, naive
 from tests.ops.cases import CASES, DEVICE, DTYPES, Maker, backends_of, leaves, on_backends, to_double
 

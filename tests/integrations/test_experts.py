@@ -16,9 +16,9 @@ from torch import nn
 from transformers.integrations import moe
 
 import cmoe_kernels
+from benchmarks.compare import assert_close
 from cmoe_kernels import backends
 from cmoe_kernels.integrations import experts
-from tests.compare import assert_close
 from tests.integrations import tiny
 from tests.integrations.tiny import SIZES, tiny_inputs, tiny_model
 
@@ -314,8 +314,8 @@ def test_a_dense_model_is_refused():
 
 
 def test_the_table_of_the_docs_is_up_to_date():
-    """docs/experts_table.md is what `python -m docs.experts` writes with the installed transformers."""
+    """docs/kernels/experts_table.md is what `python -m docs.experts` writes with the installed transformers."""
     from docs.experts import table
 
-    path = Path(__file__).parents[2] / "docs" / "experts_table.md"
+    path = Path(__file__).parents[2] / "docs" / "kernels" / "experts_table.md"
     assert path.read_text() == table(), "run `python -m docs.experts`"

@@ -4,10 +4,12 @@
 
 Before the mutants, the tests of all of them run once on the tree as it is, where they must pass. Survivors are listed at the end, and so
 are mutants of which nothing can be said: a text that is gone, code that does not build or run, tests that were not found or took too
-long. The exit status is then 1. ``--write`` notes the verdicts in docs/mutants.md, beside those of mutants that were not run.
+long. The exit status is then 1. ``--write`` notes the verdicts in verdicts.json, beside those of mutants that were not
+run; `make docs` shows them.
 """
 
 import argparse
+import json
 import os
 import queue
 import re
@@ -35,7 +37,7 @@ ILLEGAL_ACCESS = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
 
 
-RECORD = ROOT / "docs" / "mutants.md"
+RECORD = Path(__file__).parent / "verdicts.json"
 
 
 class Outcome(NamedTuple):
@@ -100,21 +102,19 @@ def verdict(mutant: Mutant, tree: Path) -> str:
 
 HEAD = """# Planted bugs
 
-Written by `python -m tests.mutants --write`. Each bug was planted alone in a copy of the tree, where the tests beside it had passed;
-"caught" means that one of them failed then, and not because the code no longer built or ran. A bug whose text or tests have changed
-since stands as "not run".
+Written by `make docs`; the verdicts are those of `make mutants`. Each bug was planted in a copy of the tree, where the tests beside it
+had passed; "caught" means that one of them failed then, and not because the code no longer built or ran. A bug whose text or tests have
+changed since stands as "not run".
 """
 
 
 def verdicts() -> dict[str, str]:
     """Of the record, by a mutant's key."""
-    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
-    return {row[-1].strip("`"): row[-2] for row in cells}
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def page(found: dict[str, str]) -> str:
-    """docs/mutants.md, a line a mutant."""
+    """The page, a line a mutant."""
     parts = [HEAD]
     for file in dict.fromkeys(m.file for m in MUTANTS):
         parts.append(f"\n## {file}\n\n| planted | kind | tests | verdict | key |\n| --- | --- | --- | --- | --- |\n")
@@ -134,8 +134,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, help="that many, spread over the list")
     parser.add_argument("--only", default="", help="those with this text in their line")
-    parser.add_argument("--missing", action="store_true", help="those that docs/mutants.md has not as caught")
-    parser.add_argument("--write", action="store_true", help="note the verdicts in docs/mutants.md")
+    parser.add_argument("--missing", action="store_true", help="those not noted as caught")
+    parser.add_argument("--write", action="store_true", help="note the verdicts in verdicts.json")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     record = verdicts()
@@ -171,7 +171,8 @@ def main() -> int:
                     wrong.append(f"{name}\n{found}")
                 if options.write and isinstance(item, Mutant):
                     record[item.key] = found.split(":")[0]
-                    RECORD.write_text(page(record))
+                    keep = {m.key for m in MUTANTS}
+                    RECORD.write_text(json.dumps({k: v for k, v in sorted(record.items()) if k in keep}, indent=0) + "\n")
             if wrong:
                 break
     print("\n\n".join(wrong) or "all caught")

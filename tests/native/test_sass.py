@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import sass
+from benchmarks.inspection import sass
 from tests.native.variants import build_script
 
 REASON = sass.missing()
@@ -79,9 +79,9 @@ def test_the_committed_table(found):
     if COMMITTED["built"] != build_script().cuda_toolkit().built:
         pytest.skip(f"the table is of {COMMITTED['built']}")
     for source, kernel, arch, figures in every_kernel(known):
-        assert figures == table[source][kernel][arch], f"{source}: {kernel} on {arch}: python -m benchmarks.sass --write"
+        assert figures == table[source][kernel][arch], f"{source}: {kernel} on {arch}: python -m benchmarks.inspection.sass --write"
     if new := sorted(found.keys() - table.keys()):
-        pytest.skip(f"not in the table yet: {', '.join(new)} (python -m benchmarks.sass --write)")
+        pytest.skip(f"not in the table yet: {', '.join(new)} (python -m benchmarks.inspection.sass --write)")
 
 
 def test_blocks_are_bounded_by_registers_warps_and_shared_memory():

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
-from tests.compare import assert_close, grads
 
 pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
 FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")

@@ -26,7 +26,8 @@ COPIED = (
     "tests/emulation",
     "tests/__init__.py",
     "tests/conftest.py",
-    "tests/compare.py",
+    "benchmarks/__init__.py",
+    "benchmarks/compare.py",
     "setup.py",
 )
 COPIED += ("tests/test_native.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close
 from cmoe_kernels import backends
-from tests.compare import assert_close
 
 pytestmark = pytest.mark.skipif(backends.choose("soft_experts", "cpu") != "cpu", reason="the native library is not in use")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cmoe_kernels as cmoe
-from tests.compare import assert_close, grads
+from benchmarks.compare import assert_close, grads
 from tests.ops import naive
 from tests.ops.cases import Maker, to_double
 
@@ -95,7 +95,7 @@ def results(form: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def check(form: str, dtype: torch.dtype, wide_weights: bool = False) -> None:
-    """Against fp64, under the rule of tests/compare.py."""
+    """Against fp64, under the rule of benchmarks/compare.py."""
     op, arguments, names, upstream = made(form, dtype, wide_weights)
     double = to_double(arguments)
     narrow = {n: v.detach().to(dtype).requires_grad_() if n in names and n not in ("gates", "weights") else v for n, v in arguments.items()}

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
-from tests.compare import assert_close, grads
 from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, leaves, on_backends, to_double, widest
 
 # The interpreter is slow: there CI checks what does not depend on a form's numbers on one form per op, and `make test-full` on all.

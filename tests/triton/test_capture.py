@@ -21,7 +21,7 @@ if backends.INTERPRETED:
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from benchmarks import aot
+from benchmarks.inspection import aot
 from tests.ops import cases
 
 

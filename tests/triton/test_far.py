@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import grads
 from cmoe_kernels import backends
 from cmoe_kernels.ops import tuning_triton
-from tests.compare import grads
 from tests.ops.cases import Maker
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
 from cmoe_kernels.ops import checked
-from tests.compare import assert_close, grads
 from tests.ops import naive
 from tests.ops.cases import Maker
 

@@ -1,4 +1,4 @@
-"""The released connector's own outputs, gates and gradients through the GPU kernels: cast to fp32, under the rule of tests/compare.py.
+"""The released connector's own outputs, gates and gradients through the GPU kernels: cast to fp32, under the rule of benchmarks/compare.py.
 
 In the interpreter, and on a GPU (CMOE_TEST_DEVICE=cuda) through each backend that it has. The baseline is the connector in plain torch at
 fp32, sample by sample and expert by expert, with its hidden units in four orders.
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cmoe_kernels as cmoe
+from benchmarks.compare import assert_close, errors, grads
 from cmoe_kernels import backends
-from tests.compare import assert_close, errors, grads
 from tests.nn import test_golden as golden
 from tests.nn.test_connector import expected
 from tests.ops.cases import DEVICE, backends_of

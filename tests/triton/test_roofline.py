@@ -19,7 +19,7 @@ if not backends.INTERPRETED:
 import triton.runtime.interpreter as interpreter
 
 import cmoe_kernels as cmoe
-from benchmarks import roofline
+from benchmarks.inspection import roofline
 from tests.ops import cases
 
 Builder = interpreter.InterpreterBuilder

@@ -561,7 +561,7 @@ def test_a_missing_decoder_names_the_extra(monkeypatch):
 
 
 # pydicom's bundled files and the page that lists them
-PAGE = Path(__file__).parents[2] / "docs" / "unimed_images.md"
+PAGE = Path(__file__).parents[2] / "docs" / "unimed/images.md"
 
 
 def listed():

@@ -3,7 +3,7 @@
     grey    stored -> modality LUT or rescale -> window or VOI LUT -> presentation LUT, inversion -> shutter -> turned -> square pixels
     colour  stored -> palette or RGB -> ICC profile                                              -> shutter -> turned -> square pixels
 
-An attribute that changes the picture is applied, or the file is refused by one line. docs/unimed_images.md says which is which.
+An attribute that changes the picture is applied, or the file is refused by one line. docs/unimed/images.md says which is which.
 pydicom decodes the pixels and applies the tables. Some of its table functions wrap round or fail on tables that PS3.3 allows; here every
 table first gets the form on which they are right (`_table`), and values are cut to the table's range.
 """

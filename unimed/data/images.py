@@ -1,7 +1,7 @@
 """Images for the model: files, arrays and slices of volumes, always RGB.
 
 What a file says about its pixels (depth, transparency, orientation, colour profile) is applied, and `Opened.notes` tells what was done.
-docs/unimed_images.md lists every case.
+docs/unimed/images.md lists every case.
 """
 
 from dataclasses import dataclass

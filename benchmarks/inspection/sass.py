@@ -1,10 +1,10 @@
 """What nvcc makes of the CUDA kernels: registers, stack, shared memory and instructions of each, per architecture.
 
-    python -m benchmarks.sass [--write] [--only words]
+    python -m benchmarks.inspection.sass [--write] [--only words]
 
 Reads the object files of the library (compiled where they are missing or stale) with cuobjdump: from the CUDA toolkit, the PATH, or inside
 the triton wheel. No GPU. ``--write`` puts the table into benchmarks/results/sass.json, which tests/native/test_sass.py holds against what
-is compiled, and docs/sass.md.
+is compiled; `make docs` shows it.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "sass.json"
-PAGE = ROOT / "docs" / "sass.md"
 # Tensor cores, asynchronous copies, matrix loads, floating-point products, atomics, spills; what orders warpgroups and copies.
 COUNTED = (
     "HMMA",
@@ -48,7 +47,8 @@ REGISTERS, SHARED, MOST_WARPS = 65536, {"sm_80": 164 << 10, "sm_90a": 228 << 10}
 
 HEAD = """# What nvcc makes of the CUDA kernels
 
-Written by `python -m benchmarks.sass --write` from the cubins of the library ({built}). No kernel spills; no GPU was asked.
+Written by `make docs`; read by `python -m benchmarks.inspection.sass --write` from the cubins of the library ({built}).
+No kernel spills. No GPU was needed.
 "shared" is static shared memory in bytes (on sm_90a with the 1024 that the system keeps).
 """
 
@@ -136,7 +136,7 @@ def blocks(figures: dict[str, Any], threads: int, arch: str) -> int:
 
 
 def page(found: dict[str, Any], built: str) -> str:
-    """docs/sass.md"""
+    """The page."""
     lines = [HEAD.format(built=built)]
     for source, by_name in found.items():
         lines.append(f"\n## {source}\n\n| kernel | architecture | registers | shared | instructions |\n| --- | --- | --- | --- | --- |")
@@ -162,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         before = json.loads(TABLE.read_text())["sources"] if TABLE.exists() and options.only else {}
         TABLE.write_text(json.dumps({"built": built, "sources": before | found}, indent=1, sort_keys=True) + "\n")
-        PAGE.write_text(page(before | found, built))
     else:
         print(page(found, built))
     return 0

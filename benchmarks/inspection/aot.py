@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and say what the compiler made of it.
 
-    python -m benchmarks.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels gemm_fwd_kernel,...] [--jobs 2] [--write]
+    python -m benchmarks.inspection.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels gemm_fwd_kernel,...] [--jobs 2] [--write]
 
 No GPU and no driver is needed, and no kernel runs. The calls of tests/ops/cases.py are made at the sizes of a connector and at small odd
 ones, on tensors without memory (torch's meta device): the wrappers choose grids and configurations as they would on a GPU, and Triton's own
@@ -9,7 +9,7 @@ once. So what is compiled is what would run, and a wrapper that asked a tensor f
 
 Compiled is one launch for each kernel, configuration, dtype and alignment, the one with the most to hold (``cover``); for targets that
 are reported and not proven, in bf16 at aligned sizes alone. ``--write`` puts the rows into benchmarks/results/aot.json, in place of those
-of the same kernels and targets, and writes docs/aot.md from it. Budgets and their reasons are in tests/triton/test_aot.py.
+of the same kernels and targets; `make docs` shows them. Budgets and their reasons are in tests/triton/test_aot.py.
 
 Run without TRITON_INTERPRET.
 """
@@ -56,8 +56,7 @@ PROVEN = ("sm_80", "sm_90")
 # Of a multiprocessor: warps and bytes of shared memory, of which each program takes 1 KiB more than it asks for.
 MULTIPROCESSOR = {"sm_80": (64, 164 << 10), "sm_90": (64, 228 << 10), "sm_100": (64, 228 << 10)}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-RESULTS = Path(__file__).parent / "results" / "aot.json"
-PAGE = Path(__file__).parents[1] / "docs" / "aot.md"
+RESULTS = Path(__file__).parents[1] / "results" / "aot.json"
 
 # The released connector for 16 images, for four, for one and for a few tokens, so that each row of the tile tables is chosen; many experts;
 # sizes that divide by nothing; and narrow weights, which have tiles of their own in the product of the weights' gradients.
@@ -357,16 +356,14 @@ def read() -> list[dict[str, Any]]:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """benchmarks/results/aot.json, one line a row, and docs/aot.md."""
+    """benchmarks/results/aot.json, one line a row."""
     head = json.dumps({"triton": triton.__version__, "sizes": SIZES}, indent=1)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(head[:-2] + ',\n "kernels": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n ]\n}\n")
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(rows))
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """docs/aot.md, a line a row."""
+    """The page, a line a row."""
     parts = [PREFACE.format(triton=triton.__version__, count=len(rows))]
     header = ("kernel", "operands", "tile", "warps, stages", "sizes", "registers", "spills", "shared KiB", "programs", *COUNTS)
     for target in TARGETS:
@@ -389,7 +386,7 @@ def _line(cells: Iterable[Any]) -> str:
 
 PREFACE = """# What the compiler makes of the Triton kernels
 
-Written by `make aot` from `benchmarks/results/aot.json`: triton {triton}, {count} compiled launches, no GPU. Nothing here was run. These
+Written by `make docs` from `benchmarks/results/aot.json`: triton {triton}, {count} compiled launches, no GPU. Nothing here was run. These
 are the compiler's numbers and say nothing about speed.
 
 A line is a kernel in one configuration and dtype, in the form that has most to hold (activation, bias, gathering and the like).
@@ -410,7 +407,7 @@ def main() -> None:
     parser.add_argument("--kernels", help="all where not given")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--missing", action="store_true", help="only those that the file has no row for, after an interruption")
-    parser.add_argument("--write", action="store_true", help="put the rows into benchmarks/results/aot.json and docs/aot.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into benchmarks/results/aot.json")
     options = parser.parse_args()
     for target in options.targets.split(","):
         current = {launch.key for launch in compiled(target)}

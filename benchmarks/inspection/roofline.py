@@ -1,6 +1,6 @@
 """A roofline of every op on GPUs that are not here: it predicts from counts and published peaks, and measures nothing.
 
-    python -m benchmarks.roofline [--write]        `make roofline` writes benchmarks/results/roofline.json, docs/roofline.md and its plot
+    python -m benchmarks.inspection.roofline [--write]        writes benchmarks/results/roofline.json; `make docs` writes its page and plot
 
 Nothing is computed: the ops run forward and backward on meta tensors, and what they would launch is counted. Ours are the launches of the
 Triton wrappers and the torch operations between them, at the sizes that the table gives. Beside them stands the unfused torch sequence: the
@@ -37,12 +37,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 import cmoe_kernels as cmoe
-from benchmarks.aot import TARGETS
+from benchmarks.inspection.aot import TARGETS
 from benchmarks.shapes import SHAPES, Shape
 from tests.ops import naive
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PLOT = ROOT / "benchmarks/results/roofline.json", ROOT / "docs/roofline.md", ROOT / "docs/roofline.png"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/roofline.json"
 
 
 @dataclass(frozen=True)
@@ -412,7 +412,7 @@ TF32 and fp32, and every op at every T: benchmarks/results/roofline.json. What a
 
 
 def page(rows: list[Row]) -> str:
-    """docs/roofline.md."""
+    """The page."""
     rows = [row for row in rows if row.dtype == "bf16"]
     peaks = [[n, *(f"{g.flops[u] / 1e12:g}" for u in DTYPES), f"{g.bandwidth / 1e12:g}", g.source] for n, g in GPUS.items()]
     shapes = []
@@ -480,7 +480,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {', '.join(str(p.relative_to(ROOT)) for p in (RESULTS, PAGE, PLOT))}")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args()
     rows = predict()
     text = page(rows)
@@ -492,11 +492,8 @@ def main() -> None:
             "shapes": {name: vars(SHAPES[name]) for name in NAMES},
         }
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
         records = ",\n".join("  " + json.dumps(row.record()) for row in rows)
         RESULTS.write_text(json.dumps(document, indent=1).removesuffix("\n}") + f',\n "rows": [\n{records}\n ]\n}}\n')
-        PAGE.write_text(text)
-        plot(rows, PLOT)
 
 
 if __name__ == "__main__":
