@@ -41,10 +41,18 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy cmoe_kernels unimed
 
-test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why
+# make test OP=topk_gate: every test with that name in it, on every backend.
+ifdef OP
+test: install
+	$(BIN)/python -m pytest -n $(JOBS) tests --ignore tests/triton --ignore tests/emulation -k "$(OP)"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k "triton and $(OP)"
+	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "(cuda or emulation) and $(OP)"
+else
+test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton --ignore tests/emulation
 	$(VERSIONS) latest --sample 170
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
+endif
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90

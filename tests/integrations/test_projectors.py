@@ -23,6 +23,9 @@ NATIVE = backends.choose("soft_experts", "cpu", torch.float32) != "reference"
 NOTHING = 0.0 if NATIVE else 1e-6
 
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+# One family for each kind of adapter; the others under `make test-full`.
+KINDS = ("llava_next", "gemma3", "qwen3_vl", "blip_2")
+each_kind = pytest.mark.parametrize("family", [f if f in KINDS else pytest.param(f, marks=pytest.mark.full) for f in tiny.FAMILIES])
 
 
 def swapped(family, seed=0, **settings):
@@ -137,7 +140,7 @@ def test_batch_equals_single(family):
             torch.testing.assert_close(together[row, -len(found) :], found, rtol=0, atol=1e-5)
 
 
-@every_family
+@each_kind
 def test_generate(family):
     """Cached equals uncached, two beams run, a mixed batch answers as its tasks do alone, and an upcycled model as the model it was."""
     model, images = tiny.build(family)
@@ -189,7 +192,7 @@ def test_round_trip_in_a_fresh_process(tmp_path):
     assert done.stdout.split() == names
 
 
-@every_family
+@each_kind
 def test_a_loaded_model_is_swapped_saved_and_loaded(family, tmp_path):
     """Published checkpoints keep names of keys that transformers translates; a swapped model keeps them as well, and its dtype."""
     model, images = tiny.build(family)

@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
-from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, leaves, on_backends, to_double, widest
+from tests.emulation import library
+from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, backends_of, leaves, on_backends, to_double, widest
 
-# The interpreter is slow: there CI checks what does not depend on a form's numbers on one form per op, and `make test-full` on all.
-SAMPLED = ONE_PER_OP if backends.INTERPRETED and os.environ.get("CMOE_TEST_FULL", "0") in ("", "0") else CASES
+FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
+# Interpreted and emulated kernels are slow: there CI checks one form per op where the numbers of a form do not matter.
+SAMPLED = ONE_PER_OP if (backends.INTERPRETED or library.WANTED) and not FULL else CASES
 
 
 def output_grad(y: Tensor) -> Tensor:
@@ -102,9 +104,11 @@ def test_gradcheck(case, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @on_backends(ONE_PER_OP)
 def test_compile_fullgraph(case, backend, dtype, dynamic):
+    # An op is opaque to Inductor, whatever serves it: one backend meets Inductor, the others Dynamo and AOTAutograd.
+    ordinary = not backends.INTERPRETED and not library.WANTED and backend == backends_of(case.op)[0]
+    inductor = FULL or (ordinary and dynamic == (dtype == torch.float32))
     torch._dynamo.reset()
-    arguments = case.make(dtype)
-    compiled = torch.compile(case.call, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(case.call, fullgraph=True, dynamic=dynamic, backend="inductor" if inductor else "aot_eager")
     with cmoe.use_backend(backend):
         for seed in (0, 1):
             arguments = case.make(dtype, seed=seed)
@@ -198,7 +202,7 @@ def test_non_contiguous_inputs(case, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@on_backends([case for case in CASES if len(leaves(case.make())) > 1])
+@on_backends([case for case in SAMPLED if len(leaves(case.make())) > 1])
 def test_only_the_gradients_asked_for(case, backend):
     """Each argument alone asks for its gradient: it is the same as when all do."""
     dtype = widest(case.op, backend)
