@@ -14,7 +14,10 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="loads the 
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 LINK = "-fsanitize=address,undefined"
 TESTS = ("tests/ops/test_promises.py", "tests/ops/test_edges.py", "tests/native/test_shapes.py", "tests/test_native.py")
-SELECTED = "(cpu and ((test_precision and not torch.float16) or test_edges)) or test_shapes or (test_native and (soft_gate or topk_gate or ties or strides))"
+SELECTED = (
+    "(cpu and ((test_precision and not torch.float16) or test_edges)) or test_shapes"
+    " or (test_native and (soft_gate or topk_gate or ties or strides))"
+)
 
 
 def run_sanitized(tree, selected=SELECTED):
