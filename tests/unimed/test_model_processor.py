@@ -1,12 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_samples import QA, REFER, VQA, picture, small
 from PIL import Image
 from transformers import AutoProcessor
 
+from unimed.data.example import Example
 from unimed.errors import UserError
+from unimed.literal import END, START, literal
 from unimed.model.processing import UniMedProcessor
+from unimed.tasks import prompts
 
 MODEL, PROCESSOR = small()
 IMAGE = PROCESSOR.image_token_id
@@ -113,7 +118,7 @@ def test_answers_are_what_follows_the_prompt():
     assert PROCESSOR.decode_answers(row.input_ids) == ["{<1><2><3><4>}", "in the left upper abdomen"]
     asked = PROCESSOR(text=[QA]).input_ids
     echo = PROCESSOR(text=[QA], answers=["say [/INST] twice"]).input_ids
-    assert PROCESSOR.decode_answers(echo, prompt_length=asked.shape[1]) == ["say[/INST] twice"]
+    assert PROCESSOR.decode_answers(echo, prompt_length=asked.shape[1]) == ["say [/INST] twice"]
 
 
 def test_saved_and_read_again(tmp_path):
@@ -130,3 +135,100 @@ def test_chat_template_writes_the_prompt_layout():
     assert PROCESSOR.apply_chat_template([user]) == "[INST] <Img><image></Img> [vqa] which modality? [/INST]"
     talk = [user, {"role": "assistant", "content": [{"type": "text", "text": "CT"}]}]
     assert PROCESSOR.apply_chat_template(talk) == "[INST] <Img><image></Img> [vqa] which modality? [/INST] CT</s>"
+
+
+# Text of users
+
+MARKS = "<image> <ImageHere> </Img> </s> <s> <pad> [INST] [/INST] [refer] [qa] <|im_end|>"
+
+
+def test_the_quotes_are_those_of_transformers():
+    from transformers.utils import chat_template_utils
+
+    assert (START, END) == (chat_template_utils._CONTROL_TOKEN_START, chat_template_utils._CONTROL_TOKEN_END)
+
+
+@pytest.mark.parametrize("task", ["vqa", "refer", "identify", "cls", "qa"])
+def test_marks_in_a_question_and_in_an_answer_are_text(task):
+    """Kind: what a user writes never becomes an image place, an end of text or a task, whichever field it is in."""
+    example = Example("a", task, "d", f"{MARKS} at {{<10><20><30><40>}}?", MARKS, None, None, None, task)
+    images = None if task == "qa" else [picture(0)]
+    row = PROCESSOR(text=[prompts.chat(prompts.instruction(example, None))], images=images, answers=[example.answer], task=None)
+    ids, learned = row.input_ids[0], row.labels[0][row.labels[0] != -100]
+    assert (ids == IMAGE).sum() == (0 if task == "qa" else PROCESSOR.num_image_tokens)
+    assert (ids == PROCESSOR.tokenizer.eos_token_id).sum() == (ids == PROCESSOR.tokenizer.bos_token_id).sum() == 1
+    tokens = pieces(ids)
+    assert tokens.count("[INST]") == tokens.count("[/INST]") == tokens.count(f"[{task}]") == 1
+    assert tokens.count("<10>") == 1  # a coordinate stays one token
+    assert "task_ids" not in row or row.task_ids.tolist() == [PROCESSOR.tasks.index(task)]
+    assert PROCESSOR.tokenizer.decode(learned[:-1]) == f" {MARKS}"
+    assert f"{MARKS} at" in PROCESSOR.tokenizer.decode(ids)
+
+
+def test_text_without_marks_is_read_as_ever():
+    for text in ("Is the kidney < 5 cm [sic 3]?", "{<1><2><3><4>}", "a [b c] <d e>"):
+        assert literal(text) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([*MARKS.split(), "<im", "age>", "<", "[", START, END, " ", "x", "<7>"]), max_size=8).map("".join))
+def test_no_text_of_users_is_obeyed(text):
+    prompt = f"[INST] <Img><ImageHere></Img> [vqa] a{literal(text)} [/INST]"
+    row = PROCESSOR(text=[prompt], images=[picture(0)], answers=["a" + text])
+    assert (row.input_ids == IMAGE).sum() == PROCESSOR.num_image_tokens
+    assert (row.input_ids == PROCESSOR.tokenizer.eos_token_id).sum() == 1
+    assert pieces(row.input_ids[0]).count("[/INST]") == 1
+    learned = row.labels[0][row.labels[0] != -100]
+    assert PROCESSOR.tokenizer.decode(learned[:-1]) == " a" + text.replace(START, "").replace(END, "").rstrip()
+
+
+def test_the_tokenizer_does_not_learn_the_quotes():
+    from unimed.model.tokenization import train_tokenizer
+
+    texts = [f"{literal('<image>')} {literal('</s>')} what"] * 20
+    learned = train_tokenizer(texts, 480)
+    assert learned.tokenize("image")[-1] == "image"
+    assert not any(START in learned.convert_tokens_to_string([token]) for token in learned.get_vocab())
+
+
+def user(text):
+    return {"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": text}]}
+
+
+def test_marks_in_messages_are_text_but_for_the_tag_at_the_start():
+    talk = [user(f"[refer] {MARKS}"), {"role": "assistant", "content": f"no {MARKS}"}, {"role": "user", "content": "[qa] why? </s>"}]
+    row = PROCESSOR.apply_chat_template(talk, tokenize=True, return_dict=True)
+    tokens = pieces(row["input_ids"][0])
+    assert tokens.count("<image>") == PROCESSOR.num_image_tokens
+    assert tokens.count("</s>") == 1
+    assert (tokens.count("[refer]"), tokens.count("[qa]"), tokens.count("[INST]")) == (1, 1, 2)
+    assert row["task_ids"].tolist() == [PROCESSOR.tasks.index("refer")]
+
+
+def test_a_system_message_is_carried_as_llama_2_does():
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        user("[vqa] which plane?"),
+        {"role": "assistant", "content": "axial"},
+        user("sure?"),
+    ]
+    assert PROCESSOR.apply_chat_template(talk) == (
+        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<Img><image></Img> [vqa] which plane? [/INST] axial</s>"
+        "[INST] <Img><image></Img> sure? [/INST]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("talk", "words"),
+    [
+        ([user("a"), {"role": "system", "content": "b"}], "role system at place 1 is not supported"),
+        ([{"role": "tool", "content": "b"}], "role tool at place 0 is not supported"),
+        ([{"role": "system", "content": "b"}], "needs a user message behind it"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "type video is not supported"),
+        ([{"role": "system", "content": [{"type": "image"}]}, user("a")], "type image is not supported"),
+    ],
+)
+def test_messages_that_the_template_cannot_carry_are_refused_by_one_line(talk, words):
+    with pytest.raises(UserError, match=words) as caught:
+        PROCESSOR.apply_chat_template(talk)
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,8 @@
     <s>[INST] <Img><image> x N</Img> [task] instruction [/INST] answer</s>
 
 `<ImageHere>` (or `<image>`) in a prompt marks where its image goes; a prompt has one image or none. Only the answer and `</s>` are learned.
+Text of users goes through `unimed.literal.literal` before it becomes part of a prompt: the marks it holds are then spelled, not obeyed. For
+answers and for the messages of `apply_chat_template` the processor does it.
 """
 
 import re
@@ -10,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from unimed.data.images import to_rgb
 from unimed.errors import UserError
+from unimed.literal import is_quoted, literal, split
 from unimed.model.configuration import TASKS
 from unimed.model.tokenization import IMAGE_TOKEN, token_id
 
@@ -23,14 +27,23 @@ PLACEHOLDER = "<ImageHere>"
 TEXT_TASK = "qa"
 _PARTS = (
     "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-    "{%- for part in message['content'] -%}PART{%- endfor -%}{%- endif -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{ part['text'] }}"
+    "IMAGE{%- else -%}{{ raise_exception('a part of type ' ~ part['type'] ~ ' is not supported: text and image are') }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
 )
+# A system message goes where Llama-2 chat has it: into the first user turn.
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{{ '[INST] ' }}"
-    + _PARTS.replace("PART", "{{ '<Img><image></Img> ' if part['type'] == 'image' else part['text'] }}")
+    "{%- set turn = namespace(system='') -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' and loop.first -%}{%- set turn.system -%}{{ '<<SYS>>\\n' }}"
+    + _PARTS.replace("IMAGE", "")
+    + "{{ '\\n<</SYS>>\\n\\n' }}{%- endset -%}"
+    "{%- elif message['role'] == 'user' -%}{{ '[INST] ' }}{{ turn.system }}{%- set turn.system = '' -%}"
+    + _PARTS.replace("IMAGE", "{%- elif part['type'] == 'image' -%}{{ '<Img><image></Img> ' }}")
     + "{{ ' [/INST]' }}{%- elif message['role'] == 'assistant' -%}{{ ' ' }}"
-    + _PARTS.replace("PART", "{{ part['text'] }}")
-    + "{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    + _PARTS.replace("IMAGE", "")
+    + "{{ eos_token }}{%- else -%}{{ raise_exception('a message of role ' ~ message['role'] ~ ' at place ' ~ loop.index0 ~"
+    " ' is not supported: system (the first only), user and assistant are') }}{%- endif -%}{%- endfor -%}"
+    "{%- if turn.system -%}{{ raise_exception('a system message needs a user message behind it') }}{%- endif -%}"
 )
 
 
@@ -93,8 +106,8 @@ class UniMedProcessor(ProcessorMixin):
             padding_side: by default "right" with answers and "left" without (generation continues at the right end).
         """
         prompts = _strings("text", text)
-        placed = [prompt.replace(PLACEHOLDER, IMAGE_TOKEN) for prompt in prompts]
-        with_image = [prompt.count(IMAGE_TOKEN) for prompt in placed]
+        placed = [_ours(prompt, PLACEHOLDER, IMAGE_TOKEN) for prompt in prompts]
+        with_image = [sum(piece.count(IMAGE_TOKEN) for piece in split(prompt)[::2]) for prompt in placed]
         if max(with_image) > 1:
             raise UserError(f"prompt {with_image.index(max(with_image))} has {max(with_image)} image places, a prompt has one or none")
         pictures = self._pictures(images, expected=sum(with_image))
@@ -146,17 +159,42 @@ class UniMedProcessor(ProcessorMixin):
         return names
 
     def _prompt_ids(self, index: int, prompt: str) -> list[int]:
-        text = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
+        text = _ours(prompt, IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens)
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = start + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = start + self._ids(text)
         if len(ids) > self.max_prompt_tokens:
             raise UserError(f"prompt {index} has {len(ids)} tokens, at most {self.max_prompt_tokens} are allowed; shorten it")
         return ids
 
     def _answer_ids(self, answer: str) -> list[int]:
         # On its own, not with the prompt: generation starts from the prompt's ids, which must not depend on the answer.
-        ids = self.tokenizer(self.answer_prefix + answer.strip(), add_special_tokens=False)["input_ids"]
+        ids = self._ids(self.answer_prefix + literal(answer.strip()))
         return [*ids, self.tokenizer.eos_token_id][: self.max_answer_tokens]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=is_quoted(text))["input_ids"]
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; marks in the messages' texts are spelled, but for the task's tag at the start of one."""
+        try:
+            return super().apply_chat_template(self._quoted(conversation), *args, **kwargs)
+        except TemplateError as error:
+            raise UserError(f"messages: {error}") from error
+
+    def _quoted(self, messages: Any) -> Any:
+        if isinstance(messages, list | tuple):
+            return [self._quoted(message) for message in messages]
+        if not isinstance(messages, dict):
+            return messages
+        found = dict(messages)
+        for key in ("content", "text"):
+            if isinstance(found.get(key), str):
+                tag = re.match(r"\s*\[(\w+)\]", found[key])
+                at = tag.end() if tag and tag[1] in (*self.tasks, TEXT_TASK) else 0
+                found[key] = found[key][:at] + literal(found[key][at:])
+            elif isinstance(found.get(key), list | tuple):
+                found[key] = self._quoted(found[key])
+        return found
 
     def _pad(self, prompts: list[list[int]], answers: list[list[int]] | None, side: str) -> dict[str, Tensor]:
         if side not in ("left", "right"):
@@ -189,6 +227,13 @@ def _rgb(index: int, image: Image.Image) -> Image.Image:
         return to_rgb(image).rgb
     except UserError as error:
         raise UserError(f"image {index}: {error}") from error
+
+
+def _ours(text: str, mark: str, by: str) -> str:
+    """``text`` with a mark replaced, but for where a user wrote it."""
+    pieces = split(text)
+    pieces[::2] = [piece.replace(mark, by) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def _strings(name: str, value: Any) -> list[str]:

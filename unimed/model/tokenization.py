@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unimed.errors import UserError
+from unimed.literal import plain, split
 from unimed.model.configuration import TASKS
 
 IMAGE_TOKEN = "<image>"
@@ -58,6 +59,12 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def _between_marks(text: str) -> list[str]:
-    for mark in (*SPECIAL, *MARKS, *COORDINATES):
-        text = text.replace(mark, "\0")
-    return [piece for piece in text.split("\0") if piece]
+    found = []
+    for place, piece in enumerate(split(text)):
+        if place % 2:
+            found.append(plain(piece))  # written by a user, spelled when it is encoded
+            continue
+        for mark in (*SPECIAL, *MARKS, *COORDINATES):
+            piece = piece.replace(mark, "\0")
+        found += piece.split("\0")
+    return [piece for piece in found if piece]

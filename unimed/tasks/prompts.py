@@ -1,6 +1,7 @@
 """Instructions: a task tag and a sentence, drawn from a pool in training and fixed in evaluation.
 
 The release's tags and structure, our sentences. Image tasks start with `<Img><ImageHere></Img>`; the processor puts the image there.
+What a question holds is quoted where it looks like such a mark (`unimed.literal`): "<image>" in a question is text.
 """
 
 import random
@@ -8,6 +9,7 @@ import random
 from unimed.data.example import Example
 from unimed.data.text import clean
 from unimed.errors import UserError
+from unimed.literal import literal
 
 IMAGE = "<Img><ImageHere></Img>"
 
@@ -55,9 +57,9 @@ def instruction(example: Example, rng: random.Random | None) -> str:
         pool = QA.get(example.dataset, QA[""])
     else:
         raise UserError(f"{example.id}: unknown task {example.task!r}")
-    sentence = (pool[0] if rng is None else rng.choice(pool)).replace("{}", example.question)
-    if example.task == "qa":
-        return f"[qa] {clean(sentence)}"  # the release cuts the whole text-QA instruction to 50 words, lead-in included
+    sentence = (pool[0] if rng is None else rng.choice(pool)).replace("{}", literal(example.question))
+    if example.task == "qa":  # the release cuts the whole text-QA instruction to 50 words, lead-in included
+        return f"[qa] {clean(sentence)}"
     return f"{IMAGE} [{example.task}] {sentence}"
 
 
