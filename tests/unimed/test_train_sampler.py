@@ -72,7 +72,29 @@ def test_a_source_can_be_one_dataset_of_a_task():
 def test_a_task_without_examples_is_left_out_but_a_named_dataset_must_exist():
     members, _ = group(EXAMPLES, {"vqa": 1, "caption": 1})
     assert len(members) == 1
+    with pytest.raises(UserError, match=r"slake2/vqa: no training example .* datasets that have: pathvqa, slake"):
+        group(EXAMPLES, {"vqa": 1, "slake2/vqa": 1})
     with pytest.raises(UserError, match="mimic/caption"):
         group(EXAMPLES, {"vqa": 1, "mimic/caption": 1})
     with pytest.raises(UserError, match="none of the tasks"):
         group(EXAMPLES, {"caption": 1})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "lines"),
+    [
+        ({"vqa": 5, "refer": 4, "qa": 1}, []),
+        ({"vqa": 5, "refer": 4, "qa": 0}, []),
+        (
+            {"vqa": 5, "refer": 4, "qa": 1, "caption": 2, "cls": 3},
+            ["sampler.ratios: no training example of caption, cls; the other sources share what it had"],
+        ),
+        (
+            {"slake/vqa": 5, "refer": 4},
+            ["sampler.ratios: no ratio for facts/qa (3 examples), pathvqa/vqa (5 examples); they are not used in training"],
+        ),
+    ],
+)
+def test_a_ratio_without_examples_and_examples_without_a_ratio_are_named(ratios, lines, caplog):
+    group(EXAMPLES, ratios)
+    assert [record.getMessage() for record in caplog.records] == lines

@@ -6,6 +6,8 @@ A batch sampler that starts again and skips `n` batches therefore gives exactly 
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,23 +15,41 @@ from torch.utils.data import Sampler
 
 from unimed.errors import UserError
 
+log = logging.getLogger("unimed.train")
+
 Draw = tuple[int, int]  # index of the example, seed of its prompt and augmentation
 
 
 def group(examples: Sequence, ratios: dict[str, float]) -> tuple[list[list[int]], np.ndarray]:
-    """Indices and probability of every source that has a ratio above zero and at least one example."""
+    """Indices and probability of every source that has a ratio above zero and at least one example.
+
+    A ratio without examples and examples without a ratio are named in a warning each.
+    """
+    available = Counter((example.dataset, example.task) for example in examples)
     members: list[list[int]] = []
     weights: list[float] = []
+    empty: list[str] = []
     for key, ratio in ratios.items():
         dataset, _, task = key.rpartition("/")
         found = [i for i, example in enumerate(examples) if example.task == task and (not dataset or example.dataset == dataset)]
         if ratio > 0 and not found and dataset:
-            raise UserError(f"sampler.ratios.{key}: no training example of task {task!r} in dataset {dataset!r}")
+            has = ", ".join(sorted({name for name, of in available if of == task})) or "none"
+            raise UserError(f"sampler.ratios.{key}: no training example of task {task!r} in dataset {dataset!r}; datasets that have: {has}")
         if ratio > 0 and found:
             members.append(found)
             weights.append(ratio)
+        elif ratio > 0:
+            empty.append(key)
     if not members:
         raise UserError("sampler.ratios: none of the tasks with a ratio above zero has a training example")
+    if empty:
+        log.warning("sampler.ratios: no training example of %s; the other sources share what it had", ", ".join(empty))
+    unused = sorted(
+        (f"{dataset}/{task}", count) for (dataset, task), count in available.items() if not {task, f"{dataset}/{task}"} & set(ratios)
+    )
+    if unused:
+        listed = ", ".join(f"{name} ({count:,} examples)" for name, count in unused)
+        log.warning("sampler.ratios: no ratio for %s; they are not used in training", listed)
     return members, np.array(weights) / sum(weights)
 
 
