@@ -40,6 +40,7 @@ sample_app = typer.Typer(no_args_is_help=True, help="The small CT and MR data se
 app.add_typer(sample_app, name="sample")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted recipe overrides, for example train.max_steps=50", show_default=False)]
+Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record of the data (data.strict=true)")]
 RunPath = Annotated[str, typer.Argument(help="a run: its name under runs/, or its folder")]
 
 
@@ -134,6 +135,7 @@ def train(
     llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start again where a run of this name exists")] = False,
+    strict: Strict = False,
 ) -> None:
     """Train a model by a recipe; the run goes to runs/NAME.
 
@@ -149,12 +151,12 @@ def train(
     """
     if "=" in recipe:  # an override, and the recipe left out
         recipe, overrides = "tiny", [recipe, *(overrides or [])]
-    loaded = _recipe(recipe, llm, overrides, name)
+    loaded = _recipe(recipe, llm, [*(overrides or []), *["data.strict=true"] * strict], name)
     _train(loaded, RUNS / loaded.name, resume, overwrite)
 
 
 @command(app, "evaluate")
-def evaluate(run: RunPath, overrides: Overrides = None) -> None:
+def evaluate(run: RunPath, overrides: Overrides = None, strict: Strict = False) -> None:
     """Score a run on the held-out slabs and the held-out subject, beside answers that need no image.
 
     Writes metrics.json and predictions.json into the run.
@@ -165,7 +167,7 @@ def evaluate(run: RunPath, overrides: Overrides = None) -> None:
 
       [cyan]unimed evaluate tiny evaluate.limit=20 'evaluate.splits=[slab]'[/]
     """
-    _evaluate(_run_folder(run), overrides)
+    _evaluate(_run_folder(run), [*(overrides or []), *["data.strict=true"] * strict])
 
 
 @command(app, "report")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(at_work, arguments, words):
     assert len(lines) == 1, result.output
     assert lines[0].startswith("error: ")
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_strict_stops_training_and_evaluation_at_the_first_bad_record(at_work, small_overrides, tmp_path):
+    from data_samples import slake
+
+    slake(tmp_path / "data", detections=[{"Liver": [90, 2, 8, 8]}])
+    overrides = [text for text in small_overrides if not text.startswith(("data.root", "name="))]
+    root = f"data.root={tmp_path / 'data'}"
+    for command in (["train", "tiny", *overrides, root, "--name", "strict"], ["evaluate", "small", root, "evaluate.splits=[train]"]):
+        result = run(*command, "--strict")
+        assert result.exit_code == 2
+        (line,) = result.output.strip().splitlines()
+        assert re.match(r"error: \S+/data/imgs/xmlab0/detection\.json\[0\]: the box of 'Liver' is", line)
+    assert not Path("runs/strict").exists()
 
 
 def test_debug_shows_the_traceback_anywhere_on_the_line(tmp_path):

@@ -3,50 +3,18 @@
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from data_samples import PATH_VQA, picture, slake, write
 
 from unimed.data import load_examples, load_image, medmnist, text
 from unimed.data.example import Example
+from unimed.data.policy import Rules
 from unimed.errors import UserError
 
-
-def picture(path, size=(40, 20)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, 128).save(path)
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-
-
-def slake(root, questions=None, detections=None, cases="xmlab0\n"):
-    picture(root / "imgs" / "xmlab0" / "source.jpg")
-    record = {"img_id": 0, "img_name": "xmlab0/source.jpg", "q_lang": "en", "qid": 0, "location": "Abdomen", "modality": "MRI"}
-    if questions is None:
-        questions = [
-            {
-                **record,
-                "question": "What modality is used  to take this image?",
-                "answer": "MRI",
-                "answer_type": "OPEN",
-                "content_type": "Modality",
-            },
-            {**record, "question": "Does the picture contain lung?", "answer": "No", "answer_type": "CLOSED", "content_type": "Organ"},
-            {**record, "question": "图中是否有肺?", "answer": "没有", "answer_type": "CLOSED", "q_lang": "zh"},
-            {**record, "question": "Where?", "answer": "", "answer_type": "OPEN"},
-        ]
-    write(root / "imgs" / "xmlab0" / "question.json", questions)
-    write(
-        root / "imgs" / "xmlab0" / "detection.json",
-        [{"Liver": [4.0, 5, 10, 10]}, {"Spleen": [30, 2, 8, 8]}] if detections is None else detections,
-    )
-    write(root / "train.txt", cases)
-    write(root / "test.txt", "")
-    return root
+STRICT = Rules(strict=True)
 
 
 def by_task(examples):
@@ -80,19 +48,6 @@ def test_sa_med2d(tmp_path):
     assert load_examples(tmp_path, "test") == []
 
 
-PATH_VQA = [
-    {
-        "img_id": "train_0422",
-        "sent": "Where are  liver cells?",
-        "question_id": 100422000,
-        "label": {"in the center": 1},
-        "answer_type": "other",
-    },
-    {"img_id": "train_0422", "sent": "Is it normal?", "question_id": 100422001, "label": {"no": 1, "yes": 0.3}, "answer_type": "yes/no"},
-    {"img_id": "train_0422", "sent": "Unanswered?", "question_id": 100422002, "label": {}, "answer_type": "other"},
-]
-
-
 @pytest.mark.parametrize("kind", ["json", "pkl"])
 def test_path_vqa(tmp_path, kind):
     picture(tmp_path / "images" / "train" / "train_0422.jpg")
@@ -100,7 +55,7 @@ def test_path_vqa(tmp_path, kind):
         write(tmp_path / "train_vqa.json", PATH_VQA)
     else:
         (tmp_path / "train_vqa.pkl").write_bytes(pickle.dumps(PATH_VQA))
-    where, normal = load_examples(tmp_path, "train")
+    where, normal = load_examples(tmp_path, "train", rules=STRICT)
     assert (where.question, where.answer, where.answer_type) == ("Where are liver cells?", "in the center", "OPEN")
     assert (normal.answer, normal.answer_type, normal.id) == ("no", "CLOSED", "path-vqa/100422001")
     assert load_image(normal).size == (40, 20)
@@ -144,7 +99,7 @@ def test_r2gen_annotation(tmp_path, folder, caplog):
     ]
     write(tmp_path / "annotation.json", {"train": records, "val": [], "test": records[:1]})
     (only,) = load_examples(tmp_path, "train")
-    assert "1 of 2 records dropped" in caplog.text
+    assert "reports (train): 1 of 2 records left out: 1 with a missing image (first: annotation.json: train[1]" in caplog.text
     assert (only.task, only.dataset, only.subject, only.question) == ("caption", "mimic-cxr", "10", "")
     assert only.answer.startswith("Heart normal. word")
     assert len(only.answer.split()) == 50
@@ -157,7 +112,7 @@ def test_r2gen_annotation(tmp_path, folder, caplog):
 
 def test_annotation_without_any_image(tmp_path):
     write(tmp_path / "annotation.json", {"train": [{"image_path": ["x.jpg"], "report": "Clear."}]})
-    with pytest.raises(UserError, match="none of its 1 records"):
+    with pytest.raises(UserError, match=r"no record can be used.*1 with a missing image"):
         load_examples(tmp_path, "train")
 
 
@@ -176,7 +131,7 @@ def test_medpix(tmp_path):
     one, two = load_examples(tmp_path, "train")
     assert (one.answer, two.answer, one.task, one.dataset) == ("A mass, in the liver", "Two", "caption", "medpix")
     write(tmp_path / "MedPix_single_test.csv", "file,text\na,b\n")
-    with pytest.raises(UserError, match="'name' is missing"):
+    with pytest.raises(UserError, match="column 'name' is missing"):
         load_examples(tmp_path, "test")
 
 
@@ -230,11 +185,17 @@ def test_class_names():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": np.zeros((1, 8, 8), np.uint8)}, "expected <split>_images"),
+        ({"images": np.zeros((1, 8, 8), np.uint8)}, "expected train_images and train_labels"),
         ({"train_images": np.zeros((1, 8, 8), np.uint8)}, "train_labels"),
         ({"train_images": np.zeros((1, 8, 8)), "train_labels": np.zeros((1, 1), int)}, "expected uint8"),
-        ({"train_images": np.zeros((2, 8, 8), np.uint8), "train_labels": np.zeros((1, 1), int)}, "one integer for each of 2"),
-        ({"train_images": np.zeros((1, 8, 8), np.uint8), "train_labels": np.array([[11]])}, "but 11 class names"),
+        (
+            {"train_images": np.zeros((2, 8, 8), np.uint8), "train_labels": np.zeros((1, 1), int)},
+            "one integer, or one of 0 and 1 for each of 11 classes, for each of 2 images",
+        ),
+        ({"train_images": np.zeros((1, 8, 8), np.uint8), "train_labels": np.array([[11]])}, "label 11, but 11 class names"),
+        ({"train_images": np.zeros((1, 8, 8), np.uint8), "train_labels": np.full((1, 11), 2)}, "expected 0 and 1"),
+        ({"train_images": np.uint8(3), "train_labels": np.zeros((1, 1), int)}, "expected uint8"),
+        ({"train_images": np.zeros((1, 8, 0), np.uint8), "train_labels": np.zeros((1, 1), int)}, "expected uint8"),
         ({"train_images": np.array([None, {}]), "train_labels": np.zeros((1, 1), int)}, "not a readable"),
     ],
 )
@@ -248,8 +209,9 @@ def test_other_bad_medmnist(tmp_path):
     (tmp_path / "organsmnist.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match="not a readable"):
         load_examples(tmp_path, "train")
-    (tmp_path / "organsmnist.npz").rename(tmp_path / "mine.npz")
-    with pytest.raises(UserError, match="class names unknown"):
+    (tmp_path / "organsmnist.npz").unlink()
+    np.savez(tmp_path / "mine.npz", train_images=np.zeros((1, 8, 8), np.uint8), train_labels=[[0]])
+    with pytest.raises(UserError, match=r"without class names.*class names unknown"):
         load_examples(tmp_path, "train")
     write(tmp_path / "mine.json", {"label": {"0": "a", "2": "b"}})
     with pytest.raises(UserError, match="expected 0 to 1"):
@@ -277,24 +239,31 @@ QUESTION = {"img_name": "xmlab0/source.jpg", "q_lang": "en", "question": "What?"
         ({"detections": [{"Liver": [1, 2, 3, 4], "Spleen": [1, 2, 3, 4]}]}, "one key"),
         ({"detections": [{"Liver": [1, 2, 3]}]}, "expected \\[x, y, width, height\\]"),
         ({"detections": [{"Liver": [1, 2, "3", 4]}]}, "expected \\[x, y, width, height\\]"),
-        ({"detections": [{"Liver": [1, 2, 0, 4]}]}, "does not lie in the image"),
+        ({"detections": [{"Liver": [1, 2, 0, 4]}]}, "width and height must be above zero"),
         ({"detections": [{"Liver": [30, 2, 30, 4]}]}, "does not lie in the image of 40 x 20"),
     ],
 )
-def test_bad_slake(tmp_path, changes, message):
+def test_bad_slake(tmp_path, changes, message, caplog):
     slake(tmp_path, **changes)
     with pytest.raises(UserError, match=message) as caught:
-        load_examples(tmp_path, "train")
+        load_examples(tmp_path, "train", rules=STRICT)
     assert "\n" not in str(caught.value)
+    if changes.get("cases") is None:
+        load_examples(tmp_path, "train")
+        assert re.search(message, caplog.text)
+        return
+    with pytest.raises(UserError, match=f"no record can be used: .*{message}"):  # nothing else is left of the set
+        load_examples(tmp_path, "train")
 
 
-def test_a_link_out_of_the_dataset_is_refused(tmp_path):
-    picture(tmp_path / "outside.jpg")
+def test_links_in_the_data_are_followed_unless_that_is_turned_off(tmp_path):
+    picture(tmp_path / "disk" / "outside.jpg", (50, 30))
     root = slake(tmp_path / "slake")
     (root / "imgs" / "xmlab0" / "source.jpg").unlink()
-    (root / "imgs" / "xmlab0" / "source.jpg").symlink_to(tmp_path / "outside.jpg")
-    with pytest.raises(UserError, match="leads out of"):
-        load_examples(root, "train", ["vqa"])
+    (root / "imgs" / "xmlab0" / "source.jpg").symlink_to(tmp_path / "disk" / "outside.jpg")
+    assert [example.size for example in load_examples(root, "train", ["vqa"], STRICT)] == [(50, 30), (50, 30)]
+    with pytest.raises(UserError, match=r"leads out of .* by a symbolic link"):
+        load_examples(root, "train", ["vqa"], Rules(links=False))
 
 
 @pytest.mark.parametrize("name", ["annotation.json", "train_vqa.json"])

@@ -65,6 +65,16 @@ def test_text_questions_are_cut_with_their_lead_in():
     assert text.startswith("[qa] You are a doctor. Answer this question with yes, no or maybe: word")
 
 
+def test_text_questions_of_the_standard_protocol_are_whole():
+    whole = Example("e", "qa", "d", "word " * 60, "answer", None, None, None, "qa", max_words=0)
+    assert len(prompts.instruction(whole, None).split()) == 69
+
+
+def test_prompts_go_by_the_layout_where_a_data_set_is_named_by_its_folder():
+    named = Example("e", "qa", "north", "Is it?", "yes", None, None, None, "qa", layout="pubmedqa")
+    assert "yes, no or maybe" in prompts.instruction(named, None)
+
+
 def test_chat():
     assert prompts.chat("[qa] why?") == "[INST] [qa] why? [/INST]"
 

@@ -43,3 +43,11 @@ def iou(a: Box, b: Box, plus_one: bool = True) -> float:
     shared = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     union = area(a) + area(b) - shared
     return shared / union if union > 0 else 0.0
+
+
+def clip(box: Box, size: tuple[int, int]) -> Box | None:
+    """The part of a pixel box that lies in an image of size (width, height); None when that is less than half of the box."""
+    x1, y1, x2, y2 = box
+    inner = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[0])), min(y2, float(size[1]))
+    kept = max(0.0, inner[2] - inner[0]) * max(0.0, inner[3] - inner[1])
+    return inner if kept > 0 and kept * 2 >= (x2 - x1) * (y2 - y1) else None

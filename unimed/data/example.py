@@ -1,21 +1,25 @@
 """One question with its answer, whatever dataset it comes from, and the image it is about."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from unimed.data.text import MAX_WORDS
 
 IMAGE_TASKS = ("vqa", "refer", "identify", "caption", "cls")
 TASKS = (*IMAGE_TASKS, "qa")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """``question`` is the bare content: the VQA question, the object's name (refer), the box text (identify), the class question (cls),
     "" (caption).
 
     size: (width, height) of the original image, None where no task needs it. box: pixel xyxy (refer, identify).
     template: what an answer "without looking" may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
+    dataset: the name of the set, its folder's where several have one layout. layout: the published set whose form it has.
+    max_words: words that the whole instruction of a text question may have, as released; 0: all.
     """
 
     id: str
@@ -29,3 +33,21 @@ class Example:
     template: str
     answer_type: str | None = None
     subject: str = ""
+    layout: str = ""
+    max_words: int = MAX_WORDS
+
+    def __eq__(self, other: object) -> bool:
+        """Field by field; images that are arrays by their type, shape and pixels."""
+        if not isinstance(other, Example):
+            return NotImplemented
+        for name in (item.name for item in fields(self)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if isinstance(mine, np.ndarray) or isinstance(its, np.ndarray):
+                if type(mine) is not type(its) or mine.dtype != its.dtype or not np.array_equal(mine, its):
+                    return False
+            elif mine != its:
+                return False
+        return True
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.task, self.dataset, self.question, self.answer))

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from unimed.errors import UserError
 
@@ -22,12 +22,22 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def inside(root: Path, name: str) -> Path:
-    """``root / name``, or a UserError when that would leave ``root`` (``..``, an absolute path, a link out)."""
-    root = root.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise UserError(f"{name!r} leads out of {root}: file names in a dataset must stay inside its folder")
+def inside(root: Path, name: str, links: bool = True) -> Path:
+    """``root / name``. A name with ``..``, an absolute one, or one that no file can have is a UserError.
+
+    ``links``: symbolic links that lie in ``root`` are followed, wherever they lead; else one that leads out of ``root`` is a UserError.
+    """
+    for parts in (PurePosixPath(name), PureWindowsPath(name)):  # the same data set is refused on every system
+        if parts.anchor or ".." in parts.parts:
+            raise UserError(f"{name!r} leads out of {root}: file names in a dataset must stay inside its folder")
+    path = Path(os.path.abspath(root), name)
+    try:
+        if os.fsencode(path).find(b"\0") >= 0:
+            raise ValueError("null byte")
+        if not links and not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{name!r} leads out of {root} by a symbolic link, and data.links=false does not follow it")
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte, a lone surrogate, too long, a loop of links
+        raise UserError(f"{name!r} in {root} is not a possible file name ({error})") from error
     return path
 
 

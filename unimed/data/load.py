@@ -1,32 +1,52 @@
 """One way in: find the datasets under a folder by their layouts and read a split of them."""
 
-import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from unimed.data import medmnist, reports, slake, textqa
 from unimed.data.example import TASKS, Example
+from unimed.data.policy import Rules, Tally
 from unimed.errors import UserError
 
-log = logging.getLogger("unimed.data")
-
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
-LAYOUTS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, str], list[Example]]], ...] = (
-    ("SLAKE (imgs/, train.txt)", slake.is_slake, slake.read_slake),
-    ("SA-Med2D (regions_small_*/, images_small_*/)", slake.is_sa_med2d, slake.read_sa_med2d),
-    ("Path-VQA (<split>_vqa.json or .pkl, images/)", slake.is_path_vqa, slake.read_path_vqa),
-    ("MedMNIST (*.npz)", medmnist.is_medmnist, medmnist.read_medmnist),
-    ("reports (annotation.json, images/ or files/)", reports.is_annotated, reports.read_annotated),
-    ("MedPix (MedPix_single_<split>.csv)", reports.is_medpix, reports.read_medpix),
-    ("MedQA (questions/US/*.jsonl)", textqa.is_medqa, textqa.read_medqa),
-    ("PubMedQA (<split>_set.json)", textqa.is_pubmedqa, textqa.read_pubmedqa),
+
+
+class Layout(NamedTuple):
+    """A form of data sets.
+
+    certain: the files that `matches` looks for are of no other form, so a folder without one good record is an error.
+    names: what the data sets of a folder are called, where that is not the layout's name.
+    """
+
+    name: str
+    description: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Tally], list[Example]]
+    certain: bool = True
+    names: Callable[[Path], list[str]] | None = None
+
+
+LAYOUTS = (
+    Layout("slake", "SLAKE (imgs/, train.json or train.txt)", slake.is_slake, slake.read_slake),
+    Layout("sa-med2d", "SA-Med2D (regions_small_*/, images_small_*/)", slake.is_sa_med2d, slake.read_sa_med2d),
+    Layout("path-vqa", "Path-VQA (<split>_vqa.json or .pkl, images/)", slake.is_path_vqa, slake.read_path_vqa),
+    Layout("medmnist", "MedMNIST (*.npz)", medmnist.is_medmnist, medmnist.read_medmnist, False, medmnist.archives),
+    Layout("reports", "reports (annotation.json, images/ or files/)", reports.is_annotated, reports.read_annotated),
+    Layout("medpix", "MedPix (MedPix_single_<split>.csv)", reports.is_medpix, reports.read_medpix),
+    Layout("medqa", "MedQA (questions/US/*.jsonl)", textqa.is_medqa, textqa.read_medqa),
+    Layout("pubmedqa", "PubMedQA (ori_pqal.json or <split>_set.json)", textqa.is_pubmedqa, textqa.read_pubmedqa),
 )
 
 
-def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None) -> list[Example]:
-    """All examples of a split from every dataset in ``root`` or in a folder of it.
+def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Example]:
+    """All examples of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
 
-    split: "train", "slab" or "subject"; for released datasets also "val" (= slab) and "test" (= subject).
+    split: "train", "slab" or "subject"; for released datasets also "val" (= slab) and "test" (= subject). rules: what becomes of bad
+    records, which languages and which texts are read. A data set is named by its layout; where several folders have one layout, each of
+    them by its folder.
     """
     root = Path(root)
     if split not in SPLITS:
@@ -36,13 +56,52 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None) ->
         raise UserError(f"unknown task {unknown[0]!r}: expected one of {', '.join(TASKS)}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    found = False
-    examples: list[Example] = []
-    for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]:
-        for _, matches, read in LAYOUTS:
-            if matches(folder):
-                found = True
-                examples += read(folder, SPLITS[split])
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    found = [(layout, folder) for folder in folders for layout in LAYOUTS if layout.matches(folder)]
     if not found:
-        raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {'; '.join(name for name, _, _ in LAYOUTS)}")
-    return [example for example in examples if tasks is None or example.task in tasks]
+        known = "; ".join(layout.description for layout in LAYOUTS)
+        raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
+    names = _names(found)
+    tallies = []
+    examples: list[Example] = []
+    for (layout, folder), name in zip(found, names, strict=True):
+        tally = Tally(name or layout.name, folder, SPLITS[split], rules or Rules(), name)
+        read = layout.read(tally)
+        if layout.certain:
+            tally.close(len(read))
+        tallies.append(tally)
+        examples += read
+    for tally in tallies:
+        if examples:
+            tally.tell()
+        else:
+            tally.close(0)
+    return [example for example in _one_of_each_id(examples) if tasks is None or example.task in tasks]
+
+
+def _names(found: Sequence[tuple[Layout, Path]]) -> list[str]:
+    """The folder's name where another folder has a data set of the same name; else "", for the layout's own."""
+    own = [layout.names(folder) if layout.names else [layout.name] for layout, folder in found]
+    often = Counter(name for names in own for name in names)
+    taken = {name for name, count in often.items() if count == 1}
+    given = []
+    for (layout, folder), names in zip(found, own, strict=True):
+        name = ""
+        if any(often[one] > 1 for one in names):
+            name = folder.resolve().name
+            while name in taken:
+                name = f"{name}-{layout.name}"
+            if not layout.names:  # else it is set before each of the names
+                taken.add(name)
+        given.append(name)
+    return given
+
+
+def _one_of_each_id(examples: list[Example]) -> list[Example]:
+    """The examples, with a number behind an id that came before."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for example in examples:
+        seen[example.id] += 1
+        unique.append(example if seen[example.id] == 1 else replace(example, id=f"{example.id}#{seen[example.id]}"))
+    return unique

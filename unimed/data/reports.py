@@ -1,16 +1,13 @@
 """Reports and captions: R2Gen-style annotation.json (MIMIC-CXR and the sample) and MedPix csv."""
 
-import csv
-import logging
+import os
 from pathlib import Path
 
+from unimed.data import records
 from unimed.data.example import Example
-from unimed.data.files import inside
-from unimed.data.records import field, read_json, read_text
-from unimed.data.text import clean
-from unimed.errors import UserError
+from unimed.data.policy import BadRecord, Tally
 
-log = logging.getLogger("unimed.data")
+MIMIC_CXR, SAMPLE, MEDPIX = "mimic-cxr", "sample-report", "medpix"
 
 
 def is_annotated(folder: Path) -> bool:
@@ -18,33 +15,34 @@ def is_annotated(folder: Path) -> bool:
     return (folder / "annotation.json").is_file() or (folder / "annotation_small.json").is_file()
 
 
-def read_annotated(folder: Path, split: str) -> list[Example]:
+def read_annotated(tally: Tally) -> list[Example]:
     """The first image and the report of each record under the split's key; training prefers `annotation_small.json`, as the release does.
 
-    Images are in `files/` (MIMIC-CXR) or `images/`. Records whose image is missing are dropped and counted in the log.
+    Images are in `files/` (MIMIC-CXR) or `images/`.
     """
+    folder, split = tally.folder, tally.split
     small = folder / "annotation_small.json"
     path = small if split == "train" and small.is_file() else folder / "annotation.json"
     if not path.is_file():
         return []
     images = folder / "files" if (folder / "files").is_dir() else folder / "images"
     examples = []
-    records = read_json(path, dict).get(split, [])
-    for number, record in enumerate(records):
+    for number, row in enumerate(records.of_kind(records.read_json(path, dict).get(split, []), list, f"{path}: {split!r}")):
         where = f"{path}: {split}[{number}]"
-        names = field(record, "image_path", where, list)
-        if not names or not isinstance(names[0], str):
-            raise UserError(f"{where}: image_path is {names!r}, expected a list of file names")
-        image = inside(images, names[0])
-        report = clean(field(record, "report", where))
-        if not image.is_file() or not report:
-            continue
-        synthetic = bool(record.get("synthetic"))
-        dataset = "sample-report" if synthetic else "mimic-cxr"
-        key = str(record.get("id", number))
-        subject = str(record.get("subject_id", ""))
-        examples.append(Example(f"{dataset}/{key}", "caption", dataset, "", report, image, None, None, "caption/report", None, subject))
-    return _kept(examples, len(records), path)
+        with tally.record():
+            report = records.text(row, "report", where, tally)
+            names = records.field(row, "image_path", where, (list, str))
+            first = names if isinstance(names, str) else next(iter(names), None)
+            if not isinstance(first, str):
+                raise BadRecord(
+                    "with a wrong 'image_path'", f"{where}: image_path is {records.short(names)}, expected a list of file names"
+                )
+            image, _ = records.image(tally, images, first, where)
+            layout = SAMPLE if row.get("synthetic") else MIMIC_CXR
+            dataset = tally.folder_name or layout
+            key, subject = records.name(f"{dataset}/{row.get('id', number)}"), records.name(row.get("subject_id", ""))
+            examples.append(Example(key, "caption", dataset, "", report, image, None, None, "caption/report", None, subject, layout))
+    return examples
 
 
 def is_medpix(folder: Path) -> bool:
@@ -52,28 +50,30 @@ def is_medpix(folder: Path) -> bool:
     return any((folder / f"MedPix_single_{split}.csv").is_file() for split in ("train", "test"))
 
 
-def read_medpix(folder: Path, split: str) -> list[Example]:
-    """Rows of type "caption" with no empty cell: `context` is the caption, `name` the image, in the folder itself or in `images/`."""
+def read_medpix(tally: Tally) -> list[Example]:
+    """Rows of type "caption" with no missing cell: `context` is the caption, `name` the image, in the folder itself or in `images/`.
+
+    Missing is what pandas reads as missing ("NA", "nan", an empty cell), since the release drops such rows.
+    """
+    folder, split = tally.folder, tally.split
     path = folder / f"MedPix_single_{split}.csv"
     if not path.is_file():
         return []
-    rows = list(csv.DictReader(read_text(path).splitlines(keepends=True)))
-    if rows:
-        for column in ("name", "context", "type"):
-            field(rows[0], column, f"{path}: first row")
-    captions = [row for row in rows if all(row.values()) and row["type"] == "caption"]
+    dataset, images = tally.folder_name or MEDPIX, folder / "images"
     examples = []
-    for number, row in enumerate(captions):
-        image = next((found for place in (folder, folder / "images") if (found := inside(place, row["name"])).is_file()), None)
-        if image is not None:
-            key, report = f"medpix/{split}/{number}", clean(row["context"])
-            examples.append(Example(key, "caption", "medpix", "", report, image, None, None, "caption/image", None, row["name"]))
-    return _kept(examples, len(captions), path)
-
-
-def _kept(examples: list[Example], total: int, path: Path) -> list[Example]:
-    if total and not examples:
-        raise UserError(f"{path}: none of its {total} records has its image and text; are the images beside it (files/ or images/)?")
-    if len(examples) < total:
-        log.warning("%s: %d of %d records dropped: image or text missing", path, total - len(examples), total)
+    for number, row in records.csv_rows(path, ("name", "context", "type"), tally):
+        where = f"{path}:{number}"
+        with tally.record():
+            empty = next((column for column, cell in row.items() if cell in records.MISSING), None)
+            if empty is not None:
+                raise BadRecord("with a missing cell", f"{where}: column {empty!r} is {row[empty]!r}")
+            if row["type"] != "caption":
+                tally.choose(f"of type {records.short(row['type'])}")
+                continue
+            report = records.text(row, "context", where, tally)
+            beside = os.path.isfile(folder / row["name"])
+            image, _ = records.image(tally, folder if beside else images, row["name"], where)
+            key = records.name(f"{dataset}/{split}/{number}")
+            subject = records.name(row["name"])
+            examples.append(Example(key, "caption", dataset, "", report, image, None, None, "caption/image", None, subject, MEDPIX))
     return examples

@@ -66,7 +66,7 @@ def ask(
     if task == "cls" and not question.strip():
         question = _class_question(model)
     pixels = np.asarray(picture) if picture else None
-    example = Example("asked", task, "asked", question.strip(), "", pixels, size, box, template=task)
+    example = Example("asked", task, "asked", question.strip(), "", pixels, size, box, template=task, max_words=0)
     network, processor = load_model(model)
     text = answers(network, processor, [example], batch_size=1)[0]
     if task == "refer" and size:

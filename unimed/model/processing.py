@@ -3,8 +3,8 @@
     <s>[INST] <Img><image> x N</Img> [task] instruction [/INST] answer</s>
 
 `<ImageHere>` (or `<image>`) in a prompt marks where its image goes; a prompt has one image or none. Only the answer and `</s>` are learned.
-Text of users goes through `unimed.literal.literal` before it becomes part of a prompt: the marks it holds are then spelled, not obeyed. For
-answers and for the messages of `apply_chat_template` the processor does it.
+Marks in text of users are text. `unimed.literal.literal` quotes them before the text becomes part of a prompt; the processor itself quotes
+those in answers and in the messages of `apply_chat_template`.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Instructions: a task tag and a sentence, drawn from a pool in training and fixed in evaluation.
 
 The release's tags and structure, our sentences. Image tasks start with `<Img><ImageHere></Img>`; the processor puts the image there.
-What a question holds is quoted where it looks like such a mark (`unimed.literal`): "<image>" in a question is text.
+Marks in a question are quoted (`unimed.literal`): "<image>" in a question is text.
 """
 
 import random
@@ -45,21 +45,22 @@ QA = {
 
 def instruction(example: Example, rng: random.Random | None) -> str:
     """Image wrapper, tag and sentence of an example; ``rng`` None gives the evaluation form, else one is drawn from the training pool."""
+    kind = example.layout or example.dataset
     if example.task == "cls":
         pool: tuple[str, ...] = ("{}",)
     elif example.task in ("refer", "identify"):
         pool = REFER if example.task == "refer" else IDENTIFY
     elif example.task == "caption":
-        pool = CAPTION.get(example.dataset, CAPTION[""])
+        pool = CAPTION.get(kind, CAPTION[""])
     elif example.task == "vqa":
         pool = VQA
     elif example.task == "qa":
-        pool = QA.get(example.dataset, QA[""])
+        pool = QA.get(kind, QA[""])
     else:
         raise UserError(f"{example.id}: unknown task {example.task!r}")
     sentence = (pool[0] if rng is None else rng.choice(pool)).replace("{}", literal(example.question))
     if example.task == "qa":  # the release cuts the whole text-QA instruction to 50 words, lead-in included
-        return f"[qa] {clean(sentence)}"
+        return f"[qa] {clean(sentence, example.max_words)}"
     return f"{IMAGE} [{example.task}] {sentence}"
 
 

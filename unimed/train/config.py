@@ -43,6 +43,10 @@ class Data:
     root: str = ".cache/unimed/sample"
     tasks: list[str] = field(default_factory=lambda: list(ALL_TASKS))
     cache_images: int = 4096  # decoded training images kept in memory
+    strict: bool = False  # the first bad record is an error; else bad records are left out, counted and named in one line
+    languages: list[str] = field(default_factory=lambda: ["en"])  # of the questions, where a data set has several (SLAKE: en, zh)
+    protocol: Literal["released", "standard"] = "released"  # released: texts end after 50 words, without MedQA's options or abstracts
+    links: bool = True  # symbolic links in the data's folder are followed
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 from unimed.data.example import Example
 from unimed.data.load import load_examples
+from unimed.data.policy import Rules
 from unimed.errors import UserError
 from unimed.tasks import prompts
 from unimed.train import config as recipes
@@ -26,7 +27,9 @@ def examples(recipe: Recipe, split: str) -> list[Example]:
     root = Path(recipe.data.root)
     if not root.is_dir():
         raise UserError(f"data.root={recipe.data.root}: no such folder; make the sample with: unimed sample build --out {recipe.data.root}")
-    found = load_examples(root, split, recipe.data.tasks)
+    data = recipe.data
+    rules = Rules(data.strict, tuple(data.languages), data.protocol, data.links)
+    found = load_examples(root, split, data.tasks, rules)
     if not found:
         raise UserError(f"data.root={recipe.data.root}: no example of the tasks {', '.join(recipe.data.tasks)} in its {split!r} split")
     return found
