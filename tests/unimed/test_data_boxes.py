@@ -40,6 +40,19 @@ def test_any_text_gives_a_box_in_range_or_none(text):
     assert box is None or (len(box) == 4 and all(0 <= value <= 100 for value in box))
 
 
+def test_find_takes_boxes_wherever_they_stand():
+    assert boxes.find("liver {<1><2><3><4>}, or { <5><6>\n<7><8> }.") == ([(1, 2, 3, 4), (5, 6, 7, 8)], "liver,or.")
+    assert boxes.find("{<1><2><3><101>}") == ([], "")
+    assert boxes.find("liver") == ([], "liver")
+
+
+@given(BOXES100)
+def test_corners_come_into_order(box):
+    ordered = boxes.in_order(box)
+    assert not boxes.is_inverted(ordered)
+    assert (ordered == box) == (not boxes.is_inverted(box))
+
+
 @given(BOXES100, st.text(alphabet=" \t\n"), st.text())
 def test_box_text_survives_spaces_and_what_follows(box, space, rest):
     text = boxes.to_text(box, (100, 100))

@@ -31,6 +31,7 @@ def test_majority_per_template():
     assert fitted.predict(example("vqa", "", "vqa/presence/liver")) == "yes"  # a tie: the first seen
     assert fitted.predict(example("vqa", "", "vqa/never seen")) == "MRI"
     assert fitted.predict(example("caption", "", "caption/report")) == "a"
+    assert fitted.tasks == {"vqa", "caption"}
     with pytest.raises(UserError, match="nothing was fitted for task 'qa'"):
         fitted.predict(example("qa", "", "qa/side"))
 

@@ -8,14 +8,20 @@ from hypothesis import strategies as st
 
 from unimed.data.example import Example
 from unimed.errors import UserError
-from unimed.tasks import metrics, overlap
-from unimed.tasks.normalise import normalise
+from unimed.tasks import answers, metrics, overlap
+from unimed.tasks.answers import options
+from unimed.tasks.normalise import normalise, strict
 
 WORDS = st.lists(st.sampled_from(["liver", "left", "lung", "no", "3"]), max_size=8).map(" ".join)
 
 
-def example(task, answer, box=None, size=None, answer_type=None):
-    return Example("e", task, "d", "?", answer, None, size, box, task, answer_type)
+def example(task, answer, box=None, size=None, answer_type=None, question="?"):
+    return Example("e", task, "d", question, answer, None, size, box, task, answer_type)
+
+
+def kinds(found):
+    """The kinds of answers that occur, with their counts."""
+    return {kind: found[kind] for kind in answers.KINDS if found.get(kind)}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,30 @@ def test_normalise_takes_any_text(text):
     assert "," not in normalise(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  Liver.", "the liver"),
+        ("A", "a"),
+        ("none", "none"),
+        ("Two of 1,000", "2 of 1000"),
+        ("3.5 cm, (left)", "3.5 cm left"),
+        ("left/right", "left/right"),
+        ("HER2+", "her2+"),
+        ("\u201cyes\u201d!", "yes"),
+        (" . ", ""),
+    ],
+)
+def test_the_strict_form_keeps_every_word(text, normal):
+    assert strict(text) == normal
+    assert strict(normal) == normal
+
+
+@given(st.text(max_size=60))
+def test_the_strict_form_takes_any_text(text):
+    assert strict(text) == " ".join(strict(text).split())
+
+
 def test_f1_counts_repeats_its_own_way():
     assert overlap.f1("liver", "liver") == 1
     assert overlap.f1("liver liver liver", "liver") == 1  # three hits, nothing wrong, nothing missed; the usual F1 would be 0.5
@@ -63,10 +93,17 @@ def test_f1_counts_repeats_its_own_way():
     assert overlap.f1("", "liver") == overlap.f1("liver", "") == overlap.f1("", "") == 0
 
 
+def test_the_usual_f1_counts_a_word_as_often_as_both_have_it():
+    assert overlap.min_count_f1("liver liver liver", "liver") == 0.5
+    assert overlap.min_count_f1("lung left", "left left lung") == pytest.approx(0.8)
+    assert overlap.min_count_f1("", "liver") == overlap.min_count_f1("liver", "") == 0
+
+
 @given(WORDS, WORDS)
 def test_f1_is_a_share(a, b):
-    assert 0 <= overlap.f1(a, b) <= 1
-    assert overlap.f1(a, a) == (1 if a else 0)
+    for f1 in (overlap.f1, overlap.min_count_f1):
+        assert 0 <= f1(a, b) <= 1
+        assert f1(a, a) == (1 if a else 0)
 
 
 def test_sentence_bleu_is_not_smoothed():
@@ -136,11 +173,47 @@ def test_vqa():
     assert metrics.score("vqa", ["nothing"], wanted[2:])["closed_accuracy"] == 1  # a substring is enough, as released
 
 
+@pytest.mark.parametrize(
+    ("text", "released", "right", "kind"),
+    [
+        ("no", 1, 1, ""),
+        ("No.", 1, 1, ""),
+        ("No, there is not", 1, 1, "chatty"),
+        ("normal", 1, 0, "off_list"),
+        ("unknown", 1, 0, "off_list"),
+        ("yes and no", 1, 0, "unparsable"),
+        ("yes", 0, 0, ""),
+        ("none", 0, 0, "off_list"),  # the release makes it 0
+        ("<unk> ", 0, 0, "empty"),
+    ],
+)
+def test_a_closed_answer_is_strictly_the_one_it_names(text, released, right, kind):
+    found = metrics.score("vqa", [text], [example("vqa", "no", answer_type="CLOSED")])
+    assert (found["closed_accuracy"], found["closed_accuracy_strict"]) == (released, right)
+    assert kinds(found) == ({kind: 1} if kind else {})
+
+
+def test_strict_vqa_scores():
+    found = metrics.score(
+        "vqa", ["A", "yes yes yes"], [example("vqa", "A", answer_type="OPEN"), example("vqa", "yes", answer_type="CLOSED")]
+    )
+    assert (found["f1_open"], found["f1_open_strict"]) == (0, 1)  # the release takes "A" for an article
+    assert (found["f1_closed"], found["f1_closed_strict"]) == (1, 0.5)
+    assert (found["bleu1_open"], found["bleu1_open_strict"]) == (0, 1)
+    assert (found["closed_accuracy"], found["closed_accuracy_strict"]) == (1, 1)
+    assert (found["accuracy"], found["accuracy_strict"]) == (0.5, 0.5)  # "A", which the normalisation makes empty on both sides
+    assert kinds(found) == {"chatty": 1}
+    assert not metrics.is_right(example("vqa", "yes"), "yes yes yes")
+    strictly_wrong = metrics.score("vqa", ["kidney"], [example("vqa", "A kidney")])
+    assert (strictly_wrong["accuracy"], strictly_wrong["accuracy_strict"]) == (1, 0)
+
+
 def test_refer():
     target = example("refer", "{<10><10><20><20>}", (10, 10, 20, 20), (100, 100))
     given_boxes = ["{<10><10><20><20>}", " { <10><10><20><20> } yes", "liver", "{<60><60><70><70>}"]
     found = metrics.score("refer", given_boxes, [target] * 4)
-    assert found == {"count": 4, "miou": pytest.approx(0.5), "accuracy": 0.5, "unparsable": 1}
+    assert (found["count"], found["miou"], found["accuracy"]) == (4, pytest.approx(0.5), 0.5)
+    assert (found["unparsable_released"], kinds(found)) == (1, {"unparsable": 1, "chatty": 1})
     half = example("refer", "", (0, 0, 9, 9), (100, 100))  # 100 pixels
     found = metrics.score("refer", ["{<0><0><9><4>}"], [half])  # 50 of them: exactly a half is not enough
     assert found["miou"] == 0.5
@@ -148,7 +221,40 @@ def test_refer():
     wide = example("refer", "", (20, 5, 40, 10), (200, 50))
     assert metrics.score("refer", ["{<10><10><20><20>}"], [wide])["miou"] == 1  # each axis by its own size
     apart = example("refer", "", (0, 0, 9, 9), (100, 100))
-    assert metrics.score("refer", ["{<9><0><18><9>}"], [apart])["miou"] == pytest.approx(10 / 190)  # corners touch: one column shared
+    found = metrics.score("refer", ["{<9><0><18><9>}"], [apart])
+    assert found["miou"] == pytest.approx(10 / 190)  # corners touch: one column shared
+    assert found["miou_strict"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "released", "strictly", "kind"),
+    [
+        ("{<10><10><20><20>}", 1, 1, ""),
+        ("liver {<10><10><20><20>}", 0, 1, "chatty"),
+        ("{<10><10><20><20>} is the liver", 1, 1, "chatty"),
+        ("{<10><10><20><20>}{<10><10><20><20>}", 1, 1, ""),
+        ("{<10><10><20><20>} or {<50><50><60><60>}", 1, 0, "unparsable"),
+        ("{<20><20><10><10>}", 0, 0, "inverted"),
+        ("liver {<20><10><10><20>}", 0, 0, "inverted"),
+        ("{<10><10><20><200>}", 0, 0, "unparsable"),
+        ("liver", 0, 0, "unparsable"),
+        (" ", 0, 0, "empty"),
+    ],
+)
+def test_a_box_counts_as_what_it_is(text, released, strictly, kind):
+    target = example("refer", "", (10, 10, 20, 20), (100, 100))
+    found = metrics.score("refer", [text], [target])
+    assert (found["miou"], found["miou_strict"]) == (released, strictly)
+    assert kinds(found) == ({kind: 1} if kind else {})
+    assert metrics.is_right(target, text) == bool(strictly)
+
+
+def test_one_rule_says_when_a_box_is_found():
+    half = example("refer", "", (0, 0, 100, 100), (100, 100))
+    assert metrics.score("refer", ["{<0><0><100><50>}"], [half])["miou_strict"] == 0.5
+    assert metrics.score("refer", ["{<0><0><100><50>}"], [half])["accuracy_strict"] == 0
+    assert not metrics.is_right(half, "{<0><0><100><50>}")
+    assert metrics.is_right(half, "{<0><0><100><51>}")
 
 
 def test_identify_and_cls_and_qa():
@@ -157,8 +263,50 @@ def test_identify_and_cls_and_qa():
     assert found["accuracy"] == 0.5
     assert found["f1"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["bleu1"] == pytest.approx((1 + 0.5) / 2)
-    assert metrics.score("cls", ["Liver.", "lung"], [example("cls", "liver"), example("cls", "left lung")]) == {"count": 2, "accuracy": 0.5}
-    assert metrics.score("qa", ["Yes."], [example("qa", "yes")]) == {"count": 1, "accuracy": 1}
+    assert (found["accuracy_strict"], kinds(found)) == (0, {"chatty": 2})
+    found = metrics.score("cls", ["Liver.", "lung"], [example("cls", "liver"), example("cls", "left lung")])
+    assert (found["count"], found["accuracy"], found["accuracy_strict"], kinds(found)) == (2, 0.5, 0.5, {})
+    assert metrics.score("qa", ["Yes."], [example("qa", "yes")])["accuracy"] == 1
+    assert metrics.score("qa", ["vitamin", "Vitamin a."], [example("qa", "Vitamin A")] * 2)["accuracy"] == 0.5
+    assert metrics.score("qa", ["the", "A"], [example("qa", "A")] * 2)["accuracy"] == 0.5
+    found = metrics.score("qa", ["maybe not: no", "Maybe", "perhaps", ""], [example("qa", "maybe")] * 4)
+    assert (found["accuracy"], kinds(found)) == (0.25, {"empty": 1, "unparsable": 1, "off_list": 1})
+
+
+CLASSES = "Which cell is in the image: basophil; immature granulocytes (myelocytes, metamyelocytes); erythroblast; cell?"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right", "kind"),
+    [
+        ("Basophil.", "basophil", True, ""),
+        ("the basophil", "basophil", False, "chatty"),
+        ("platelet", "basophil", False, "off_list"),
+        ("basophil or erythroblast", "basophil", False, "unparsable"),
+        ("immature granulocytes (myelocytes, metamyelocytes)", "immature granulocytes (myelocytes, metamyelocytes)", True, ""),
+        ("immature granulocytes (myelocytes, metamyelocytes)", "basophil", False, ""),
+        ("erythroblasts", "erythroblast", False, "off_list"),  # whole words
+    ],
+)
+def test_a_class_is_one_of_the_list(text, answer, right, kind):
+    asked = example("cls", answer, question=CLASSES)
+    found = metrics.score("cls", [text], [asked])
+    assert (found["accuracy_strict"], metrics.is_right(asked, text)) == (float(right), right)
+    assert kinds(found) == ({kind: 1} if kind else {})
+
+
+def test_options_of_a_text_question_are_its_list():
+    asked = example("qa", "bed rest", question="What is next? (A) bed rest (B) surgery (C) no rest")
+    found = metrics.score("qa", ["Bed rest.", "A", "surgery", "surgery or bed rest"], [asked] * 4)
+    assert (found["accuracy"], kinds(found)) == (0.25, {"unparsable": 1, "off_list": 1})
+    assert kinds(metrics.score("qa", ["pills"], [example("qa", "bed rest")])) == {}  # no list: nothing is off it
+
+
+def test_several_labels_are_right_together():
+    asked = example("cls", "effusion, mass", question="Which findings are there: effusion; infiltration, old; mass; or no finding?")
+    found = metrics.score("cls", ["Mass and effusion", "effusion", "mass, no finding", "effusion with mass"], [asked] * 4)
+    assert (found["accuracy_strict"], kinds(found)) == (0.25, {"chatty": 1})
+    assert options(asked) == ("effusion", "infiltration old", "mass", "no finding")
 
 
 def test_captions_without_java():
@@ -166,11 +314,27 @@ def test_captions_without_java():
     found = metrics.score("caption", ["the liver is visible. no kidney.", "The colon is visible.", " "], wanted, coco=False)
     assert (found["count"], found["scored"], found["ptb_tokenizer"]) == (3, 2, 0)
     assert "meteor" not in found
-    assert found["bleu1"] == pytest.approx(9 / 10)
-    assert found["bleu2"] == pytest.approx(math.sqrt(9 / 10 * 6 / 8))
-    assert found["f1"] == pytest.approx((1 + 2 / 3) / 2)
-    assert found["rougeL"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
-    assert found["rouge1"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
+    assert kinds(found) == {"empty": 1}
+    # As released, the empty answer is left out.
+    assert found["bleu1_released"] == pytest.approx(9 / 10)
+    assert found["bleu2_released"] == pytest.approx(math.sqrt(9 / 10 * 6 / 8))
+    for name in ("f1", "rougeL", "rouge1"):
+        assert found[f"{name}_released"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
+        assert found[name] == pytest.approx((1 + 2 / 3) / 3, abs=1e-6)
+    assert found["f1_strict"] == pytest.approx((1 + 3 / 4) / 3)
+    assert found["bleu1"] == pytest.approx(9 / 10 * math.exp(1 - 11 / 10))  # one word short of the references
+
+
+def test_an_empty_report_counts():
+    wanted = [example("caption", "no acute disease")] * 2
+    found = metrics.score("caption", ["no acute disease", ""], wanted, coco=False)
+    for name in ("rouge1", "rouge2", "rougeL", "f1"):
+        assert found[name] == pytest.approx(0.5, abs=1e-6)
+        assert found[f"{name}_released"] == pytest.approx(1, abs=1e-6)
+        assert found[f"{name}_strict"] == pytest.approx(0.5, abs=1e-6)
+    assert found["bleu1"] == pytest.approx(math.exp(1 - 6 / 3))  # over the corpus: half as long as the references
+    assert found["bleu1_released"] == pytest.approx(1)
+    assert (found["count"], found["scored"], found["empty"]) == (2, 1, 1)
 
 
 def test_captions_with_java():
@@ -180,10 +344,18 @@ def test_captions_with_java():
     texts = ["the liver is visible. no kidney.", "The colon is visible."]
     with_java, without = (metrics.score("caption", texts, wanted, coco=coco) for coco in (None, False))
     assert with_java["ptb_tokenizer"] == 1
-    assert 0.3 < with_java["meteor"] < 1
+    assert 0.3 < with_java["meteor"] == with_java["meteor_released"] < 1
+    with_empty = metrics.score("caption", [*texts, ""], [*wanted, wanted[0]])
+    assert with_empty["meteor"] < with_empty["meteor_released"] == with_java["meteor"]
     assert {name: with_java[name] for name in without if name != "ptb_tokenizer"} == pytest.approx(
         {name: value for name, value in without.items() if name != "ptb_tokenizer"}
     )
+
+
+def test_long_reports_can_be_scored():
+    words = [f"w{i * i % 701}" for i in range(1500)]
+    found = overlap.rouge([" ".join(words[:100])], [" ".join(words)])
+    assert 0.1 < found["rougeL"] < 0.5
 
 
 def test_odd_captions():
@@ -200,7 +372,9 @@ def test_any_prediction_can_be_scored(predictions, task):
     found = metrics.score(task, predictions, wanted, coco=False)
     assert found["count"] == len(predictions)
     assert all(math.isfinite(value) for value in found.values())
-    assert 0 <= found[metrics.HEADLINE[task]] <= 1
+    assert all(0 <= found[names[task]] <= 1 for names in (metrics.HEADLINE, metrics.STRICT))
+    assert sum(kinds(found).values()) <= len(predictions)
+    assert all(isinstance(metrics.is_right(one, text), bool) for one, text in zip(wanted, predictions, strict=True))
 
 
 def test_what_is_asked_of_score():

@@ -27,6 +27,32 @@ def from_text(text: str) -> Box | None:
     return (x1, y1, x2, y2) if max(x1, y1, x2, y2) <= 100 else None
 
 
+def find(text: str) -> tuple[list[Box], str]:
+    """Every box (0..100) in ``text``, wherever it stands, and the text without them, whitespace removed. Outside the release's protocol."""
+    squeezed = re.sub(r"\s", "", text)
+    found = []
+    for match in _TEXT.finditer(squeezed):
+        x1, y1, x2, y2 = (float(int(value)) for value in match.groups())
+        if max(x1, y1, x2, y2) <= 100:
+            found.append((x1, y1, x2, y2))
+    return found, _TEXT.sub("", squeezed)
+
+
+def is_inverted(box: Box) -> bool:
+    """Whether the corners are in the wrong order, so that the box holds nothing."""
+    return box[0] > box[2] or box[1] > box[3]
+
+
+def in_order(box: Box) -> Box:
+    """The box with its corners in order: the same box unless it is inverted."""
+    return min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
+
+
+def is_hit(overlap: float) -> bool:
+    """Whether an IoU counts as a box found: strictly above one half, as released. Scores and pictures both ask here."""
+    return overlap > 0.5
+
+
 def to_pixels(box100: Box, size: tuple[int, int]) -> Box:
     """A 0..100 box in pixels of an image of size (width, height)."""
     width, height = size

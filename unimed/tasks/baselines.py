@@ -20,6 +20,7 @@ class WithoutLooking:
     def __init__(self, answers: dict[str, str], fallback: dict[str, str]) -> None:
         self._answers = answers
         self._fallback = fallback
+        self.tasks = frozenset(fallback)  # those that the training examples have
 
     @classmethod
     def fit(cls, train_examples: Iterable[Example]) -> "WithoutLooking":

@@ -1,6 +1,7 @@
-"""Answer normalisation of the VQA challenge, as the release applies it."""
+"""Two ways to make answers comparable: the VQA challenge's, as the release applies it, and a strict one that keeps every word."""
 
 import re
+import unicodedata
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
@@ -48,3 +49,18 @@ def normalise(text: str) -> str:
     out = _PERIOD.sub("", out, count=_PERIODS_REMOVED)
     words = (_NUMBERS.get(word, word) for word in out.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES).replace(",", "")
+
+
+_AROUND = "\"'`\u2018\u2019\u201c\u201d()[]{}"
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_COUNTS = {word: digit for word, digit in _NUMBERS.items() if word != "none"}
+
+
+def strict(text: str) -> str:
+    """Case, whitespace, quotes and brackets round words, marks that end words, thousands' commas and number words; nothing else.
+
+    Articles stay, since "A" is an answer; so do "none", which is not zero, and the sign of "HER2+".
+    """
+    plain = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text).casefold())
+    words = (word.lstrip(_AROUND).rstrip(_AROUND + ".,;:!?") for word in plain.split())
+    return " ".join(_COUNTS.get(word, word) for word in words if word)

@@ -1,11 +1,13 @@
-"""How much two texts share: F1, BLEU, ROUGE, METEOR, each as the release computes it."""
+"""How much two texts share: F1, BLEU, ROUGE, METEOR, each as the release computes it, and the usual F1."""
 
 import math
 import re
 import shutil
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +29,13 @@ def f1(prediction: str, reference: str) -> float:
     wrong = sum(count for word, count in predicted.items() if word not in wanted)
     missed = sum(count for word, count in wanted.items() if word not in predicted)
     return 2 * hit / (2 * hit + wrong + missed) if hit else 0.0
+
+
+def min_count_f1(prediction: str, reference: str) -> float:
+    """The usual F1 of two bags of words: a word counts as often as both sides have it."""
+    predicted, wanted = Counter(prediction.split()), Counter(reference.split())
+    hit = (predicted & wanted).total()
+    return 2 * hit / (predicted.total() + wanted.total()) if hit else 0.0
 
 
 def sentence_bleu(prediction: str, reference: str) -> tuple[float, float, float, float]:
@@ -92,6 +101,17 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 
+@contextmanager
+def _deep_calls(words: int) -> Iterator[None]:
+    """The `rouge` package calls itself once a word of both texts, which Python stops at a thousand."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 2 * words)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Mean F of ROUGE-1, -2 and -L by the `rouge` package; pairs with an empty side (after its own splitting) count 0."""
     from rouge import Rouge
@@ -100,7 +120,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     for prediction, reference in zip(predictions, references, strict=True):
         if not prediction.strip(" .") or not reference.strip(" ."):
             continue
-        scores = scorer.get_scores(prediction, reference)[0]
+        with _deep_calls(len(prediction.split()) + len(reference.split())):
+            scores = scorer.get_scores(prediction, reference)[0]
         for ours, theirs in (("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougeL", "rouge-l")):
             totals[ours] += float(scores[theirs]["f"])
     return {name: total / max(1, len(predictions)) for name, total in totals.items()}
@@ -114,11 +135,8 @@ def _meteor() -> Any:
 
 
 def meteor(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """METEOR 1.5 by pycocoevalcap (a Java program; ask `has_coco` first) over the pairs with words on both sides."""
-    pairs = [(given, wanted) for given, wanted in zip(predictions, references, strict=True) if given.strip() and wanted.strip()]
-    if not pairs:
+    """METEOR 1.5 of the corpus by pycocoevalcap (a Java program; ask `has_coco` first); a pair with an empty side matches nothing."""
+    if not predictions:
         return 0.0
-    score, _ = _meteor().compute_score(
-        {i: [wanted] for i, (_, wanted) in enumerate(pairs)}, {i: [given] for i, (given, _) in enumerate(pairs)}
-    )
+    score, _ = _meteor().compute_score({i: [text] for i, text in enumerate(references)}, {i: [text] for i, text in enumerate(predictions)})
     return float(score)

@@ -1,0 +1,113 @@
+"""Reading an answer: the one thing it says, and its kind where that is not simply the answer.
+
+    empty       no text
+    unparsable  refer: no box, or several different ones; where the answers are listed: several of the list
+    inverted    refer: one box whose corners are in the wrong order
+    off_list    the answers are listed (cls, yes or no, options) and it names none of them
+    chatty      it says one thing, among other words; a text without a list: the reference stands among other words
+
+Each answer has at most one kind, the first that fits. The release knows none of them: its scores are in `released`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from unimed.data import boxes
+from unimed.data.example import Example
+from unimed.tasks.normalise import strict
+
+EMPTY, UNPARSABLE, INVERTED, OFF_LIST, CHATTY = KINDS = ("empty", "unparsable", "inverted", "off_list", "chatty")
+_LISTED = (EMPTY, UNPARSABLE, OFF_LIST, CHATTY)
+KINDS_OF = {
+    "vqa": _LISTED,
+    "refer": (EMPTY, UNPARSABLE, INVERTED, CHATTY),
+    "identify": (EMPTY, CHATTY),
+    "caption": (EMPTY,),
+    "cls": _LISTED,
+    "qa": _LISTED,
+}
+_OPTION = re.compile(r"(?:^|\s)\([A-Z]\)\s")
+_JOINTS = re.compile(r"[\s,;]+|\band\b")
+
+
+@dataclass(frozen=True)
+class Reading:
+    kind: str = ""  # one of KINDS, or "" for an answer that simply is one
+    says: frozenset[str] | None = None  # the answer in the strict form, of a list those it names; None where it says no one thing
+    box: boxes.Box | None = None  # refer, 0..100: the first one found, also when it is inverted or not the only one
+
+
+def spoken(prediction: str) -> str:
+    """The text of an answer: without the unknown token, which the release removes, and space around."""
+    return prediction.replace("<unk>", "").strip()
+
+
+def read(example: Example, prediction: str) -> Reading:
+    """What a prediction says as an answer to this example."""
+    text = spoken(prediction)
+    if not text:
+        return Reading(EMPTY)
+    if example.task == "refer":
+        return _read_box(text)
+    if example.task == "caption":
+        return Reading(says=frozenset([strict(text)]))
+    given, wanted, listed = strict(text), strict(example.answer), options(example)
+    if given == wanted or not listed:
+        kind = CHATTY if given != wanted and f" {wanted} " in f" {given} " else ""
+        return Reading(kind, _named(wanted, listed)[0] if given == wanted and listed else frozenset([given]))
+    found, rest = _named(given, listed)
+    if not found:
+        return Reading(OFF_LIST)
+    if len(found) > 1 and len(_named(wanted, listed)[0]) == 1:
+        return Reading(UNPARSABLE)
+    return Reading(CHATTY if rest else "", found)
+
+
+def says_it(example: Example, prediction: str) -> bool:
+    """Whether the prediction says what the reference says and nothing else of a list, be it among other words. Not for boxes."""
+    reading = read(example, prediction)
+    return reading.says is not None and reading.says == read(example, example.answer).says
+
+
+def is_it(example: Example, prediction: str) -> bool:
+    """Whether the prediction is the reference, neither less nor more. Not for boxes."""
+    return says_it(example, prediction) and read(example, prediction).kind != CHATTY
+
+
+def options(example: Example) -> tuple[str, ...]:
+    """The answers to choose from, in the strict form; () where they are open or unknown."""
+    wanted = strict(example.answer)
+    found: list[str] = []
+    if example.task in ("vqa", "qa") and wanted in ("yes", "no", "maybe"):
+        found = ["yes", "no", "maybe"] if example.task == "qa" else ["yes", "no"]
+    elif example.task == "qa":  # "... What next? (A) rest (B) surgery"
+        found = [strict(option) for option in _OPTION.split(example.question)[1:]]
+    elif example.task == "cls":  # "Which organ is in the image: liver, spleen?"; by ";" where a name holds a comma
+        classes = example.question.rpartition(": ")[2].rstrip(" ?.")
+        joint = ";" if ";" in classes else ","
+        found = [strict(name).removeprefix("or ") for name in classes.split(joint)]
+    return tuple(filter(None, found)) if _named(wanted, found)[0] else ()
+
+
+def _named(text: str, listed: Iterable[str]) -> tuple[frozenset[str], bool]:
+    """The options that stand in a text as whole words, longest first, and whether other words are left."""
+    found = set()
+    rest = f" {_JOINTS.sub(' ', text)} "
+    for option in sorted(filter(None, set(listed)), key=len, reverse=True):
+        mark = f" {_JOINTS.sub(' ', option)} "
+        if mark in rest:
+            found.add(option)
+            rest = rest.replace(mark, "  ", 1)
+    return frozenset(found), bool(rest.strip())
+
+
+def _read_box(text: str) -> Reading:
+    found, around = boxes.find(text)
+    if len(set(found)) != 1:
+        return Reading(UNPARSABLE, box=found[0] if found else None)
+    if boxes.is_inverted(found[0]):
+        return Reading(INVERTED, box=found[0])
+    return Reading(CHATTY if any(map(str.isalnum, around)) else "", box=found[0])
