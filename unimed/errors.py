@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2 (`--debug` shows the traceback).
     """
+
+
+class NoExamples(UserError):
+    """There is data, but no example of the split or of the tasks that were named."""

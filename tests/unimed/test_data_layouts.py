@@ -297,6 +297,16 @@ def test_what_is_asked_of_load_examples(tmp_path):
         load_examples(tmp_path, "train", ["vqs"])
 
 
+def test_any_split_that_the_data_has_can_be_read(tmp_path):
+    archive = {"external_images": np.zeros((2, 8, 8), np.uint8), "external_labels": np.array([[0], [1]])}
+    np.savez(tmp_path / "organsmnist.npz", **archive)
+    assert [example.id for example in load_examples(tmp_path, "external")] == ["organsmnist/external/0", "organsmnist/external/1"]
+    assert load_examples(tmp_path, "test") == []
+    for name in ("external2", "../external", ""):
+        with pytest.raises(UserError, match="expected one of train, slab"):
+            load_examples(tmp_path, name)
+
+
 def test_load_image_of_arrays_and_nothing():
     assert load_image(np.zeros((4, 6), np.uint8)).size == (6, 4)
     with pytest.raises(UserError, match="expected uint8"):

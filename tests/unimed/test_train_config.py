@@ -45,7 +45,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults():
         ("optim.lr=.nan", ["optim.lr"]),
         ("vision.image_size=97", ["vision.image_size=97", "multiple of 12"]),
         ("data.tasks=[vqa,speech]", ["speech", "vqa, refer"]),
-        ("evaluate.splits=[test]", ["test", "slab"]),
+        ("evaluate.splits=[../train]", ["../train", "slab"]),
         ("train.save_every=15", ["train.save_every", "multiple of 20"]),
         ("optim.betas=[0.9]", ["optim.betas"]),
         ("train.seed={a: 1", ["not readable"]),

@@ -1,5 +1,6 @@
 """One way in: find the datasets under a folder by their layouts and read a split of them."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,8 +10,9 @@ from typing import NamedTuple
 from unimed.data import medmnist, reports, slake, textqa
 from unimed.data.example import TASKS, Example
 from unimed.data.policy import Rules, Tally
-from unimed.errors import UserError
+from unimed.errors import NoExamples, UserError
 
+SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
 
 
@@ -44,13 +46,11 @@ LAYOUTS = (
 def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Example]:
     """All examples of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
 
-    split: "train", "slab" or "subject"; for released datasets also "val" (= slab) and "test" (= subject). rules: what becomes of bad
-    records, which languages and which texts are read. A data set is named by its layout; where several folders have one layout, each of
+    split: "train", "slab" or "subject"; for released datasets also "val" (= slab), "test" (= subject) and any other
+    that the data has. rules: what becomes of bad records, which languages and which texts are read. A data set is named by its layout; where several folders have one layout, each of
     them by its folder.
     """
     root = Path(root)
-    if split not in SPLITS:
-        raise UserError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     unknown = sorted(set(tasks or ()) - set(TASKS))
     if unknown:
         raise UserError(f"unknown task {unknown[0]!r}: expected one of {', '.join(TASKS)}")
@@ -64,13 +64,15 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, ru
     names = _names(found)
     tallies = []
     examples: list[Example] = []
-    for (layout, folder), name in zip(found, names, strict=True):
-        tally = Tally(name or layout.name, folder, SPLITS[split], rules or Rules(), name)
+    for (layout, folder), name in zip(found, names, strict=True) if SPLIT.fullmatch(split) else ():
+        tally = Tally(name or layout.name, folder, SPLITS.get(split, split), rules or Rules(), name)
         read = layout.read(tally)
         if layout.certain:
             tally.close(len(read))
         tallies.append(tally)
         examples += read
+    if split not in SPLITS and not examples:
+        raise NoExamples(f"split {split!r}: expected one of {', '.join(SPLITS)}, or another that the data at {root} has")
     for tally in tallies:
         if examples:
             tally.tell()

@@ -19,7 +19,7 @@ LISTS = {"train": ("train",), "val": ("validate", "validation"), "test": ("test"
 
 def _listed(folder: Path, suffix: str, split: str | None = None) -> Path | None:
     """The first list that is there, of cases (.txt) or of questions (.json), of one split or of any."""
-    names = [f"{name}{suffix}" for key, some in LISTS.items() if split in (key, None) for name in some]
+    names = [f"{name}{suffix}" for key, some in LISTS.items() if split in (key, None) for name in some] or [f"{split}{suffix}"]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 

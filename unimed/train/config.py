@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unimed.data.example import TASKS as ALL_TASKS
+from unimed.data.load import SPLIT
 from unimed.errors import UserError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -147,7 +148,7 @@ class Train:
 
 @dataclass
 class Evaluate:
-    splits: list[str] = field(default_factory=lambda: ["slab", "subject"])
+    splits: list[str] = field(default_factory=lambda: ["slab", "subject"])  # any that the data has
     batch_size: int = 40
     max_new_tokens: int = 100
     limit: int = 0  # examples a task and split, evenly spaced; 0: all
@@ -248,8 +249,8 @@ def check(recipe: Recipe) -> None:
         if task not in ALL_TASKS:
             raise UserError(f"data.tasks: no task {task!r}; valid are {', '.join(ALL_TASKS)}")
     for split in r.evaluate.splits:
-        if split not in ("train", "slab", "subject"):
-            raise UserError(f"evaluate.splits: no split {split!r}; valid are train, slab, subject")
+        if not SPLIT.fullmatch(split):
+            raise UserError(f"evaluate.splits: {split!r} is no name of a split; slab, subject, val and test are some")
     for section, names in COUNTS.items():
         for key in (f"{section}.{name}" for name in names.split()):
             if value(r, key) < 1:

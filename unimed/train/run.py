@@ -14,7 +14,7 @@ from typing import Any
 from unimed.data.example import Example
 from unimed.data.load import load_examples
 from unimed.data.policy import Rules
-from unimed.errors import UserError
+from unimed.errors import NoExamples, UserError
 from unimed.tasks import prompts
 from unimed.train import config as recipes
 from unimed.train import files, machine
@@ -31,7 +31,7 @@ def examples(recipe: Recipe, split: str) -> list[Example]:
     rules = Rules(data.strict, tuple(data.languages), data.protocol, data.links)
     found = load_examples(root, split, data.tasks, rules)
     if not found:
-        raise UserError(f"data.root={recipe.data.root}: no example of the tasks {', '.join(recipe.data.tasks)} in its {split!r} split")
+        raise NoExamples(f"data.root={recipe.data.root}: no example of the tasks {', '.join(recipe.data.tasks)} in its {split!r} split")
     return found
 
 
