@@ -310,7 +310,8 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
     from rich.table import Table
 
     from unimed.evaluate.evaluate import TRAINED
-    from unimed.evaluate.run import SPLIT_NAMES, answer_table, evaluate_run
+    from unimed.evaluate.run import answer_table, evaluate_run, odd_answers
+    from unimed.tasks.metrics import NATURE
 
     _no_bars_of_transformers()
     with _bar() as progress:
@@ -322,22 +323,31 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
                 tasks[key] = progress.add_task(key, total=total, note="")
             progress.update(tasks[key], completed=done, total=total)
             if done == total and not console.is_terminal:
-                console.print(f"evaluation of {SPLIT_NAMES[split]}: {row}, {total} answers", highlight=False)
+                console.print(f"evaluation of {split}: {row}, {total} answers", highlight=False)
 
         result = evaluate_run(run, overrides, show)
-    header, lines = answer_table(result)
-    table = Table(title=f"{result['run']}: headline metric of each task · {NOTICE}")
-    for i, text in enumerate(header):
-        table.add_column(text, justify="left" if i == 0 else "right", no_wrap=True)
-    for split, rows in lines.items():
-        table.add_row(f"[italic]{SPLIT_NAMES[split]}[/]")
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] == TRAINED else None, end_section=row[0] == TRAINED)
-    console.print(table)
-    for split, part in result["splits"].items():
-        better = [task for task, good in part["better"].items() if good]
-        count = f"{len(better)} of {len(part['better'])} tasks"
-        console.print(f"{SPLIT_NAMES[split]}: better than both baselines on {count}: {', '.join(better) or 'none'}", highlight=False)
+    for strict, what in ((False, "headline metric of each task"), (True, "the same answers, scored strictly")):
+        header, lines = answer_table(result, strict)
+        table = Table(title=f"{result['run']}: {what} · {NOTICE}")
+        for i, text in enumerate(header):
+            table.add_column(text, justify="left" if i == 0 else "right", no_wrap=True)
+        for split, rows in lines.items():
+            table.add_row(f"[italic]{result['splits'][split]['name']}[/]")
+            for row in rows:
+                table.add_row(*row, style="bold" if row[0] == TRAINED else None, end_section=row[0] == TRAINED)
+        console.print(table)
+        for name in header[1:]:
+            task = name.partition("\n")[0]
+            console.print(f"{' '.join(name.split())}: {NATURE[task][strict]}", style="dim", highlight=False, soft_wrap=True)
+    for row, reason in result["left_out"].items():
+        console.print(f"{row}: left out ({reason})", style="yellow", highlight=False, soft_wrap=True)
+    for part in result["splits"].values():
+        for better, how in ((part["better"], ""), (part["better_strict"], "scored strictly, ")):
+            good = [task for task, is_better in better.items() if is_better]
+            count = f"{len(good)} of {len(better)} tasks: {', '.join(good) or 'none'}"
+            console.print(f"{part['name']}: {how}better than the baselines on {count}", highlight=False, soft_wrap=True)
+        odd = [f"{task} {count} {kind}" for task, kinds in odd_answers(part, TRAINED).items() for kind, count in kinds.items()]
+        console.print(f"{part['name']}: answers that are not simply one: {', '.join(odd) or 'none'}", highlight=False, soft_wrap=True)
     _show_gates(run)
 
 

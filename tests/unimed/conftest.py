@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -44,6 +46,23 @@ def evaluated_run(small_run):
         patch.setattr(overlap, "has_coco", lambda: False)
         evaluate_run(small_run)
     return small_run
+
+
+@pytest.fixture(scope="session")
+def test_only_run(small_run, sample_folder, tmp_path_factory):
+    """The small run, evaluated on another data set, which has a test split only, after its own is gone: run, data set, metrics."""
+    from unimed.evaluate.run import evaluate_run
+
+    folder = tmp_path_factory.mktemp("elsewhere")
+    run, root = folder / "runs" / "small", folder / "hospital"
+    shutil.copytree(small_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(sample_folder), str(folder / "gone")))
+    for name in ("slake", "medqa"):
+        shutil.copytree(sample_folder / name, root / name)
+    for name in ("slake/train.txt", "slake/validate.txt", "medqa/questions/US/train.jsonl", "medqa/questions/US/dev.jsonl"):
+        (root / name).unlink()
+    return run, root, evaluate_run(run, [f"data.root={root}", "evaluate.splits=[test]", "evaluate.limit=3"])
 
 
 @pytest.fixture

@@ -178,7 +178,16 @@ def test_the_demo_does_it_all(small_overrides, sample_folder, tmp_path, monkeypa
     made = tmp_path / "runs" / "demo"
     names = {path.name for path in made.iterdir()}
     assert {"report.html", "metrics.json", "predictions.json", "metrics.jsonl", "router.json", "model"} <= names
-    for words in (NOTICE, "without looking", "image blanked", "untrained", "mean gate of each expert", "report.html"):
+    for words in (
+        NOTICE,
+        "without looking",
+        "image blanked",
+        "untrained",
+        "mean gate of each expert",
+        "report.html",
+        "scored strictly",
+        "repeats count",
+    ):
         assert words in result.output
 
 

@@ -2,13 +2,15 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from unimed.data import boxes
 from unimed.data.example import TASKS, Example
 from unimed.errors import UserError
+from unimed.evaluate import ask as ask_module
 from unimed.evaluate import evaluate, predict
 from unimed.evaluate.ask import ask, read_box
-from unimed.evaluate.run import answer_table, evaluate_run
+from unimed.evaluate.run import answer_table, answered, evaluate_run, odd_answers
 from unimed.tasks import metrics
 from unimed.train import config
 from unimed.train.run import examples, load_model
@@ -87,7 +89,8 @@ def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run, parr
         assert rows[evaluate.TRAINED]["metrics"][task][name] == pytest.approx(1, abs=0.15 if task == "refer" else 1e-6)
         assert rows[evaluate.UNTRAINED]["metrics"][task][name] == 0
     better = evaluate.verdict(rows)
-    assert {task for task, good in better.items() if good} == {"vqa", "refer", "identify", "caption", "cls"}
+    assert all(better.values())  # a text question cannot be asked with its image blanked
+    assert set(better) == set(evaluate.verdict(rows, metrics.STRICT)) == set(TASKS)
     assert rows[evaluate.BLANKED]["metrics"]["qa"] == rows[evaluate.TRAINED]["metrics"]["qa"]
 
 
@@ -97,6 +100,15 @@ def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run, parr
     rows = evaluate.compare(None, (Parrot(lambda example, blanked: looker.predict(example)), None), train_examples, slab)
     assert evaluate.UNTRAINED not in rows
     assert not any(evaluate.verdict(rows).values())
+
+
+def test_a_task_that_training_lacks_has_no_majority_answer_and_no_verdict(slab, parrots):
+    some = [example for example in slab if example.task in ("vqa", "qa")]
+    perfect = (Parrot(lambda example, blanked: example.answer), None)
+    rows = evaluate.compare(None, perfect, [example for example in some if example.task == "qa"], some)
+    assert set(rows[evaluate.WITHOUT_LOOKING]["metrics"]) == {"qa"}
+    assert rows[evaluate.WITHOUT_LOOKING]["predictions"].count(None) == sum(example.task == "vqa" for example in some)
+    assert set(evaluate.verdict(rows)) == {"qa"}
 
 
 def test_spread_takes_an_even_share_of_every_task():
@@ -117,11 +129,45 @@ def test_evaluating_a_run_writes_its_metrics_and_predictions(evaluated_run):
         assert set(part["better"]) == set(TASKS)
         assert all(len(texts) == len(stored[split]["ids"]) == 24 for texts in stored[split]["rows"].values())
         held_out = {example.id: example for example in examples(config.load(evaluated_run / "recipe.yaml"), split)}
+        assert part["rows"][evaluate.TRAINED]["refer"].keys() >= {"empty", "unparsable", "inverted", "chatty", "miou", "miou_strict"}
         again = evaluate.score([held_out[key] for key in stored[split]["ids"]], stored[split]["rows"][evaluate.TRAINED])
         assert again == part["rows"][evaluate.TRAINED]
     header, lines = answer_table(result)
     assert len(header) == 7
     assert [[row[0] for row in rows] for rows in lines.values()] == [list(evaluate.ROWS)] * 2
+
+
+def test_a_test_only_set_can_be_evaluated(test_only_run):
+    run, root, result = test_only_run
+    part = result["splits"]["test"]
+    assert part["name"] == "test split"
+    assert set(part["counts"]) == {"vqa", "refer", "identify", "qa"}
+    assert part["rows"][evaluate.WITHOUT_LOOKING] == part["better"] == part["better_strict"] == {}
+    assert set(part["rows"][evaluate.TRAINED]) == set(part["counts"])
+    assert evaluate.UNTRAINED not in part["rows"]
+    assert "no such folder" in result["left_out"][evaluate.UNTRAINED]
+    for strict in (False, True):
+        _, lines = answer_table(result, strict)
+        assert [row[1:] for row in lines["test"] if row[0] == evaluate.WITHOUT_LOOKING] == [["not fitted"] * 4]
+    stored = json.loads((run / "predictions.json").read_text())["test"]
+    assert stored["data"]["root"] == str(root)
+    assert [example.id for example in answered(stored["data"])] == stored["ids"]
+
+
+def test_a_split_that_the_data_lacks_is_named_with_those_it_has(small_run, test_only_run):
+    before = {path.name: path.read_bytes() for path in small_run.glob("*.json")}
+    with pytest.raises(UserError, match=r"in its 'slab' split; it has test: choose with evaluate.splits=\[test\]"):
+        evaluate_run(small_run, [f"data.root={test_only_run[1]}"])
+    with pytest.raises(UserError, match=r"split 'external'.*it has test"):
+        evaluate_run(small_run, [f"data.root={test_only_run[1]}", "evaluate.splits=[external]"])
+    assert {path.name: path.read_bytes() for path in small_run.glob("*.json")} == before
+
+
+def test_odd_answers_are_counted_by_task():
+    counts = {"count": 3.0, "empty": 1.0, "unparsable": 0.0, "inverted": 2.0, "chatty": 0.0}
+    assert odd_answers({"rows": {"trained": {"refer": counts, "caption": {"count": 1.0, "empty": 0.0}}}}, "trained") == {
+        "refer": {"empty": 1, "inverted": 2}
+    }
 
 
 def test_evaluating_what_is_not_a_run_says_so(tmp_path):
@@ -168,3 +214,49 @@ def test_asking_each_task(small_run, sample_folder, tmp_path):
     assert drawn.stat().st_size > 0
     with pytest.raises(UserError, match="no box to draw"):
         ask("-", "where?", "qa", small_run).draw(drawn)
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Asks a model that gives one answer about a grey image; returns the answer and the example that the model was shown."""
+    image = tmp_path / "grey.png"
+    Image.new("L", (50, 50), 90).save(image)
+    seen = []
+
+    def reply(text, question, task, run=tmp_path):
+        monkeypatch.setattr(ask_module, "load_model", lambda folder: (None, None))
+        monkeypatch.setattr(ask_module, "answers", lambda model, processor, examples, **settings: seen.extend(examples) or [text])
+        return ask(str(image), question, task, run), seen[-1]
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("text", "box", "words"),
+    [
+        ("{<10><20><30><40>}", (5, 10, 15, 20), ""),
+        ("the liver: {<10><20><30><40>}", (5, 10, 15, 20), "among other text"),
+        ("{<30><40><10><20>}", (15, 20, 5, 10), "wrong order"),
+        ("{<10><20><30><40>} {<1><1><2><2>}", (5, 10, 15, 20), "several boxes"),
+    ],
+)
+def test_every_box_in_an_answer_can_be_drawn(asked, tmp_path, text, box, words):
+    answer, _ = asked(text, "liver", "refer")
+    assert answer.box == box
+    assert words in answer.note
+    drawn = tmp_path / "drawn.png"
+    answer.draw(drawn)
+    with Image.open(drawn) as image:
+        assert image.convert("RGB").getpixel((5, 15)) == (255, 138, 31)
+
+
+def test_a_model_of_several_class_lists_is_asked_the_one_that_is_meant(asked, tmp_path):
+    organ, lesion = "Which organ is in the image: liver, spleen?", "Which skin lesion is in the image: melanoma?"
+    (tmp_path / "run.json").write_text(json.dumps({"class_questions": [organ, lesion]}))
+    with pytest.raises(UserError, match=r"2 lists of classes; ask one, or a word of it: Which organ .*\| Which skin lesion"):
+        asked("liver", "", "cls")
+    assert asked("melanoma", "lesion", "cls")[1].question == lesion
+    assert asked("liver", organ, "cls")[1].question == organ
+    assert asked("liver", "Which side: left, right?", "cls")[1].question == "Which side: left, right?"
+    (tmp_path / "run.json").write_text(json.dumps({"class_questions": [organ]}))
+    assert asked("liver", "", "cls")[1].question == organ

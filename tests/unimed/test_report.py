@@ -10,6 +10,7 @@ from unimed.analysis import gallery, plots, report
 from unimed.analysis.router import RouterHistory, describe
 from unimed.data.example import TASKS, Example
 from unimed.errors import UserError
+from unimed.evaluate.run import answered
 
 VOID = {"meta", "br", "img", "input", "hr", "path", "use", "rect", "image", "link"}
 
@@ -81,6 +82,80 @@ def test_every_number_of_the_table_is_the_one_that_was_measured(html, evaluated_
     assert shown == pytest.approx(expected, abs=5e-4)
 
 
+def test_the_strict_value_stands_beside_each(html, evaluated_run):
+    result = json.loads((evaluated_run / "metrics.json").read_text())
+    shown = [float(value) for value in re.findall(r'<td class="value strict">([\d.]+)</td>', html)]
+    expected = [
+        part["rows"][row][task][result["strict"][task]]
+        for task in TASKS
+        for row in ("untrained", "without looking", "image blanked", "trained")
+        for part in result["splits"].values()
+    ]
+    assert shown == pytest.approx(expected, abs=5e-4)
+    assert "repeats count" in html  # what the headline F1 is
+
+
+def test_odd_answers_are_in_the_page(evaluated_run, html):
+    result = json.loads((evaluated_run / "metrics.json").read_text())
+    assert report._table(result) in html
+    result["splits"]["slab"]["rows"]["trained"]["refer"] |= {"empty": 0, "unparsable": 21, "inverted": 22, "chatty": 23}
+    assert "<td>refer</td><td>4</td><td>0</td><td>21</td><td>22</td><td>–</td><td>23</td>" in report._table(result)
+
+
+DEMO_ONLY = ("TotalSegmentator", "mask", "organ", "slab", "slices", "CT ", "MR", "Radiological", "anatomy", "held-out subject", "synthetic")
+
+
+def test_nothing_of_the_sample_is_said_of_other_data(test_only_run):
+    run, _, _ = test_only_run
+    page = report.write(run).read_text(encoding="utf-8")
+    prose = re.sub(
+        r"<svg.*?</svg>|<pre>.*?</pre>|<style>.*?</style>|<div class=\"example.*?</div></div>|<figcaption>.*?</figcaption>",
+        " ",
+        page,
+        flags=re.S,
+    )
+    text = re.sub(r"<[^>]+>", " ", prose)
+    assert [words for words in DEMO_ONLY if words in text] == []
+    assert "without looking" in text
+    assert "not fitted" in text
+    assert "test split" in text
+    assert "is missing" in text  # the untrained model
+    assert "12 examples of medqa, slake" in text
+    assert "The training data is not there any more" in text
+    assert len(re.findall("<tr[^>]*><th rowspan=3>", page)) == 4
+
+
+def test_the_page_shows_what_was_answered_or_says_that_it_cannot(test_only_run, tmp_path):
+    run, root, _ = test_only_run
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy)
+    stored = json.loads((run / "predictions.json").read_text())
+    stored["test"]["data"]["root"] = str(copy)
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    (moved / "predictions.json").write_text(json.dumps(stored))
+    assert [example.id for example in answered(stored["test"]["data"])] == stored["test"]["ids"]
+    lines = copy / "medqa" / "questions" / "US" / "test.jsonl"
+    lines.write_text(lines.read_text().replace('answer": "', 'answer": "not '))
+    with pytest.raises(UserError, match=r"not those that were answered.*unimed evaluate"):
+        report.write(moved)
+    result = json.loads((moved / "metrics.json").read_text())
+    del result["strict"]
+    (moved / "metrics.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"older version.*unimed evaluate"):
+        report.write(moved)
+
+
+def test_subjects_that_training_shows_are_counted(html):
+    text = re.sub(r"<[^>]+>", " ", html)
+    assert "Subjects that the training data shows as well: organsample_64 2 of 2, sample-report 2 of 2, slake 2 of 2." in text
+    assert "organsample_64 0 of 1, sample-report 0 of 1, slake 0 of 1." in text
+    facts = {"datasets": ["a", "b"], "subjects": {"a": 0, "b": 3}, "subjects_in_training": {"a": 0, "b": 1}}
+    assert report._who({"counts": {"vqa": 5}, "facts": facts}).endswith(
+        "b 1 of 3. Nothing names the subjects of a: the same people may be in training."
+    )
+
+
 def test_text_of_a_model_cannot_become_markup(evaluated_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
@@ -122,11 +197,13 @@ def test_boxes_are_drawn_where_they_are():
 def test_the_grid_goes_from_the_best_box_to_the_worst():
     box = (10.0, 10.0, 60.0, 60.0)
     truth = Example("a", "refer", "d", "liver", "{<10><10><60><60>}", None, (100, 100), box, "refer/liver")
-    texts = ["none", "{<10><10><60><60>}", "{<10><10><30><60>}"]
-    grid = gallery.box_grid([truth] * 3, texts, lambda example: Image.new("RGB", (100, 100)))
-    scores = re.findall(r"IoU ([\d.]+)|(no box)", grid)
-    assert [bool(none) for _, none in scores] == [False, False, True]
+    texts = ["none", "liver: {<10><10><60><60>}", "{<10><10><30><60>}", "{<60><60><10><10>}"]
+    grid = gallery.box_grid([truth] * 4, texts, lambda example: Image.new("RGB", (100, 100)))
+    scores = re.findall(r"IoU ([\d.]+)|(no box|wrong order)", grid)
+    assert [none for _, none in scores] == ["", "", "no box", "wrong order"]
     assert float(scores[0][0]) > float(scores[1][0])
+    assert "among other text" in grid
+    assert 'x="10.0" y="10.0" width="50.0" height="50.0"' in grid.rpartition("<figure>")[2]  # the inverted box, in order
     assert gallery.spread(100, 4) == [0, 33, 66, 99]
 
 

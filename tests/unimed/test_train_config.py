@@ -1,7 +1,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -84,7 +84,6 @@ def test_an_unknown_recipe_names_the_ones_there_are():
         config.load("medium")
 
 
-@settings(deadline=None)
 @given(st.text(max_size=12), st.text(max_size=12))
 def test_any_override_is_taken_or_refused_by_a_user_error(key, value):
     try:

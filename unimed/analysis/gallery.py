@@ -1,4 +1,4 @@
-"""Slices with their boxes, and answers right and wrong, as HTML."""
+"""Images with their boxes, and answers right and wrong, as HTML."""
 
 from __future__ import annotations
 
@@ -12,19 +12,33 @@ from PIL import Image
 from unimed.data import boxes
 from unimed.data.example import TASKS, Example
 from unimed.tasks import metrics
+from unimed.tasks.answers import CHATTY, INVERTED, UNPARSABLE, read
 
-THUMBNAIL = 280  # longest side of an embedded slice, in pixels
+THUMBNAIL = 280  # longest side of an embedded image, in pixels
 TRUE, GUESS = "#00d1a0", "#ff8a1f"
 
 
 def quality(example: Example, prediction: str) -> float:
-    """The task's headline metric of one answer."""
-    return metrics.score(example.task, [prediction], [example], coco=False)[metrics.HEADLINE[example.task]]
+    """How good one answer is: the strict headline metric of its task, so that a box counts wherever it stands in the answer."""
+    return metrics.score(example.task, [prediction], [example], coco=False)[metrics.STRICT[example.task]]
 
 
-def is_right(example: Example, prediction: str) -> bool:
-    """A box is right from an IoU of one half on; anything else when it has every word (ROUGE ends a hair below one)."""
-    return quality(example, prediction) >= (0.5 if example.task == "refer" else 1 - 1e-6)
+def note(example: Example, prediction: str) -> str:
+    """What to know of a box answer, in a few words."""
+    reading = read(example, prediction)
+    if reading.kind == INVERTED:
+        return "corners in the wrong order"
+    if reading.kind == UNPARSABLE and reading.box:
+        return "several boxes, the first is drawn"
+    if reading.box is None:
+        return f"no box in the answer “{prediction[:40]}”"
+    return f"IoU {quality(example, prediction):.2f}" + (", among other text" if reading.kind == CHATTY else "")
+
+
+def _guess(example: Example, prediction: str) -> boxes.Box | None:
+    """The predicted box in pixels, its corners in order."""
+    box = read(example, prediction).box if example.task == "refer" else None
+    return boxes.in_order(boxes.to_pixels(box, example.size)) if box and example.size else None
 
 
 def data_uri(image: Image.Image) -> str:
@@ -36,7 +50,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def slice_with_boxes(image: Image.Image, true: boxes.Box | None, guess: boxes.Box | None) -> str:
-    """An inline SVG: the slice, the true box drawn whole and the predicted one dashed, in pixels of the original."""
+    """An inline SVG: the image, the true box drawn whole and the predicted one dashed, in pixels of the original."""
     width, height = image.size
     stroke = max(width, height) / 90
     parts = [f'<image href="{data_uri(image)}" width="{width}" height="{height}"/>']
@@ -54,26 +68,23 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, wanted: int = 15) -> str:
-    """Predicted and true boxes on slices from best to worst, evenly spaced over the ranking: not the best ones alone."""
+    """Predicted and true boxes on images from best to worst, evenly spaced over the ranking: not only the best ones."""
     found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == "refer"]
     found.sort(key=lambda pair: -quality(*pair))
     figures = []
     for index in spread(len(found), wanted):
         example, text = found[index]
-        guess = boxes.from_text(text)
-        assert example.size is not None
-        picture = slice_with_boxes(load(example), example.box, boxes.to_pixels(guess, example.size) if guess else None)
-        note = f"IoU {quality(example, text):.2f}" if guess else f"no box in the answer “{text[:40]}”"
-        figures.append(f"<figure>{picture}<figcaption><b>{escape(example.question)}</b> · {escape(note)}</figcaption></figure>")
+        picture = slice_with_boxes(load(example), example.box, _guess(example, text))
+        caption = f"<b>{escape(example.question)}</b> · {escape(note(example, text))}"
+        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return f"<div class=grid>{''.join(figures)}</div>" if figures else "<p>No box task among the held-out examples.</p>"
 
 
 def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], load) -> str:
-    """For every task an answer that is right and one that is not, where there are such, on the slice with most to see."""
+    """For every task an answer that is right and one that is not, where there are such, on the image with most to see."""
 
     def visible(pair: tuple[Example, str]) -> int:
-        # Held-out slabs look like thin strips from the front and the side.
-        example = pair[0]
+        example = pair[0]  # a slab of a volume looks like a thin strip from the front and the side
         return min(example.size or load(example).size) if example.image is not None else 0
 
     blocks = []
@@ -81,8 +92,8 @@ def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], loa
         found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == task]
         if not found:
             continue
-        right = [pair for pair in found if is_right(*pair)]
-        wrong = [pair for pair in found if not is_right(*pair)]
+        right = [pair for pair in found if metrics.is_right(*pair)]
+        wrong = [pair for pair in found if not metrics.is_right(*pair)]
         cells = [_example(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
         share = f"{len(right)} of {len(found)} right"
         blocks.append(f"<h3>{escape(task)} <span class=lead>· {share}</span></h3><div class=pair>{''.join(cells)}</div>")
@@ -92,14 +103,13 @@ def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], loa
 def _example(example: Example, text: str, load, good: bool) -> str:
     picture = ""
     if example.image is not None:
-        guess = boxes.from_text(text) if example.task == "refer" else None
-        inside = boxes.to_pixels(guess, example.size) if guess and example.size else None
-        picture = f"<figure>{slice_with_boxes(load(example), example.box, inside)}</figure>"
-    question = {"refer": f"Where is {example.question}?", "caption": "Findings (reference is synthetic text composed from the masks)"}.get(
-        example.task, f"What is in {example.question}?" if example.task == "identify" else example.question
-    )
-    word = f'<span class="tag {"yes" if good else "no"}">{"right" if good else "wrong"}</span>'
-    score = f" · score {quality(example, text):.2f}" if example.task in ("refer", "caption") else ""
+        picture = f"<figure>{slice_with_boxes(load(example), example.box, _guess(example, text))}</figure>"
+    asked = {"refer": f"Where is {example.question}?", "identify": f"What is in {example.question}?"}
+    question = asked.get(example.task, example.question) or "Report or caption"
+    kind = read(example, text).kind
+    words = [f'<span class="tag {"yes" if good else "no"}">{"right" if good else "wrong"}</span>']
+    words += [kind.replace("_", " ")] if kind else []
+    words += [f"score {quality(example, text):.2f}"] if example.task in ("refer", "caption") else []
     lines = [f"<p><b>{escape(question)}</b></p>", f"<p>answer: {escape(text) or '<i>(empty)</i>'}</p>"]
-    lines.append(f"<p>true: {escape(example.answer)}</p><p>{word}{score}</p>")
+    lines.append(f"<p>true: {escape(example.answer)}</p><p>{' · '.join(words)}</p>")
     return f'<div class="example {"right" if good else "wrong"}">{picture}<div>{"".join(lines)}</div></div>'

@@ -28,7 +28,7 @@ th,td{padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:
 tr.last td,tr.last th{border-bottom:2px solid var(--line)}
 .bar{position:relative;height:16px;background:#eef2f6;border-radius:4px;overflow:hidden;min-width:90px}
 .bar i{position:absolute;inset:0 auto 0 0;background:#b9c5d1;border-radius:4px}.bar.trained i{background:var(--accent)}
-.value{text-align:right;width:5.5em}
+.value{text-align:right;width:5.5em}.strict{color:var(--muted)}small{font-size:11.5px}
 .yes{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}
 .scroll{overflow-x:auto}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(168px,1fr));gap:14px}

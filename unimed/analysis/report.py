@@ -14,22 +14,33 @@ from unimed.data.example import TASKS, Example
 from unimed.data.images import load_image
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
-from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, SPLIT_NAMES
+from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, answered, cell, odd_answers
+from unimed.tasks.answers import KINDS, KINDS_OF
+from unimed.tasks.metrics import NATURE
 from unimed.train import config as recipes
 from unimed.train import files
 from unimed.train.run import RECIPE_FILE, RUN_FILE
-from unimed.train.run import examples as load_split
 from unimed.train.trainer import ROUTER_FILE
 
 REPORT_FILE = "report.html"
 TASK_NAMES = {
     "vqa": "questions about the image",
-    "refer": "box of a named organ",
-    "identify": "organ in a given box",
-    "caption": "report (synthetic text)",
-    "cls": "organ of a cropped image",
+    "refer": "box of a named object",
+    "identify": "object in a given box",
+    "caption": "report or caption",
+    "cls": "class of the image",
     "qa": "text questions, no image",
 }
+SAMPLE_LIMITS = (
+    "This is the built-in sample: slices of a few CT and MR volumes. Held-out slabs are other slices of the volumes in training, with a "
+    "gap of slices between; the held-out subject is one more CT.",
+    "Masks, boxes and organ names are automatic: they come from TotalSegmentator's own test data, not from annotation by people.",
+    "Text QA asks about a small table of anatomy facts that training saw in other words.",
+)
+SYNTHETIC = (
+    "The reports are synthetic: sentences composed from facts of the organ masks. They are not radiologists' reports, and scores against "
+    "them say nothing about report writing."
+)
 
 
 def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
@@ -42,16 +53,21 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     recipe = recipes.load(run / RECIPE_FILE)
     record, result = files.read_json(run / RUN_FILE), files.read_json(run / METRICS_FILE)
     predictions = files.read_json(run / PREDICTIONS_FILE)
+    if "strict" not in result or not all("data" in part for part in predictions.values()):
+        raise UserError(
+            f"{run}: {METRICS_FILE} and {PREDICTIONS_FILE} are of an older version; make them again with: unimed evaluate {run}"
+        )
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     history = files.read_json(run / ROUTER_FILE)
     say("plots")
     sections = [("looking", "Does looking help?", _table(result))]
     for split in result["splits"]:
-        say(f"slices of the {split} split")
-        examples, given = _answered(recipe, split, predictions[split])
-        name = SPLIT_NAMES[split]
-        sections.append((f"boxes-{split}", f"Boxes: {name}", _boxes(examples, given)))
-        text = lead("One right and one wrong answer for each task, chosen by the size of the slice so that there is something to see.")
+        name = result["splits"][split]["name"]
+        say(f"images of the {name}")
+        examples, given = answered(predictions[split]["data"]), predictions[split]["rows"][TRAINED]
+        if any(example.task == "refer" for example in examples):
+            sections.append((f"boxes-{split}", f"Boxes: {name}", _boxes(examples, given, result["data"]["sample"])))
+        text = lead("One right and one wrong answer for each task, chosen by the size of the image so that there is something to see.")
         sections.append((f"answers-{split}", f"Answers: {name}", text + gallery.right_and_wrong(examples, given, load_image)))
     sections += [
         ("loss", "Loss per task", _loss(log)),
@@ -64,20 +80,12 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     return path
 
 
-def _answered(recipe: recipes.Recipe, split: str, stored: dict[str, Any]) -> tuple[list[Example], list[str]]:
-    known = {example.id: example for example in load_split(recipe, split)}
-    missing = [key for key in stored["ids"] if key not in known]
-    if missing:
-        raise UserError(f"{recipe.data.root}: no example {missing[0]!r} any more, {PREDICTIONS_FILE} has it; run unimed evaluate again")
-    return [known[key] for key in stored["ids"]], stored["rows"][TRAINED]
-
-
 def _cards(record: dict[str, Any], result: dict[str, Any]) -> str:
-    first = next(iter(result["splits"]))
-    better = result["splits"][first]["better"]
+    first = next(iter(result["splits"].values()))
+    better = first["better"]
     return "".join(
         [
-            card(f"{sum(better.values())} of {len(better)}", f"tasks beat both baselines ({SPLIT_NAMES[first]})"),
+            card(f"{sum(better.values())} of {len(better)}", f"tasks beat the baselines ({first['name']})"),
             card(f"{record['seconds'] / 60:.1f} min", f"training, {record['steps']} steps"),
             card(f"{record['parameters'] / 1e6:.1f} M", f"parameters, {record['trained_parameters'] / 1e6:.1f} M trained"),
             card(f"{record['examples']:,}", "training examples"),
@@ -86,48 +94,80 @@ def _cards(record: dict[str, Any], result: dict[str, Any]) -> str:
 
 
 def _table(result: dict[str, Any]) -> str:
-    splits = result["splits"]
-    head = "".join(f"<th colspan=2>{escape(SPLIT_NAMES[split])}</th>" for split in splits)
+    splits = list(result["splits"].values())
+    head = "".join(f"<th colspan=3>{escape(split['name'])}: headline, strict</th>" for split in splits)
+    rows_there = [row for row in ROWS if any(row in split["rows"] for split in splits)]
     body = []
-    for task in TASKS:
-        metric = result["headline"].get(task)
-        if not any(task in splits[split]["counts"] for split in splits):
-            continue
-        for row in ROWS:
+    for task in (task for task in TASKS if any(task in split["counts"] for split in splits)):
+        metric, strict = result["headline"][task], result["strict"][task]
+        for row in rows_there:
             cells = []
             for split in splits:
-                scores = splits[split]["rows"].get(row, {}).get(task)
-                value = f"{scores[metric]:.3f}" if scores else "–"
+                scores = split["rows"].get(row, {}).get(task)
+                value, beside = (cell(split, row, task, name) for name in (metric, strict))
                 cells.append(f"<td>{bar(scores[metric] if scores else 0.0, row == TRAINED)}</td><td class=value>{value}</td>")
-            what = f"<b>{task}</b><br>{TASK_NAMES[task]}<br>{escape(metric)}"
-            name = f"<th rowspan={len(ROWS)}>{what}</th>" if row == ROWS[0] else ""
-            last = " class=last" if row == ROWS[-1] else ""
+                cells.append(f'<td class="value strict">{beside}</td>')
+            what = f"<b>{task}</b><br>{TASK_NAMES[task]}<br><small>{escape(_nature(task))}</small><br>{escape(metric)}"
+            name = f"<th rowspan={len(rows_there)}>{what}</th>" if row == rows_there[0] else ""
+            last = " class=last" if row == rows_there[-1] else ""
             body.append(f"<tr{last}>{name}<td>{row}</td>{''.join(cells)}</tr>")
-    verdicts = []
-    for split in splits:
-        marks = {task: "yes" if good else "no" for task, good in splits[split]["better"].items()}
-        words = "".join(f'<td class="{mark}">{task}: {mark}</td>' for task, mark in marks.items())
-        verdicts.append(f"<tr><th>{escape(SPLIT_NAMES[split])}</th>{words}</tr>")
+    verdicts = [
+        f"<tr><th>{escape(split['name'])}, {which}</th>{_marks(split, split[key])}</tr>"
+        for split in splits
+        for key, which in (("better", "headline"), ("better_strict", "strict"))
+    ]
     text = (
-        "The same questions, answered four ways: by the model before training; by the majority answer to each kind of question (for a box, "
-        "the organ's mean box in training), which looks at nothing; by the trained model with every image black; and by the trained model."
+        "The same questions, answered by the majority answer to each kind of question (for a box, the object's mean box in training), "
+        "which looks at nothing; by the trained model with every image black; by the trained model; and, where it could be built again, by "
+        "the model before training. The headline is the release's formula, where it has one. The strict value stands beside it."
     )
     return (
         f"{lead(text)}<div class=scroll><table><tr><th>task, metric</th><th>answers by</th>{head}</tr>{''.join(body)}</table></div>"
         "<h3>Better than both the answers without looking and the blanked images?</h3>"
-        f"<div class=scroll><table>{''.join(verdicts)}</table></div>"
+        f"{lead('A text question has no image to blank: only the answers without looking count.')}"
+        f"<div class=scroll><table>{''.join(verdicts)}</table></div>{_odd(splits)}"
     )
 
 
-def _boxes(examples: list[Example], given: list[str]) -> str:
+def _nature(task: str) -> str:
+    loose, strict = NATURE[task]
+    return f"{loose}; strict: {strict}"
+
+
+def _marks(split: dict[str, Any], better: dict[str, bool]) -> str:
+    marks = {task: ("yes" if better[task] else "no") if task in better else "no baseline" for task in split["counts"]}
+    return "".join(f'<td class="{mark.split()[0]}">{task}: {mark}</td>' for task, mark in marks.items())
+
+
+def _odd(splits: list[dict[str, Any]]) -> str:
+    """How many answers of the trained model are not simply an answer."""
+    head = "".join(f"<th>{kind.replace('_', ' ')}</th>" for kind in KINDS)
+    lines = []
+    for split in splits:
+        found = odd_answers(split, TRAINED)
+        for task, count in split["counts"].items():
+            counts = [str(found.get(task, {}).get(kind, 0)) if kind in KINDS_OF[task] else "–" for kind in KINDS]
+            cells = "".join(f"<td>{value}</td>" for value in (count, *counts))
+            lines.append(f"<tr><th>{escape(split['name'])}</th><td>{task}</td>{cells}</tr>")
+    text = (
+        "Every answer counts. Empty: no text. Unparsable: no box, several boxes, or several answers of a list. Inverted: a box with its "
+        "corners in the wrong order. Off list: no answer of the list. Chatty: the answer stands among other words."
+    )
+    return (
+        f"<h3>Answers of the trained model that are not simply an answer</h3>{lead(text)}"
+        f"<div class=scroll><table><tr><th>split</th><th>task</th><th>answers</th>{head}</tr>{''.join(lines)}</table></div>"
+    )
+
+
+def _boxes(examples: list[Example], given: list[str], sample: bool) -> str:
+    true = "true box (from the mask)" if sample else "true box"
     key = (
-        f'<span class=key><i style="background:{gallery.TRUE}"></i>true box (from the mask)<i style="background:{gallery.GUESS}"></i>'
+        f'<span class=key><i style="background:{gallery.TRUE}"></i>{true}<i style="background:{gallery.GUESS}"></i>'
         "predicted box (dashed)</span>"
     )
-    text = (
-        "Evenly spaced over the ranking by IoU, from the best to the worst, not hand-picked. "
-        "Radiological view: the patient's right is on the left."
-    )
+    text = "Evenly spaced over the ranking by IoU, from the best to the worst, not hand-picked."
+    if sample:
+        text += " Radiological view: the patient's right is on the left."
     return f"{lead(text)}<p>{key}</p>{gallery.box_grid(examples, given, load_image)}"
 
 
@@ -163,25 +203,47 @@ def _last_seen(history: list[dict[str, Any]]) -> dict[str, Any]:
 def _settings(recipe: recipes.Recipe, record: dict[str, Any], result: dict[str, Any]) -> str:
     seconds = [("training", record["seconds"])] + [(f"evaluation, {split}", part["seconds"]) for split, part in result["splits"].items()]
     times = [(name, f"{value:.0f} s") for name, value in seconds]
-    counts = [
-        (SPLIT_NAMES[split], ", ".join(f"{task} {count}" for task, count in part["counts"].items()))
-        for split, part in result["splits"].items()
-    ]
+    counts = [(part["name"], ", ".join(f"{task} {count}" for task, count in part["counts"].items())) for part in result["splits"].values()]
+    data = [("trained on", recipe.data.root), ("evaluated on", result["data"]["root"])]
     return (
-        f"<h3>Machine</h3>{rows(list(record['machine'].items()))}<h3>Time</h3>{rows(times)}<h3>Examples evaluated</h3>{rows(counts)}"
-        f"<h3>Recipe</h3><pre>{escape(recipes.dump(recipe))}</pre>"
+        f"<h3>Machine</h3>{rows(list(record['machine'].items()))}<h3>Time</h3>{rows(times)}<h3>Data</h3>{rows(data + counts)}"
+        f"<h3>Evaluation</h3>{rows([(name, str(value)) for name, value in result['evaluate'].items()])}"
+        f"<h3>Recipe of the training</h3><pre>{escape(recipes.dump(recipe))}</pre>"
     )
 
 
 def _limits(result: dict[str, Any]) -> str:
-    points = [
-        "No generalisation beyond the two held-out sets. Training images come from two volumes, one CT and one MR; the held-out slabs are "
-        "other slices of the same two people, with a gap of two slices; the held-out subject is one more CT.",
-        "The reports are synthetic: sentences composed from facts of the organ masks. They are not radiologists' reports, and scores "
-        "against them say nothing about report writing.",
-        "Masks, boxes and organ names are automatic: they come from TotalSegmentator's own test data, not from annotation by people.",
-        "Text QA asks about a small table of anatomy facts that training saw in other words; it has no image, so blanking changes nothing.",
+    """What the data that was used, and the way it was used, leave open. Nothing here is said of other data."""
+    splits = list(result["splits"].values())
+    points = ["No generalisation beyond the examples evaluated here is shown."]
+    points += [f"{split['name'][:1].upper()}{split['name'][1:]}: {_who(split)}" for split in splits]
+    points += SAMPLE_LIMITS if result["data"]["sample"] else ()
+    if any(split["facts"]["synthetic_reports"] for split in splits):
+        points.append(SYNTHETIC)
+    if result["evaluate"]["limit"]:
+        points.append(f"At most {result['evaluate']['limit']} examples of a task and split were evaluated, evenly spaced.")
+    if any("qa" in split["counts"] for split in splits):
+        points.append("Text questions have no image, so blanking changes nothing.")
+    points += [f"The row “{row}” is missing: {reason}." for row, reason in result["left_out"].items()]
+    if any(task not in split["better"] for split in splits for task in split["counts"]):
+        points.append("Where the answers without looking were not fitted, the data has no training examples of that task.")
+    points += [
         "One seed and one run: differences of a few examples are noise.",
-        "No score here can be compared with the published Uni-Med: its data, encoder and language model are other and far larger.",
+        "A score can be compared with the published Uni-Med only for the same data, splits, encoder and language model.",
     ]
     return f"<ul>{''.join(f'<li>{escape(point)}</li>' for point in points)}</ul><p>{escape(result['notice'])}.</p>"
+
+
+def _who(split: dict[str, Any]) -> str:
+    """Whose images a split shows, and whether training showed those people, too."""
+    facts = split["facts"]
+    text = f"{sum(split['counts'].values())} examples of {', '.join(facts['datasets'])}. "
+    if not facts["subjects"]:
+        return text + "No image is among them."
+    shared = facts["subjects_in_training"]
+    if shared is None:
+        return text + "The training data is not there any more, so whether it shows the same people cannot be told."
+    known = ", ".join(f"{name} {shared[name]} of {count}" for name, count in facts["subjects"].items() if count)
+    unknown = ", ".join(name for name, count in facts["subjects"].items() if not count)
+    text += f"Subjects that the training data shows as well: {known}. " if known else ""
+    return text + (f"Nothing names the subjects of {unknown}: the same people may be in training." if unknown else "")

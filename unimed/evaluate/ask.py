@@ -14,8 +14,15 @@ from unimed.data.example import TASKS, Example
 from unimed.data.images import open_image
 from unimed.errors import UserError
 from unimed.evaluate.predict import answers
+from unimed.tasks.answers import CHATTY, INVERTED, UNPARSABLE, read
 from unimed.train import files
 from unimed.train.run import RUN_FILE, load_model
+
+ODD = {
+    INVERTED: "the box's corners are in the wrong order · ",
+    UNPARSABLE: "the answer holds several boxes: this is the first · ",
+    CHATTY: "the box stands among other text · ",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Answer:
         if suffix not in (".png", ".jpg", ".jpeg"):
             raise UserError(f"--save {path}: must end in .png, .jpg or .jpeg")
         drawn = self.image.copy()
-        ImageDraw.Draw(drawn).rectangle(self.box, outline=(255, 138, 31), width=max(1, max(drawn.size) // 128))
+        ImageDraw.Draw(drawn).rectangle(boxes.in_order(self.box), outline=(255, 138, 31), width=max(1, max(drawn.size) // 128))
         beside = path.with_name(f".{path.name}.partial{suffix}")
         try:
             drawn.save(beside)
@@ -63,18 +70,20 @@ def ask(
     if task == "identify" and size:
         box = read_box(question, size)
         question = boxes.to_text(box, size)
-    if task == "cls" and not question.strip():
-        question = _class_question(model)
+    if task == "cls":
+        question = _class_question(model, question.strip())
     pixels = np.asarray(picture) if picture else None
     example = Example("asked", task, "asked", question.strip(), "", pixels, size, box, template=task, max_words=0)
     network, processor = load_model(model)
     text = answers(network, processor, [example], batch_size=1)[0]
+    odd = ""
     if task == "refer" and size:
-        found = boxes.from_text(text)
-        box = boxes.to_pixels(found, size) if found else None
+        reading = read(example, text)
+        box = boxes.to_pixels(reading.box, size) if reading.box else None
+        odd = ODD.get(reading.kind, "") if box else ""
     shown = f"{size[0]} x {size[1]} pixels shown to the model {model} · " if size else f"model {model} · "
     done = "".join(f"{note} · " for note in opened.notes) if opened else ""
-    return Answer(text, picture, box, done + shown)
+    return Answer(text, picture, box, odd + done + shown)
 
 
 def read_box(text: str, size: tuple[int, int]) -> boxes.Box:
@@ -109,8 +118,14 @@ def _window(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def _class_question(model: Path) -> str:
-    asked = files.read_json(model / RUN_FILE).get("class_questions", []) if (model / RUN_FILE).is_file() else []
-    if not asked:
+def _class_question(model: Path, text: str) -> str:
+    """The question that lists the classes: one of those in training, which a word of it may name, or the caller's own."""
+    known = [str(one) for one in files.read_json(model / RUN_FILE).get("class_questions", [])] if (model / RUN_FILE).is_file() else []
+    fitting = [question for question in known if text.casefold() in question.casefold()]
+    if len(fitting) == 1:
+        return fitting[0]
+    if text:
+        return text
+    if not known:
         raise UserError("--task cls: needs the question that lists the classes, as in training")
-    return str(asked[0])
+    raise UserError(f"--task cls: this model learned {len(known)} lists of classes; ask one, or a word of it: {' | '.join(known)}")

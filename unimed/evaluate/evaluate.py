@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from unimed.data.example import TASKS, Example
+from unimed.data.example import IMAGE_TASKS, TASKS, Example
 from unimed.evaluate.predict import answers
 from unimed.tasks import metrics
 from unimed.tasks.baselines import WithoutLooking
@@ -30,11 +30,15 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
     return kept
 
 
-def score(examples: Sequence[Example], predictions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Metrics of every task that has examples."""
-    given = {id(example): prediction for example, prediction in zip(examples, predictions, strict=True)}
+def score(examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
+    """Metrics of every task that has answers; None is an example without one (a baseline that was not fitted for its task)."""
+    answered = [(example, text) for example, text in zip(examples, predictions, strict=True) if text is not None]
+    result = {}
     with _quiet_programs():
-        return {task: metrics.score(task, [given[id(e)] for e in found], found) for task, found in by_task(examples).items()}
+        for task in by_task([example for example, _ in answered]):
+            part = [(example, text) for example, text in answered if example.task == task]
+            result[task] = metrics.score(task, [text for _, text in part], [example for example, _ in part])
+    return result
 
 
 @contextmanager
@@ -61,11 +65,19 @@ def evaluate(
     max_new_tokens: int = 100,
 ) -> dict[str, Any]:
     """{"metrics": {task: {name: value}}, "predictions": [...]}, predictions in the order of the examples."""
-    given: dict[int, str] = {}
-    for found in by_task(examples).values():  # prompts of one task are about equally long: little padding
-        given.update(zip(map(id, found), answers(model, processor, found, batch_size, max_new_tokens, blank_images, progress), strict=True))
-    predictions = [given[id(example)] for example in examples]
+    predictions = _answers(model, processor, examples, batch_size, max_new_tokens, blank_images, progress)
     return {"metrics": score(examples, predictions), "predictions": predictions}
+
+
+def _answers(model: Any, processor: Any, examples: Sequence[Example], *settings: Any) -> list[str]:
+    """The answers in the order of the examples, task by task: prompts of one task are about equally long, with little padding."""
+    found = [""] * len(examples)
+    for task in by_task(examples):
+        places = [place for place, example in enumerate(examples) if example.task == task]
+        texts = answers(model, processor, [examples[place] for place in places], *settings)
+        for place, text in zip(places, texts, strict=True):
+            found[place] = text
+    return found
 
 
 def compare(
@@ -77,29 +89,37 @@ def compare(
     max_new_tokens: int = 100,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Row name -> {"metrics", "predictions"} on the held-out examples, for the four rows of the table."""
+    """Row name -> {"metrics", "predictions"} on the held-out examples, for the rows of the table.
+
+    Without an untrained model its row is left out. The majority answers are missing for tasks that the training examples lack.
+    """
 
     def run(row: str, pair: tuple[Any, Any], blank_images: bool, examples: Sequence[Example]) -> list[str]:
         report = (lambda count: progress(row, count)) if progress else None
-        return evaluate(*pair, examples, batch_size, blank_images, report, max_new_tokens)["predictions"]
+        return _answers(*pair, examples, batch_size, max_new_tokens, blank_images, report)
 
-    looker = WithoutLooking.fit(train_examples)
-    rows: dict[str, list[str]] = {}
+    majority = WithoutLooking.fit(train_examples)
+    rows: dict[str, Sequence[str | None]] = {}
     if untrained is not None:
         rows[UNTRAINED] = run(UNTRAINED, untrained, False, held_out)
-    rows[WITHOUT_LOOKING] = [looker.predict(example) for example in held_out]
-    rows[TRAINED] = run(TRAINED, trained, False, held_out)
+    rows[WITHOUT_LOOKING] = [majority.predict(example) if example.task in majority.tasks else None for example in held_out]
+    trained_answers = rows[TRAINED] = run(TRAINED, trained, False, held_out)
     with_image = [example for example in held_out if example.image is not None]
-    blind = dict(zip(map(id, with_image), run(BLANKED, trained, True, with_image), strict=True))
+    blind = iter(run(BLANKED, trained, True, with_image))
     # A question without an image has the same answer with the image blanked.
-    rows[BLANKED] = [blind.get(id(example), answer) for example, answer in zip(held_out, rows[TRAINED], strict=True)]
+    rows[BLANKED] = [text if example.image is None else next(blind) for example, text in zip(held_out, trained_answers, strict=True)]
     return {row: {"metrics": score(held_out, rows[row]), "predictions": rows[row]} for row in ROWS if row in rows}
 
 
-def verdict(rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
-    """Task -> whether the trained model's headline metric beats both the answers without looking and its own with the image blanked."""
+def verdict(rows: dict[str, dict[str, Any]], headline: Mapping[str, str] = metrics.HEADLINE) -> dict[str, bool]:
+    """Task -> whether the trained model's headline metric beats the majority answers and, for a task with images, its own on black images.
+
+    A task without majority answers has no verdict.
+    """
     result = {}
-    for task in rows[TRAINED]["metrics"]:
-        value = {row: rows[row]["metrics"][task][metrics.HEADLINE[task]] for row in (WITHOUT_LOOKING, BLANKED, TRAINED)}
-        result[task] = value[TRAINED] > max(value[WITHOUT_LOOKING], value[BLANKED])
+    for task, trained in rows[TRAINED]["metrics"].items():
+        if task in rows[WITHOUT_LOOKING]["metrics"]:
+            baselines = (WITHOUT_LOOKING, BLANKED) if task in IMAGE_TASKS else (WITHOUT_LOOKING,)
+            best = max(rows[row]["metrics"][task][headline[task]] for row in baselines)
+            result[task] = trained[headline[task]] > best
     return result

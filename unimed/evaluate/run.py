@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from unimed import NOTICE
-from unimed.data.example import TASKS
-from unimed.errors import UserError
+from unimed.data.example import TASKS, Example
+from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
-from unimed.evaluate.evaluate import BLANKED
+from unimed.evaluate.evaluate import BLANKED, WITHOUT_LOOKING
 from unimed.tasks import metrics
+from unimed.tasks.answers import KINDS_OF
 from unimed.train import config as recipes
 from unimed.train import files, machine
 from unimed.train import run as training
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.json"
-SPLIT_NAMES = {"slab": "held-out slabs", "subject": "held-out subject", "train": "training slices"}
+SAMPLE_FILE = "sample.json"  # stands at the root of the built-in sample, and of nothing else
+SPLIT_NAMES = {
+    "train": "training split",
+    "slab": "validation split",
+    "val": "validation split",
+    "subject": "test split",
+    "test": "test split",
+}
+SAMPLE_SPLIT_NAMES = {"train": "training slices", **dict.fromkeys(("slab", "val"), "held-out slabs")}
+SAMPLE_SPLIT_NAMES |= dict.fromkeys(("subject", "test"), "held-out subject")
+
+
+def is_sample(root: Path) -> bool:
+    return (root / SAMPLE_FILE).is_file()
+
+
+def split_name(root: Path, split: str) -> str:
+    """What a split of the data at ``root`` is called in tables."""
+    names = SAMPLE_SPLIT_NAMES if is_sample(root) else SPLIT_NAMES
+    return names.get(split, f"split {split}")
 
 
 def evaluate_run(
@@ -26,44 +48,120 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Writes metrics.json and predictions.json of a trained run and returns the former.
 
-    `overrides` change the stored recipe (`evaluate.limit=20`, `data.root=...`). `progress` gets split, row, examples done and their number.
+    `overrides` change what is evaluated (`evaluate.limit=20`, `data.root=...`); both files say on what. `progress` gets the split's name,
+    row, examples done and their number.
     """
     if not (run / training.RECIPE_FILE).is_file():
         raise UserError(f"{run}: not a run of unimed (no {training.RECIPE_FILE}); train one with: unimed train tiny")
-    recipe = recipes.load(run / training.RECIPE_FILE, overrides)
+    stored, recipe = recipes.load(run / training.RECIPE_FILE), recipes.load(run / training.RECIPE_FILE, overrides)
     if recipe.train.threads:
         import torch
 
         torch.set_num_threads(recipe.train.threads)
-    train_examples = training.examples(recipe, "train")
+    settings, root = recipe.evaluate, Path(recipe.data.root)
+    data = dataclasses.asdict(recipe.data)
+    held_out = {split: _held_out(recipe, split) for split in settings.splits}
+    seen, untrained, left_out = _before_training(stored)
+    majority = seen if recipe.data == stored.data and seen else _some(recipe, "train")
     trained = training.load_model(run)
-    untrained = training.build(recipe, train_examples)
-    settings = recipe.evaluate
     splits: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
-    for split in settings.splits:
-        held_out = evaluate.spread(training.examples(recipe, split), settings.limit)
-        report = _counter(progress, split, len(held_out), sum(example.image is not None for example in held_out))
+    for split, examples in held_out.items():
+        name = split_name(root, split)
+        report = _counter(progress, name, len(examples), sum(example.image is not None for example in examples))
         start = time.perf_counter()
-        rows = evaluate.compare(untrained, trained, train_examples, held_out, settings.batch_size, settings.max_new_tokens, report)
+        rows = evaluate.compare(untrained, trained, majority, examples, settings.batch_size, settings.max_new_tokens, report)
         splits[split] = {
-            "counts": {task: len(found) for task, found in evaluate.by_task(held_out).items()},
+            "name": name,
+            "counts": {task: len(found) for task, found in evaluate.by_task(examples).items()},
             "better": evaluate.verdict(rows),
+            "better_strict": evaluate.verdict(rows, metrics.STRICT),
             "seconds": round(time.perf_counter() - start, 1),
+            "facts": _facts(seen, examples),
             "rows": {row: rows[row]["metrics"] for row in rows},
         }
-        predictions[split] = {"ids": [example.id for example in held_out], "rows": {row: rows[row]["predictions"] for row in rows}}
+        predictions[split] = {
+            "data": {**data, "split": split, "limit": settings.limit, "sha256": digest(examples)},
+            "ids": [example.id for example in examples],
+            "rows": {row: rows[row]["predictions"] for row in rows},
+        }
     result = {
         "notice": NOTICE,
         "run": recipe.name,
         "seed": recipe.train.seed,
         "headline": dict(metrics.HEADLINE),
+        "strict": dict(metrics.STRICT),
+        "data": {"root": recipe.data.root, "sample": is_sample(root)},
+        "evaluate": dataclasses.asdict(settings),
+        "left_out": left_out,
         "machine": machine.describe(),
         "splits": splits,
     }
     files.write_json(run / PREDICTIONS_FILE, predictions)
     files.write_json(run / METRICS_FILE, result)
     return result
+
+
+def _held_out(recipe: recipes.Recipe, split: str) -> list[Example]:
+    try:
+        return evaluate.spread(training.examples(recipe, split), recipe.evaluate.limit)
+    except NoExamples as error:
+        there = [name for name in ("train", "val", "test") if _some(recipe, name)]
+        if not there:
+            raise
+        raise NoExamples(f"{error}; it has {', '.join(there)}: choose with evaluate.splits=[{there[-1]}]") from error
+
+
+def _some(recipe: recipes.Recipe, split: str) -> list[Example]:
+    """The examples of a split; none where the data lacks it."""
+    try:
+        return training.examples(recipe, split)
+    except NoExamples:
+        return []
+
+
+def answered(spec: dict[str, Any]) -> list[Example]:
+    """The examples of one split that predictions.json answers, read again from where they were; a UserError when they are others now."""
+    names = {item.name for item in dataclasses.fields(recipes.Data)}
+    recipe = recipes.Recipe(data=recipes.Data(**{name: value for name, value in spec.items() if name in names}))
+    found = evaluate.spread(training.examples(recipe, spec["split"]), spec["limit"])
+    if digest(found) != spec["sha256"]:
+        what = f"the examples of its {spec['split']!r} split are not those that were answered"
+        raise UserError(f"{spec['root']}: {what} in {PREDICTIONS_FILE}; run unimed evaluate again")
+    return found
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Changes with anything that an example asks or expects; pixels are not read."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr((example.id, example.task, example.question, example.answer, example.size, example.box)).encode())
+    return found.hexdigest()
+
+
+def _before_training(stored: recipes.Recipe) -> tuple[list[Example], Any, dict[str, str]]:
+    """What the run was trained on and its model before that; where they cannot be had any more, the reason, by row."""
+    seen: list[Example] = []
+    try:
+        seen = training.examples(stored, "train")
+        return seen, training.build(stored, seen), {}
+    except UserError as error:
+        return seen, None, {evaluate.UNTRAINED: str(error)}
+
+
+def _facts(seen: Sequence[Example], examples: Sequence[Example]) -> dict[str, Any]:
+    """What the report must say about the data: its sets, how many subjects their images name and training showed, synthetic references."""
+
+    def subjects(found: Sequence[Example], dataset: str) -> set[str]:
+        return {example.subject for example in found if example.dataset == dataset and example.image is not None and example.subject}
+
+    held_out = {name: subjects(examples, name) for name in {example.dataset for example in examples if example.image is not None}}
+    return {
+        "datasets": sorted({example.dataset for example in examples}),
+        "subjects": {name: len(named) for name, named in sorted(held_out.items())},
+        "subjects_in_training": {name: len(named & subjects(seen, name)) for name, named in sorted(held_out.items())} if seen else None,
+        "synthetic_reports": any(example.dataset == "sample-report" for example in examples),
+    }
 
 
 def _counter(progress: Callable[[str, str, int, int], None] | None, split: str, total: int, with_image: int) -> Callable[[str, int], None]:
@@ -78,14 +176,30 @@ def _counter(progress: Callable[[str, str, int, int], None] | None, split: str, 
     return report
 
 
-def answer_table(result: dict[str, Any]) -> tuple[list[str], dict[str, list[list[str]]]]:
-    """Header, and rows by split, of the one table: headline metric of each task for the four kinds of answers."""
+def answer_table(result: dict[str, Any], strict: bool = False) -> tuple[list[str], dict[str, list[list[str]]]]:
+    """Header, and rows by split, of the one table: headline metric of each task for each kind of answers, or its strict form."""
     tasks = [task for task in TASKS if any(task in part["counts"] for part in result["splits"].values())]
-    header = ["answers by"] + [f"{task}\n{result['headline'][task]}" for task in tasks]
+    names = result["strict" if strict else "headline"]
+    header = ["answers by"] + [f"{task}\n{names[task].removesuffix('_strict')}" for task in tasks]
     lines: dict[str, list[list[str]]] = {}
     for split, part in result["splits"].items():
-        lines[split] = []
-        for row in part["rows"]:
-            scores = [part["rows"][row].get(task, {}).get(result["headline"][task]) for task in tasks]
-            lines[split].append([row, *("–" if score is None else f"{score:.3f}" for score in scores)])
+        lines[split] = [[row, *(cell(part, row, task, names[task]) for task in tasks)] for row in part["rows"]]
     return header, lines
+
+
+def cell(part: dict[str, Any], row: str, task: str, metric: str) -> str:
+    """One value of the table of a split as text."""
+    scores = part["rows"].get(row, {}).get(task)
+    if scores:
+        return f"{scores[metric]:.3f}"
+    return "not fitted" if row == WITHOUT_LOOKING and task in part["counts"] else "–"
+
+
+def odd_answers(part: dict[str, Any], row: str) -> dict[str, dict[str, int]]:
+    """Task -> how many answers of a row are empty, unparsable, inverted, off the list or chatty; only kinds that occur."""
+    found = {}
+    for task, scores in part["rows"].get(row, {}).items():
+        counts = {kind: int(scores[kind]) for kind in KINDS_OF[task] if scores.get(kind)}
+        if counts:
+            found[task] = counts
+    return found
