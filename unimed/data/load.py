@@ -46,9 +46,9 @@ LAYOUTS = (
 def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Example]:
     """All examples of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
 
-    split: "train", "slab" or "subject"; for released datasets also "val" (= slab), "test" (= subject) and any other
-    that the data has. rules: what becomes of bad records, which languages and which texts are read. A data set is named by its layout; where several folders have one layout, each of
-    them by its folder.
+    split: "train", "slab" or "subject"; for released datasets also "val" (= slab), "test" (= subject) and any other that the data has.
+    rules: what becomes of bad records, which languages and which texts are read. A data set is named by its layout; where several folders
+    have one layout, each of them by its folder.
     """
     root = Path(root)
     unknown = sorted(set(tasks or ()) - set(TASKS))
