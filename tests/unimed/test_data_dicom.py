@@ -593,11 +593,12 @@ def test_bundled_files_do_what_the_page_says(name):
     assert len(np.unique(np.asarray(opened.rgb.convert("L")))) > 1
 
 
-def test_no_mutated_header_gives_a_traceback():
-    """Bytes of headers turned, dropped or repeated: a picture or one line, for 200 files."""
+def test_no_mutated_header_gives_a_traceback(tmp_path):
+    """Bytes of headers turned, dropped or repeated: a picture or one line, for 200 files, alone and as the slice of a series."""
+    folder = series_folder(tmp_path / "series")
     corners = {"VerticesOfThePolygonalShutter": [1, 1, 1, 8, 8, 8], "PixelAspectRatio": [1, 2]}
     seeds = [
-        dicom_file(RAMP[:8, :8], Modality="CT", WindowCenter=40, WindowWidth=400, RescaleSlope=1, RescaleIntercept=-1024),
+        series_slice(0, Modality="CT", WindowCenter=40, WindowWidth=400, RescaleSlope=1, RescaleIntercept=-1024),
         dicom_file(RAMP[:8, :8], "implicit", False, VOILUTSequence=[lut(list(range(64)))], PixelPaddingValue=5),
         dicom_file((RAMP[:8, :8] // 32).astype(np.uint8), **palette("packed")[0], ShutterShape="POLYGONAL", **corners),
         dicom_file(enhanced(2)[0], "big endian", **enhanced(2)[1]),
@@ -615,9 +616,14 @@ def test_no_mutated_header_gives_a_traceback():
                 del data[at : at + int(rng.integers(1, 9))]
             else:
                 data[at:at] = data[at : at + int(rng.integers(1, 9))]
-        image, error = attempt(lambda data=data: seen_as_user("f", bytes(data)))
+        (tmp_path / "f.dcm").write_bytes(data)
+        (folder / "IM000000").write_bytes(data)
+        if case % 4 == 0:
+            _, error = attempt(lambda: read_image_file(folder))
+            assert error is None or (error.startswith(str(folder)) and "\n" not in error)
+        image, error = attempt(lambda: read_image_file(tmp_path / "f.dcm"))
         assert image is None or image.mode == "RGB"
-        assert error is None or (error.startswith("f: ") and "\n" not in error)
+        assert error is None or (error.startswith(f"{tmp_path / 'f.dcm'}: ") and "\n" not in error)
         outcomes.append(error is None)
     assert 40 < sum(outcomes) < 160
 

@@ -164,7 +164,8 @@ def plain(text: object) -> str:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one line of a UserError."""
     try:
         yield
     except UserError as error:
@@ -182,7 +183,7 @@ def is_dicom(data: bytes) -> bool:
 
 def parse(name: str, data: bytes) -> Dataset:
     """The header and the pixels, still encoded. Files without a preamble and without a transfer syntax are read as what they look like."""
-    with _readable(name):
+    with readable(name):
         if not is_dicom(data):
             raise ValueError("it starts with neither the DICM prefix nor a header")
         _check_deflated(name, data)
@@ -200,7 +201,7 @@ def parse(name: str, data: bytes) -> Dataset:
 
 def _check_deflated(name: str, data: bytes) -> None:
     """Refuse a deflated file that inflates to more than MAX_BYTES, before pydicom inflates it."""
-    if data[128:138] == b"DICM\x02\x00\x00\x00UL" and str(uid.DeflatedExplicitVRLittleEndian).encode() + b"\x00" in data[:1024]:
+    if data[128:138] == b"DICM\x02\x00\x00\x00UL" and str(uid.DeflatedExplicitVRLittleEndian).encode() in data[:1024]:
         start = 144 + int.from_bytes(data[140:144], "little")
         if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_BYTES + 1)) > MAX_BYTES:
             raise UserError(f"{name}: inflates to more than {MAX_BYTES >> 30} GiB")
@@ -212,7 +213,7 @@ def has_pixels(source: Dataset) -> bool:
 
 def check_picture(name: str, source: Dataset) -> None:
     """Refuse what holds no picture."""
-    with _readable(name):
+    with readable(name):
         kind = uid.UID(str(source.get("SOPClassUID") or source.file_meta.get("MediaStorageSOPClassUID") or "")).name
         modality = str(source.get("Modality") or "")
         if "DirectoryRecordSequence" in source or kind == "Media Storage Directory Storage":
@@ -223,12 +224,16 @@ def check_picture(name: str, source: Dataset) -> None:
             raise UserError(f"{name}: {modality} is {_NOT_PICTURES[modality]}, not a picture")
         if not has_pixels(source):
             raise UserError(f"{name}: a DICOM file without pixels ({kind or modality or 'of unknown kind'})")
-        if "TotalPixelMatrixColumns" in source and frame_count(source) > 1:
-            raise UserError(f"{name}: a whole-slide image in {frame_count(source)} tiles; export the region you want as one picture")
+        if "TotalPixelMatrixColumns" in source and (tiles := frame_count(name, source)) > 1:
+            raise UserError(f"{name}: a whole-slide image in {tiles} tiles; export the region you want as one picture")
 
 
-def frame_count(source: Dataset) -> int:
-    return int(_first(source.get("NumberOfFrames") or 1) or 1)
+def frame_count(name: str, source: Dataset) -> int:
+    with readable(name):
+        count = int(_first(source.get("NumberOfFrames") or 1) or 1)
+        if count < 1:
+            raise ValueError(f"NumberOfFrames is {count}")
+        return count
 
 
 def header_of(source: Dataset, index: int) -> Header:
@@ -244,7 +249,7 @@ def header_of(source: Dataset, index: int) -> Header:
 
 def read_frame(name: str, source: Dataset, index: int = 0) -> Frame:
     """Frame ``index``, decoded and rescaled."""
-    with _readable(name):
+    with readable(name):
         header = header_of(source, index)
         if int(header.get("Rows", 0)) * int(header.get("Columns", 0)) > MAX_PIXELS:
             raise UserError(f"{name}: {header.get('Columns')} x {header.get('Rows')} pixels, at most {MAX_PIXELS} are read")
@@ -559,7 +564,7 @@ def _shutter(source: Dataset, header: Header, shape: tuple[int, int]) -> tuple[n
 
 def picture(frame: Frame, grey: tuple[float, float] | None = None) -> tuple[Image.Image, tuple[str, ...]]:
     """The frame as an RGB image with square pixels, and what was done to it. ``grey``: lowest and highest value shown."""
-    with _readable(frame.name):
+    with readable(frame.name):
         notes = list(frame.notes)
         if frame.values.ndim == 3:
             if grey is not None:

@@ -116,7 +116,7 @@ def _kind(path: Path) -> str:
 
 
 def _dicom_frame(path: Path, source: dicom.Dataset, index: int | None, grey: tuple[float, float] | None) -> Opened:
-    count = dicom.frame_count(source)
+    count = dicom.frame_count(str(path), source)
     at = count // 2 if index is None else index
     if not 0 <= at < count:
         raise UserError(f"{path}: frame {index}, expected 0 to {count - 1}")

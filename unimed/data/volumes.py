@@ -222,7 +222,8 @@ def read_dicom_series(path: Path) -> Volume:
             others.append(name)
     series: dict[str, int] = {}
     for _, source in found:
-        key = str(source.get("SeriesInstanceUID") or "")
+        with dicom.readable(name):
+            key = str(source.get("SeriesInstanceUID") or "")
         series[key] = series.get(key, 0) + 1
     if len(series) > 1:
         sizes = ", ".join(str(count) for count in series.values())
@@ -230,7 +231,7 @@ def read_dicom_series(path: Path) -> Volume:
     frames = []
     for name, source in found:
         dicom.check_picture(name, source)
-        frames += [dicom.read_frame(name, source, index) for index in range(dicom.frame_count(source))]
+        frames += [dicom.read_frame(name, source, index) for index in range(dicom.frame_count(name, source))]
     if others:
         shown = ", ".join(name.replace("\\", "/").rsplit("/", 1)[-1] for name in others[:3])
         others = [f"{len(others)} files without DICOM pixels passed over ({shown}{', ...' if len(others) > 3 else ''})"]
@@ -239,7 +240,7 @@ def read_dicom_series(path: Path) -> Volume:
 
 def read_dicom_frames(name: str, source: Any) -> Volume:
     """The volume of one multi-frame file that says where each frame lies."""
-    return stack(name, [dicom.read_frame(name, source, index) for index in range(dicom.frame_count(source))])
+    return stack(name, [dicom.read_frame(name, source, index) for index in range(dicom.frame_count(name, source))])
 
 
 def stack(name: str, frames: Sequence[Frame], notes: tuple[str, ...] = ()) -> Volume:
