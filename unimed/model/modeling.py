@@ -193,7 +193,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs_embeds.masked_scatter(where.unsqueeze(-1), embeddings.to(inputs_embeds.dtype))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if "pixel_values" not in inputs:  # dropped after the prompt, which the cache already holds
             inputs.pop("task_ids", None)
         return inputs
