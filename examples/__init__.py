@@ -1,0 +1,1 @@
+"""Examples: scripts to run and read, and ``vnnet``, a whole system."""
