@@ -76,7 +76,7 @@ class Diffusion(nn.Module):
 class GraphGRU(nn.Module):
     """A GRU whose maps are graph convolutions.
 
-    ``hidden`` None: the convolutions give gates and candidate themselves (N-GCN, AGCRN). Otherwise each gives ``hidden`` features that diffuse
+    ``hidden`` None: the convolutions give gates and candidate themselves (AGCRN). Otherwise each gives ``hidden`` features that diffuse
     over the graph, are dropped out and go through a Linear (DEGCN). Z gates the state in the candidate; the state is R H + (1 - R) candidate.
     """
 
@@ -106,33 +106,26 @@ class GraphGRU(nn.Module):
         return torch.lerp(torch.tanh(self.update_out(candidate)), state, r)
 
 
-class Encoder(nn.Module):
-    """Hours of station values to one state per layer and station: (B, T, N, C) -> (L, B, N, state).
+class DEGCN(nn.Module):
+    """The repository's encoder: hours of station values to one state per layer and station, (B, T, N, C) -> (L, B, N, state).
 
-    ``diffuse`` True is the repository's DEGCN: Chebyshev terms of the time-aware static graph, one dynamic graph, diffusion. False is the
-    paper's N-GCN as we make it: identity, static and dynamic graph, no diffusion. Month, day and hour are embedded into the static graph.
+    Month, day and hour are embedded into the static graph; its Chebyshev terms and one dynamic graph are the supports.
     """
 
     def __init__(
-        self, variables: int, stations: int, state: int, hidden: int, embedding: int, order: int, layers: int, dropout: float, diffuse: bool
+        self, variables: int, stations: int, state: int, hidden: int, embedding: int, order: int, layers: int, dropout: float
     ) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(stations, embedding) * 0.3)
-        self.times = nn.ModuleList([nn.Embedding(count, embedding) for count in (12, 31, 24)])
-        for table in self.times:
-            nn.init.normal_(table.weight, std=0.1)  # type: ignore[arg-type]
-        self.state, self.order = state, order if diffuse else 2
+        self.moment = Moment(embedding)
+        self.state, self.order = state, order
         self.cells = nn.ModuleList(
-            [
-                GraphGRU(variables if i == 0 else state, state, self.order, embedding, True, hidden if diffuse else None, dropout)
-                for i in range(layers)
-            ]
+            [GraphGRU(variables if i == 0 else state, state, order, embedding, True, hidden, dropout) for i in range(layers)]
         )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         batch, hours, stations, _ = x.shape
-        moment = sum(table(time[..., i]) for i, table in enumerate(self.times))
-        graph = adaptive_graph(self.embedding + moment[:, :, None])
+        graph = adaptive_graph(self.embedding + self.moment(time)[:, :, None])
         supports = chebyshev(graph, self.order)
         graph_by_hour, supports_by_hour, inputs = graph.unbind(1), supports.unbind(1), x.unbind(1)
         last = []
@@ -148,49 +141,150 @@ class Encoder(nn.Module):
         return torch.stack(last)
 
 
-class Decoder(nn.Module):
-    """AGCRN, hour after hour: the value before, the hour's time and the hour's view of the pictures give the next value.
+class Moment(nn.Module):
+    """Month, day and hour (..., 3) to an embedding."""
 
-    ``context`` 0 and ``times`` False is the repository's decoder.
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList([nn.Embedding(count, width) for count in (12, 31, 24)])
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=0.1)  # type: ignore[arg-type]
+
+    def forward(self, time: Tensor) -> Tensor:
+        month, day, hour = (table(time[..., i]) for i, table in enumerate(self.tables))
+        return month + day + hour
+
+
+class NGCN(nn.Module):
+    """The paper's encoder as we make it: (B, T, N, C) -> (L, B, N, state).
+
+    Three supports an hour: the station itself, a static graph that month, day and hour bend, and a dynamic graph made from the hour's values.
+    All graphs, and what the inputs add to the GRU's gates, are computed for all hours at once; only the state's part waits for the hour before.
     """
 
-    def __init__(self, stations: int, state: int, embedding: int, layers: int, factors: int, context: int, times: bool) -> None:
+    def __init__(self, variables: int, stations: int, state: int, embedding: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(stations, embedding) * 0.3)
-        self.hour = nn.Embedding(24, embedding) if times else None
-        width = 1 + context + (embedding if times else 0)
-        self.cells = nn.ModuleList([GraphGRU(width if i == 0 else state, state, 2, embedding, False) for i in range(layers)])
+        self.moment = Moment(embedding)
+        self.key, self.query = nn.Linear(variables, embedding), nn.Linear(variables, embedding)
+        widths = [variables] + [state] * (layers - 1)
+        self.inputs = nn.ModuleList([NodeLinear(embedding, 3 * width, 3 * state) for width in widths])
+        self.gates = nn.ModuleList([NodeLinear(embedding, 3 * state, 2 * state) for _ in widths])
+        self.updates = nn.ModuleList([NodeLinear(embedding, 3 * state, state) for _ in widths])
+        self.state = state
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        batch, hours, stations, _ = x.shape
+        static = adaptive_graph(self.embedding + self.moment(time)[:, :, None])
+        dynamic = torch.softmax(F.relu(self.key(x) @ self.query(x).transpose(-1, -2)), dim=-1)
+        graphs = torch.cat([static, dynamic], dim=-2)  # (B, T, 2 N, N)
+        by_hour = graphs.unbind(1)
+        last = []
+        for layer in range(len(self.inputs)):
+            (w, b), (wg, bg), (wu, bu) = (maps[layer].weights(self.embedding) for maps in (self.inputs, self.gates, self.updates))  # type: ignore[operator]
+            gathered = self._gather(x.flatten(0, 1), graphs.flatten(0, 1))
+            added = torch.baddbmm(b, gathered, w).unflatten(1, (batch, hours)).unbind(2)  # each (N, B, 3 state)
+            state, outputs = x.new_zeros(stations, batch, self.state), []
+            for hour in range(hours):
+                to_gates, to_update = added[hour].split([2 * self.state, self.state], dim=-1)
+                z, r = torch.sigmoid(torch.baddbmm(to_gates + bg, self._gather(state.transpose(0, 1), by_hour[hour]), wg)).chunk(2, dim=-1)
+                candidate = torch.baddbmm(to_update + bu, self._gather((z * state).transpose(0, 1), by_hour[hour]), wu)
+                state = torch.lerp(torch.tanh(candidate), state, r)
+                outputs.append(state)
+            last.append(state.transpose(0, 1))
+            x = torch.stack(outputs, dim=1).permute(2, 1, 0, 3) if layer + 1 < len(self.inputs) else x
+        return torch.stack(last)
+
+    @staticmethod
+    def _gather(x: Tensor, graphs: Tensor) -> Tensor:
+        """(B, N, C) over both graphs (B, 2 N, N): itself, static, dynamic side by side, stations first (N, B, 3 C)."""
+        static, dynamic = (graphs @ x).chunk(2, dim=1)
+        return torch.cat([x, static, dynamic], dim=-1).transpose(0, 1)
+
+
+class AGCRN(nn.Module):
+    """The repository's decoder: hour after hour, from zeros, the value before gives the next."""
+
+    def __init__(self, stations: int, state: int, embedding: int, layers: int, factors: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(stations, embedding) * 0.3)
+        self.cells = nn.ModuleList([GraphGRU(1 if i == 0 else state, state, 2, embedding, False) for i in range(layers)])
         self.head = nn.Linear(state, factors)
-        self.factors, self.context = factors, context
 
-    def forward(
-        self, states: Tensor, go: Tensor, hours: Tensor, context: Tensor | None, truth: Tensor | None = None, use_truth: Tensor | None = None
-    ) -> Tensor:
-        """(L, B F, N, state) and the first input (B F, N) -> (B F, horizon, N), normalised.
-
-        Args:
-            hours: (B F, horizon), the hour of the day of each forecast.
-            context: (B F, horizon, N, context) or None.
-            truth: (B F, horizon, N), fed in place of the forecast where ``use_truth`` (horizon,) is True: scheduled sampling.
-        """
-        batch, stations, _ = states[0].shape
+    def forward(self, states: Tensor, horizon: int, truth: Tensor | None = None, use_truth: Tensor | None = None) -> Tensor:
+        """(L, B F, N, state) -> (B F, horizon, N), normalised. ``truth`` (B F, horizon, N) is fed in place of the forecast where ``use_truth``
+        (horizon,) is True: scheduled sampling."""
         supports = chebyshev(adaptive_graph(self.embedding), 2)
         weights = [cell.weights(self.embedding) for cell in self.cells]  # type: ignore[operator]
-        clock = None if self.hour is None else self.hour(hours)
-        factor = torch.arange(self.factors, device=states.device).repeat(batch // self.factors)
-        head, bias = self.head.weight[factor], self.head.bias[factor, None]
-        current, value, out = list(states), go, []
-        for step in range(hours.shape[1]):
-            parts = [value[..., None]]
-            if self.context:
-                parts.append(context[:, step] if context is not None else value.new_zeros(batch, stations, self.context))
-            if clock is not None:
-                parts.append(clock[:, step, None].expand(-1, stations, -1))
-            x = torch.cat(parts, dim=-1)
+        head, bias = _by_factor(self.head, states.shape[1])
+        current, value, out = list(states), states.new_zeros(states.shape[1:3]), []
+        for step in range(horizon):
+            x = value[..., None]
             for i, cell in enumerate(self.cells):
                 x = current[i] = cell(x, current[i], supports, supports[1], weights[i])
-            value = torch.baddbmm(bias[:, None], x, head[:, :, None]).squeeze(-1)
+            value = (x * head[:, None]).sum(-1) + bias
             out.append(value)
             if truth is not None and use_truth is not None:
                 value = torch.where(use_truth[step], truth[:, step], value)
         return torch.stack(out, dim=1)
+
+
+class GCNDecoder(nn.Module):
+    """The paper's GCN decoder as we make it: a graph GRU over [station, static graph] that starts from the last hour's value and also reads the
+    forecast hour's time of day and, with vision, the hour's view of the picture. What these two add is computed for all hours at once."""
+
+    def __init__(self, stations: int, state: int, embedding: int, layers: int, factors: int, context: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(stations, embedding) * 0.3)
+        self.hour = nn.Embedding(24, 3 * state)
+        nn.init.normal_(self.hour.weight, std=0.1)
+        self.context = NodeLinear(embedding, context, 3 * state) if context else None
+        fed = [1] + [state] * (layers - 1)
+        self.gates = nn.ModuleList([NodeLinear(embedding, 2 * (state + width), 2 * state) for width in fed])
+        self.updates = nn.ModuleList([NodeLinear(embedding, 2 * (state + width), state) for width in fed])
+        self.head = nn.Linear(state, factors)
+        self.state = state
+
+    def forward(
+        self, states: Tensor, go: Tensor, hours: Tensor, context: Tensor | None, truth: Tensor | None = None, use_truth: Tensor | None = None
+    ) -> Tensor:
+        """(L, B F, N, state), first input (B F, N), hours of the day (B F, horizon), context (B F, horizon, N, C) or None -> (B F, horizon, N).
+        ``truth`` and ``use_truth`` as in :class:`AGCRN`."""
+        rows, horizon = hours.shape
+        graph = adaptive_graph(self.embedding)
+        weights = [[maps.weights(self.embedding) for maps in pair] for pair in zip(self.gates, self.updates, strict=True)]  # type: ignore[operator]
+        added = self.hour(hours)[None]  # (1, B F, horizon, 3 state)
+        if self.context is not None and context is not None:
+            w, b = self.context.weights(self.embedding)
+            added = added + torch.baddbmm(b, context.permute(2, 0, 1, 3).flatten(1, 2), w).unflatten(1, (rows, horizon))
+        head, bias = _by_factor(self.head, rows)
+        # Stations first: the graph is one matrix for all rows, the stations' maps one batched product.
+        current = [state.transpose(0, 1) for state in states]
+        value, out = go.t(), []
+        for step in range(horizon):
+            x = value[..., None]
+            for i, ((wg, bg), (wu, bu)) in enumerate(weights):
+                old = current[i]
+                gates, update = torch.baddbmm(bg, self._gather(x, old, graph), wg), None
+                if i == 0:
+                    to_gates, update = added[:, :, step].split([2 * self.state, self.state], dim=-1)
+                    gates = gates + to_gates
+                z, r = torch.sigmoid(gates).chunk(2, dim=-1)
+                candidate = torch.baddbmm(bu, self._gather(x, z * old, graph), wu)
+                x = current[i] = torch.lerp(torch.tanh(candidate if update is None else candidate + update), old, r)
+            value = (x * head).sum(-1) + bias.t()
+            out.append(value)
+            if truth is not None and use_truth is not None:
+                value = torch.where(use_truth[step], truth[:, step].t(), value)
+        return torch.stack(out, dim=0).permute(2, 0, 1)
+
+    @staticmethod
+    def _gather(x: Tensor, state: Tensor, graph: Tensor) -> Tensor:
+        both = torch.cat([x, state], dim=-1)
+        return torch.cat([both, (graph @ both.flatten(1)).view_as(both)], dim=-1)
+
+
+def _by_factor(head: nn.Linear, rows: int) -> tuple[Tensor, Tensor]:
+    """Rows come as (B F): each row's own head (B F, state) and bias (B F, 1)."""
+    times = rows // head.out_features
+    return head.weight.repeat(times, 1), head.bias.repeat(times)[:, None]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from examples.vnnet.files import UserError
 from examples.vnnet.fusion import DQAM, LGVNFM, ExpertProjection, PlainProjection
-from examples.vnnet.graph import Decoder, Encoder
+from examples.vnnet.graph import AGCRN, DEGCN, NGCN, GCNDecoder
 from examples.vnnet.vision import MLVFEM, VLSTM
 
 __all__ = ["MLVFEM", "VLSTM", "Forecast", "NNet", "Settings", "VNNet", "build"]
@@ -63,7 +63,7 @@ class Settings:
 
     @classmethod
     def small(cls, **changes: Any) -> "Settings":
-        sizes = dict(frames=3, channels=2, state=16, hidden=16, embedding=4, chebyshev=3, layers=2, heads=2, dropout=0.0)
+        sizes = dict(frames=3, channels=2, state=16, hidden=16, embedding=4, chebyshev=3, layers=1, heads=2, dropout=0.0)
         return cls(**{**sizes, "vision_width": 12, "vision_stride": 2, **changes})
 
 
@@ -92,10 +92,16 @@ class VNNet(nn.Module):
         paper = s.version == "paper"
         self.register_buffer("positions", positions.detach().clone().float())
         self.places = places
-        self.encoder = Encoder(s.variables, s.stations, s.state, s.hidden, s.embedding, s.chebyshev, s.layers, s.dropout, not paper)
+        self.encoder: nn.Module
+        self.decoder: nn.Module
+        if paper:
+            self.encoder = NGCN(s.variables, s.stations, s.state, s.embedding, s.layers)
+            self.decoder = GCNDecoder(s.stations, s.state, s.embedding, s.layers, len(s.factors), s.state if s.vision else 0)
+        else:
+            self.encoder = DEGCN(s.variables, s.stations, s.state, s.hidden, s.embedding, s.chebyshev, s.layers, s.dropout)
+            self.decoder = AGCRN(s.stations, s.state, s.embedding, s.layers, len(s.factors))
         several = len(s.factors) > 1
         self.factor = nn.Parameter(torch.randn(len(s.factors), s.state) * 0.1) if several else None
-        self.decoder = Decoder(s.stations, s.state, s.embedding, s.layers, len(s.factors), s.state if paper and s.vision else 0, paper)
         self.vision: nn.Module | None = None
         self.fusion: nn.Module | None = None
         self.projection: nn.Module | None = None
@@ -110,9 +116,9 @@ class VNNet(nn.Module):
                 self.vision = MLVFEM(s.channels, (half, s.vision_width, s.vision_width), 45 * half // 16, stages)
                 self.fusion = LGVNFM(s.state, s.layers, s.heads)
             if s.fusion == "cmoe":
-                self.projection = ExpertProjection(s.vision_width, s.state, 2 * s.state, s.factors, s.experts, s.balance)
+                self.projection = ExpertProjection(s.vision_width, s.state, s.state, s.factors, s.experts, s.balance)
             elif paper or s.vision_width != s.state:
-                self.projection = PlainProjection(s.vision_width, s.state, 2 * s.state)
+                self.projection = PlainProjection(s.vision_width, s.state, s.state)
 
     def forward(
         self, x: Tensor, time: Tensor, pictures: Tensor | None = None, truth: Tensor | None = None, use_truth: Tensor | None = None
@@ -143,12 +149,13 @@ class VNNet(nn.Module):
             states = states[:, :, None].expand(-1, -1, count, -1, -1).flatten(1, 2)
         if self.factor is not None:
             states = states + self.factor[:, None].repeat(batch, 1, 1)
-        last = x[:, -1, :, self.places].permute(0, 2, 1).flatten(0, 1)  # (B F, N)
-        # The repository's decoder starts from zeros; ours from the last hour's value.
-        go = last if s.version == "paper" else torch.zeros_like(last)
-        hours = time[:, history:, 2].repeat_interleave(count, dim=0)
         fed = None if truth is None else truth.permute(0, 3, 1, 2).flatten(0, 1)
-        values = self.decoder(states, go, hours, context, fed, use_truth)
+        if isinstance(self.decoder, AGCRN):
+            values = self.decoder(states, s.horizon, fed, use_truth)
+        else:
+            last = x[:, -1, :, self.places].permute(0, 2, 1).flatten(0, 1)  # (B F, N)
+            hours = time[:, history:, 2].repeat_interleave(count, dim=0)
+            values = self.decoder(states, last, hours, context, fed, use_truth)
         return Forecast(values.unflatten(0, (batch, count)).permute(0, 2, 3, 1), gates, attention, grid, aux_loss)
 
 
