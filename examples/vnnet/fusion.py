@@ -100,10 +100,16 @@ class DQAM(nn.Module):
         self.value = nn.Linear(state, state)
         self.drift = nn.Sequential(nn.Linear(state, state), nn.Tanh(), nn.Linear(state, 2 * heads))
         self.layer = nn.Parameter(torch.full((layers,), 0.5))
-        self.spread = nn.Parameter(torch.full((heads,), -0.7))
+        self.spread = nn.Parameter(torch.full((heads,), -1.5))
+        # Heads begin by looking in different directions, half a picture's half away at the last hour.
+        angle = torch.arange(heads) / heads * 2 * torch.pi
+        with torch.no_grad():
+            self.drift[-1].bias.copy_(0.5 * torch.stack([angle.cos(), angle.sin()], dim=-1).flatten())  # type: ignore[operator, union-attr]
         self.heads, self.horizon = heads, horizon
 
-    def forward(self, states: Tensor, tokens: Tensor, values: Tensor, grid: tuple[int, int], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, states: Tensor, tokens: Tensor, values: Tensor, grid: tuple[int, int], positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """States (L, B, N, S), tokens (B, P, V), values (B, F, P, S) -> states (L, B F, N, S), context (B F, horizon, N, S), attention
         (B, heads, (1 + horizon) N, P): the state's own look first."""
         layers, batch, stations, width = states.shape

@@ -246,7 +246,13 @@ class GCNDecoder(nn.Module):
         self.state = state
 
     def forward(
-        self, states: Tensor, go: Tensor, hours: Tensor, context: Tensor | None, truth: Tensor | None = None, use_truth: Tensor | None = None
+        self,
+        states: Tensor,
+        go: Tensor,
+        hours: Tensor,
+        context: Tensor | None,
+        truth: Tensor | None = None,
+        use_truth: Tensor | None = None,
     ) -> Tensor:
         """(L, B F, N, state), first input (B F, N), hours of the day (B F, horizon), context (B F, horizon, N, C) or None -> (B F, horizon, N).
         ``truth`` and ``use_truth`` as in :class:`AGCRN`."""

@@ -63,7 +63,17 @@ class Settings:
 
     @classmethod
     def small(cls, **changes: Any) -> "Settings":
-        sizes = dict(frames=3, channels=2, state=16, hidden=16, embedding=4, chebyshev=3, layers=1, heads=2, dropout=0.0)
+        sizes = {
+            "frames": 3,
+            "channels": 2,
+            "state": 16,
+            "hidden": 16,
+            "embedding": 4,
+            "chebyshev": 3,
+            "layers": 1,
+            "heads": 4,
+            "dropout": 0.0,
+        }
         return cls(**{**sizes, "vision_width": 12, "vision_stride": 2, **changes})
 
 

@@ -4,18 +4,19 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from examples.vnnet.data import UNITS, Weather
 from examples.vnnet.files import write
 
+matplotlib.rcParams["svg.hashsalt"] = "vnnet"  # the same figure gives the same bytes
 COLOURS = ("#0b6e4f", "#c1442d", "#5b5b9f", "#b08900", "#777777")
 
 
 def save(figure: Figure, path: Path) -> None:
     held = io.BytesIO()
-    # No date inside: the same figure gives the same bytes.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(held, format=path.suffix[1:], dpi=110, metadata=metadata)
     write(path, lambda file: file.write(held.getvalue()))
@@ -42,7 +43,9 @@ def error_by_horizon(lines: dict[str, np.ndarray], factors: Sequence[str], path:
     save(figure, path)
 
 
-def forecast_against_truth(hours: np.ndarray, truth: np.ndarray, lines: dict[str, np.ndarray], factors: Sequence[str], ahead: int, path: Path) -> None:
+def forecast_against_truth(
+    hours: np.ndarray, truth: np.ndarray, lines: dict[str, np.ndarray], factors: Sequence[str], ahead: int, path: Path
+) -> None:
     """One station: truth (T, F) and forecasts made ``ahead`` hours before, name -> (T, F)."""
     figure, axes = _axes(len(factors), 7.5, 1.9, 1)
     for f, (factor, axis) in enumerate(zip(factors, axes, strict=True)):
@@ -61,7 +64,15 @@ def station_map(weather: Weather, gain: np.ndarray | None, path: Path, hour: int
     x, y = weather.positions.T
     if weather.pictures is not None:
         axis.imshow(weather.pictures[hour, :, :, 0], cmap="Greys_r", extent=(-1, 1, 1, -1))
-    dots = axis.scatter(x, y, c=None if gain is None else 100 * gain, cmap="viridis", s=45, edgecolors="white", color=None if gain is not None else COLOURS[1])
+    dots = axis.scatter(
+        x,
+        y,
+        c=None if gain is None else 100 * gain,
+        cmap="viridis",
+        s=45,
+        edgecolors="white",
+        color=None if gain is not None else COLOURS[1],
+    )
     if gain is not None:
         figure.colorbar(dots, label="vision gain at 6-12 h, %")
     axis.set_xlabel("west - east")
@@ -84,7 +95,9 @@ def gates(by_hour: np.ndarray, factors: Sequence[str], path: Path) -> None:
     save(figure, path)
 
 
-def attention(picture: np.ndarray, weights: np.ndarray, station: np.ndarray, air: np.ndarray, ahead: Sequence[int], path: Path) -> None:
+def attention(
+    picture: np.ndarray, weights: np.ndarray, station: np.ndarray, air: np.ndarray | None, ahead: Sequence[int], path: Path
+) -> None:
     """One station: the picture (H, W), attention (len(ahead), h, w), the station and the air that arrives after each of ``ahead``, in pixels."""
     figure, axes = _axes(len(ahead), 2.7, 2.7)
     size = picture.shape[0]
@@ -92,7 +105,8 @@ def attention(picture: np.ndarray, weights: np.ndarray, station: np.ndarray, air
         axis.imshow(picture, cmap="Greys_r", extent=(0, size, size, 0))
         axis.imshow(weights[i], cmap="inferno", alpha=0.55, extent=(0, size, size, 0), interpolation="bilinear")
         axis.plot(*station, "o", color="white", markersize=5)
-        axis.plot(*air[i], "x", color="cyan", markersize=8)
+        if air is not None:
+            axis.plot(*air[i], "x", color="cyan", markersize=8)
         axis.set_xlim(0, size)
         axis.set_ylim(size, 0)
         axis.set_title(f"{hours} h ahead", fontsize=9)

@@ -92,7 +92,8 @@ class VLSTM(nn.Module):
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         halvings = stride.bit_length() - 1
-        layers: list[nn.Module] = []
+        # Pictures lie in 0..1 and are mostly background: centred and scaled, their cells stand out from the first step.
+        layers: list[nn.Module] = [nn.BatchNorm2d(channels)]
         for i in range(max(halvings, 1)):
             layers += [nn.Conv2d(channels if i == 0 else width, width, 3, 2 if halvings else 1, 1), nn.GELU()]
         self.shrink = nn.Sequential(*layers)
