@@ -27,7 +27,7 @@ app = typer.Typer(
         "  [cyan]python -m examples.vnnet demo[/]              generated weather and real airports: training, tables, plots\n\n"
         "  [cyan]python -m examples.vnnet study --out s[/]     how much pictures help, and one model against four, on three seeds\n\n"
         "  [cyan]python -m examples.vnnet train DATA --run r[/]   your own stations, with or without pictures\n\n"
-        "DATA is a folder with stations.npy (T, N, 23), data.json and, for vision, pictures.npy (T, H, W, C); examples/vnnet/README.md says more."
+        "DATA is a folder with stations.npy (T, N, 23), data.json and, for vision, pictures.npy (T, H, W, C): see examples/vnnet/README.md."
     ),
 )
 Cache = Annotated[Path, typer.Option(help="folder for generated data and the archive of real data")]
@@ -58,7 +58,7 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 def demo(
     out: Annotated[Path, typer.Option(help="folder for runs, tables and plots")] = Path("runs/vnnet-demo"),
     cache: Cache = Path(".cache/vnnet"),
-    steps: Annotated[int, typer.Option(help="training steps of a model", min=1)] = 260,
+    steps: Annotated[int, typer.Option(help="training steps of a model", min=1)] = 195,
     hours: Annotated[int, typer.Option(help="hours of generated weather", min=300)] = 3000,
     threads: Threads = None,
 ) -> None:
@@ -83,7 +83,7 @@ def study(
     cache: Cache = Path(".cache/vnnet"),
     seeds: Annotated[int, typer.Option(help="how many seeds", min=1)] = 3,
     arms: Annotated[str, typer.Option(help="comma-separated; all: see README")] = "nnet,cmoe,airports,temperature,humidity,visibility,wind",
-    steps: Annotated[int, typer.Option(help="training steps of a model", min=1)] = 260,
+    steps: Annotated[int, typer.Option(help="training steps of a model", min=1)] = 195,
     hours: Annotated[int, typer.Option(help="hours of generated weather", min=300)] = 3000,
     threads: Threads = None,
 ) -> None:
@@ -180,7 +180,7 @@ def evaluate(
     test: Annotated[float, typer.Option(help="as in training")] = 0.15,
     threads: Threads = None,
 ) -> None:
-    """Errors by hour ahead on the test part, beside forecasts without learning; with pictures also what they are worth. Writes into the run."""
+    """Errors by hour ahead on the test part, beside forecasts without learning; with pictures, their worth. Writes into the run."""
     from examples.vnnet import study as s
 
     s.settle(threads)

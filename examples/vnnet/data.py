@@ -4,7 +4,7 @@ A data set is a folder:
 
     stations.npy   (T, N, 23) float, NaN where a value is missing; columns as in COLUMNS, positions first
     pictures.npy   (T, H, W, C) float, optional, NaN where an hour has no picture; row 0 is the northern edge
-    data.json      {"start": first hour in UTC, "bounds": [west, south, east, north] of the pictures, "hours": optional list of hours since start}
+    data.json      {"start": first hour, UTC, "bounds": pictures' [west, south, east, north], "hours": optional, hours since start}
 
 T is hours, N stations, F factors. Times are UTC. The places of positions and targets are Weather2K's; the other columns' names are ours.
 """
@@ -256,7 +256,7 @@ class Windows:
         return len(self.starts)
 
     def batch(self, which: np.ndarray, pictures: np.ndarray | None = None, shift: tuple[int, int] = (0, 0)) -> Batch:
-        """The windows ``which``. ``pictures`` names other windows whose pictures are shown instead; ``shift`` rolls them by rows and columns."""
+        """The windows ``which``. ``pictures`` names other windows whose pictures are shown; ``shift`` rolls them by rows and columns."""
         starts = torch.from_numpy(self.starts[which])
         past, future = starts[:, None] + torch.arange(self.history), starts[:, None] + self.history + torch.arange(self.horizon)
         shown = None

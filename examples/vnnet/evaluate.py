@@ -117,7 +117,7 @@ def climatology(windows: Windows, which: np.ndarray) -> np.ndarray:
 
 
 def autoregression(windows: Windows, training: Windows, which: np.ndarray, ridge: float = 10.0) -> np.ndarray:
-    """Linear in the station's own factors over the history and in the forecast hour's time of day: one ridge regression per station and hour ahead."""
+    """Linear in the station's own factors over the history and in the time of day: a ridge regression per station and hour ahead."""
     horizon, history = windows.horizon, windows.history
     stations, factors = windows.y.shape[1:]
     scale = scale_of(windows.tables, windows.factors).numpy()
@@ -169,7 +169,7 @@ def attention_on_upwind(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention mass within ``radius`` pixels of the air that will reach the station, and the mass that attention spread evenly would have.
 
-    The paper's version looks once for each hour ahead: (H,) each, for that hour's air. The repository's looks once: the air of all hours, (1,).
+    The paper's version looks once for each hour ahead: (H,), for that hour's air. The repository's looks once: (1,), the air of all.
     ``drift`` (T, 2) is the wind in pixels an hour that made the data, ``spots`` (N, 2) the stations in pixels.
     """
     assert windows.weather.pictures is not None

@@ -55,7 +55,7 @@ def token_grid(height: int, width: int, device: torch.device) -> Tensor:
 
 
 class LGVNFM(nn.Module):
-    """The repository's fusion: per layer, the token nearest to a station joins its state; then states attend to all tokens. Both residual."""
+    """The repository's fusion: in each layer the token nearest to a station joins its state; then states attend to all tokens."""
 
     def __init__(self, state: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class DQAM(nn.Module):
     1. the stations' states, whose answer is added to the state;
     2. learned cross-modal queries, one per hour of the forecast, whose answers the decoder reads hour by hour.
 
-    A head looks around a point that moves away from the station with the hour, in a direction it reads from the station's state: a Gaussian in
-    the logits, beside the match of query and key. Where to look is shared by the factors; what is seen there is projected for each.
+    A head looks around a point that moves away from the station with the hour, in a direction it reads from the station's state: a
+    Gaussian in the logits, beside the match of query and key. Where to look is shared by the factors; each has its own projection of it.
     """
 
     def __init__(self, tokens: int, state: int, heads: int, horizon: int, layers: int) -> None:
@@ -101,7 +101,7 @@ class DQAM(nn.Module):
         self.drift = nn.Sequential(nn.Linear(state, state), nn.Tanh(), nn.Linear(state, 2 * heads))
         self.layer = nn.Parameter(torch.full((layers,), 0.5))
         self.spread = nn.Parameter(torch.full((heads,), -1.5))
-        # Heads begin by looking in different directions, half a picture's half away at the last hour.
+        # Heads begin by looking in different directions, a quarter of the picture away at the last hour.
         angle = torch.arange(heads) / heads * 2 * torch.pi
         with torch.no_grad():
             self.drift[-1].bias.copy_(0.5 * torch.stack([angle.cos(), angle.sin()], dim=-1).flatten())  # type: ignore[operator, union-attr]
@@ -112,8 +112,8 @@ class DQAM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States (L, B, N, S), tokens (B, P, V), values (B, F, P, S) -> states (L, B F, N, S), context (B F, horizon, N, S), attention
         (B, heads, (1 + horizon) N, P): the state's own look first."""
-        layers, batch, stations, width = states.shape
-        factors, places = values.shape[1:3]
+        _, batch, stations, _ = states.shape
+        factors = values.shape[1]
         top = states[-1]
         asks = torch.cat([top[:, None], top[:, None] + self.ask[:, None]], dim=1)  # (B, 1 + horizon, N, S)
         q = _heads(self.query(asks).flatten(1, 2), self.heads)

@@ -1,8 +1,8 @@
 """Generated weather: clouds and fog banks carried by the wind, seen by stations where they pass and by pictures everywhere.
 
-Cells (rotated Gaussians) are born at random, grow, turn, drift with the wind and decay. Cloud cells cool, moisten and bring gusts; fog cells
-moisten and take the visibility. A station sees a cell only while it lies over it; the picture also shows the cells upwind, between stations,
-that arrive there hours later. A daily cycle, a season and a slow regional part come on top: stations tell these as well as pictures do.
+Cells (rotated Gaussians) are born at random, grow, turn, drift with the wind and decay. Cloud cells cool, moisten and bring gusts; fog
+cells moisten and take the visibility. A station sees a cell only while it lies over it; the picture also shows the cells upwind, between
+stations, that arrive hours later. A daily cycle, a season and a slow regional part come on top: stations tell these without pictures.
 """
 
 from dataclasses import dataclass

@@ -77,7 +77,8 @@ class GraphGRU(nn.Module):
     """A GRU whose maps are graph convolutions.
 
     ``hidden`` None: the convolutions give gates and candidate themselves (AGCRN). Otherwise each gives ``hidden`` features that diffuse
-    over the graph, are dropped out and go through a Linear (DEGCN). Z gates the state in the candidate; the state is R H + (1 - R) candidate.
+    over the graph, are dropped out and go through a Linear (DEGCN). Z gates the state in the candidate; the new state is R H + (1 - R)
+    candidate.
     """
 
     def __init__(
@@ -158,8 +159,8 @@ class Moment(nn.Module):
 class NGCN(nn.Module):
     """The paper's encoder as we make it: (B, T, N, C) -> (L, B, N, state).
 
-    Three supports an hour: the station itself, a static graph that month, day and hour bend, and a dynamic graph made from the hour's values.
-    All graphs, and what the inputs add to the GRU's gates, are computed for all hours at once; only the state's part waits for the hour before.
+    Three supports an hour: the station itself, a static graph that month, day and hour bend, and a dynamic graph made from the hour's
+    values. All graphs, and the inputs' part of the GRU's gates, are computed for all hours at once; only the state's part is sequential.
     """
 
     def __init__(self, variables: int, stations: int, state: int, embedding: int, layers: int) -> None:
@@ -212,8 +213,8 @@ class AGCRN(nn.Module):
         self.head = nn.Linear(state, factors)
 
     def forward(self, states: Tensor, horizon: int, truth: Tensor | None = None, use_truth: Tensor | None = None) -> Tensor:
-        """(L, B F, N, state) -> (B F, horizon, N), normalised. ``truth`` (B F, horizon, N) is fed in place of the forecast where ``use_truth``
-        (horizon,) is True: scheduled sampling."""
+        """(L, B F, N, state) -> (B F, horizon, N), normalised. ``truth`` (B F, horizon, N) is fed in place of the forecast where
+        ``use_truth`` (horizon,) is True: scheduled sampling."""
         supports = chebyshev(adaptive_graph(self.embedding), 2)
         weights = [cell.weights(self.embedding) for cell in self.cells]  # type: ignore[operator]
         head, bias = _by_factor(self.head, states.shape[1])
@@ -230,8 +231,8 @@ class AGCRN(nn.Module):
 
 
 class GCNDecoder(nn.Module):
-    """The paper's GCN decoder as we make it: a graph GRU over [station, static graph] that starts from the last hour's value and also reads the
-    forecast hour's time of day and, with vision, the hour's view of the picture. What these two add is computed for all hours at once."""
+    """The paper's GCN decoder as we make it: a graph GRU over [station, static graph] that starts from the last hour's value. It also reads
+    the forecast hour's time of day and, with vision, the hour's view of the picture; both parts are computed for all hours at once."""
 
     def __init__(self, stations: int, state: int, embedding: int, layers: int, factors: int, context: int) -> None:
         super().__init__()
@@ -254,7 +255,7 @@ class GCNDecoder(nn.Module):
         truth: Tensor | None = None,
         use_truth: Tensor | None = None,
     ) -> Tensor:
-        """(L, B F, N, state), first input (B F, N), hours of the day (B F, horizon), context (B F, horizon, N, C) or None -> (B F, horizon, N).
+        """(L, B F, N, state), first input (B F, N), hours of the day (B F, horizon), context (B F, horizon, N, C) -> (B F, horizon, N).
         ``truth`` and ``use_truth`` as in :class:`AGCRN`."""
         rows, horizon = hours.shape
         graph = adaptive_graph(self.embedding)

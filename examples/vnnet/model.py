@@ -6,8 +6,8 @@ Two versions exist and are not mixed:
   abstract fixes these parts by name; their insides are ours.
 - ``repository``: DEGCN, MLVFEM, LGVNFM, AGCRN with the shapes of the released code.
 
-Ours in both: several factors in one model. The factor is a task of the CMoE connector between pictures and numbers, and its decoder states and
-head are its own; everything else is shared.
+Ours in both: several factors in one model. The factor is a task of the CMoE connector between pictures and numbers, and its decoder
+states and head are its own; everything else is shared.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -133,8 +133,8 @@ class VNNet(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, pictures: Tensor | None = None, truth: Tensor | None = None, use_truth: Tensor | None = None
     ) -> Forecast:
-        """x (B, history, N, 23), time (B, history + horizon, 3), pictures (B, C, frames, H, W); truth (B, horizon, N, F) for scheduled sampling,
-        all normalised."""
+        """x (B, history, N, 23), time (B, history + horizon, 3), pictures (B, C, frames, H, W); truth (B, horizon, N, F) for scheduled
+        sampling; all normalised."""
         s = self.settings
         batch, history, _, _ = x.shape
         count = len(s.factors)

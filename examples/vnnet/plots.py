@@ -98,7 +98,7 @@ def gates(by_hour: np.ndarray, factors: Sequence[str], path: Path) -> None:
 def attention(
     picture: np.ndarray, weights: np.ndarray, station: np.ndarray, air: np.ndarray | None, ahead: Sequence[int], path: Path
 ) -> None:
-    """One station: the picture (H, W), attention (len(ahead), h, w), the station and the air that arrives after each of ``ahead``, in pixels."""
+    """One station: picture (H, W), attention (len(ahead), h, w), the station and the air that arrives after each of ``ahead``; pixels."""
     figure, axes = _axes(len(ahead), 2.7, 2.7)
     size = picture.shape[0]
     for i, (hours, axis) in enumerate(zip(ahead, axes, strict=True)):

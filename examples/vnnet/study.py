@@ -89,7 +89,7 @@ def airport_place(cache: Path) -> Place:
 
 def plan_of(arm: Arm, seed: int, steps: int) -> Plan:
     if arm.data == "airports":
-        return Plan(steps=2 * steps, batch=64, seed=seed, validation_windows=876, sampling=12)
+        return Plan(steps=2 * steps, batch=64, seed=seed, validation_windows=876, sampling=12.0)
     return Plan(steps=steps, seed=seed)
 
 
@@ -230,7 +230,8 @@ def tables(rows: dict[tuple[str, int], dict[str, Any]], arms: Sequence[str], see
             "",
             "Gain is 1 - MAE(VN-Net) / MAE(NNet); mean is over the four factors. Reliance is MAE(changed pictures) / MAE(VN-Net) - 1.",
             "",
-            f"| seed | gain, mean | {' | '.join(FACTORS)} | gain with shuffled pictures | vision reliance | location reliance | attention upwind (chance) |",
+            f"| seed | gain, mean | {' | '.join(FACTORS)} | gain, shuffled pictures | vision reliance | location reliance "
+            "| attention upwind (chance) |",
             "|---|" + "---|" * (len(FACTORS) + 5),
         ]
         for entry in found["vision"]:
@@ -243,7 +244,7 @@ def tables(rows: dict[tuple[str, int], dict[str, Any]], arms: Sequence[str], see
         lines += [
             "### One model with a CMoE fusion against four models: generated data, 1-12 hours ahead",
             "",
-            "Error is MAE(one model) / MAE(the factor's own model) - 1, the mean over the hours ahead. Parameters and CPU time are shares of the four's.",
+            "Error is MAE(one model) / MAE(the factor's own model) - 1, mean over hours ahead. Parameters and CPU time: shares of the four's.",
             "",
             f"| seed | error, mean | {' | '.join(FACTORS)} | parameters | CPU time of training | one model, plain fusion: error, mean |",
             "|---|" + "---|" * (len(FACTORS) + 4),
@@ -303,7 +304,7 @@ def draw(rows: dict[tuple[str, int], dict[str, Any]], out: Path) -> None:
 
 
 def details(model: VNNet, place: Place, test: Windows, folder: Path, without: np.ndarray | None = None, ahead: int = 6) -> None:
-    """The plots of one model: forecasts against truth, station map, gates, attention. ``without`` is NNet's forecasts of the same windows."""
+    """The plots of one model: forecasts against truth, station map, gates, attention. ``without``: NNet's forecasts of the same windows."""
     which = np.arange(len(test))
     values = forecasts(model, test, which)
     observed, valid = truth(test, which)

@@ -42,8 +42,8 @@ class Residual(nn.Module):
 class MLVFEM(nn.Module):
     """The repository's picture encoder: a factorised stem and three residual stages of two blocks, then the mean over time.
 
-    (B, 6, 12, 160, 160) -> (B, 32, 40, 40) with 244,078 parameters at the default sizes. ``strides`` are those of the three stages, each over
-    time and over space; a stage of stride 1 keeps the grid.
+    (B, 6, 12, 160, 160) -> (B, 32, 40, 40) with 244,078 parameters at the default sizes. ``strides`` are those of the three stages, each
+    over time and over space; a stage of stride 1 keeps the grid.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class MultiScaleGate(nn.Module):
 
 
 class VLSTM(nn.Module):
-    """The paper's picture encoder: convolutions shrink each frame, the multi-scale module gates it, a convolutional LSTM reads the frames in order.
+    """The paper's picture encoder: convolutions shrink each frame, the multi-scale module gates it, a convolutional LSTM reads the frames.
 
     (B, C, T, H, W) -> (B, width, H / stride, W / stride). ``stride`` is 1, 2 or 4.
     """
