@@ -15,6 +15,8 @@ from rich.console import Console
 from examples.vnnet.files import UserError
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=180)  # a file has no edge: tables keep their words whole
 errors = Console(stderr=True)
 app = typer.Typer(
     no_args_is_help=True,

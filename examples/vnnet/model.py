@@ -74,7 +74,7 @@ class Settings:
             "heads": 4,
             "dropout": 0.0,
         }
-        return cls(**{**sizes, "vision_width": 12, "vision_stride": 2, **changes})
+        return cls(**{**sizes, "vision_width": 24, "vision_stride": 4, **changes})
 
 
 class Forecast(NamedTuple):

@@ -64,15 +64,8 @@ def station_map(weather: Weather, gain: np.ndarray | None, path: Path, hour: int
     x, y = weather.positions.T
     if weather.pictures is not None:
         axis.imshow(weather.pictures[hour, :, :, 0], cmap="Greys_r", extent=(-1, 1, 1, -1))
-    dots = axis.scatter(
-        x,
-        y,
-        c=None if gain is None else 100 * gain,
-        cmap="viridis",
-        s=45,
-        edgecolors="white",
-        color=None if gain is not None else COLOURS[1],
-    )
+    colour = {"color": COLOURS[1]} if gain is None else {"c": 100 * gain, "cmap": "viridis"}
+    dots = axis.scatter(x, y, s=45, edgecolors="white", **colour)
     if gain is not None:
         figure.colorbar(dots, label="vision gain at 6-12 h, %")
     axis.set_xlabel("west - east")

@@ -1,0 +1,107 @@
+"""The commands, from help to tables, and lines instead of tracebacks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+from typer.testing import CliRunner
+
+from examples.vnnet.__main__ import app
+from examples.vnnet.data import save
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_help_teaches():
+    out = call("--help")
+    for word in ("demo", "study", "train", "evaluate", "stations.npy", "pictures.npy"):
+        assert word in out
+    for name in ("demo", "study", "train", "evaluate"):
+        assert "--help" in call(name, "--help")
+
+
+def test_it_imports_nothing_of_unimed():
+    code = "import sys, examples.vnnet.study, examples.vnnet.__main__; sys.exit(any(m.split('.')[0] in ('unimed', 'transformers') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_train_and_evaluate_own_data(made, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    save(made[0], data)
+    arguments = ("train", data, "--run", run, "--steps", 3, "--batch", 4, "--threads", 1)
+    out = call(*arguments)
+    assert "0 gaps in time" in out
+    assert "holds a run" in call(*arguments, code=2)
+    call(*arguments, "--resume")
+    out = call("evaluate", run, data, "--threads", 1)
+    assert "persistence" in out
+    assert (run / "scores.json").is_file()
+    assert {p.name for p in (run / "plots").glob("*.svg")} == {"error.svg", "forecasts.svg", "stations.svg", "gates.svg", "attention.svg"}
+
+
+def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    from examples.vnnet import study
+
+    small = lambda arm, place: study.Settings.small(stations=4, vision_width=4, state=8, **arm.changes)  # noqa: E731
+    monkeypatch.setattr(study, "settings_of", small)
+    monkeypatch.setattr(study, "generated_place", _small_place)
+    arguments = (
+        "study",
+        "--out",
+        tmp_path,
+        "--seeds",
+        1,
+        "--arms",
+        "nnet,cmoe,temperature,humidity,visibility,wind",
+        "--steps",
+        2,
+        "--hours",
+        300,
+    )
+    first = call(*arguments)
+    assert "Rows measured: 6. Rows not run: none." in first
+    table, rows = (tmp_path / "table.md").read_text(), {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*")}
+    assert "gain, shuffled pictures" in table
+    assert "parameters" in table
+    (tmp_path / "rows" / "wind-0.json").unlink()
+    second = call(*arguments)
+    assert "Rows measured: 6" in second
+    again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*")}
+    assert [name for name in rows if rows[name] != again[name]] == ["wind-0.json"]
+    assert "made with steps=2" in call(*arguments[:-3], 3, "--hours", 300, code=2)
+    assert "--arms has 'x'" in call("study", "--arms", "x", code=2)
+
+
+def _small_place(seed, cache, hours):
+    from examples.vnnet import study
+    from examples.vnnet.generate import Settings, generate
+
+    made = Settings(hours=hours, stations=4, size=16, seed=seed)
+    weather, drift = generate(made)
+    return study.Place(weather, study.Tables.fit(weather), drift, made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "nowhere", "--run", "r"), "no such folder"),
+        (("train", ".", "--run", "r", "--factors", "rain"), "valid are temperature"),
+        (("train", ".", "--run", "r", "--size", "big"), "valid are small, full"),
+        (("train", ".", "--run", "r", "--test", "1.2"), "must be shares"),
+        (("evaluate", "nowhere", "."), "holds no best.pt"),
+    ],
+)
+def test_wrong_use_is_one_line(arguments, words):
+    out = call(*arguments, code=2)
+    assert words in out
+    assert out.strip().count("\n") == 0
