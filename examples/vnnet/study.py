@@ -244,7 +244,7 @@ def tables(rows: dict[tuple[str, int], dict[str, Any]], arms: Sequence[str], see
         lines += [
             "### One model with a CMoE fusion against four models: generated data, 1-12 hours ahead",
             "",
-            "Error is MAE(one model) / MAE(the factor's own model) - 1, mean over hours ahead. Parameters and CPU time: shares of the four's.",
+            "Error is MAE(one model) / MAE(the factor's own model) - 1 over the hours ahead. Parameters and CPU time are shares.",
             "",
             f"| seed | error, mean | {' | '.join(FACTORS)} | parameters | CPU time of training | one model, plain fusion: error, mean |",
             "|---|" + "---|" * (len(FACTORS) + 4),

@@ -34,16 +34,24 @@ def test_factorised_convolutions_have_the_released_widths():
     assert [middle_width(*sizes, 1, 1) for sizes in ((16, 32), (32, 32))] == [10, 16]
 
 
-def test_mlvfem_at_full_size():
-    """12 pictures of 160 x 160 x 6: (B, 32, 3, 40, 40) before the mean over time. Gradients reach each tensor."""
-    model = MLVFEM()
-    seen = []
-    model.blocks.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    out = model(torch.rand(1, 6, 12, 160, 160))
-    assert tuple(seen[0]) == (1, 32, 3, 40, 40)
-    assert tuple(out.shape) == (1, 32, 40, 40)
+def mlvfem_trains(frames, size, before_mean):
+    model, seen = MLVFEM(), []
+    model.blocks.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    out = model(torch.rand(1, 6, frames, size, size))
+    assert seen == [(1, *before_mean)]
+    assert tuple(out.shape) == (1, before_mean[0], *before_mean[2:])
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(("frames", "size", "before_mean"), [(2, 160, (32, 1, 40, 40)), (12, 32, (32, 3, 8, 8))])
+def test_mlvfem_shapes_and_gradients(frames, size, before_mean):
+    mlvfem_trains(frames, size, before_mean)
+
+
+@pytest.mark.full
+def test_mlvfem_at_full_size():
+    mlvfem_trains(12, 160, (32, 3, 40, 40))
 
 
 def test_paper_version_at_full_size():
