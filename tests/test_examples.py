@@ -41,4 +41,4 @@ def test_minigpt4_trains_the_connector_alone():
 
 def test_every_example_is_run():
     source = Path(__file__).read_text()
-    assert all(f'"{path.stem}"' in source for path in EXAMPLES.glob("*.py"))
+    assert all(f'"{path.stem}"' in source for path in EXAMPLES.glob("*.py") if path.stem != "__init__")

@@ -49,19 +49,20 @@ def truth(windows: Windows, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def other_windows(which: np.ndarray, history: int, seed: int = 0) -> np.ndarray:
-    """For each window another one, whose pictures do not overlap in time where there are enough: a cyclic shift of a random order."""
+    """For each window another one, whose history does not overlap its own: a random order whose overlaps are swapped away.
+
+    Where the windows are too few for that, some overlap remains.
+    """
     rng = np.random.default_rng([seed, 11])
     order = rng.permutation(len(which))
-    best = np.roll(order, 1)
-    for shift in range(1, min(len(which), 50)):
-        candidate = np.roll(order, shift)
-        near = np.abs(which[order] - which[candidate]) < history
-        if near.mean() < 0.05:
-            best = candidate
+    for _ in range(100):
+        near = np.flatnonzero(np.abs(which[order] - which) < history)
+        for i in near:
+            j = rng.integers(len(which))
+            order[i], order[j] = order[j], order[i]
+        if not len(near):
             break
-    out = np.empty_like(which)
-    out[order] = which[best]
-    return out
+    return which[order]
 
 
 @torch.no_grad()

@@ -56,21 +56,20 @@ def test_autoregression_finds_a_linear_law(weather, windows):
     for column in (4, 8, 16, 21):
         series = np.zeros((400, 5))
         for i in range(2, 400):
-            series[i] = 1.6 * series[i - 1] - 0.8 * series[i - 2] + 0.01 * rng.normal(size=5)
+            series[i] = 1.6 * series[i - 1] - 0.8 * series[i - 2] + rng.normal(size=5)
         weather.stations[:, :, column] = 20 + series
     training, test = windows("train"), windows("test")
     which = np.arange(len(test))
     observed, valid = e.truth(test, which)
-    linear, last = (Scores.of(f, observed, valid) for f in (e.autoregression(test, training, which, 1e-3), e.persistence(test, which)))
-    assert (linear.mae[0] < 0.5 * last.mae[0]).all()
+    linear, last = (Scores.of(f, observed, valid) for f in (e.autoregression(test, training, which), e.persistence(test, which)))
+    assert (linear.mae[5] < 0.8 * last.mae[5]).all()  # half a swing of the law ahead
 
 
 def test_shuffled_pictures_are_of_other_hours():
     which = np.arange(200)
     other = e.other_windows(which, 12)
     assert sorted(other) == sorted(which)
-    assert (np.abs(other - which) >= 12).mean() > 0.95
-    assert (other != which).all()
+    assert (np.abs(other - which) >= 12).all()
     assert np.array_equal(other, e.other_windows(which, 12))
 
 
