@@ -3,7 +3,6 @@
 A row is one arm with one seed: trained, evaluated, and kept as rows/ARM-SEED.json. The same command again goes on where it stopped.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +115,6 @@ def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: C
     settings = settings_of(arm, place)
     windows = {split: place.windows(split, settings) for split in SPLITS}
     run = out / "runs" / f"{name}-{seed}"
-    began = time.process_time()
     plan = plan_of(arm, seed, steps)
     model = train(
         run, settings, plan, windows["train"], windows["validation"], resume=run.exists(), console=console, title=f"{name} {seed}"
@@ -126,7 +124,7 @@ def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: C
         "seed": seed,
         "steps": steps,
         "hours": hours,
-        "cpu_seconds": round(time.process_time() - began, 1),
+        "cpu_seconds": read_json(run / "time.json")["cpu_seconds"],
         "parameters": sum(p.numel() for p in model.parameters()),
         "factors": list(settings.factors),
         **evaluated(model, place, windows["test"], windows["train"] if name in ("airports", "nnet") else None),

@@ -5,9 +5,11 @@ Each step's randomness comes from (seed, step) and nothing else, and a checkpoin
     last.pt    model, optimizer, step, losses: where --resume goes on
     best.pt    model, tables and settings of the best validation error: what evaluation reads
     done.json  the history; exists only once training has ended
+    time.json  CPU seconds of training, over all its stops and resumptions
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -126,7 +128,11 @@ def train(
             raise UserError(f"{run}: was begun with {key}={was!r}, now {now!r}; resume with the same settings, or give another folder")
         if (run / "done.json").is_file():
             return load_model(run)[0]
+    for stale in run.glob(".*.partial"):  # of a write that was killed
+        stale.unlink()
     write_json(run / "run.json", wanted)
+    spent = read_json(run / "time.json")["cpu_seconds"] if resume and (run / "time.json").is_file() else 0.0
+    began = time.process_time()
 
     torch.manual_seed(plan.seed)
     model = build(settings, torch.from_numpy(training.weather.positions), targets(settings.factors))
@@ -159,6 +165,7 @@ def train(
                 else:
                     state["since"] += 1
             if state["step"] % plan.checkpoint_every == 0 or state["step"] == plan.steps or state["since"] >= plan.patience:
+                write_json(run / "time.json", {"cpu_seconds": round(spent + time.process_time() - began, 1)})
                 write_tensors(run / "last.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state})
             note = f"loss {loss:.3f}" + (f", validation {state['history'][-1][2]:.3f}" if state["history"] else "")
             if progress is not None and task is not None:

@@ -103,6 +103,7 @@ def test_killed_while_writing_a_checkpoint(weather, tmp_path):
     assert list(run.glob(".last.pt.*.partial"))
     assert read_tensors(run / "last.pt")["state"]["step"] == 4
     train(run, s, PLAN, training, validation, resume=True)
+    assert not list(run.glob(".*"))
     assert_same_run(tmp_path / "whole", run)
 
 
