@@ -199,7 +199,7 @@ def attention_on_upwind(
 
 @torch.no_grad()
 def gates_by_hour(model: VNNet, windows: Windows, which: np.ndarray) -> np.ndarray | None:
-    """(F, 24, E): mean gate of each expert, by factor and hour of the day (UTC) of the last picture."""
+    """(F, 24, E): mean gate of each expert, by factor and hour of the day (UTC) of the last picture; NaN for an hour not among ``which``."""
     total, count = None, np.zeros(24)
     for part, _, out in outputs(model, windows, which):
         gates = out.gates  # type: ignore[attr-defined]
@@ -210,4 +210,4 @@ def gates_by_hour(model: VNNet, windows: Windows, which: np.ndarray) -> np.ndarr
         total = np.zeros((24, *mean.shape[1:])) if total is None else total
         np.add.at(total, hours, mean)
         np.add.at(count, hours, 1)
-    return None if total is None else (total / np.maximum(count, 1)[:, None, None]).transpose(1, 0, 2)
+    return None if total is None else (total / np.where(count > 0, count, np.nan)[:, None, None]).transpose(1, 0, 2)

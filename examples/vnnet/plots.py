@@ -37,6 +37,7 @@ def error_by_horizon(lines: dict[str, np.ndarray], factors: Sequence[str], path:
             axis.plot(np.arange(1, len(mae) + 1), mae[:, f], color=COLOURS[i % 5], label=name, linestyle="-" if i < 5 else "--")
         axis.set_title(factor)
         axis.set_xlabel("hours ahead")
+        axis.set_xticks([1, 3, 6, 9, 12])
         axis.set_ylabel(f"MAE, {UNITS[factor]}")
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=7)
@@ -79,7 +80,7 @@ def gates(by_hour: np.ndarray, factors: Sequence[str], path: Path) -> None:
     """(F, 24, E)."""
     figure, axes = _axes(len(factors))
     for f, (factor, axis) in enumerate(zip(factors, axes, strict=True)):
-        image = axis.imshow(by_hour[f].T, aspect="auto", cmap="viridis", vmin=by_hour.min(), vmax=by_hour.max())
+        image = axis.imshow(by_hour[f].T, aspect="auto", cmap="viridis", vmin=np.nanmin(by_hour), vmax=np.nanmax(by_hour))
         axis.set_title(factor)
         axis.set_xlabel("hour of the day, UTC")
         axis.set_ylabel("expert")
@@ -118,6 +119,7 @@ def study(rows: dict[str, np.ndarray], factors: Sequence[str], path: Path) -> No
             axis.fill_between(ahead, mae[:, :, f].min(axis=0), mae[:, :, f].max(axis=0), color=COLOURS[i % 5], alpha=0.15)
         axis.set_title(factor)
         axis.set_xlabel("hours ahead")
+        axis.set_xticks([1, 3, 6, 9, 12])
         axis.set_ylabel(f"MAE, {UNITS[factor]}")
     axes[0].legend(fontsize=7)
     save(figure, path)

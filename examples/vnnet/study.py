@@ -36,6 +36,7 @@ from examples.vnnet.model import Settings, VNNet
 from examples.vnnet.train import Plan, load_model, train
 
 FIRST, LAST = 6, 12  # the hours ahead over which vision is judged
+GATES = 5  # gates are read at every fifth window, which meets each hour of the day
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ def evaluated(model: VNNet, place: Place, test: Windows, training: Windows | Non
         if place.drift is not None and place.generated is not None:
             mass, chance = attention_on_upwind(model, test, some, place.drift, places(place.generated))
             row["attention"] = {"mass": mass.tolist(), "chance": chance.tolist()}
-        by_hour = gates_by_hour(model, test, some)
-        row["gates"] = None if by_hour is None else by_hour.tolist()
+        by_hour = gates_by_hour(model, test, which[::GATES])
+        row["gates"] = None if by_hour is None else np.where(np.isnan(by_hour), None, by_hour).tolist()
     return row
 
 
@@ -317,7 +318,7 @@ def details(model: VNNet, place: Place, test: Windows, folder: Path, without: np
     plots.station_map(place.weather, by_station, folder / "stations.svg", middle)
     if not model.settings.vision:
         return
-    by_hour = gates_by_hour(model, test, which[::4])
+    by_hour = gates_by_hour(model, test, which[::GATES])
     if by_hour is not None:
         plots.gates(by_hour, test.factors, folder / "gates.svg")
     if model.settings.version != "paper" or place.weather.pictures is None:
