@@ -199,7 +199,7 @@ def attention_on_upwind(
 
 @torch.no_grad()
 def gates_by_hour(model: VNNet, windows: Windows, which: np.ndarray) -> np.ndarray | None:
-    """(F, 24, E): mean gate of each expert, by factor and hour of the day (UTC) of the last picture; NaN for an hour not among ``which``."""
+    """(F, 24, E): mean gate of each expert, by factor and hour of the day (UTC) of the last picture; NaN: no such hour in ``which``."""
     total, count = None, np.zeros(24)
     for part, _, out in outputs(model, windows, which):
         gates = out.gates  # type: ignore[attr-defined]
