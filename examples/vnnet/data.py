@@ -10,7 +10,7 @@ T is hours, N stations, F factors. Times are UTC. The places of positions and ta
 """
 
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def load(folder: Path, validation: float = 0.15, test: float = 0.15) -> Weather:
     described = read_json(folder / "data.json")
     try:
         start = datetime.fromisoformat(described["start"])
-        start = start if start.tzinfo else start.replace(tzinfo=timezone.utc)
+        start = start if start.tzinfo else start.replace(tzinfo=UTC)
         first = int(start.timestamp()) // 3600
         bounds = described.get("bounds")
         bounds = None if bounds is None else tuple(float(value) for value in bounds)
