@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +43,8 @@ app.add_typer(sample_app, name="sample")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted recipe overrides, for example train.max_steps=50", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record of the data (data.strict=true)")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N")]
+Verify = Annotated[bool, typer.Option("--verify", help="hash the model's files before they are read")]
 RunPath = Annotated[str, typer.Argument(help="a run: its name under runs/, or its folder")]
 
 
@@ -51,13 +55,17 @@ def command(owner: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
         @functools.wraps(body)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
-                _quiet_libraries()
-                body(*args, **kwargs)
+                if name != "train" and _rank() is not None:
+                    raise UserError(f"unimed {name}: runs in one process; only unimed train runs under torchrun")
+                with warnings.catch_warnings():
+                    _quiet_libraries()
+                    body(*args, **kwargs)
             except (UserError, OSError) as error:
                 if debugging:
                     raise
-                errors.print("[bold red]error:[/] ", end="")
-                errors.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
+                if _reports_errors():
+                    errors.print("[bold red]error:[/] ", end="")
+                    errors.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 errors.print("stopped")
@@ -68,14 +76,36 @@ def command(owner: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
     return register
 
 
-def _quiet_libraries() -> None:
-    import logging
-    import warnings
+def _rank() -> int | None:
+    """This process's number among those of torchrun; None for a single process."""
+    many = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return int(os.environ.get("RANK", "0")) if many else None
 
-    if not debugging:
-        warnings.filterwarnings("ignore")
-        for library in ("transformers", "accelerate", "peft"):
-            logging.getLogger(library).setLevel(logging.ERROR)
+
+def _reports_errors() -> bool:
+    """Before the processes of torchrun have found each other, all meet the same error: the first one says it."""
+    distributed = sys.modules.get("torch.distributed")
+    return not _rank() or (distributed is not None and distributed.is_initialized())
+
+
+def _quiet_libraries() -> None:
+    """Warnings are one line each; those that libraries raise about their own insides are left out (with --debug: everything)."""
+    import logging
+
+    if _rank():  # the first process says what all find in the data
+        logging.getLogger("unimed").setLevel(logging.ERROR)
+    if debugging:
+        return
+    for library in ("transformers", "accelerate", "peft", "torch", "huggingface_hub"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    if not _rank():
+        errors.print("[bold yellow]warning:[/] ", end="")
+        errors.print(" ".join(str(message).split()), markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
@@ -133,7 +163,7 @@ def train(
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="the run's name; by default the recipe's")] = None,
     llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint, by the run's own recipe")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start again where a run of this name exists")] = False,
     strict: Strict = False,
 ) -> None:
@@ -145,18 +175,25 @@ def train(
 
       [cyan]unimed train tiny train.max_steps=50 connector.router=hard --name hard[/]
 
-      [cyan]unimed train tiny --resume[/]                              after it was interrupted
+      [cyan]unimed train --name hard --resume[/]                       after it was interrupted; nothing needs to be typed again
 
       [cyan]unimed train --llm smollm2[/]                              SmolLM2-135M with LoRA
+
+      [cyan]torchrun --nproc-per-node 2 -m unimed train[/]             two processes, each with its own batches
     """
     if "=" in recipe:  # an override, and the recipe left out
         recipe, overrides = "tiny", [recipe, *(overrides or [])]
-    loaded = _recipe(recipe, llm, [*(overrides or []), *["data.strict=true"] * strict], name)
-    _train(loaded, RUNS / loaded.name, resume, overwrite)
+    overrides = [*(overrides or []), *["data.strict=true"] * strict]
+    if resume:
+        loaded, run = _stored_recipe(recipe, llm, overrides, name)
+    else:
+        loaded = _recipe(recipe, llm, overrides, name)
+        run = RUNS / loaded.name
+    _train(loaded, run, resume, overwrite)
 
 
 @command(app, "evaluate")
-def evaluate(run: RunPath, overrides: Overrides = None, strict: Strict = False) -> None:
+def evaluate(run: RunPath, overrides: Overrides = None, device: Device = "auto", verify: Verify = False, strict: Strict = False) -> None:
     """Score a run on the held-out slabs and the held-out subject, beside answers that need no image.
 
     Writes metrics.json and predictions.json into the run.
@@ -167,7 +204,7 @@ def evaluate(run: RunPath, overrides: Overrides = None, strict: Strict = False) 
 
       [cyan]unimed evaluate tiny evaluate.limit=20 'evaluate.splits=[slab]'[/]
     """
-    _evaluate(_run_folder(run), [*(overrides or []), *["data.strict=true"] * strict])
+    _evaluate(_run_folder(run), [*(overrides or []), *["data.strict=true"] * strict], device, verify)
 
 
 @command(app, "report")
@@ -189,6 +226,8 @@ def predict(
     plane: Annotated[str, typer.Option(help="volumes: axial, coronal or sagittal")] = "axial",
     index: Annotated[int | None, typer.Option("--slice", help="volumes, frames, pages: which one; the middle one by default")] = None,
     window: Annotated[str | None, typer.Option(help="grey images: lowest,highest value shown, for example --window=-160,240")] = None,
+    device: Device = "auto",
+    verify: Verify = False,
 ) -> None:
     """Answer one question about one image.
 
@@ -207,7 +246,7 @@ def predict(
     from unimed.evaluate.ask import ask
 
     _no_bars_of_transformers()
-    answer = ask(image, question, task, _model_folder(model), plane, index, window)
+    answer = ask(image, question, task, _model_folder(model), plane, index, window, device, verify)
     console.print(answer.text, highlight=False, markup=False, soft_wrap=True)
     if answer.box is not None:
         corners = ", ".join(f"{value:.0f}" for value in answer.box)
@@ -225,8 +264,11 @@ def demo(
     overrides: Overrides = None,
     name: Annotated[str, typer.Option(help="the run's name")] = "demo",
     llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of this name that another command made")] = False,
 ) -> None:
-    """The whole job: build the sample, train the tiny model, evaluate it, write the report. Starts again each time.
+    """The whole job: build the sample, train the tiny model, evaluate it, write the report.
+
+    It starts again each time, and replaces the run that it made before.
 
     Examples:
 
@@ -239,8 +281,9 @@ def demo(
     start = time.perf_counter()
     loaded = _recipe("tiny", llm, overrides, name)
     run = RUNS / loaded.name
+    _may_replace(run, overwrite)
     _build_sample(Path(loaded.data.root))
-    _train(loaded, run, resume=False, overwrite=True)
+    _train(loaded, run, resume=False, overwrite=True, command="demo")
     _evaluate(run, None)
     _report(run)
     console.print(f"demo: {(time.perf_counter() - start) / 60:.1f} minutes in all", highlight=False)
@@ -282,6 +325,25 @@ def _recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str
     return config.load(recipe, [*(overrides or []), *([f"name={name}"] if name is not None else [])])
 
 
+def _stored_recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> tuple[Any, Path]:
+    """The recipe and folder of the run to go on with; `recipe` only names it where nothing else does."""
+    from unimed.train.run import stored_recipe
+
+    names = [text for text in overrides or [] if text.startswith("name=")]
+    run = RUNS / _recipe(recipe, llm, names, name).name
+    loaded = stored_recipe(run, [text for text in overrides or [] if text not in names])
+    if not _rank():
+        console.print(f"resuming {run} by its own recipe.yaml", highlight=False)
+    return loaded, run
+
+
+def _may_replace(run: Path, overwrite: bool) -> None:
+    from unimed.train.run import RECIPE_FILE, started_with
+
+    if (run / RECIPE_FILE).exists() and not overwrite and started_with(run).get("command") != "demo":
+        raise UserError(f"{run}: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite")
+
+
 def _bar() -> Any:
     from unimed.train.progress import bar
 
@@ -297,16 +359,19 @@ def _build_sample(out: Path) -> None:
     console.print(f"sample: {out} · {NOTICE}", highlight=False)
 
 
-def _train(recipe: Any, run: Path, resume: bool, overwrite: bool) -> None:
+def _train(recipe: Any, run: Path, resume: bool, overwrite: bool, command: str = "train") -> None:
+    from unimed.train import processes
     from unimed.train.progress import TrainingProgress
     from unimed.train.run import train as run_training
 
     _no_bars_of_transformers()
-    run_training(recipe, run, resume, overwrite, [TrainingProgress(console)])
-    console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
+    run_training(recipe, run, resume, overwrite, [TrainingProgress(console)], command)
+    processes.end()
+    if not _rank():
+        console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
 
 
-def _evaluate(run: Path, overrides: list[str] | None) -> None:
+def _evaluate(run: Path, overrides: list[str] | None, device: str = "auto", verify: bool = False) -> None:
     from rich.table import Table
 
     from unimed.evaluate.evaluate import TRAINED
@@ -325,7 +390,7 @@ def _evaluate(run: Path, overrides: list[str] | None) -> None:
             if done == total and not console.is_terminal:
                 console.print(f"evaluation of {split}: {row}, {total} answers", highlight=False)
 
-        result = evaluate_run(run, overrides, show)
+        result = evaluate_run(run, overrides, show, device, verify)
     for strict, what in ((False, "headline metric of each task"), (True, "the same answers, scored strictly")):
         header, lines = answer_table(result, strict)
         table = Table(title=f"{result['run']}: {what} · {NOTICE}")

@@ -1,4 +1,4 @@
-"""What is installed, what this machine will use, and what is missing for what."""
+"""Reports installed packages, the kernels in use, and which features lack a package."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
+from unimed import INSTALL
+
 OPTIONAL = {
     "nibabel": "NIfTI volumes",
     "pydicom": "DICOM images",
     "matplotlib": "report.html",
     "nltk": "BLEU of short answers",
     "rouge": "ROUGE of reports",
-    "sacrebleu": "BLEU of reports",
     "gguf": "SmolLM2",
 }
 
@@ -27,7 +28,7 @@ def lines() -> Iterator[tuple[str, str]]:
         yield name, text
     yield "versions", tested_versions()
     for name, purpose in OPTIONAL.items():
-        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; pip install '.[unimed]'"
+        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {INSTALL}"
     root = Path(config.Data().root)
     yield "java", "found: BLEU by the PTB tokenizer, METEOR" if which("java") else "none: BLEU by our tokenizer, no METEOR"
     yield "sample", f"{root} is there" if (root / "sample.json").is_file() else f"{root} is not built: unimed sample build"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_version():
     [
         (["train", "tiny", "train.max_stepz=5"], ["train.max_stepz", "5", "train.max_steps"]),
         (["train", "gigantic"], ["gigantic", "tiny"]),
-        (["train", "released"], ["data", "unimed sample build"]),
+        (["train", "released"], ["'released' cannot run here", "unimed train tiny"]),
         (["train", "tiny", "--llm", "gpt"], ["gpt", "smollm2"]),
         (["train", "tiny", "--name", "../outside"], ["../outside"]),
         (["train", "tiny", "data.root=nowhere"], ["nowhere", "unimed sample build"]),
@@ -121,6 +122,110 @@ def test_debug_shows_the_traceback_anywhere_on_the_line(tmp_path):
     deep = shell("train", "tiny", "train.max_stepz=5", "--debug", cwd=tmp_path)
     assert "Traceback" in deep.stderr
     assert "UserError" in deep.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "omegaconf"])
+def test_without_its_packages_unimed_says_how_to_get_them(tmp_path, missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['unimed', 'train']; from unimed.__main__ import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert shown.returncode == 2
+    assert shown.stderr.strip().splitlines() == [
+        f'error: the package {missing} is not installed; get all that unimed needs with: pip install "cmoe-kernels[unimed]"'
+    ]
+
+
+def test_the_installed_command_is_the_one_that_says_so():
+    assert 'unimed = "unimed.__main__:main"' in (ROOT / "pyproject.toml").read_text().splitlines()
+
+
+def test_warnings_are_one_line_and_libraries_keep_theirs(monkeypatch):
+    def lines():
+        warnings.warn("the router never trains;\n  give an auxiliary loss", stacklevel=1)
+        warnings.warn_explicit("inner workings", FutureWarning, "x.py", 1, module="transformers.modeling_utils")
+        yield "a", "b"
+
+    monkeypatch.setattr("unimed.doctor.lines", lines)
+    shown = run("doctor").output
+    assert "warning: the router never trains; give an auxiliary loss\n" in shown
+    assert "inner workings" not in shown
+
+
+def test_the_doctor_names_only_packages_that_something_imports():
+    from unimed.doctor import OPTIONAL
+
+    source = "".join(path.read_text() for path in (ROOT / "unimed").rglob("*.py"))
+    for name in {*OPTIONAL, "sacrebleu"}:
+        imported = re.search(rf"^\s*(import|from) {name}\b|find_spec\(\"{name}\"\)", source, re.MULTILINE)
+        assert (name in OPTIONAL) <= bool(imported), name
+
+
+def test_a_run_goes_on_with_nothing_typed_again(at_work, tmp_path, monkeypatch):
+    shutil.copytree(at_work, tmp_path / "runs" / "small")
+    monkeypatch.chdir(tmp_path)
+    shown = run("train", "--name", "small", "--resume", "train.threads=1", "evaluate.limit=2")
+    assert shown.exit_code == 0, shown.output
+    assert "resuming runs/small by its own recipe.yaml" in shown.output
+    refused = run("train", "tiny", "optim.lr=0.5", "--name", "small", "--resume")
+    assert refused.exit_code == 2
+    assert "optim.lr=0.5" in refused.output
+    assert run("train", "--name", "absent", "--resume").output.strip() == (
+        "error: runs/absent: nothing to resume: no recipe.yaml there; leave out --resume to start"
+    )
+
+
+def test_the_demo_replaces_only_what_it_made(at_work, small_overrides, tmp_path, monkeypatch):
+    shutil.copytree(at_work, tmp_path / "runs" / "small")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    shown = run("demo", *small_overrides, "train.max_steps=2", "train.save_every=2")
+    assert shown.exit_code == 2
+    assert shown.output.strip() == (
+        "error: runs/small: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite"
+    )
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    cli._may_replace(Path("runs/small"), overwrite=True)
+    start = Path("runs/small/start.json")
+    start.write_text(json.dumps({**json.loads(start.read_text()), "command": "demo"}))
+    cli._may_replace(Path("runs/small"), overwrite=False)
+
+
+def test_commands_for_one_process_say_so_under_torchrun(at_work, monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    shown = run("evaluate", "small")
+    assert shown.exit_code == 2
+    assert shown.output.strip() == "error: unimed evaluate: runs in one process; only unimed train runs under torchrun"
+    monkeypatch.setenv("RANK", "1")
+    assert run("evaluate", "small").output == ""
+
+
+def test_a_device_that_is_not_there_is_one_line(at_work, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    question = ["predict", "-", "where is the liver?", "--task", "qa", "--model", "small"]
+    for device, words in (("cuda", "PyTorch finds no GPU here"), ("tpu", "must be auto, cpu, cuda, or cuda:N")):
+        for command in (question, ["evaluate", "small"]):
+            shown = run(*command, "--device", device)
+            assert shown.exit_code == 2
+            assert words in shown.output
+            assert len(shown.output.strip().splitlines()) == 1
+    assert run(*question, "--device", "cpu").exit_code == 0
+
+
+def test_predicting_reads_the_model_once_and_verifies_on_request(at_work, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(at_work / "model", folder)
+    card = folder / "README.md"
+    card.write_bytes(card.read_bytes()[:-2] + b"?\n")  # the same size
+    hashed = []
+    monkeypatch.setattr("unimed.train.files.sha256", lambda path: hashed.append(path.name) or "")
+    question = ["predict", "-", "where is the liver?", "--task", "qa", "--model", folder]
+    assert run(*question).exit_code == 0
+    assert hashed == []
+    monkeypatch.undo()
+    shown = run(*question, "--verify")
+    assert shown.exit_code == 2
+    assert "README.md is not what was written (sha256 differs)" in shown.output
 
 
 def test_no_trained_model_says_how_to_get_one(tmp_path, monkeypatch):
@@ -205,8 +310,9 @@ def test_a_killed_run_leaves_no_half_file_and_goes_on(small_overrides, tmp_path)
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert not (folder / "model").exists()
-    done = shell(*command, "--resume", cwd=tmp_path)
+    done = shell("train", "--name", "small", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "resuming runs/small by its own recipe.yaml" in done.stdout
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert reached < 40
     assert steps[-1] == 40

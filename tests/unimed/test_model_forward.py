@@ -46,6 +46,13 @@ def test_the_auxiliary_loss_of_a_part_weighs_by_its_tokens():
     torch.testing.assert_close(out.loss, out.lm_loss + out.aux_loss / 4)
 
 
+def test_the_auxiliary_loss_of_a_part_weighs_by_its_images_where_they_are_counted():
+    model, processor = small()
+    rows = batch(processor)
+    out = model(**rows, num_items_in_batch=4 * (rows.labels != -100).sum(), num_images_in_batch=8)
+    torch.testing.assert_close(out.loss, out.lm_loss + out.aux_loss * 2 / 8)
+
+
 def test_nothing_to_learn_gives_zero_not_nan():
     model, processor = small()
     rows = batch(processor)

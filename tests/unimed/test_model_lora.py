@@ -89,6 +89,50 @@ def test_a_base_that_was_never_saved_goes_with_the_adapter(tmp_path):
     assert torch.equal(again(**rows).logits, model(**rows).logits)
 
 
+def test_the_base_is_named_relative_to_the_adapter(tmp_path):
+    model, processor = adapted(tmp_path / "project" / "archives" / "base")
+    rows = batch(processor)
+    logits = model(**rows).logits
+
+    def named(folder):
+        return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    run = tmp_path / "project" / "runs" / "one"
+    model.save_pretrained(run / "model")
+    model.home = run / "checkpoint-5"  # as the Trainer writes a checkpoint
+    model.save_pretrained(run / ".partial" / "checkpoint-5")
+    model.home = None
+    (run / ".partial" / "checkpoint-5").rename(run / "checkpoint-5")
+    assert named(run / "model") == named(run / "checkpoint-5") == "../../../archives/base"
+    assert str(tmp_path) not in (run / "model" / "README.md").read_text()
+    (tmp_path / "project").rename(tmp_path / "moved")
+    run = tmp_path / "moved" / "runs" / "one"
+    for folder in (run / "model", run / "checkpoint-5"):
+        again, _ = load(folder)
+        assert torch.equal(again(**rows).logits, logits)
+    again.save_pretrained(tmp_path / "copy")
+    assert named(tmp_path / "copy") == "../moved/archives/base"
+
+    # The run without its base: the folders to search, or one line.
+    run.rename(tmp_path / "sent")
+    with pytest.raises(UserError, match=r"the adapter's base model is not at .*; give its folder as base"):
+        load(tmp_path / "sent" / "model")
+    again, _ = load(tmp_path / "sent" / "model", search=[tmp_path / "moved" / "archives"])
+    assert torch.equal(again(**rows).logits, logits)
+    again, _ = load(tmp_path / "sent" / "model", base=tmp_path / "moved" / "archives" / "base")
+    assert torch.equal(again(**rows).logits, logits)
+
+
+def test_an_adapter_that_names_an_absolute_path_still_loads(tmp_path):
+    model, processor = adapted(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    again, _ = load(tmp_path / "adapter")
+    rows = batch(processor)
+    assert torch.equal(again(**rows).logits, model(**rows).logits)
+
+
 @pytest.mark.parametrize("freeze", [False, True])
 def test_merged_equals_adapted(tmp_path, freeze):
     model, processor = adapted(tmp_path / "base", freeze)

@@ -50,6 +50,15 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults():
         ("optim.betas=[0.9]", ["optim.betas"]),
         ("train.seed={a: 1", ["not readable"]),
         ("train.seed.deep=1", ["train.seed.deep"]),
+        ("train.seed=-1", ["train.seed=-1", "from 0 to 4294967295"]),
+        ("train.seed=4294967296", ["train.seed=4294967296", "from 0 to 4294967295"]),
+        ("language.kind=llama2", ["language.kind='llama2'", "tiny, smollm2"]),
+        ("language.kind=llama3", ["language.kind", "llama3"]),
+        ("language.kind=smollm2", ["language.layers=3", "smollm2", "language.archive"]),
+        ("language.archive=somewhere", ["language.archive='somewhere'", "language.kind='tiny'", "language.width"]),
+        ("data.cache_images=9", ["data.cache_images=9", "data.cache_mb"]),
+        ("data.cache_mb=-1", ["data.cache_mb=-1", "zero or more"]),
+        ("data.workers=-1", ["data.workers=-1", "zero or more"]),
         ("augment.zoom=1.5", ["augment.zoom=1.5", "below 1"]),
     ],
 )
@@ -77,6 +86,28 @@ def test_a_wrong_file_is_one_line_that_names_file_and_key(text, words, tmp_path)
     with pytest.raises(UserError) as caught:
         config.load(path)
     assert all(word in str(caught.value) for word in [*words, "mine.yaml"]), str(caught.value)
+
+
+def test_a_setting_that_the_language_model_does_not_read_is_refused():
+    for setting in ("width=256", "layers=2", "heads=8", "mlp_width=64", "vocab_size=2048"):
+        with pytest.raises(UserError, match=rf"language.{setting}: language.kind='smollm2' does not read it, only language.archive"):
+            config.load("smollm2", [f"language.{setting}"])
+    with pytest.raises(UserError, match=r"language.kind='llama2': cannot be trained yet; supported are tiny, smollm2"):
+        config.load("released", ["cannot_run="])
+
+
+def test_a_file_with_a_key_of_an_earlier_version_loads_with_a_warning(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data:\n  cache_images: 100\ntrain:\n  seed: 7\n")
+    with pytest.warns(UserWarning, match=r"data.cache_images is no longer read; use data.cache_mb"):
+        assert config.load(path).train.seed == 7
+
+
+def test_harmless_keys_are_keys():
+    harmless = [key for key in config.dotted_keys() if config.harmless(key)]
+    assert sum(len(names.split()) for names in config.HARMLESS.values()) == len(harmless)
+    assert {"train.threads", "evaluate.limit", "data.cache_mb", "data.root", "name"} <= set(harmless)
+    assert not {"train.seed", "train.max_steps", "optim.lr", "data.tasks", "train.batch_size", "train.accumulate"} & set(harmless)
 
 
 def test_an_unknown_recipe_names_the_ones_there_are():

@@ -3,14 +3,17 @@ import shutil
 
 import pytest
 import torch
+from model_samples import picture, small
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from unimed.data.example import TASKS
+from unimed.data.example import IMAGE_TASKS, TASKS
 from unimed.errors import UserError
-from unimed.train import config
+from unimed.evaluate.run import evaluate_run
+from unimed.train import config, files
 from unimed.train.run import build, examples, load_model, train
-from unimed.train.trainer import UniMedTrainer, checkpoints
+from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
 
 
 class Killed(Exception):
@@ -149,11 +152,115 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(whole, recipe, small_ove
     assert (tmp_path / "precious" / "letter.txt").read_text() == "dear"
 
 
+def test_a_run_resumes_by_what_changes_its_mathematics(whole, recipe, small_overrides, sample_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.copytree(sample_folder, tmp_path / "moved")
+    harmless = ["train.threads=2", "evaluate.limit=3", "data.cache_mb=5", "train.keep=9", f"data.root={tmp_path}/moved", "name=other"]
+    train(config.load("tiny", [*small_overrides, *harmless]), run, resume=True)
+    assert config.load(run / "recipe.yaml").train.keep == 9
+    torch.set_num_threads(1)
+    record = json.loads((run / "start.json").read_text())
+    assert record["command"] == "train"
+    assert record["processes"] == 1
+    assert record["examples"] == len(examples(recipe, "train"))
+    for change, words in (
+        ({"processes": 2}, r"with 1 processes.*with 2.*--nproc-per-node 2"),
+        ({"examples_sha256": "0"}, "examples changed"),
+    ):
+        (run / "start.json").write_text(json.dumps({**record, **change}))
+        with pytest.raises(UserError, match=words):
+            train(recipe, run, resume=True)
+    (run / "start.json").unlink()  # a run of an earlier version
+    train(recipe, run, resume=True)
+
+
+def test_the_log_is_added_to_and_starts_again_from_the_checkpoint(whole, recipe, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(files, "write_text", lambda path, text, write=files.write_text: written.append(path.name) or write(path, text))
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(recipe, run, callbacks=[KillAt(7)])
+    assert "metrics.jsonl" not in written
+    assert [entry["step"] for entry in log_of(run)] == [2, 4, 6]
+    train(recipe, run, resume=True)
+    assert written.count("metrics.jsonl") == 1
+    assert log_of(run) == log_of(whole)
+
+
 def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, tmp_path):
     with pytest.raises(UserError, match="unimed sample build"):
         examples(config.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
     with pytest.raises(UserError, match="cannot run here"):
         train(config.load("released", [f"data.root={sample_folder}"]), tmp_path / "released")
+
+
+def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_path):
+    """Two batches, one of an answer of 2 tokens and one of 30, are the step that the whole batch is."""
+    settings = ["connector.router=sparse", "connector.aux_losses={z: 0.5}", "train.accumulate=2"]
+    recipe = config.load("tiny", [*small_overrides, *settings])
+    train_examples = examples(recipe, "train")
+    model, processor = build(recipe, train_examples)
+    trainer = UniMedTrainer(recipe, model, processor, None, tmp_path)
+    images = [Image.new("RGB", (32, 32), (50 * i, 99, 10)) for i in range(4)]
+    prompt, short, long = "[INST] <Img><ImageHere></Img> [vqa] which one? [/INST]", "4", "9 8 7 6 5 4 3 2 1 0 9 8 7 6 5"
+    sizes = [len(processor.tokenizer(" " + text, add_special_tokens=False).input_ids) + 1 for text in (short, long)]
+    assert sizes[0] <= 3
+    assert sizes[1] >= 30
+
+    def rows(answers, images):
+        batch = processor(text=[prompt] * len(answers), images=images, answers=answers, task="vqa")
+        return {**batch, "sample_tasks": torch.zeros(len(answers), dtype=torch.long)}
+
+    def gradient(*parts):
+        model.zero_grad()
+        batches, tokens = trainer.get_batch_samples(iter(parts), len(parts), torch.device("cpu"))
+        trainer.current_gradient_accumulation_steps = len(batches)
+        loss = sum(trainer.training_step(model, part, tokens) for part in batches)
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole_loss, whole = gradient(rows([short, long, long, long], images))
+    parts_loss, parts = gradient(rows([short], images[:1]), rows([long] * 3, images[1:]))
+    assert parts_loss == pytest.approx(float(whole_loss), rel=1e-6)
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_telemetry_names_tasks_by_the_model_s_own_list(small_overrides, tmp_path):
+    recipe = config.load("tiny", small_overrides)
+    model, processor = small(connector={"hidden_features": 24, "router_features": 12, "task_features": 8, "tasks": list(IMAGE_TASKS)[::-1]})
+    trainer = UniMedTrainer(recipe, model.train(), processor, None, tmp_path)
+    rows = processor(text="[INST] <Img><ImageHere></Img> [vqa] which modality? [/INST]", images=picture(1), answers="CT")
+    trainer.compute_loss(model, {**rows, "sample_tasks": torch.tensor([TASKS.index("vqa")])})
+    trainer.log({"loss": 1.0})
+    logged = trainer.state.log_history[-1]
+    assert {"loss/vqa", "router_entropy/vqa"} <= logged.keys()
+    assert not any(task in key for key in logged for task in ("cls", "caption", "refer"))
+
+
+def test_lora_trains_resumes_and_evaluates(small_overrides, tmp_path, without_java):
+    settings = ["lora.enabled=true", "lora.r=4", "evaluate.limit=1", "evaluate.splits=[slab]", "train.max_steps=8"]
+    recipe = config.load("tiny", [*small_overrides, *settings])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(recipe, whole)
+    with pytest.raises(Killed):
+        train(recipe, killed, callbacks=[KillAt(6)])
+    train(recipe, killed, resume=True)
+    assert log_of(killed) == log_of(whole)
+    ours, theirs = (load_file(run / "model" / "adapter_model.safetensors") for run in (killed, whole))
+    assert all(any(part in name for name in ours) for part in (".lora_A", "connector", "vision_tower"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(value.any() for name, value in ours.items() if ".lora_B" in name)
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(killed, moved)
+    shutil.rmtree(killed)
+    for folder in (moved, moved / "checkpoint-8"):
+        model, _ = load_model(folder)
+        saved = {name.replace(".modules_to_save.default", "").replace(".default", ""): value for name, value in model.state_dict().items()}
+        assert all(torch.equal(saved[name], value) for name, value in ours.items())
+    result = evaluate_run(moved)
+    assert result["splits"]["slab"]["rows"]["trained"].keys() == set(TASKS)
 
 
 def test_weight_decay_goes_where_the_release_puts_it(recipe, tmp_path):
@@ -202,6 +309,14 @@ def test_an_auxiliary_loss_adds_to_the_loss_by_its_weight(small_overrides, tmp_p
     weighted = log_of(train(config.load("tiny", [*same, "connector.aux_losses={z: 100}"]), tmp_path / "weighted"))[0]
     assert plain["aux/z"] == weighted["aux/z"] > 0
     assert weighted["loss"] - plain["loss"] == pytest.approx(100 * weighted["aux/z"], rel=1e-3)
+
+
+def test_a_process_takes_one_gpu(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for name, value in {"is_available": True, "device_count": 4, "set_device": None}.items():
+            patch.setattr(torch.cuda, name, lambda *device, value=value: value)
+        assert arguments(recipe, tmp_path).n_gpu == 1
+    arguments(recipe, tmp_path)  # and accelerate is back on the CPU
 
 
 def test_half_precision_without_a_gpu_is_refused(small_overrides, tmp_path):

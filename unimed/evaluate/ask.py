@@ -54,9 +54,20 @@ class Answer:
 
 
 def ask(
-    image: str, question: str, task: str, model: Path, plane: str = "axial", index: int | None = None, window: str | None = None
+    image: str,
+    question: str,
+    task: str,
+    model: Path,
+    plane: str = "axial",
+    index: int | None = None,
+    window: str | None = None,
+    device: str = "auto",
+    verify: bool = False,
 ) -> Answer:
-    """`image` is a path, or "-" for the text-only task. Errors name the argument that is wrong."""
+    """`image` is a path, or "-" for the text-only task. Errors name the argument that is wrong.
+
+    `device` and `verify` as in `load_model`.
+    """
     if task not in TASKS:
         raise UserError(f"--task {task}: no such task; valid are {', '.join(TASKS)}")
     if (image == "-") != (task == "qa"):
@@ -74,7 +85,7 @@ def ask(
         question = _class_question(model, question.strip())
     pixels = np.asarray(picture) if picture else None
     example = Example("asked", task, "asked", question.strip(), "", pixels, size, box, template=task, max_words=0)
-    network, processor = load_model(model)
+    network, processor = load_model(model, device, verify)
     text = answers(network, processor, [example], batch_size=1)[0]
     odd = ""
     if task == "refer" and size:

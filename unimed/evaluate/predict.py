@@ -10,6 +10,7 @@ from PIL import Image
 
 from unimed.data.example import Example
 from unimed.data.images import load_image
+from unimed.errors import UserError
 from unimed.tasks import prompts
 
 
@@ -35,19 +36,25 @@ def answers(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     found: list[str] = []
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        images = [load_image(example) for example in part if example.image is not None]
-        batch = processor(
-            text=[prompts.chat(prompts.instruction(example, None)) for example in part],
-            images=([blank(image) for image in images] if blank_images else images) or None,
-            task=[example.task for example in part],
-            padding_side="left",
-        )
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-        found += processor.decode_answers(sequences, prompt_length=inputs["input_ids"].shape[1])
-        if progress:
-            progress(len(part))
-    model.train(was_training)
+    try:
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            images = [load_image(example) for example in part if example.image is not None]
+            batch = processor(
+                text=[prompts.chat(prompts.instruction(example, None)) for example in part],
+                images=([blank(image) for image in images] if blank_images else images) or None,
+                task=[example.task for example in part],
+                padding_side="left",
+            )
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            length, positions = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+            if length + max_new_tokens > positions:
+                what = f"a prompt of {length} tokens and an answer of up to {max_new_tokens}"
+                raise UserError(f"{what} do not fit the model's {positions} positions; shorten the question or evaluate.max_new_tokens")
+            sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+            found += processor.decode_answers(sequences, prompt_length=length)
+            if progress:
+                progress(len(part))
+    finally:
+        model.train(was_training)
     return found

@@ -44,12 +44,16 @@ def split_name(root: Path, split: str) -> str:
 
 
 def evaluate_run(
-    run: Path, overrides: list[str] | None = None, progress: Callable[[str, str, int, int], None] | None = None
+    run: Path,
+    overrides: list[str] | None = None,
+    progress: Callable[[str, str, int, int], None] | None = None,
+    device: str = "auto",
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Writes metrics.json and predictions.json of a trained run and returns the former.
 
     `overrides` change what is evaluated (`evaluate.limit=20`, `data.root=...`); both files say on what. `progress` gets the split's name,
-    row, examples done and their number.
+    row, examples done and their number. `device` and `verify` as in `load_model`.
     """
     if not (run / training.RECIPE_FILE).is_file():
         raise UserError(f"{run}: not a run of unimed (no {training.RECIPE_FILE}); train one with: unimed train tiny")
@@ -63,7 +67,10 @@ def evaluate_run(
     held_out = {split: _held_out(recipe, split) for split in settings.splits}
     seen, untrained, left_out = _before_training(stored)
     majority = seen if recipe.data == stored.data and seen else _some(recipe, "train")
-    trained = training.load_model(run)
+    trained = training.load_model(run, device, verify)
+    weights = next(trained[0].parameters())
+    if untrained is not None:
+        untrained = untrained[0].to(device=weights.device, dtype=weights.dtype), untrained[1]
     splits: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
     for split, examples in held_out.items():
@@ -94,7 +101,7 @@ def evaluate_run(
         "data": {"root": recipe.data.root, "sample": is_sample(root)},
         "evaluate": dataclasses.asdict(settings),
         "left_out": left_out,
-        "machine": machine.describe(),
+        "machine": machine.describe() | {"device": str(weights.device), "dtype": str(weights.dtype).removeprefix("torch.")},
         "splits": splits,
     }
     files.write_json(run / PREDICTIONS_FILE, predictions)

@@ -123,14 +123,20 @@ def released_config() -> UniMedConfig:
 
 
 def make_processor(config: UniMedConfig, tokenizer: Any, answer_prefix: str = " ") -> UniMedProcessor:
-    """The processor that fits a configuration: CLIP mean and deviation, bicubic, aspect ratio not kept."""
-    side = config.vision_config.image_size
+    """The processor that fits a configuration: CLIP mean and deviation, bicubic, aspect ratio not kept.
+
+    Prompt and answer together stay within the language model's positions; at most 3,800 and 1,024 tokens, as released.
+    """
+    side, positions = config.vision_config.image_size, config.text_config.max_position_embeddings
+    answer = min(1024, positions // 4)
     return UniMedProcessor(
         image_processor=BlipImageProcessorPil(size={"height": side, "width": side}),
         tokenizer=tokenizer,
         num_image_tokens=config.num_image_tokens,
         tasks=config.tasks,
         answer_prefix=answer_prefix,
+        max_prompt_tokens=min(3800, positions - answer),
+        max_answer_tokens=answer,
     )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,23 +23,52 @@ from unimed.model.processing import UniMedProcessor
 
 
 def load(
-    path: str | os.PathLike, *, base: str | os.PathLike | None = None, dtype: torch.dtype | None = None, trainable: bool = False
+    path: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    search: Iterable[str | os.PathLike] = (),
 ) -> tuple[Any, UniMedProcessor]:
     """The model and processor saved in a folder; safetensors only, nothing fetched, every key and shape must fit.
 
-    A folder with an adapter gives a model with LoRA on `base` (default: the base that the adapter names).
+    A folder with an adapter gives a model with LoRA on `base` (default: the base that the adapter names, relative to the adapter; if it
+    is not there, a folder of that name in one of the folders `search`).
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
-        found = base or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if not found:
-            raise UserError(f"{folder}: the adapter names no base model, give its folder as base")
-        # A base that was saved with the adapter is named relative to it, and shares its processor.
-        where = folder / found if base is None and (folder / found).is_dir() else Path(found)
+        where = Path(base) if base is not None else _base(folder, search)
         model = _model(where, dtype)
         return load_adapter(model, folder, trainable), _processor(folder if _has_processor(folder) else where, model.config)
     model = _model(folder, dtype)
     return model, _processor(folder, model.config)
+
+
+def _base(folder: Path, search: Iterable[str | os.PathLike]) -> Path:
+    """The folder of the base model that an adapter names."""
+    name = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: the adapter names no base model, give its folder as base")
+    places = [folder / name, Path(name), *(Path(place) / Path(name).name for place in search)]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        tried = " or ".join(dict.fromkeys(map(str, places)))
+        raise UserError(f"{folder}: the adapter's base model is not at {tried}; give its folder as base")
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` stands for: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1"."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UserError(f"device {name!r}: it must be auto, cpu, cuda, or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: PyTorch finds no GPU here; use cpu or auto")
+    if match[1] and int(match[1]) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    return torch.device(name)
 
 
 def _model(folder: Path, dtype: torch.dtype | None) -> UniMedForConditionalGeneration:

@@ -26,20 +26,26 @@ class UniMedPeftModel(PeftModel):
     """A PeftModel whose adapter folder has our model card, and holds its base where nothing else does; every file is complete before it
     takes its name."""
 
+    home: Path | None = None  # where the folder that is being written will lie, if not where it is written
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As peft does. The base is named relative to the adapter: both may move together."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         config = self.peft_config["default"]
-        config.base_model_name_or_path = config.base_model_name_or_path or BASE
+        base = config.base_model_name_or_path = config.base_model_name_or_path or BASE
         beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             # The vocabulary belongs to the base model; left to itself, peft would look the base up on a hub.
-            if config.base_model_name_or_path == BASE and kwargs.get("is_main_process", True):
+            if base == BASE and kwargs.get("is_main_process", True):
                 self._save_base(target / BASE)
+            if base != BASE:
+                config.base_model_name_or_path = os.path.relpath(base, (self.home or target).resolve())
             super().save_pretrained(str(beside), *args, **{"save_embedding_layers": False, **kwargs})
             for file in beside.iterdir():
                 file.replace(target / file.name)
         finally:
+            config.base_model_name_or_path = base
             shutil.rmtree(beside, ignore_errors=True)
 
     def _save_base(self, folder: Path) -> None:
@@ -61,9 +67,14 @@ def add_lora(model: UniMedForConditionalGeneration, r: int = 8, alpha: int = 16,
     """LoRA on every Linear of the language model but its head; the connector, and an encoder that is not frozen, train whole."""
     whole = ["connector"] if model.config.freeze_vision else ["connector", "vision_tower"]
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, modules_to_save=whole)
-    saved = Path(model.config.name_or_path or "")
-    config.base_model_name_or_path = str(saved.resolve()) if (saved / "config.json").is_file() else None
+    config.base_model_name_or_path = _folder_of(model)
     return UniMedPeftModel(model, config)
+
+
+def _folder_of(model: UniMedForConditionalGeneration) -> str | None:
+    """Where the base model was loaded from, if it is still there."""
+    saved = Path(model.config.name_or_path or "")
+    return str(saved.resolve()) if (saved / "config.json").is_file() else None
 
 
 def merge(model: UniMedPeftModel) -> UniMedForConditionalGeneration:
@@ -81,6 +92,8 @@ def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLik
     try:
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
+        if config.base_model_name_or_path != BASE:
+            config.base_model_name_or_path = _folder_of(model)
         adapted = UniMedPeftModel(model, config)
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             saved = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118

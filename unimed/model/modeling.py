@@ -45,6 +45,11 @@ class UniMedOutput(ModelOutput):
     lm_loss: Tensor | None = None
 
 
+def _many_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers text from medical images and text. Research use, not for diagnosis."""
 
@@ -126,6 +131,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        num_images_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> UniMedOutput:
         """
@@ -134,17 +140,20 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             task_ids: [I], each image's index in `config.tasks`.
             labels: [B, L], -100 where nothing is learned; the shift by one happens here.
             num_items_in_batch: learned tokens of the whole optimiser step, when this batch is one part of it.
+            num_images_in_batch: images of the whole optimiser step; by default the auxiliary loss weighs by learned tokens, too.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        connected = None
+        connected = absent = None
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("pixel_values need input_ids: the image tokens say where the images go")
             connected = self.connector(self.encode_images(pixel_values), task=task_ids)
             inputs_embeds = self._place_images(inputs_embeds, input_ids, connected.embeddings)
+        elif labels is not None and self.training and torch.is_grad_enabled() and _many_processes():
+            absent = self._without_images(labels.device)
         if position_ids is None and cache is None and attention_mask is not None and attention_mask.dim() == 2:
             # Counted over real tokens, so that padding on either side changes nothing.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -169,9 +178,15 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             summed = functional.cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
             loss = lm_loss = summed / total
             if connected is not None:
-                # Parts of one optimiser step weigh by their learned tokens, as their language loss does.
-                share = 1.0 if num_items_in_batch is None else learned / num_items_in_batch
+                # A part of an optimiser step weighs by its images, or as its language loss does.
+                share: Tensor | float = 1.0
+                if num_images_in_batch is not None:
+                    share = connected.embeddings.shape[0] / num_images_in_batch
+                elif num_items_in_batch is not None:
+                    share = learned / num_items_in_batch
                 loss = lm_loss + share * connected.aux_loss
+            elif absent is not None:
+                loss = lm_loss + absent
         return UniMedOutput(
             loss=loss,
             logits=outputs.logits,
@@ -183,6 +198,16 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             aux_losses=connected.aux_losses if connected is not None else None,
             lm_loss=lm_loss,
         )
+
+    def _without_images(self, device: torch.device) -> Tensor:
+        """Zero, with every parameter of tower and connector in its graph.
+
+        Processes average their gradients tensor by tensor: one whose batch has no image takes part with zeros, or the others wait.
+        """
+        side = self.config.vision_config.image_size
+        pixels = torch.zeros(1, 3, side, side, device=device)
+        connected = self.connector(self.encode_images(pixels), task=torch.zeros(1, dtype=torch.long, device=device))
+        return 0.0 * (connected.embeddings.float().sum() + connected.aux_loss)
 
     def _place_images(self, inputs_embeds: Tensor, input_ids: Tensor, embeddings: Tensor) -> Tensor:
         where = torch.eq(input_ids, cast(int, self.config.image_token_index))

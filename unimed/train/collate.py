@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from functools import lru_cache
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,8 @@ from unimed.train.augment import augment
 from unimed.train.config import Augment
 from unimed.train.sampler import Draw
 
+SPARE = 4  # an image that is augmented keeps up to so many times the model's pixels a side
+
 
 class Sample(NamedTuple):
     task: str
@@ -27,11 +31,16 @@ class Sample(NamedTuple):
 
 
 class TrainingSet(Dataset[Sample]):
-    """Draws (index, seed) in, samples out: the seed decides the prompt of the pool and the augmentation."""
+    """Draws (index, seed) in, samples out: the seed decides the prompt of the pool and the augmentation.
 
-    def __init__(self, examples: list[Example], settings: Augment, cache_images: int = 4096):
-        self.examples, self.settings = examples, settings
-        self._image = lru_cache(maxsize=cache_images)(lambda index: load_image(examples[index]))
+    `side` is the model's image size: larger images are reduced before they are kept. `cache_mb` bounds the memory of the images kept,
+    in each process that reads.
+    """
+
+    def __init__(self, examples: list[Example], settings: Augment, side: int | None = None, cache_mb: float = 2048):
+        self.examples, self.settings, self.side = examples, settings, side
+        self.cache_bytes, self.cached_bytes = int(cache_mb * 2**20), 0
+        self._cache: OrderedDict[Any, tuple[Image.Image, tuple[int, int]]] = OrderedDict()  # the last used comes last
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -41,9 +50,48 @@ class TrainingSet(Dataset[Sample]):
         example = self.examples[index]
         image = None
         if example.image is not None:
-            example, image = augment(example, self._image(index), self.settings, np.random.default_rng(seed))
+            image, size = self._image(index)
+            example, image = augment(_resized(example, size, image.size), image, self.settings, np.random.default_rng(seed))
         prompt = prompts.chat(prompts.instruction(example, random.Random(seed)))
         return Sample(example.task, prompt, example.answer, image)
+
+    def _image(self, index: int) -> tuple[Image.Image, tuple[int, int]]:
+        """The image as it is kept, and its size in the file."""
+        example = self.examples[index]
+        key = example.image if isinstance(example.image, Path) else index
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        image = load_image(example)
+        opened = self._reduced(image), image.size
+        if _bytes(opened[0]) <= self.cache_bytes:
+            self._cache[key] = opened
+            self.cached_bytes += _bytes(opened[0])
+            while self.cached_bytes > self.cache_bytes:
+                self.cached_bytes -= _bytes(self._cache.popitem(last=False)[1][0])
+        return opened
+
+    def _reduced(self, image: Image.Image) -> Image.Image:
+        if self.side is None:
+            return image
+        if self.settings == Augment():  # nothing comes before the processor's own resizing, which this is
+            size = (self.side, self.side)
+        else:
+            size = (min(image.width, SPARE * self.side), min(image.height, SPARE * self.side))
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _resized(example: Example, size: tuple[int, int], new: tuple[int, int]) -> Example:
+    """The example with its box in pixels of the resized image."""
+    if example.box is None or size == new:
+        return example
+    x, y = new[0] / size[0], new[1] / size[1]
+    x1, y1, x2, y2 = example.box
+    return dataclasses.replace(example, box=(x1 * x, y1 * y, x2 * x, y2 * y), size=new)
+
+
+def _bytes(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands())
 
 
 class Collator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,19 +32,33 @@ COUNTS = {
     "evaluate": "batch_size max_new_tokens",
 }
 AMOUNTS = {
-    "data": "cache_images",
+    "data": "cache_mb workers",
     "optim": "lr warmup_lr min_lr warmup_steps weight_decay clip",
     "train": "threads",
     "evaluate": "limit",
 }
 SHARES = {"augment": "zoom shift brightness contrast noise", "lora": "dropout"}
+SEEDS = 2**32  # NumPy takes no larger seed
+
+# A run may be resumed with other values of these: they do not change what is learned.
+HARMLESS = {
+    "": "name description",
+    "data.": "root strict links cache_mb workers",
+    "train.": "gradient_checkpointing log_every save_every keep threads",
+    "evaluate.": "splits batch_size max_new_tokens limit",
+}
+# Keys of earlier versions: left out of a file with a warning.
+REMOVED = {"data.cache_images": "data.cache_mb"}
+# The language models that can be trained, and the keys of `language` that each one reads.
+LANGUAGES = {"tiny": ("width", "layers", "heads", "mlp_width", "vocab_size"), "smollm2": ("archive",)}
 
 
 @dataclass
 class Data:
     root: str = ".cache/unimed/sample"
     tasks: list[str] = field(default_factory=lambda: list(ALL_TASKS))
-    cache_images: int = 4096  # decoded training images kept in memory
+    cache_mb: int = 2048  # memory for decoded training images, shared by the workers
+    workers: int = 0  # processes that prepare batches; 0: the training process itself
     strict: bool = False  # the first bad record is an error; else bad records are left out, counted and named in one line
     languages: list[str] = field(default_factory=lambda: ["en"])  # of the questions, where a data set has several (SLAKE: en, zh)
     protocol: Literal["released", "standard"] = "released"  # released: texts end after 50 words, without MedQA's options or abstracts
@@ -183,7 +198,10 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     config = OmegaConf.structured(Recipe)
     config.name = path.stem
     for key, value in _leaves(OmegaConf.to_container(raw), Recipe):
-        _set(config, key, value, where=f"recipe {path}")
+        if key in REMOVED:
+            warnings.warn(f"recipe {path}: {key} is no longer read; use {REMOVED[key]}", stacklevel=2)
+        else:
+            _set(config, key, value, where=f"recipe {path}")
     for text in overrides or []:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
@@ -265,6 +283,10 @@ def check(recipe: Recipe) -> None:
                 raise UserError(f"{key}={value(r, key)}: must be at least 0 and below 1")
     if len(r.optim.betas) != 2 or not all(0 <= beta < 1 for beta in r.optim.betas):
         raise UserError(f"optim.betas={r.optim.betas}: must be two numbers in [0, 1)")
+    if not 0 <= r.train.seed < SEEDS:
+        raise UserError(f"train.seed={r.train.seed}: must be from 0 to {SEEDS - 1}")
+    if not r.cannot_run:
+        _check_language(r.language)
     for key, total, part in (
         ("vision.image_size", r.vision.image_size, r.vision.patch_size),
         ("vision.width", r.vision.width, r.vision.heads),
@@ -273,6 +295,24 @@ def check(recipe: Recipe) -> None:
     ):
         if total % part:
             raise UserError(f"{key}={total}: must be a multiple of {part}")
+
+
+def _check_language(language: Language) -> None:
+    read = LANGUAGES.get(language.kind)
+    if read is None:
+        raise UserError(f"language.kind={language.kind!r}: cannot be trained yet; supported are {', '.join(LANGUAGES)}")
+    for item in fields(language):
+        given = getattr(language, item.name)
+        if item.name not in ("kind", *read) and given != item.default:
+            keys = ", ".join(f"language.{name}" for name in read)
+            what = f"language.{item.name}={given!r}: language.kind={language.kind!r} does not read it, only {keys}"
+            raise UserError(f"{what}; leave it out, or start from the recipe {language.kind}")
+
+
+def harmless(key: str) -> bool:
+    """Whether a run may be resumed with another value of this key."""
+    section, dot, name = key.rpartition(".")
+    return name in HARMLESS.get(section + dot, "").split()
 
 
 def value(recipe: Recipe, key: str) -> Any:
@@ -295,6 +335,8 @@ def _leaves(raw: Any, node: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
     valid = dotted_keys()
+    if key in REMOVED:
+        raise UserError(f"{where}: {key}={value!r} is no longer read; use {REMOVED[key]}")
     mapping = next((known for known in ("sampler.ratios", "connector.aux_losses") if key.startswith(known + ".")), None)
     if key not in valid and mapping is None:
         if any(known.startswith(key + ".") for known in valid):

@@ -12,7 +12,7 @@ LINES = 10  # lines of a whole run where there is no terminal
 
 
 def bar(console: Console) -> Progress:
-    """The bar all commands use. Without a terminal it draws nothing: there `Lines` speaks."""
+    """The bar all commands use. Hidden without a terminal; TrainingProgress then prints a line every tenth of the run."""
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -27,15 +27,22 @@ def bar(console: Console) -> Progress:
 
 
 class TrainingProgress(TrainerCallback):
+    """Progress of the main process; the others show nothing."""
+
     def __init__(self, console: Console):
         self.console, self.note = console, ""
+        self.progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         self.progress = bar(self.console)
         self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, note="")
         self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is None:
+            return
         self.progress.update(self.task, completed=state.global_step, note=self.note)
         if not self.console.is_terminal and state.global_step % max(state.max_steps // LINES, 1) == 0:
             note = f", {self.note}" if self.note else ""
@@ -46,4 +53,5 @@ class TrainingProgress(TrainerCallback):
             self.note = f"loss {logs['loss']:.3f}"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
+        if self.progress is not None:
+            self.progress.stop()

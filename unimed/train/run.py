@@ -1,10 +1,14 @@
 """One training run: a recipe in, a folder with the model, its logs and checkpoints out.
 
-runs/<name>/recipe.yaml  metrics.jsonl  router.json  run.json  checkpoint-<step>/  model/
+runs/<name>/recipe.yaml  start.json  metrics.jsonl  router.json  run.json  checkpoint-<step>/  model/
+
+Under torchrun every process calls `train`; the main process makes the folder and writes into it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,7 +24,7 @@ from unimed.train import config as recipes
 from unimed.train import files, machine
 from unimed.train.config import Recipe
 
-RECIPE_FILE, RUN_FILE, MODEL_FOLDER = "recipe.yaml", "run.json", "model"
+RECIPE_FILE, START_FILE, RUN_FILE, MODEL_FOLDER = "recipe.yaml", "start.json", "run.json", "model"
 
 
 def examples(recipe: Recipe, split: str) -> list[Example]:
@@ -37,8 +41,7 @@ def examples(recipe: Recipe, split: str) -> list[Example]:
 
 def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
     """The untrained model of a recipe and its processor, the same every time for the same seed."""
-    if recipe.cannot_run:
-        raise UserError(f"recipe {recipe.name!r} cannot run here: {recipe.cannot_run}")
+    _can_run(recipe)
     from transformers import set_seed
 
     set_seed(recipe.train.seed)
@@ -75,6 +78,11 @@ def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
     return model, processor
 
 
+def _can_run(recipe: Recipe) -> None:
+    if recipe.cannot_run:
+        raise UserError(f"recipe {recipe.name!r} cannot run here: {recipe.cannot_run}")
+
+
 def _vision(recipe: Recipe) -> dict[str, Any]:
     side = recipe.vision
     sizes = {"image_size": side.image_size, "patch_size": side.patch_size}
@@ -89,23 +97,50 @@ def texts(train_examples: Sequence[Example]) -> Iterator[str]:
         yield example.answer
 
 
-def train(recipe: Recipe, run: Path, resume: bool = False, overwrite: bool = False, callbacks: list[Any] | None = None) -> Path:
-    """Trains and returns the run's folder. A killed run goes on from its last checkpoint with `resume`."""
-    from unimed.train.collate import TrainingSet
-    from unimed.train.trainer import UniMedTrainer, checkpoints
+def train(
+    recipe: Recipe,
+    run: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: list[Any] | None = None,
+    command: str = "train",
+) -> Path:
+    """Trains and returns the run's folder. A killed run goes on from its last checkpoint with `resume`.
 
+    `command` is what the run says it was made by.
+    """
+    from unimed.train import processes
+    from unimed.train.collate import TrainingSet
+    from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
+
+    _can_run(recipe)
+    settings = arguments(recipe, run)  # under torchrun, the processes find each other here
     if recipe.train.threads:
         import torch
 
         torch.set_num_threads(recipe.train.threads)
     train_examples = examples(recipe, "train")
-    _prepare_folder(recipe, run, resume, overwrite)
-    model, processor = build(recipe, train_examples)
-    data = TrainingSet(train_examples, recipe.augment, recipe.data.cache_images)
-    trainer = UniMedTrainer(recipe, model, processor, data, run, callbacks)
-    last = checkpoints(run)[-1:] if resume else []
-    if last:
-        trainer.resume(last[0])
+    start = {"command": command, "processes": settings.world_size, **_fingerprint(train_examples)}
+
+    def prepare() -> Path | None:
+        if not resume:
+            _new_folder(recipe, start, run, overwrite)
+            return None
+        _same(recipe, start, run)
+        last = checkpoints(run)[-1:]
+        for checkpoint in last:
+            files.verify_folder(checkpoint)
+        files.write_text(run / RECIPE_FILE, recipes.dump(recipe))
+        return last[0] if last else None
+
+    checkpoint = processes.on_main(prepare)
+    with processes.main_first():  # a language model that is converted once is kept for the others
+        model, processor = build(recipe, train_examples)
+    cache_mb = recipe.data.cache_mb / max(recipe.data.workers, 1)
+    data = TrainingSet(train_examples, recipe.augment, recipe.vision.image_size, cache_mb)
+    trainer = UniMedTrainer(recipe, model, processor, data, run, callbacks, settings)
+    if checkpoint:
+        trainer.resume(checkpoint)
     else:
         trainer.train()
 
@@ -113,11 +148,12 @@ def train(recipe: Recipe, run: Path, resume: bool = False, overwrite: bool = Fal
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    if trainer.args.should_save:
+    def finish() -> None:
         files.write_folder(run / MODEL_FOLDER, save)
         record = {
             "seconds": round(trainer.seconds(), 1),
             "steps": trainer.state.global_step,
+            "processes": settings.world_size,
             "examples": len(train_examples),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -125,15 +161,20 @@ def train(recipe: Recipe, run: Path, resume: bool = False, overwrite: bool = Fal
             "machine": machine.describe(),
         }
         files.write_json(run / RUN_FILE, record)
+
+    processes.on_main(finish)
     return run
 
 
-def _prepare_folder(recipe: Recipe, run: Path, resume: bool, overwrite: bool) -> None:
-    if resume:
-        if not (run / RECIPE_FILE).is_file():
-            raise UserError(f"{run}: nothing to resume: no {RECIPE_FILE} there; leave out --resume to start")
-        _same(recipe, recipes.load(run / RECIPE_FILE), run)
-        return
+def _fingerprint(train_examples: Sequence[Example]) -> dict[str, Any]:
+    """What a resumed run must find again: which examples, in which order. The folder they lie in may have another name."""
+    digest = hashlib.sha256()
+    for example in train_examples:
+        digest.update(json.dumps([example.task, example.question, example.answer], ensure_ascii=False).encode() + b"\n")
+    return {"examples": len(train_examples), "examples_sha256": digest.hexdigest()}
+
+
+def _new_folder(recipe: Recipe, start: dict[str, Any], run: Path, overwrite: bool) -> None:
     if (run / RECIPE_FILE).exists():
         if not overwrite:
             raise UserError(f"{run}: this run exists; go on with --resume, start it again with --overwrite, or choose another --name")
@@ -141,22 +182,65 @@ def _prepare_folder(recipe: Recipe, run: Path, resume: bool, overwrite: bool) ->
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run}: exists and is not a run of unimed; choose another --name")
     files.write_text(run / RECIPE_FILE, recipes.dump(recipe))
+    files.write_json(run / START_FILE, start)
 
 
-def _same(recipe: Recipe, stored: Recipe, run: Path) -> None:
+def _same(recipe: Recipe, start: dict[str, Any], run: Path) -> None:
+    """Raises UserError where going on with this recipe, data or number of processes would not be the run that was started."""
+    stored = stored_recipe(run)
     for key in recipes.dotted_keys():
         new, old = recipes.value(recipe, key), recipes.value(stored, key)
-        if new != old:
+        if new != old and not recipes.harmless(key):
             raise UserError(f"{run}: cannot resume with {key}={new!r}: the run was started with {old!r}; keep that, or use another --name")
+    started = started_with(run)
+    if started.get("processes", start["processes"]) != start["processes"]:
+        was, now = started["processes"], start["processes"]
+        raise UserError(f"{run}: cannot resume with {now} processes: the run was started with {was}; use torchrun --nproc-per-node {was}")
+    if started.get("examples_sha256", start["examples_sha256"]) != start["examples_sha256"]:
+        was, now = started["examples"], start["examples"]
+        what = f"{now} training examples in data.root={recipe.data.root}, the run was started with {was}"
+        raise UserError(f"{run}: cannot resume with other data: {what if was != now else 'the examples changed'}; use another --name")
 
 
-def load_model(run: Path) -> tuple[Any, Any]:
-    """The trained model and processor of a run (its `model` folder, or a folder that save_pretrained wrote)."""
+def stored_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe that a run was started with, with overrides."""
+    if not (run / RECIPE_FILE).is_file():
+        raise UserError(f"{run}: nothing to resume: no {RECIPE_FILE} there; leave out --resume to start")
+    return recipes.load(run / RECIPE_FILE, overrides)
+
+
+def started_with(run: Path) -> dict[str, Any]:
+    """How a run was started: by which command, in how many processes, on which examples; {} for a run of an earlier version."""
+    return files.read_json(run / START_FILE) if (run / START_FILE).is_file() else {}
+
+
+def load_model(run: Path, device: str = "auto", verify: bool = False) -> tuple[Any, Any]:
+    """The trained model and processor of a run (its `model` folder, or a folder that save_pretrained wrote).
+
+    `device`: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". On a GPU a model trained in half precision is loaded so.
+    `verify` hashes every file of the folder first; else only sizes are compared.
+    """
     folder = run / MODEL_FOLDER if (run / MODEL_FOLDER).is_dir() else run
     if (folder / files.MANIFEST).is_file():
-        files.verify_folder(folder)
+        files.verify_folder(folder, hashes=verify)
+    elif verify:
+        raise UserError(f"{folder}: no {files.MANIFEST}, so there is nothing to verify the model by")
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
-    from unimed.model.load import load
+    from unimed.model.load import load, pick_device
 
-    return load(folder)
+    place = pick_device(device)
+    home = next((place for place in (run, run.parent) if (place / RECIPE_FILE).is_file()), None)  # also of a checkpoint
+    stored = stored_recipe(home) if home else None
+    dtype = precision(stored) if stored and place.type == "cuda" else None
+    archive = Path(stored.language.archive) if stored and stored.language.archive else None
+    search = [archive if archive.is_dir() else archive.parent] if archive else []
+    model, processor = load(folder, dtype=dtype, search=search)
+    return model.to(place), processor
+
+
+def precision(recipe: Recipe) -> Any:
+    """The dtype of products in training, in which a GPU answers, too."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from unimed.analysis.router import RouterHistory
-from unimed.data.example import IMAGE_TASKS, TASKS
+from unimed.data.example import TASKS
 from unimed.errors import UserError
-from unimed.train import files, schedule
+from unimed.model.lora import UniMedPeftModel
+from unimed.model.processing import UniMedProcessor
+from unimed.train import files, processes, schedule
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.config import Recipe
 from unimed.train.sampler import TaskRatioSampler, group
 
-ROUTER_FILE = "router.json"
+METRICS_FILE, ROUTER_FILE = "metrics.jsonl", "router.json"
 
 
 def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
+    """What the Trainer is told. Under torchrun this starts the process group."""
     train, optim = recipe.train, recipe.optim
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16': needs a GPU, and there is none; use bf16 or fp32")
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(run),
         max_steps=train.max_steps,
         per_device_train_batch_size=train.batch_size,
@@ -49,10 +54,14 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_steps=train.save_every,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # a batch without an image still passes through every parameter
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
     )
+    # A process takes one GPU: nn.DataParallel would deal out texts and images apart. Several GPUs are for torchrun.
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
 
 
 class UniMedTrainer(Trainer):
@@ -66,10 +75,11 @@ class UniMedTrainer(Trainer):
         data: TrainingSet,
         run: Path,
         callbacks: list[TrainerCallback] | None = None,
+        settings: TrainingArguments | None = None,
     ):
         super().__init__(
             model=model,
-            args=arguments(recipe, run),
+            args=settings or arguments(recipe, run),
             train_dataset=data,
             data_collator=Collator(processor),
             processing_class=processor,
@@ -77,12 +87,15 @@ class UniMedTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        # The model's loss is the mean over one batch, also under accumulation: the Trainer divides it by the number of batches.
-        self.model_accepts_loss_kwargs = False
         self.recipe, self.run = recipe, run
         self.router = RouterHistory()
         self._beside: Path | None = None
-        self._sums: dict[str, list[float]] = {}  # name -> [sum, weight] since the last log
+        self.images_in_step: Tensor | None = None  # images of the optimiser step, over all its batches and processes
+        # Observed since the last log: by task the sum and number of the answers' losses; each batch's auxiliary losses with
+        # their weights; each batch's task_ids [I] and gates [I, N, E].
+        self._losses = torch.zeros(len(TASKS), 2, dtype=torch.float64)
+        self._aux: dict[str, list[Tensor]] = {}
+        self._gates: list[tuple[Tensor, Tensor]] = []
         self._start, self._seconds_before = time.perf_counter(), 0.0
 
     def seconds(self) -> float:
@@ -97,9 +110,25 @@ class UniMedTrainer(Trainer):
         members, probabilities = group(data.examples, recipe.sampler.ratios)
         batches = recipe.train.max_steps * recipe.train.accumulate * self.accelerator.num_processes
         sampler = TaskRatioSampler(members, probabilities, recipe.train.batch_size, batches, recipe.train.seed, recipe.sampler.mode)
+        workers = recipe.data.workers
+        if workers:  # the tokenizer's threads and forked workers do not go together
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # On resuming, the Trainer skips the batches already seen: the sampler gives their indices, no image is read.
-        loader = DataLoader(data, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory)
+        loader = DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            num_workers=workers,
+        )
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimiser step, with the learned tokens in all of them; images are counted, too."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        images = torch.tensor(sum(_count_images(batch) for batch in batches), device=device)
+        self.images_in_step = self.accelerator.gather(images).sum()
+        return batches, tokens
 
     # Optimiser
 
@@ -121,47 +150,79 @@ class UniMedTrainer(Trainer):
     # Loss and telemetry
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The batch's part of the step's loss: tokens weigh alike, wherever they are, and so do images in the auxiliary losses."""
         inputs = dict(inputs)
         tasks = inputs.pop("sample_tasks")
-        outputs = model(**inputs)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, num_images_in_batch=self.images_in_step)
         if model.training:
             self._observe(outputs, inputs, tasks)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = outputs.loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.images_in_step:
+            # A step without any image leaves tower and connector as they are, as it does in one process.
+            for name, parameter in model.named_parameters():
+                if "language_model" not in name:
+                    parameter.grad = None
+        return loss
 
     @torch.no_grad()
-    def _observe(self, outputs: Any, inputs: dict[str, Any], tasks: torch.Tensor) -> None:
+    def _observe(self, outputs: Any, inputs: dict[str, Any], tasks: Tensor) -> None:
         labels = inputs["labels"][:, 1:]
         learned = labels != -100
         # Only the answers' tokens: a batch is mostly prompt, image and padding.
-        losses = cross_entropy(outputs.logits[:, :-1][learned].float(), labels[learned], reduction="none")
-        of_token = tasks[:, None].expand_as(labels)[learned]
-        for task in tasks.unique().tolist():
-            mine = losses[of_token == task]
-            if len(mine):
-                self._add(f"loss/{TASKS[task]}", float(mine.mean()), len(mine))
+        losses = cross_entropy(outputs.logits[:, :-1][learned].float(), labels[learned], reduction="none").double()
+        of_token = one_hot(tasks[:, None].expand_as(labels)[learned], len(TASKS)).double()
+        self._losses = self._losses.to(losses.device) + of_token.T @ torch.stack([losses, torch.ones_like(losses)], dim=1)
+        if outputs.gates is None:
+            return
+        share = _count_images(inputs) / self.images_in_step if self.images_in_step is not None else torch.tensor(1.0)
         for name, value in (outputs.aux_losses or {}).items():
-            self._add(f"aux/{name}", float(value), 1)
-        if outputs.gates is not None and inputs.get("task_ids") is not None:
-            gates, task_ids = outputs.gates, inputs["task_ids"]
-            gates = gates.reshape(len(task_ids), -1, gates.shape[-1])
-            for index in task_ids.unique().tolist():
-                self.router.add(IMAGE_TASKS[index], gates[task_ids == index])
+            self._aux.setdefault(name, []).append(torch.stack([value.double() * share, share.double()]))
+        task_ids = inputs["task_ids"]
+        self._gates.append((task_ids, outputs.gates.detach().reshape(len(task_ids), -1, outputs.gates.shape[-1])))
 
-    def _add(self, name: str, value: float, weight: float) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += value * weight
-        entry[1] += weight
+    def _telemetry(self) -> dict[str, float]:
+        """Mean loss by task and auxiliary losses since the last log, over all processes; gates go into the router's history."""
+        assert isinstance(self.processing_class, UniMedProcessor)
+        tasks = self.processing_class.tasks
+        gates: dict[str, list[Tensor]] = {}
+        for task_ids, batch in self._gates:
+            for index in task_ids.unique().tolist():
+                gates.setdefault(tasks[index], []).append(batch[task_ids == index].cpu())
+        mine: dict[str, Any] = {
+            "losses": self._losses.cpu(),
+            "aux": {name: torch.stack(parts).sum(0).cpu() for name, parts in self._aux.items()},
+            "gates": gates,
+        }
+        self._losses, self._aux, self._gates = torch.zeros_like(self._losses), {}, []
+        everyone = processes.gather(mine)
+        found: dict[str, float] = {}
+        sums = {f"loss/{task}": [part["losses"][index] for part in everyone] for index, task in enumerate(TASKS)}
+        for name in {name for part in everyone for name in part["aux"]}:
+            sums[f"aux/{name}"] = [part["aux"][name] for part in everyone if name in part["aux"]]
+        for name, parts in sorted(sums.items()):
+            total, weight = torch.stack(parts).sum(0).tolist()
+            if weight:
+                found[name] = total / weight
+        for part in everyone:
+            for task, seen in part["gates"].items():
+                for one in seen:
+                    self.router.add(task, one)
+        entropies = self.router.close(self.state.global_step)
+        return found | {f"router_entropy/{task}": entry["entropy"] for task, entry in entropies.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update({name: total / weight for name, (total, weight) in sorted(self._sums.items()) if weight})
-            logs.update({f"router_entropy/{task}": entry["entropy"] for task, entry in self.router.close(self.state.global_step).items()})
+            logs.update(self._telemetry())
             logs["seconds"] = round(self.seconds(), 2)
-            self._sums = {}
         super().log(logs, start_time)
         if self.args.should_save:
-            files.write_text(self.run / "metrics.jsonl", "".join(f"{files.json_line(entry)}\n" for entry in self.state.log_history))
-            files.write_json(self.run / ROUTER_FILE, self.router.entries)
+            files.append_json_line(self.run / METRICS_FILE, self.state.log_history[-1])
+            if "loss" not in logs:  # the last one
+                files.write_json(self.run / ROUTER_FILE, self.router.entries)
 
     # Checkpoints
 
@@ -176,14 +237,20 @@ class UniMedTrainer(Trainer):
             shutil.rmtree(beside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._beside = beside
+        adapter = self.model if isinstance(self.model, UniMedPeftModel) else None
         try:
+            if adapter:
+                adapter.home = run / name
             super()._save_checkpoint(model, trial)
         finally:
             self._beside = None
+            if adapter:
+                adapter.home = None
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        files.write_json(beside / name / ROUTER_FILE, self.router.entries)
+        for folder in (beside / name, run):
+            files.write_json(folder / ROUTER_FILE, self.router.entries)
         files.place_folder(beside / name, run / name)
         shutil.rmtree(beside, ignore_errors=True)
         for old in checkpoints(run)[: -self.recipe.train.keep]:
@@ -191,15 +258,21 @@ class UniMedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # A pickle of the TrainingArguments: recipe.yaml says the same, and nobody should have to load a pickle.
+        # A pickle of the TrainingArguments: recipe.yaml says the same, and a pickle is not safe to load.
         (Path(output_dir or self.run) / "training_args.bin").unlink(missing_ok=True)
 
     def resume(self, checkpoint: Path) -> None:
-        files.verify_folder(checkpoint)
+        """Goes on from a verified checkpoint."""
         self.router.entries = files.read_json(checkpoint / ROUTER_FILE)
         history = files.read_json(checkpoint / "trainer_state.json")["log_history"]
+        if self.args.should_save:  # lines logged after the checkpoint will come again
+            files.write_text(self.run / METRICS_FILE, "".join(map(files.json_line, history)))
         self._seconds_before, self._start = max((entry.get("seconds", 0.0) for entry in history), default=0.0), time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _count_images(batch: dict[str, Any]) -> int:
+    return len(batch["pixel_values"]) if "pixel_values" in batch else 0
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -1,0 +1,45 @@
+"""What test_train_processes.py runs in two processes: torchrun two_processes.py FOLDER override..."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from unimed.__main__ import main
+from unimed.train import config
+from unimed.train.run import train
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise Killed
+
+
+def command(*arguments):
+    """Runs `unimed ...` in this process and returns its exit code."""
+    sys.argv = ["unimed", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+
+
+if __name__ == "__main__":
+    work, *overrides = sys.argv[1:]
+    torch.set_num_threads(1)
+    os.chdir(work)
+    recipe = config.load("tiny", [*overrides, "name=pair"])
+    try:
+        train(recipe, Path("runs/pair"), callbacks=[KillAt()])
+    except Killed:
+        print(f"killed in process {PartialState().process_index}", flush=True)
+    print(f"again: {command('train', 'tiny', *overrides, '--name', 'pair')}", flush=True)
+    print(f"resumed: {command('train', '--name', 'pair', '--resume')}", flush=True)
