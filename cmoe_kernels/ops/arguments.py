@@ -107,12 +107,12 @@ def may_read(index: Tensor) -> bool:
     return index.device.type == "cpu" or CHECK_ON_DEVICE
 
 
-def require_range(name: str, index: Tensor, size: int, what: str) -> None:
-    """Values in [0, size); reads the tensor, so it is for kernels (see the module's note)."""
+def require_range(name: str, index: Tensor, size: int, what: str, least: int = 0) -> None:
+    """Values in [least, size); reads the tensor, so it is for kernels (see the module's note)."""
     if index.numel() and may_read(index):
         low, high = (int(v) for v in index.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} holds {low if low < 0 else high}, must be in 0..{size - 1} ({what})")
+        if low < least or high >= size:
+            raise ValueError(f"{name} holds {low if low < least else high}, must be in {least}..{size - 1} ({what})")
 
 
 def require_permutation(name: str, index: Tensor) -> None:

@@ -44,7 +44,7 @@ def balance_loss(scores: Tensor, indices: Tensor | None, *_: Any) -> None:
 
 
 def _require_experts(indices: Tensor, experts: int) -> None:
-    require_range("indices", indices, experts + 1, f"{experts} experts, and {experts} for no expert")
+    require_range("indices", indices, experts + 1, f"{experts} experts; -1 and {experts} mean no expert", least=-1)
 
 
 # {op: the check of its arguments}

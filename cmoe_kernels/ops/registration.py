@@ -20,7 +20,14 @@ class Operator:
         self._call = getattr(torch.ops.cmoe, name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
+        try:
+            return self._call(*arguments)
+        except RuntimeError as error:
+            if "functorch transforms" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.qualname} has no rule for torch.func.grad, vjp or jacrev: use backward() or torch.autograd.grad"
+            ) from None
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         torch.library.register_fake(self.qualname, fake, lib=_library)

@@ -217,9 +217,9 @@ Sums sums_of(const Arguments& a, const Pieces& pieces, bool backward) {
       for (int64_t t = pieces.runs[r].first; t < pieces.runs[r].last; ++t) {
         for (int64_t i = 0; i < k; ++i) {
           const int64_t e = index(t, i);
-          if (e < 0 || e > experts) {
+          if (e < -1 || e > experts) {
             bad = true;
-          } else if (e < experts) {
+          } else if (e >= 0 && e < experts) {
             selected[e] += live(t);
           }
         }
@@ -247,10 +247,7 @@ Sums sums_of(const Arguments& a, const Pieces& pieces, bool backward) {
     for (int64_t i = 0; i < static_cast<int64_t>(by_lane.size()); ++i) part[i / lanes] += by_lane[i];
     if (bad) bad_index = true;
   });
-  if (bad_index) {
-    const std::string number_of = std::to_string(experts);
-    require_range("indices", torch::stable::contiguous(*a.indices), experts + 1, (number_of + " experts, and " + number_of + " for no expert").c_str());
-  }
+  if (bad_index) require_experts(torch::stable::contiguous(*a.indices), experts);
   for (int64_t piece = 0; piece < pieces.count(); ++piece) {
     const int64_t segment = pieces.list[piece].segment;
     for (int64_t e = 0; e < experts; ++e) {

@@ -110,10 +110,16 @@ inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool w
   return {bytes_of(grad), type_of("gradient", grad)};
 }
 
-inline void require_range(const char* name, const Tensor& index, int64_t size, const char* what) {
+inline void require_range(const char* name, const Tensor& index, int64_t size, const char* what, int64_t least = 0) {
   const int64_t* const values = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t i = 0, n = index.numel(); i < n; ++i)
-    STD_TORCH_CHECK(values[i] >= 0 && values[i] < size, name, " holds ", values[i], ", must be in 0..", size - 1, " (", what, ")");
+    STD_TORCH_CHECK(values[i] >= least && values[i] < size, name, " holds ", values[i], ", must be in ", least, "..", size - 1, " (", what, ")");
+}
+
+// Indices of experts: 0..experts - 1, or -1 or `experts` for no expert.
+inline void require_experts(const Tensor& indices, int64_t experts) {
+  const std::string count = std::to_string(experts);
+  require_range("indices", indices, experts + 1, (count + " experts; -1 and " + count + " mean no expert").c_str(), -1);
 }
 
 // A tensor that may be missing, without gaps.
@@ -137,22 +143,26 @@ class Sorted {
     STD_TORCH_CHECK(rows <= INT32_MAX, "x has ", tokens, " tokens of ", k_, " experts each, must make at most ", INT32_MAX, " rows");
     const Tensor chosen = torch::stable::contiguous(indices);
     const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
-    require_range("indices", chosen, experts + 1, "experts, and their number for no expert");
+    require_experts(chosen, experts);
     if (ids) require_range("group_ids", *ids, indices.size(0), "rows of indices");
     const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k_, ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
-    const int64_t* const expert = static_cast<const int64_t*>(chosen.const_data_ptr());
+    const int64_t* const named = static_cast<const int64_t*>(chosen.const_data_ptr());
+    const auto expert = [&](int64_t t, int64_t i) {
+      const int64_t e = named[table.row(t) * k_ + i];
+      return e < 0 ? experts : e;
+    };
     gather_idx = fresh(x, {rows}, ScalarType::Long);
     offsets = fresh(x, {experts + 1}, ScalarType::Int);
     int64_t* const order = static_cast<int64_t*>(gather_idx.mutable_data_ptr());
     int32_t* const ends = static_cast<int32_t*>(offsets.mutable_data_ptr());
     std::vector<int64_t> at(experts + 2, 0);
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = 0; i < k_; ++i) ++at[expert[table.row(t) * k_ + i] + 1];
+      for (int64_t i = 0; i < k_; ++i) ++at[expert(t, i) + 1];
     for (int64_t e = 0; e <= experts; ++e) at[e + 1] += at[e];
     for (int64_t e = 0; e <= experts; ++e) ends[e] = static_cast<int32_t>(at[e]);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t i = 0; i < k_; ++i) {
-        const int64_t place = at[expert[table.row(t) * k_ + i]]++;
+        const int64_t place = at[expert(t, i)]++;
         order[place] = t * k_ + i;
         if (w) row_weights_[place] = table.data[table.row(t) * k_ + i];
       }

@@ -27,6 +27,8 @@ calls = (
     lambda: cmoe.soft_experts(x, torch.rand(2, 3), w, None, group_ids=ids),
     lambda: cmoe.sparse_experts(x, None, torch.full((4, 1), 7), w, None),
     lambda: cmoe.sparse_experts(x, None, torch.ones(2, 1, dtype=torch.int64), w, None, group_ids=ids),
+    lambda: cmoe.balance_loss(torch.rand(4, 3), torch.full((4, 1), -2)),
+    lambda: cmoe.sparse_experts(x, None, torch.full((4, 1), -1), w, None),
     lambda: cmoe.balance_loss(torch.rand(4, 3), torch.full((4, 1), -1)),
 )
 said = []
@@ -44,9 +46,11 @@ RAISED = [
     "offsets are [0, 3, 2, 9], must start at 0, not decrease and end at 4 rows or before",
     "gather_idx must be a permutation of range(4)",
     "group_ids holds 2, must be in 0..1 (rows of gates)",
-    "indices holds 7, must be in 0..3 (3 experts, and 3 for no expert)",
+    "indices holds 7, must be in -1..3 (3 experts; -1 and 3 mean no expert)",
     "group_ids holds 2, must be in 0..1 (rows of indices)",
-    "indices holds -1, must be in 0..3 (3 experts, and 3 for no expert)",
+    "indices holds -2, must be in -1..3 (3 experts; -1 and 3 mean no expert)",
+    "served",
+    "served",
 ]
 
 

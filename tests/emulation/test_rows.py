@@ -132,7 +132,7 @@ def test_balance_loss(tokens, experts, kind, segmented):
         pytest.skip("minutes in the emulator, and the same paths as with fewer tokens")
     arguments = {
         "scores": torch.rand(tokens, experts),
-        "indices": torch.randint(0, experts + 1, (tokens, 2)) if kind == "switch" else None,
+        "indices": torch.randint(-1, experts + 1, (tokens, 2)) if kind == "switch" else None,
         "mask": torch.rand(tokens) < 0.7,
         "kind": kind,
         "segments": torch.randint(-2, 3, (tokens,)) * (1 << 35) if segmented else None,
@@ -191,7 +191,7 @@ def test_order_of_one_row_for_all(tokens):
 
 @pytest.mark.parametrize("experts", [5, 100])
 def test_order_of_groups(experts):
-    check_sort(torch.randint(0, experts + 1, (4, 2)), experts, 2500, torch.randint(-1, 5, (2500,)), torch.rand(4, 2))
+    check_sort(torch.randint(-1, experts + 1, (4, 2)), experts, 2500, torch.randint(-1, 5, (2500,)), torch.rand(4, 2))
 
 
 @pytest.mark.parametrize("expert", [0, 2, 3])

@@ -117,7 +117,7 @@ def test_sparse_experts(data):
     arguments = {
         "x": a.normal(T, D),
         "weights": a.normal(T, k, dtype=torch.float32) if data.draw(st.booleans()) else None,
-        "indices": a.ids(E + 1, T, k),
+        "indices": a.ids(E + 2, T, k) - 1,
         "w1": a.layer(data, E, 2 * H if gated else H, D),
         "b1": a.bias(data, E, 2 * H if gated else H),
         "w2": a.layer(data, E, outputs, H),

@@ -197,7 +197,7 @@ CASES = [
     Case(
         "sparse_experts",
         "mlp-dropped",
-        lambda m: {"x": m.x(T, D), "weights": m.gates(T, K), "indices": m.ids(E + 1, T, K), **m.mlp(), "activation": "relu2"},
+        lambda m: {"x": m.x(T, D), "weights": m.gates(T, K), "indices": m.ids(E + 2, T, K) - 1, **m.mlp(), "activation": "relu2"},
     ),
     Case(
         "sparse_experts",
@@ -243,7 +243,7 @@ CASES = [
     Case("sparse_experts", "one_row", lambda m: {"x": m.x(T, D), "weights": m.gates(1, K), "indices": m.distinct(1, K, E), **m.mlp()}),
     Case("sparse_experts", "linear", lambda m: {"x": m.x(T, D), "weights": m.gates(T, K), "indices": m.distinct(T, K, E), **m.linear()}),
     Case("balance_loss", "switch", lambda m: {"scores": m.probabilities(T, E), "indices": m.distinct(T, K, E)}),
-    Case("balance_loss", "switch-mask", lambda m: {"scores": m.probabilities(T, E), "indices": m.ids(E + 1, T, K), "mask": _some(m)}),
+    Case("balance_loss", "switch-mask", lambda m: {"scores": m.probabilities(T, E), "indices": m.ids(E + 2, T, K) - 1, "mask": _some(m)}),
     Case(
         "balance_loss",
         "switch-segments",
@@ -262,7 +262,7 @@ CASES = [
     Case(
         "balance_loss",
         "switch-logits-mask",
-        lambda m: {"scores": m.x(T, E), "indices": m.ids(E + 1, T, K), "mask": _some(m), "from_logits": True},
+        lambda m: {"scores": m.x(T, E), "indices": m.ids(E + 2, T, K) - 1, "mask": _some(m), "from_logits": True},
     ),
     Case("balance_loss", "importance-logits", lambda m: {"scores": m.x(T, E), "kind": "importance", "from_logits": True}),
 ]

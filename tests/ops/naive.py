@@ -80,6 +80,11 @@ def soft_experts(x, gates, w1, b1, w2=None, b2=None, activation="gelu", group_id
     return (gates.T[:, :, None] * stack).sum(0).to(x.dtype)
 
 
+def chosen(indices, experts):
+    """One-hot rows [..., E]; -1 and E choose nothing."""
+    return F.one_hot(indices.where(indices >= 0, experts), experts + 1)[..., :experts]
+
+
 def sparse_experts(x, weights, indices, w1, b1, w2=None, b2=None, activation="gelu", gated=False, group_ids=None, recompute=False):
     experts = w1.shape[0]
     if weights is None:
@@ -87,7 +92,7 @@ def sparse_experts(x, weights, indices, w1, b1, w2=None, b2=None, activation="ge
     if group_ids is not None:
         indices, weights = indices[group_ids], weights[group_ids]
     indices, weights = indices.expand(x.shape[0], -1), weights.expand(x.shape[0], -1)
-    gates = (F.one_hot(indices, experts + 1)[:, :, :experts] * weights[:, :, None]).sum(1)
+    gates = (chosen(indices, experts) * weights[:, :, None]).sum(1)
     stack = expert_outputs(x, w1, b1, w2, b2, activation, gated)
     return (gates.T[:, :, None] * stack).sum(0).to(x.dtype)
 
@@ -105,7 +110,7 @@ def balance_loss(scores, indices=None, mask=None, kind="switch", segments=None, 
         s = scores[rows]
         if kind == "switch":
             if counts is None:
-                f = F.one_hot(indices[rows], experts + 1)[:, :, :experts].to(s.dtype).mean((0, 1))
+                f = chosen(indices[rows], experts).to(s.dtype).mean((0, 1))
             else:
                 f = counts.to(s.dtype) / (counts.sum() if total is None else total)
             losses.append(experts * (f * s.mean(0)).sum())

@@ -99,6 +99,60 @@ def test_no_expert_at_all(backend):
     assert not gates.grad.any()
 
 
+PADDED = ["mlp", "mlp-all", "gated", "gated-recompute", "groups", "hard", "linear"]
+
+
+@on_backends([c for c in CASES if c.op == "sparse_experts" and c.form in PADDED])
+def test_padding_of_no_expert_may_hold_anything(case, backend):
+    """-1, as serving stacks pad, is E: the same bits, and no value of such a token reaches an output or a gradient."""
+    arguments = case.make(torch.float32)
+    grouped = arguments.get("group_ids")
+    padded = torch.arange(arguments["indices"].shape[0]) % 3 == 1
+    tokens = padded if grouped is None else padded[grouped]
+    results = []
+    for index, value in ((arguments["w1"].shape[0], 0.0), (-1, torch.nan)):
+        call = {
+            **arguments,
+            "indices": arguments["indices"].masked_fill(padded[:, None], index),
+            "x": arguments["x"].detach().masked_fill(tokens[:, None], value).requires_grad_(),
+        }
+        if call["weights"] is not None:
+            call["weights"] = call["weights"].detach().masked_fill(padded[:, None], value).requires_grad_()
+        names = leaves(call)
+        with cmoe.use_backend(backend):
+            y = case.call(call)
+            upstream = torch.linspace(-1, 1, y.numel()).view_as(y).masked_fill(tokens[:, None], value)
+            results.append([y, *torch.autograd.grad(y, [call[n] for n in names], upstream)])
+    for name, want, got in zip(["y", *names], *results, strict=True):
+        assert torch.equal(got, want), name
+    assert not results[1][0][tokens].any()
+
+
+@pytest.mark.parametrize("backend", backends_of("grouped_linear"))
+def test_rows_of_no_expert_may_hold_anything(backend):
+    x, w = torch.randn(7, 4), torch.randn(2, 3, 4).requires_grad_()
+    results = []
+    for value in (0.0, torch.nan):
+        spoiled = x.masked_fill((torch.arange(7) > 4)[:, None], value).requires_grad_()
+        with cmoe.use_backend(backend):
+            y = cmoe.grouped_linear(spoiled, w, None, torch.tensor([0, 3, 5], dtype=torch.int32), activation="silu")
+            results.append([y, *torch.autograd.grad(y.sum(), [spoiled, w])])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", backends_of("balance_loss"))
+@pytest.mark.parametrize("segmented", [False, True])
+def test_balance_loss_counts_minus_one_as_no_expert(segmented, backend):
+    scores, indices = torch.rand(9, 4), torch.randint(0, 5, (9, 2))
+    results = []
+    for none in (4, -1):
+        leaf = scores.clone().requires_grad_()
+        with cmoe.use_backend(backend):
+            loss = cmoe.balance_loss(leaf, indices.masked_fill(indices == 4, none), segments=torch.arange(9) // 4 if segmented else None)
+            results.append([loss, *torch.autograd.grad(loss, [leaf])])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("backend", backends_of("soft_gate"))
 def test_soft_gate_where_every_sigmoid_underflows(backend):
     logits = torch.tensor([[-200.0, -201.0, -200.0], [-1e4, 0.0, 1e4]], requires_grad=True)
@@ -167,6 +221,24 @@ def test_everything_masked(backend, kind):
         loss.backward()
     assert loss == 0
     assert not scores.grad.any()
+
+
+@pytest.mark.parametrize("backend", backends_of("balance_loss"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("kind", ["switch", "importance", "z", "switch-logits", "importance-logits"])
+def test_masked_scores_may_be_anything(kind, segmented, value, backend):
+    kind, _, from_logits = kind.partition("-")
+    mask = torch.arange(8) % 3 != 1
+    scores, indices = torch.rand(8, 3), torch.randint(0, 3, (8, 1)) if kind == "switch" else None
+    results = []
+    for masked in (0.0, value):
+        leaf = scores.masked_fill(~mask[:, None], masked).requires_grad_()
+        with cmoe.use_backend(backend):
+            segments = torch.arange(8) // 4 if segmented else None
+            loss = cmoe.balance_loss(leaf, indices, mask, kind, segments, from_logits=bool(from_logits))
+            results.append([loss, *torch.autograd.grad(loss, [leaf])])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", backends_of("balance_loss"))

@@ -100,7 +100,7 @@ def test_balance_loss(tokens, experts, programs, kind, segmented, monkeypatch):
     monkeypatch.setattr(balance_loss_triton, "TILE", 64)
     monkeypatch.setattr(balance_loss_triton, "PROGRAMS", programs)
     arguments = {
-        "indices": torch.randint(0, experts + 1, (tokens, 2)) if kind == "switch" else None,
+        "indices": torch.randint(-1, experts + 1, (tokens, 2)) if kind == "switch" else None,
         "mask": torch.rand(tokens) < 0.7,
         "kind": kind,
         "segments": torch.randint(-2, 3, (tokens,)) * (1 << 35) if segmented else None,

@@ -39,7 +39,7 @@ def test_one_row_for_all(tokens):
 
 @pytest.mark.parametrize("experts", [5, 100])
 def test_groups(experts):
-    check(torch.randint(0, experts + 1, (4, 2)), experts, 2500, torch.randint(-1, 5, (2500,)))
+    check(torch.randint(-1, experts + 1, (4, 2)), experts, 2500, torch.randint(-1, 5, (2500,)))
 
 
 def test_more_blocks_than_one_program_scans_at_a_time(monkeypatch):

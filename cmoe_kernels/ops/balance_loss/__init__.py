@@ -33,7 +33,7 @@ def balance_loss(
 
     Args:
         scores: [T, E]. "switch": probabilities, such as the softmax of the logits over all experts. "importance": gates. "z": logits.
-        indices: [T, K] int64, the chosen experts ("switch"); E means no expert.
+        indices: [T, K] int64, the chosen experts ("switch"); -1 and E mean no expert.
         mask: [T] bool, True for the tokens that count. Everything masked: the loss is 0 with a zero gradient.
         kind: "switch" (Switch Transformer eq. 4; 1 when even; the share is divided by K, so its sum is 1), "importance" (the squared
             coefficient of variation of the gates' sums, Shazeer et al. 2017 eq. 7; 0 when even and for E = 1, with a zero gradient
@@ -50,7 +50,7 @@ def balance_loss(
     Gradients go to scores alone. Saves its inputs. Deterministic: sums in a fixed order, no float atomics.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or combination of arguments; on the CPU also an index outside 0..E.
+        TypeError, ValueError: wrong dtype, shape or combination of arguments; on the CPU also an index outside -1..E.
     """
     require_choice("kind", kind, KINDS)
     require_float("scores", scores, "TE")
@@ -91,7 +91,9 @@ def balance_loss(
     if from_logits and backend == "cpu":
         kind = f"softmax_{kind}"
     elif from_logits:
-        scores = scores.softmax(-1, dtype=accumulate_dtype(scores.dtype))
+        # A masked row gets the gradient zero, which a softmax of NaN would make NaN again.
+        kept = scores if mask is None else scores.masked_fill(~mask[:, None], 0)
+        scores = kept.softmax(-1, dtype=accumulate_dtype(scores.dtype))
     return _balance_loss(scores, indices, mask, kind, segments, counts, total, backend)
 
 

@@ -34,7 +34,8 @@ def sparse_experts(
     Args:
         x: [T, D].
         weights: [T, K], [G, K] with group_ids, or [1, K] for all tokens; fp32 (fp64 with an fp64 x). None: ones.
-        indices: int64, rows as in ``weights``. E means no expert: nothing is added and no gradient flows. An expert may be named twice.
+        indices: int64, rows as in ``weights``. -1 and E mean no expert: nothing is added and no gradient flows, whatever the weight is. An
+            expert may be named twice.
         w1: [E, H, D]; gated: [E, 2H, D], the gate's rows first. With w2 None the experts are single linear layers.
         b1: [E, H] (gated: [E, 2H]) or None.
         w2: [E, O, H] or None.
@@ -52,7 +53,7 @@ def sparse_experts(
     without tokens gets zero gradients. Deterministic: a token's K rows are added in the order of its selections.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape; on the CPU also an index outside 0..E and a group id outside 0..G-1.
+        TypeError, ValueError: wrong dtype or shape; on the CPU also an index outside -1..E and a group id outside 0..G-1.
     """
     require_choice("activation", activation, ACTIVATIONS)
     require_float("x", x, "TD")
