@@ -67,7 +67,7 @@ class CMoEConnector(nn.Module):
         The copies serve forward passes in that dtype that record no gradient; all others use the parameters. They are dropped by train(),
         load_state_dict(), a move to another dtype or device, and unpack(). Pack again after the weights have changed in any other way
         (merging an adapter, an optimiser's step): where that can be seen (a parameter replaced or written to in place) the next forward
-        pass raises; writing through ``parameter.data`` cannot be seen.
+        pass raises; writing through ``parameter.data`` cannot be seen. A copy of the connector (deepcopy, pickle, torch.save) has none.
 
         Raises:
             RuntimeError: the parameters are not on a CPU, or the native library is not there or not selected.

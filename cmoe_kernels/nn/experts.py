@@ -46,7 +46,7 @@ class Experts(nn.Module):
         group_ids: Tensor | None = None,
     ) -> Tensor:
         """All experts, weighted by ``gates``; or those named by ``indices``, weighted by ``weights``."""
-        packed = self.packed if self.packed is not None and self.packed.serves(x) else None
+        packed = self.packed if self.packed is not None and self.packed.serves(self, x) else None
         if gates is not None:
             # Single linear experts with fewer rows of gates than tokens merge, which saves more than packing.
             if packed is not None and (self.w2 is not None or gates.shape[0] >= x.shape[0]):

@@ -19,26 +19,30 @@ if TYPE_CHECKING:
 
 
 class Packed:
-    """Copies of a module's weights, and how to see that these have changed since."""
+    """Copies of a module's weights, and how to see that these have changed since. A copy of the module, pickled or not, has none."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         parameters = dict(module.named_parameters(recurse=False))
         self.module, self.dtype = module, dtype or next(iter(parameters.values())).dtype
         self.stamps = {name: _stamp(p) for name, p in parameters.items()}
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether this call can use the copies: in their dtype, on a CPU, with no gradient to record."""
+    def serves(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether this call can use the copies: of the module that was packed, in their dtype, on a CPU, with no gradient to record."""
         if (
-            x.device.type != "cpu"
+            module is not self.module  # a shallow copy, or a replica of DataParallel
+            or x.device.type != "cpu"
             or autocast_dtype(x) != self.dtype
             or torch.is_grad_enabled()
             or backends.selected() not in ("auto", "cpu")
         ):
             return False
         for name, stamp in self.stamps.items():
-            if not torch.compiler.is_compiling() and _stamp(getattr(self.module, name)) != stamp:
+            if not torch.compiler.is_compiling() and _stamp(getattr(module, name)) != stamp:
                 raise RuntimeError(f"{name} has changed since prepack(): call prepack() again, or unpack()")
         return True
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     @property
     def nbytes(self) -> int:
@@ -77,12 +81,12 @@ class PackedRouter(Packed):
         split = 0 if router.task_tokens is None else router.task_tokens.shape[1]
         with torch.no_grad():
             if router.inputs == "task":
-                like = torch.empty(1, 1, dtype=self.dtype)
-                self.logits = router(like, None, None)
+                self.logits = router(router.w1.new_empty(1, 1, dtype=self.dtype), None, None)
                 return
             w1, exact = router.w1.detach(), accumulate_dtype(self.dtype)
             if router.task_tokens is None:
-                self.bias = torch.zeros(1, w1.shape[0], dtype=exact) if router.b1 is None else router.b1.detach()[None].to(exact, copy=True)
+                b1 = w1.new_zeros(w1.shape[0]) if router.b1 is None else router.b1.detach()
+                self.bias = b1[None].to(exact, copy=True)
             else:
                 task = router.task_tokens.detach().to(self.dtype)
                 self.bias = torch.ops.cmoe_native.packed_router_bias(task, w1[:, :split], router.b1)
@@ -115,11 +119,12 @@ def _require_native(module: nn.Module) -> None:
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int, torch.dtype]:
-    return parameter.data_ptr(), parameter._version, parameter.dtype
+    # Tensors made under torch.inference_mode() count no versions.
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, parameter.dtype
 
 
 def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.cmoe_native.prepack(weight.detach(), torch.empty(0, dtype=dtype))
+    return torch.ops.cmoe_native.prepack(weight.detach(), weight.new_empty(0, dtype=dtype))
 
 
 # The fakes say what the native operations return, so that a connector with packed weights compiles.

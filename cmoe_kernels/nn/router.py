@@ -42,7 +42,7 @@ class TaskRouter(nn.Module):
 
     def forward(self, x: Tensor, group: int | None, group_ids: Tensor | None) -> Tensor:
         """Logits [T, E]; with inputs="task" [G, E], or [1, E] where all tokens belong to one group."""
-        if self.packed is not None and self.packed.serves(x):
+        if self.packed is not None and self.packed.serves(self, x):
             return self.packed(x, group, group_ids)
         task: Tensor | None = self.task_tokens
         if task is not None and group is not None:
