@@ -34,6 +34,8 @@ class CMoEConfig:
         router_features: hidden width R of the router; default 4 times its input.
         router_bias: biases in the router.
         top_k: K of the sparse router.
+        renormalize: divide the sparse router's K weights by their sum; False keeps the probabilities of the softmax over all experts. With
+            ``top_k=1`` the divided weight is always 1, which teaches the router nothing.
         task_features: width S of a task token; default the experts' input width D.
         num_task_tokens: learnable tokens per task, 1 or 0; they exist only where the router reads them.
         tasks: names of the tasks, in order.
@@ -60,6 +62,7 @@ class CMoEConfig:
     router_features: int | None = None
     router_bias: bool = True
     top_k: int = 2
+    renormalize: bool = True
     task_features: int | None = None
     num_task_tokens: int = 1
     tasks: tuple[str, ...] = TASKS
@@ -120,6 +123,12 @@ class CMoEConfig:
     def learned(self) -> bool:
         """Whether there is a router with weights."""
         return self.router in ("soft", "sparse")
+
+    @property
+    def router_never_learns(self) -> bool:
+        """Whether no gradient reaches the router: its one weight is 1, and no auxiliary loss reads its logits."""
+        constant = self.router == "sparse" and self.top_k == 1 and self.renormalize
+        return constant and not (self.aux_losses.get("switch") or self.aux_losses.get("z"))
 
     @property
     def uses_task_tokens(self) -> bool:

@@ -1,6 +1,7 @@
 """The connector: image tokens of an encoder to tokens of a language model, by a mixture of projection experts."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,12 @@ class CMoEConnector(nn.Module):
     def __init__(self, config: CMoEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
+        if config.router_never_learns:
+            warnings.warn(
+                "router='sparse' with top_k=1 and renormalize=True weighs every chosen expert by 1, so the router gets no gradient. "
+                "Give renormalize=False (the weight is the probability) or aux_losses={'switch': 0.01}.",
+                stacklevel=2,
+            )
         self.router = TaskRouter(config, device, dtype) if config.learned else None
         self.experts = Experts(config, device, dtype)
 
@@ -118,7 +125,9 @@ class CMoEConnector(nn.Module):
             task: the task of all samples (a name), of each sample (names), or LongTensor [B] of places in ``config.tasks``. Not needed
                 for router_inputs="token" and router="constant".
             group_ids: [T] int64, the task of each token, for packed features in place of ``task``.
-            mask: [B, N] (packed: [T]) bool, False for padding: such tokens give zeros and are left out of the auxiliary losses.
+            mask: [B, N] (packed: [T]) bool, False for padding: such tokens may hold anything, NaN included. They give zeros, get and give
+                no gradient, and are left out of the auxiliary losses. It counts tokens after resampling: one made of several of the
+                encoder's tokens is kept or left out whole, so padding within a token that is kept must be finite.
 
         Returns:
             ConnectorOutput(embeddings, gates, aux_loss, aux_losses).
@@ -128,14 +137,17 @@ class CMoEConnector(nn.Module):
         """
         x, lead = self._resample(features)
         group, group_ids = self._groups(task, group_ids, features, x.shape[0])
-        routing = self._route(x, group, group_ids)
         keep = None
-        embeddings, gates = routing.embeddings, routing.gates
         if mask is not None:
             require_index("mask", mask, "TN"[: len(lead)], x, torch.bool)
             for dim, size in enumerate(lead):
                 require_size("mask", mask, dim, size, "tokens after resampling" if dim == len(lead) - 1 else "samples")
             keep = mask.reshape(-1)
+            # A weight's gradient sums over all tokens, where zero times NaN or infinity is NaN.
+            x = x.masked_fill(~keep[:, None], 0)
+        routing = self._route(x, group, group_ids)
+        embeddings, gates = routing.embeddings, routing.gates
+        if keep is not None:
             embeddings, gates = (t.masked_fill(~keep[:, None], 0) for t in (embeddings, gates))
         aux_losses = self._aux_losses(routing, gates, keep)
         aux_loss = gates.new_zeros(())
@@ -233,7 +245,7 @@ class CMoEConnector(nn.Module):
         if c.router == "soft":
             gates = soft_gate(logits)
             return _Routing(self.experts(x, gates, group_ids=rows), _expand(gates, rows, tokens), _expand(logits, rows, tokens), None)
-        weights, indices, _ = topk_gate(logits, c.top_k)
+        weights, indices, _ = topk_gate(logits, c.top_k, renormalize=c.renormalize)
         # One column more for "no expert", which a router whose logits are -inf can choose.
         gates = weights.new_zeros(weights.shape[0], c.num_experts + 1).scatter(1, indices, weights)[:, :-1]
         embeddings = self.experts(x, weights=weights, indices=indices, group_ids=rows)

@@ -24,7 +24,18 @@ _LAYER = {("0", "weight"): "w1", ("0", "bias"): "b1", ("2", "weight"): "w2", ("2
 # What a released checkpoint holds beside the connector.
 _IGNORED = ("ln_vision.", "visual_encoder.", "llm_model.", "llama_model.")
 # What shapes cannot tell.
-_SETTINGS = ("router", "router_inputs", "top_k", "tasks", "resample", "resample_rate", "aux_losses", "activation", "recompute")
+_SETTINGS = (
+    "router",
+    "router_inputs",
+    "top_k",
+    "renormalize",
+    "tasks",
+    "resample",
+    "resample_rate",
+    "aux_losses",
+    "activation",
+    "recompute",
+)
 
 
 def from_unimed(state_dict: Mapping[str, Any], **settings: Any) -> tuple[CMoEConfig, dict[str, Tensor]]:
@@ -32,8 +43,8 @@ def from_unimed(state_dict: Mapping[str, Any], **settings: Any) -> tuple[CMoECon
 
     Args:
         state_dict: tensors under the released names; a whole checkpoint ({"model": ...}) will do.
-        settings: what shapes cannot tell: router, router_inputs, top_k, tasks, resample, resample_rate, aux_losses, activation, recompute;
-            the defaults are the release's (soft, task_token, projection, rate 4).
+        settings: what shapes cannot tell: router, router_inputs, top_k, renormalize, tasks, resample, resample_rate, aux_losses,
+            activation, recompute; the defaults are the release's (soft, task_token, projection, rate 4).
 
     Returns:
         (config, state_dict) for ``CMoEConnector(config).load_state_dict(state_dict)``. Tensors keep their dtype.

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -158,6 +159,85 @@ def test_mask_leaves_tokens_out(aux):
         torch.testing.assert_close(loss, naive.balance_loss(scores, indices if kind == "switch" else None, kind=kind))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("resample", RESAMPLES)
+@pytest.mark.parametrize("settings", [*ROUTINGS, {"router": "constant", "expert": "linear"}], ids=name)
+def test_nothing_of_a_masked_token_reaches_a_gradient(settings, resample, value):
+    aux = {"importance": 0.5, **({"z": 0.1} if settings["router"] in ("soft", "sparse") else {})}
+    module = connector(torch.float32, resample=resample, aux_losses=aux, **settings)
+    rate = 1 if resample == "none" else 4
+    mask = torch.arange(B * P // rate).view(B, -1) % 3 != 1
+    mask[2] = False
+    # The encoder's tokens that become the masked ones: neighbours in sequence, or in windows of the square grid.
+    dropped = ~mask.repeat_interleave(rate, 1)
+    if resample in ("avgpool", "maxpool"):
+        dropped = ~mask.view(B, 2, 2).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    results = []
+    for task in ("cls", ["vqa", "cls", "cls"]):
+        for filled in (0.0, value):
+            f = features(torch.float32).masked_fill(dropped[..., None], filled).requires_grad_()
+            out = module(f, task, mask=mask)
+            grads = torch.autograd.grad(out.embeddings.square().sum() + out.aux_loss, [f, *module.parameters()], allow_unused=True)
+            results.append([out.embeddings, out.gates, out.aux_loss, *(g for g in grads if g is not None)])
+    for clean, spoiled in (results[:2], results[2:]):
+        assert all(torch.equal(*pair) for pair in zip(clean, spoiled, strict=True))
+        assert not spoiled[3][dropped].any()
+
+
+def test_a_mask_of_packed_tokens():
+    module = connector(torch.float32, resample="none", router="sparse")
+    ids, mask = torch.tensor([0, 0, 1, 4, 4]), torch.tensor([True, False, True, False, True])
+    f = torch.randn(5, C).masked_fill(~mask[:, None], torch.nan)
+    out = module(f, group_ids=ids, mask=mask)
+    torch.testing.assert_close(out.embeddings[mask], module(f[mask], group_ids=ids[mask]).embeddings)
+    out.embeddings.sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("inputs", ["task_token", "token", "task"])
+@pytest.mark.parametrize("top_k", [1, 2, E])
+def test_raw_probabilities(top_k, inputs):
+    """renormalize=False: the chosen experts keep their share of the softmax over all, and the router learns also with top_k=1."""
+    module = connector(router="sparse", top_k=top_k, router_inputs=inputs, renormalize=False)
+    f, places = features(), [3, 0, 3]
+    out = module(f, [TASKS[p] for p in places])
+    logits = module.router(module._resample(f)[0], None, torch.tensor(places).repeat_interleave(4))
+    probabilities = (logits if inputs != "task" else logits[places].repeat_interleave(4, 0)).softmax(-1)
+    gates = probabilities.masked_fill(probabilities < probabilities.topk(top_k).values[:, -1:], 0)
+    torch.testing.assert_close(out.gates.flatten(0, 1), gates)
+    w = module.experts
+    y = naive.soft_experts(module._resample(f)[0], gates, w.w1, w.b1, w.w2, w.b2)
+    torch.testing.assert_close(out.embeddings.flatten(0, 1), y)
+    parameters = list(module.router.parameters())
+    for got, want in zip(*(torch.autograd.grad(o.square().sum(), parameters) for o in (out.embeddings, y)), strict=True):
+        torch.testing.assert_close(got, want)
+        assert got.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [
+        ({}, False),
+        ({"aux_losses": {"importance": 1.0, "switch": 0.0}}, False),
+        ({"renormalize": False}, True),
+        ({"aux_losses": {"switch": 0.1}}, True),
+        ({"aux_losses": {"z": 0.1}}, True),
+        ({"top_k": 2}, True),
+    ],
+    ids=str,
+)
+def test_a_router_that_can_learn_nothing_is_warned_about(settings, learns):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module = connector(router="sparse", **{"top_k": 1, **settings})
+    assert [str(w.message).partition(", so")[0] for w in said] == (
+        [] if learns else ["router='sparse' with top_k=1 and renormalize=True weighs every chosen expert by 1"]
+    )
+    out = module(features(), ["vqa", "cls", "cls"])
+    (out.embeddings.square().sum() + out.aux_loss).backward()
+    assert any(p.grad.any() for p in module.router.parameters()) == learns
+
+
 def test_aux_losses_are_weighted_and_reach_the_router():
     module = connector(torch.float32, router="sparse", aux_losses={"switch": 0.1, "importance": 0.2, "z": 0.01})
     out = module(features(torch.float32), task=["vqa", "cls", "cls"])
@@ -254,7 +334,9 @@ def test_initialisation_is_that_of_the_release():
 
 
 def test_config_round_trip():
-    config = cmoe.CMoEConfig(in_features=3, out_features=4, router="sparse", tasks=("a", "b"), aux_losses={"switch": 0.1})
+    config = cmoe.CMoEConfig(
+        in_features=3, out_features=4, router="sparse", renormalize=False, tasks=("a", "b"), aux_losses={"switch": 0.1}
+    )
     assert cmoe.CMoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="unknown settings \\['topk'\\]; known are in_features"):
         cmoe.CMoEConfig.from_dict({"in_features": 1, "out_features": 1, "topk": 2})

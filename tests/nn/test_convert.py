@@ -48,6 +48,15 @@ def test_round_trip(expert, bias):
     assert all(torch.equal(back[key], state[key]) for key in back)
 
 
+def test_what_shapes_cannot_tell_is_given_by_name():
+    config, ours = from_unimed(released(), router="sparse", top_k=1, renormalize=False)
+    assert (config.router, config.top_k, config.renormalize) == ("sparse", 1, False)
+    connector = cmoe.CMoEConnector(config)
+    connector.load_state_dict(ours)
+    assert connector(torch.randn(1, 4, 2), "vqa").gates.sum() < 1
+    assert from_unimed(released())[0].renormalize
+
+
 def test_either_name_of_the_experts_will_do_and_a_whole_checkpoint_too():
     state = released()
     expected = from_unimed(state)

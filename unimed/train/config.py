@@ -99,6 +99,7 @@ class Connector:
     task_features: int | None = None
     num_task_tokens: int = 1
     top_k: int = 2
+    renormalize: bool = True
     resample: Literal["projection", "avgpool", "maxpool", "none"] = "projection"
     resample_rate: int = 4
     aux_losses: dict[str, float] = field(default_factory=dict)
