@@ -35,7 +35,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Args:
         self: a module decorated with transformers' ``use_experts_implementation``.
         hidden_states: [T, D].
-        top_k_index: [T, K]; E and above mean no expert (expert parallelism marks the experts of other ranks so).
+        top_k_index: [T, K]; -1, E and above mean no expert (expert parallelism marks the experts of other ranks so).
         top_k_weights: [T, K].
 
     Returns:
@@ -178,6 +178,7 @@ class _FusedRouter(nn.Module):
     """Logits, weights and indices as the router class that this one is mixed into, the last two by one op."""
 
     routing: Routing
+    own: type  # the class of transformers
     weight: Tensor
     top_k: int
     num_group: int
@@ -199,6 +200,10 @@ class _FusedRouter(nn.Module):
         )
         return logits, weights.to((x if how.exact else logits).dtype) if how.cast else weights, indices
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A generated class is not found by its name, as pickle and deepcopy need.
+        return _rebuilt, (self.own,), self.__dict__
+
     @torch.no_grad()
     def _selection(self, logits: Tensor, bias: Tensor | None) -> Tensor | None:
         grouped = self.routing.groups and self.num_group > 1
@@ -218,7 +223,12 @@ class _FusedRouter(nn.Module):
 @functools.cache
 def _fused_router(cls: type) -> type:
     # A subclass, because transformers records router logits with hooks that ask isinstance(module, its router class).
-    return type(f"Fused{cls.__name__}", (_FusedRouter, cls), {"routing": ROUTERS[cls.__name__]})
+    return type(f"Fused{cls.__name__}", (_FusedRouter, cls), {"routing": ROUTERS[cls.__name__], "own": cls})
+
+
+def _rebuilt(cls: type) -> _FusedRouter:
+    router = _fused_router(cls)
+    return router.__new__(router)
 
 
 def load_balancing_loss(
@@ -270,7 +280,7 @@ def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False) -> PreTrain
     model.set_experts_implementation("cmoe")
     fused = 0
     for module in model.modules():
-        own = next(base for base in type(module).__mro__ if base.__name__ in ROUTERS) if isinstance(module, _FusedRouter) else type(module)
+        own = module.own if isinstance(module, _FusedRouter) else type(module)
         if own.__name__ in ROUTERS and own.__module__.startswith("transformers."):
             module.__class__ = _fused_router(own) if use_fused_router else own
             fused += use_fused_router

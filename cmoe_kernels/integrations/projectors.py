@@ -6,13 +6,15 @@
 
 The projector sees image features alone, deep inside the model. Who they belong to is known where ``forward`` starts: there the task of
 each sample and the image tokens in its text are recorded (:class:`_Call`), and the connector looks them up. The record lives in a context
-variable, so threads do not meet, and a connector that runs without one says that a task is missing instead of taking a stale one.
+variable, so threads do not meet, and a connector that runs without one says that a task is missing instead of taking a stale one. Inside an
+activation checkpoint the task stays with the call (``task_calls.py``): recomputation sees it again, whatever the context is by then.
 """
 
 import copy
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,6 +36,7 @@ from transformers.utils import ModelOutput
 
 from cmoe_kernels.integrations.activations import activation_name
 from cmoe_kernels.integrations.families import FAMILIES, WITHOUT_PROJECTOR, Adapter
+from cmoe_kernels.integrations.task_calls import Route, route_of
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.connector import CMoEConnector, ConnectorOutput
 from cmoe_kernels.ops.activation import ACTIVATIONS
@@ -59,7 +62,8 @@ def replace_projector(
         config: settings of the connector, or None to give them by name: widths, kind, bias and activation of the experts then follow the
             trained projector, ``resample`` is "none" and the rest are the defaults of :class:`CMoEConfig`.
         init: "upcycle" copies the trained projector into every expert: the model's output is unchanged at first, because gates sum to one
-            (co-upcycling, CuMo, arXiv 2405.05949). "random" initialises every expert anew.
+            (co-upcycling, CuMo, arXiv 2405.05949); with ``renormalize=False`` they sum to less, which scales the output. "random"
+            initialises every expert anew.
         upcycle_noise: adds N(0, (upcycle_noise * std(w))^2) to every weight of every expert. At 0 experts start equal: the router's
             gradient is zero in the first step (exactly by our kernels, within rounding by plain torch), and experts part because their
             gates differ. ``router="constant"`` has equal gates and therefore needs noise.
@@ -163,15 +167,21 @@ class CMoEProjector(nn.Module):
         self.connector = CMoEConnector(config, device, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
-        call = _call.get()
-        task, group_ids = _ambient.get() if call is None else call.route(self, features)
+        call, compiling = _call.get(), torch.compiler.is_compiling()
+        look_up = _ambient.get if call is None else functools.partial(call.route, self, features)
+        # Compiled code keeps what it recomputes by itself.
+        task, group_ids = look_up() if compiling else route_of(self, look_up)
         if features.dim() == 3 and group_ids is None:
             out = self.connector(features, task)
         else:
             out = self.connector(features.flatten(0, -2), task, group_ids)
             out = out._replace(**{name: getattr(out, name).unflatten(0, features.shape[:-1]) for name in ("embeddings", "gates")})
-        if call is not None:
+        if call is not None and (compiling or call.graph_task == torch._C._current_graph_task_id()):
             call.outputs.append(out)
+            if self.training and out.aux_losses and features.requires_grad and not torch.is_grad_enabled():
+                warnings.warn(
+                    "aux_losses get no gradient inside a checkpoint with use_reentrant=True; give use_reentrant=False", stacklevel=2
+                )
         return out.embeddings
 
 
@@ -212,6 +222,9 @@ class CMoEModel:
     def _forward(self, inputs: dict[str, Any], task: Task | None) -> Any:
         """The family's forward on ``inputs``, recorded."""
         return_dict = inputs.pop("return_dict", None)
+        if (total := inputs.get("num_items_in_batch")) is not None:
+            # A step without a learned token has the loss 0, not 0 / 0.
+            inputs["num_items_in_batch"] = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
         call = _Call(self, inputs, _ambient.get()[0] if task is None else task)
         with _recorded(call):
             output = super().forward(**inputs, return_dict=True)  # type: ignore[misc]
@@ -260,8 +273,10 @@ class _Call:
         self.model, self.inputs, self.task = model, inputs, task
         self.outputs: list[ConnectorOutput] = []
         self.seen: dict[nn.Module, int] = {}
+        # A call that began in a backward pass is recomputed there; recomputed projectors of other calls are no part of it.
+        self.graph_task = torch._C._current_graph_task_id()
 
-    def route(self, projector: CMoEProjector, features: Tensor) -> tuple[str | None, Tensor | None]:
+    def route(self, projector: CMoEProjector, features: Tensor) -> Route:
         """One task for all rows of features, or the task of each."""
         turn = self.seen[projector] = self.seen.get(projector, -1) + 1
         if self.task is None or not projector.connector.config.needs_task:
@@ -326,8 +341,7 @@ class _Call:
             added["gates"] = tuple(out.gates for out in self.outputs)
             if output.get("loss") is not None:
                 added["loss"] = output["loss"] + self._share() * aux_loss
-        family: Any = type(output)
-        return _output_class(family)(**{**output, **added})
+        return _output(type(output), {**output, **added})
 
     def _share(self) -> Tensor | float:
         """This batch's part of an optimiser step, by learned tokens, as the language model's loss has it."""
@@ -338,7 +352,7 @@ class _Call:
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # in the order in which models encode them
 
 _call: ContextVar[_Call | None] = ContextVar("_call", default=None)
-_ambient: ContextVar[tuple[Any, Tensor | None]] = ContextVar("_ambient", default=(None, None))
+_ambient: ContextVar[Route] = ContextVar("_ambient", default=(None, None))
 
 
 @contextmanager
@@ -354,7 +368,12 @@ def _recorded(call: _Call) -> Iterator[None]:
 def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
     fields = dict.fromkeys(("lm_loss", "aux_loss", "aux_losses", "gates"), None)
     annotations = dict.fromkeys(fields, Any)
-    return dataclasses.dataclass(type(f"CMoE{base.__name__}", (base,), {"__module__": __name__, "__annotations__": annotations, **fields}))
+    members = {"__module__": __name__, "__annotations__": annotations, "__reduce__": lambda self: (_output, (base, dict(self))), **fields}
+    return dataclasses.dataclass(type(f"CMoE{base.__name__}", (base,), members))
+
+
+def _output(base: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    return _output_class(base)(**values)
 
 
 # Reading and replacing the projector

@@ -1,5 +1,7 @@
 """replace_projector on a random model of every family: unchanged at first, then trained, saved, loaded and asked."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -190,6 +192,23 @@ def test_round_trip_in_a_fresh_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", LOAD, *folders], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == names
+
+
+def test_copies_and_pickles():
+    """Of a swapped model, and of what it returns."""
+    model, images = swapped("llava", router="sparse", aux_losses={"switch": 0.1})
+    batch = tiny.batch(model, images)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with torch.no_grad():
+        out = model(**batch, task="photo")
+        for twin in twins:
+            assert type(twin) is type(model)
+            assert torch.equal(twin(**batch, task="photo").logits, out.logits)
+    for twin in (copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        assert type(twin) is type(out)
+        assert twin.keys() == out.keys()
+        assert torch.equal(twin.logits, out.logits)
+        assert torch.equal(twin.aux_losses["switch"], out.aux_losses["switch"])
 
 
 @each_kind

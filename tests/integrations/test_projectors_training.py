@@ -1,9 +1,12 @@
 """Swapped models in what trains and serves models: Trainer, peft, checkpointing, compile, FSDP, processors."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,12 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, apply_activation_checkpointing, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
 import cmoe_kernels.integrations.transformers as cmoe
+from cmoe_kernels import CMoEConfig
 from tests.integrations import tiny_models as tiny
 from tests.integrations.test_projectors import SETTINGS, TASKS, connectors_of, gradients, swapped
 
@@ -52,6 +58,159 @@ def test_gradient_checkpointing(family):
     for name, grad in gradients(model).items():
         if name in expected:
             torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def by_forward(model, reentrant):
+    for projector in cmoe.projectors(model).values():
+        projector.forward = functools.partial(checkpoint, projector.forward, use_reentrant=reentrant)
+
+
+def by_wrapper(model, reentrant):
+    """As accelerate's FSDP plugin does with activation_checkpointing=True."""
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, cmoe.CMoEProjector))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+@pytest.mark.parametrize("wrap", [by_forward, by_wrapper])
+@some_families
+def test_a_checkpoint_around_the_projector(family, wrap, reentrant):
+    """In backward the task is that of the forward pass, whatever task is named by then, and on whichever thread."""
+    aux = {} if reentrant else {"importance": 0.5}
+    model, images = swapped(family, init="random", aux_losses=aux)
+    batch = tiny.batch(model, images, labels=True)
+    undropped(model).train()
+    model(**batch, task=list(TASKS)).loss.backward()
+    expected = {name: grad.clone() for name, grad in gradients(model).items() if grad is not None}
+    count = len(cmoe.projectors(model))
+    wrap(model, reentrant)
+    for backward in (lambda loss: loss.backward(), in_a_thread):
+        model.zero_grad()
+        with cmoe.use_task("photo"):
+            out = model(**batch, task=list(TASKS))
+            model(**batch)
+            backward(out.loss)
+        assert len(out.gates) == count
+        found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
+        for name, grad in expected.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def in_a_thread(loss):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+
+
+def projector():
+    torch.manual_seed(0)
+    return cmoe.CMoEProjector(CMoEConfig(in_features=4, out_features=5, num_experts=3, router_features=8, resample="none", tasks=TASKS))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+def test_each_checkpointed_call_keeps_its_own_task(reentrant):
+    """The same features under several tasks: nested, within one region and in two, over a retained graph, in two threads."""
+    module, keep = projector(), functools.partial(checkpoint, use_reentrant=reentrant)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+
+    def both(x):
+        with cmoe.use_task("chart"):
+            first = module(x)
+            with cmoe.use_task("photo"):
+                return first + 2 * module(x)
+
+    def one(x):
+        return module(x).tanh()
+
+    calls = {
+        "inner": lambda x: keep(both, x),
+        "outer": lambda x: keep(lambda x: keep(both, x).tanh() + keep(module, x), x),
+        "again": lambda x: keep(one, x) + keep(lambda x: keep(one, 2 * x), x),
+    }
+    plain = {
+        "inner": both,
+        "outer": lambda x: both(x).tanh() + module(x),
+        "again": lambda x: one(x) + one(2 * x),
+    }
+
+    def run(calls, task, twice):
+        with cmoe.use_task(task):
+            losses = [call(x).square().sum() for call in calls.values()]
+            with cmoe.use_task("photo"):
+                losses.append(calls["again"](x).sum())
+        with cmoe.use_task("chart"):
+            total = sum(losses)
+            if twice:
+                total.backward(retain_graph=True)
+            total.backward()
+
+    def grads(calls, twice):
+        for task in TASKS:
+            run(calls, task, twice)
+        found = [p.grad.clone() for p in (x, *module.parameters())]
+        for p in (x, *module.parameters()):
+            p.grad = None
+        return found
+
+    for twice in (False, True):
+        for got, want in zip(grads(calls, twice), grads(plain, twice), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+def test_checkpointed_calls_of_two_threads(reentrant):
+    module, meet = projector(), threading.Barrier(2)
+    x = torch.randn(2, 3, 4)
+
+    def gradient(task, wait):
+        leaf = x.clone().requires_grad_()
+        with cmoe.use_task(task):
+            y = checkpoint(module, leaf, use_reentrant=reentrant)
+        wait()
+        y.square().sum().backward()
+        return leaf.grad
+
+    expected = [gradient(task, lambda: None) for task in TASKS]
+    assert not torch.equal(*expected)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda task: gradient(task, meet.wait), TASKS))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_checkpoint_around_the_whole_model():
+    """Its call is recomputed with it, and only once among the outputs."""
+    model, images = swapped("llava", init="random", aux_losses={"importance": 0.5})
+    batch = tiny.batch(model, images, labels=True)
+    undropped(model).train()
+    expected = model(**batch, task=list(TASKS))
+    expected.loss.backward()
+    grads = {name: grad.clone() for name, grad in gradients(model).items() if grad is not None}
+    model.zero_grad()
+    out = checkpoint(model, **batch, task=list(TASKS), use_cache=False, use_reentrant=False)
+    torch.testing.assert_close(out.loss, expected.loss)
+    with cmoe.use_task("photo"):
+        out.loss.backward()
+    for name, grad in grads.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, rtol=1e-5, atol=1e-6)
+
+
+def test_an_auxiliary_loss_that_a_reentrant_checkpoint_loses_is_warned_about():
+    model, images = swapped("llava", init="random", aux_losses={"importance": 0.5})
+    batch = tiny.batch(model, images, labels=True)
+    by_forward(undropped(model).train(), True)
+    with pytest.warns(UserWarning, match="aux_losses get no gradient inside a checkpoint with use_reentrant=True"):
+        model(**batch, task="chart")
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_step_without_a_learned_token(items):
+    model, images = swapped("llava", init="random", aux_losses={"importance": 0.5})
+    batch = tiny.batch(model, images, labels=True)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    out = model(**batch, task="chart", num_items_in_batch=items)
+    assert out.loss == 0
+    out.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @some_families

@@ -1,6 +1,7 @@
 """topk_gate and balance_loss in place of the routers and the load-balancing loss of transformers."""
 
 import copy
+import pickle
 import re
 import sys
 
@@ -125,6 +126,38 @@ def test_model_with_fused_routers(family):
     torch.testing.assert_close(got.loss, want.loss)
     for key, grad in want_grads.items():
         torch.testing.assert_close(got_grads[key], grad, rtol=1e-4, atol=1e-6)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_a_model_with_fused_routers(how):
+    model = transformers.MixtralForCausalLM(mixtral_config()).eval()
+    inputs = tiny_inputs(model)
+    try:
+        experts.use_cmoe(model, use_fused_router=True)
+        twin = COPIES[how](model)
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+        for ours, theirs in zip(twin.model.layers, model.model.layers, strict=True):
+            assert type(ours.mlp.gate) is type(theirs.mlp.gate)
+            assert ours.mlp.gate.weight is not theirs.mlp.gate.weight
+    finally:
+        experts.use_cmoe(model)
+    experts.use_cmoe(twin)
+    assert {type(layer.mlp.gate).__name__ for layer in twin.model.layers} == {"MixtralTopKRouter"}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_load_balancing_loss_of_padding_that_is_no_number(value):
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1]])
+    logits = torch.randn(8, 5)
+    results = []
+    for filled in (0.0, value):
+        layer = logits.masked_fill(~mask.flatten().bool()[:, None], filled).requires_grad_()
+        loss = experts.load_balancing_loss((layer,), 5, 2, mask)
+        results.append([loss, *torch.autograd.grad(loss, [layer])])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def loss_and_grads(model, inputs):

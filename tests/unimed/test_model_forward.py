@@ -58,6 +58,11 @@ def test_nothing_to_learn_gives_zero_not_nan():
     rows = batch(processor)
     rows["labels"] = torch.full_like(rows.labels, -100)
     assert model(**rows).lm_loss == 0
+    for items in (0, torch.tensor(0)):
+        out = model(**rows, num_items_in_batch=items)
+        assert out.loss == out.lm_loss == 0
+        out.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_rows_of_a_mixed_batch_are_what_they_are_alone():

@@ -174,7 +174,8 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = functional.pad(labels[:, 1:], (0, 1), value=-100).to(outputs.logits.device)
             learned = (targets != -100).sum()
-            total = learned.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            # A step without a learned token has the loss 0, not 0 / 0.
+            total = (learned if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
             summed = functional.cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
             loss = lm_loss = summed / total
             if connected is not None:
@@ -183,7 +184,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 if num_images_in_batch is not None:
                     share = connected.embeddings.shape[0] / num_images_in_batch
                 elif num_items_in_batch is not None:
-                    share = learned / num_items_in_batch
+                    share = learned / total
                 loss = lm_loss + share * connected.aux_loss
             elif absent is not None:
                 loss = lm_loss + absent
