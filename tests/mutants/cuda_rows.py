@@ -80,7 +80,9 @@ MUTANTS = [
         "    if (static_cast<int>(threadIdx.x) < width && e < columns) {",
     ),
     balance_loss("epilogue", "mass[e] = factor * share;", "mass[e] = experts * share;"),
-    balance_loss("index", "if (e >= 0 && e < op.experts) atomicAdd(selected + e, 1)", "if (e < op.experts) atomicAdd(selected + (e < 0 ? 0 : e), 1)"),
+    balance_loss(
+        "index", "if (e >= 0 && e < op.experts) atomicAdd(selected + e, 1)", "if (e < op.experts) atomicAdd(selected + (e & 1), 1)"
+    ),
     balance_loss("reduction", "for (int by = width; by < 32; by *= 2)", "for (int by = width; by < 16; by *= 2)"),
     balance_loss(
         "order",
