@@ -170,6 +170,15 @@ def test_the_sample_passes_over_in_one_line_without_network():
     assert run_sample().stdout == "test-latest, sampled: passed over: no index answers\n"
 
 
+def test_versions_that_do_not_install_are_one_line(monkeypatch):
+    def fails(name, pins, wanted):
+        raise subprocess.CalledProcessError(1, ["python", "-m", "pip", "install", "numpy==99"])
+
+    monkeypatch.setattr(versions, "environment", fails)
+    with pytest.raises(SystemExit, match=r"^oldest: -m pip install numpy==99 ended with exit code 1; no test ran$"):
+        versions.test("oldest", [], 1)
+
+
 class Sampled:
     """versions.sample with nothing installed or run."""
 

@@ -163,7 +163,10 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def test(name: str, pins: Sequence[str], jobs: int) -> int:
-    python = environment(name, pins, lane(name, project()))
+    try:
+        python = environment(name, pins, lane(name, project()))
+    except subprocess.CalledProcessError as failed:  # pip has said why
+        sys.exit(f"{name}: {' '.join(map(str, failed.cmd[1:]))} ended with exit code {failed.returncode}; no test ran")
     versions = installed(python)
     print(f"{name}: {', '.join(f'{r.name} {versions[canonicalize_name(r.name)]}' for r in run_time(project()))}", flush=True)
     return subprocess.run([python, "-m", "pytest", "-n", str(jobs), "--dist", "loadfile", *TESTS], cwd=ROOT).returncode
