@@ -499,6 +499,12 @@ def test_archives_that_unpack_to_too_much(tmp_path, monkeypatch):
         volumes.read_dicom_series(tmp_path / "a.zip")
 
 
+def test_a_jpeg_2000_box_of_no_length_does_not_hang():
+    data = (BUNDLED / "GDCMJ2K_TextGBR.dcm").read_bytes()
+    at = data.index(b"\x00\x00\x00\x0cjP  ") + 12
+    assert "box of no length" in refused(data[:at] + bytes(4) + data[at + 4 :])
+
+
 def test_a_deflated_file_that_inflates_to_too_much(monkeypatch):
     data = (BUNDLED / "image_dfl.dcm").read_bytes()
     assert parse("f", data).Rows == 512

@@ -39,7 +39,9 @@ MAX_PIXELS = 178_956_970  # of a frame; Pillow's own limit for the other formats
 MAX_BYTES = 4 << 30  # of a file, a volume or an archive, unpacked
 SUFFIXES = (".dcm", ".dicom", ".ima")
 EXTRA = "pip install 'cmoe-kernels[dicom]'"
-_EXTRA_SYNTAXES = (*uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+_JPEG2000 = (*uid.JPEG2000TransferSyntaxes, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+_EXTRA_SYNTAXES = (*uid.JPEGLSTransferSyntaxes, *_JPEG2000)
+_JP2 = b"\x00\x00\x00\x0cjP  "  # how a JPEG 2000 file starts, where a frame is one in place of a bare codestream
 _OTHER_CODECS = {uid.JPEGExtended12Bit: "pylibjpeg pylibjpeg-libjpeg"}  # GPL; for JPEG lossless python-gdcm serves
 _MEASURED = ("CT", "MR", "NM", "PT", *PROJECTIONS)  # their values are measurements also where they have eight bits
 _NOT_PICTURES = {"RTDOSE": "a dose distribution", "REG": "a registration", "RTPLAN": "a treatment plan"}
@@ -283,6 +285,8 @@ def _decode(name: str, source: Dataset, header: Header, index: int) -> tuple[np.
     if shifted and not kept - 1 < high < allocated:
         raise ValueError(f"HighBit {high} does not fit BitsStored {kept} and BitsAllocated {allocated}")
     shifted = shifted and (not syntax.is_encapsulated or syntax == uid.RLELossless)
+    if syntax in _JPEG2000:
+        _check_boxes(source.PixelData)
     options: dict[str, Any] = {"bits_stored": allocated} if shifted else {}
     try:
         stored, found = decoder.as_array(source, index=index, **options)
@@ -297,6 +301,19 @@ def _decode(name: str, source: Dataset, header: Header, index: int) -> tuple[np.
         stored = np.right_shift(np.left_shift(stored, allocated - 1 - high), allocated - kept)
         found["bits_stored"] = kept
     return stored, found
+
+
+def _check_boxes(data: bytes) -> None:
+    """Refuse JP2 boxes of no length: pydicom 3.0 would walk round them for ever."""
+    start = data.find(_JP2)
+    while start >= 0:
+        at = start + 12
+        while at < len(data) and data[at + 4 : at + 8] != b"jp2c":
+            length = int.from_bytes(data[at : at + 4], "big")
+            if length < 8:
+                raise ValueError("a JPEG 2000 box of no length")
+            at += length
+        start = data.find(_JP2, start + 1)
 
 
 def _missing_codec(syntax: uid.UID) -> bool:
