@@ -283,6 +283,8 @@ def test_pubmedqa_as_published(tmp_path):
         load_examples(tmp_path, "train")
     write(tmp_path / "test_ground_truth.json", {"1": "yes", "4": "no"})
     ids = {split: [example.id for example in load_examples(tmp_path, split)] for split in ("train", "val", "test")}
+    with pytest.raises(UserError, match="split 'external'"):
+        load_examples(tmp_path, "external")
     assert ids == {"train": ["pubmedqa/0", "pubmedqa/2", "pubmedqa/3", "pubmedqa/5"], "val": [], "test": ["pubmedqa/1", "pubmedqa/4"]}
     assert load_examples(tmp_path, "test", rules=STANDARD)[0].question == "It was. So. Is it 1?"
     write(tmp_path / "dev_set.json", {"2": rows["2"]})

@@ -291,10 +291,10 @@ def test_what_is_asked_of_load_examples(tmp_path):
         load_examples(tmp_path / "gone", "train")
     with pytest.raises(UserError, match="no dataset found"):
         load_examples(tmp_path, "train")
-    with pytest.raises(UserError, match="expected one of train, slab"):
-        load_examples(tmp_path, "holdout")
     with pytest.raises(UserError, match="unknown task 'vqs'"):
         load_examples(tmp_path, "train", ["vqs"])
+    with pytest.raises(UserError, match="expected one of train, slab"):
+        load_examples(slake(tmp_path), "holdout")
 
 
 def test_any_split_that_the_data_has_can_be_read(tmp_path):

@@ -97,7 +97,7 @@ def _pubmedqa(folder: Path, split: str) -> tuple[Path | None, set[str] | None, s
     if _sets(folder, split).is_file():
         return _sets(folder, split), None, set()
     whole = folder / "ori_pqal.json"
-    if split == "val" or not whole.is_file():
+    if split not in ("train", "test") or not whole.is_file():
         return None, None, set()
     listed = next((path for path in (folder / "test_ground_truth.json", _sets(folder, "test")) if path.is_file()), None)
     if listed is None:
