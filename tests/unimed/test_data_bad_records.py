@@ -287,6 +287,8 @@ def test_pubmedqa_as_published(tmp_path):
         load_examples(tmp_path, "external")
     assert ids == {"train": ["pubmedqa/0", "pubmedqa/2", "pubmedqa/3", "pubmedqa/5"], "val": [], "test": ["pubmedqa/1", "pubmedqa/4"]}
     assert load_examples(tmp_path, "test", rules=STANDARD)[0].question == "It was. So. Is it 1?"
+    with pytest.raises(UserError, match="split 'external'"):  # not the training split by another name
+        load_examples(tmp_path, "external")
     write(tmp_path / "dev_set.json", {"2": rows["2"]})
     assert [example.id for example in load_examples(tmp_path, "train")] == ["pubmedqa/0", "pubmedqa/3", "pubmedqa/5"]
 

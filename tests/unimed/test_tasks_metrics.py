@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unimed.data import load_examples, medmnist
 from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.tasks import answers, metrics, overlap
@@ -293,6 +295,21 @@ def test_a_class_is_one_of_the_list(text, answer, right, kind):
     found = metrics.score("cls", [text], [asked])
     assert (found["accuracy_strict"], metrics.is_right(asked, text)) == (float(right), right)
     assert kinds(found) == ({kind: 1} if kind else {})
+
+
+@pytest.mark.parametrize("name", medmnist.KNOWN)
+def test_the_list_of_every_known_class_set_is_read_back(tmp_path, name):
+    names = [medmnist.class_name(one) for one in medmnist.KNOWN[name][1]]
+    several = name == "chestmnist"
+    labels = np.eye(len(names), dtype=np.uint8) if several else np.arange(len(names))[:, None]
+    np.savez(tmp_path / f"{name}.npz", test_images=np.ones((len(names), 8, 8), np.uint8) * 9, test_labels=labels)
+    examples = load_examples(tmp_path, "test")
+    assert [one.answer for one in examples] == names
+    for one in examples:
+        assert set(options(one)) == {strict(text) for text in names} | ({"no finding"} if several else set())
+        assert metrics.is_right(one, one.answer)
+        assert sum(metrics.is_right(one, text) for text in names) == 1
+        assert [answers.read(one, text).kind for text in (*names, "ghost")] == [""] * len(names) + ["off_list"]
 
 
 def test_options_of_a_text_question_are_its_list():

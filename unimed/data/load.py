@@ -58,7 +58,7 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, ru
         raise UserError(f"{root}: no such folder")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
     found = [(layout, folder) for folder in folders for layout in LAYOUTS if layout.matches(folder)]
-    if not found:
+    if not found and split in SPLITS:
         known = "; ".join(layout.description for layout in LAYOUTS)
         raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
     names = _names(found)

@@ -167,7 +167,7 @@ def _facts(seen: Sequence[Example], examples: Sequence[Example]) -> dict[str, An
         "datasets": sorted({example.dataset for example in examples}),
         "subjects": {name: len(named) for name, named in sorted(held_out.items())},
         "subjects_in_training": {name: len(named & subjects(seen, name)) for name, named in sorted(held_out.items())} if seen else None,
-        "synthetic_reports": any(example.dataset == "sample-report" for example in examples),
+        "synthetic_reports": any("sample-report" in (example.dataset, example.layout) for example in examples),
     }
 
 
