@@ -5,7 +5,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.native.variants import ROOT, alone_in, build_script, need_compiler, product_objects
+from tests.native.variants import ROOT, alone_in, build_script, emulation_flags, need_compiler, product_objects
 
 DRIVERS = ("soft_experts", "sparse_experts", "grouped_linear", "experts_backward", "task_router", "dispatch", "pool")
 
@@ -19,17 +19,18 @@ def compile_program(name: str, *flags: str) -> Path:
     script, compiler = build_script(), need_compiler()
     os.chdir(ROOT)
     folder, tiers = Path("build", "programs", name), script.tiers_of_compiler()
-    command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", "-DCMOE_EMULATE_AMX", *(flags or ["-O1"])]
+    command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", *(flags or ["-O1"])]
 
     def compiled(source: str) -> Path:
-        return script.compiled(source, [*command, *script.flags_of(source, tiers)], folder)
+        own = emulation_flags(source)
+        return script.compiled(source, [*command, *(script.flags_of(source, tiers) if own is None else own)], folder)
 
     drivers = [source for source in script.built(script.SOURCES, tiers) if driver(source)]
     program = folder / name
     with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [*(drivers if flags else []), f"tests/native/{name}.cpp"]))
         if not flags:
-            objects += [path for source, path in product_objects(emulate_amx=True).items() if driver(source)]
+            objects += [path for source, path in product_objects(emulate=True).items() if driver(source)]
         script.run_if_stale([*compiler, *flags, "-pthread", "-o", str(program), *map(str, objects)], program, *objects)
     return ROOT / program
 

@@ -6,15 +6,14 @@ import pytest
 
 from cmoe_kernels import backends
 from tests.native.programs import compile_program, run_program
-from tests.native.variants import runtime_of
+from tests.native.variants import emulated_tiers, runtime_of
 
 pytestmark = [
     pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error)),
     pytest.mark.skipif(platform.system() != "Linux", reason="sanitizers and untouched memory as Linux has them"),
 ]
-TIERS = list(sets.available) if (sets := backends.instruction_sets()) else []
-if "avx512_bf16" in TIERS and "amx" not in TIERS:
-    TIERS.append("amx")  # the tile instructions are emulated in these programs
+HERE = list(sets.available) if (sets := backends.instruction_sets()) else []
+TIERS = [*(tier for tier in emulated_tiers() if tier not in HERE), *HERE]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cmoe_kernels import backends
-from tests.native.variants import ROOT, build_script, copy_of_tree, output_of, product_objects, run_tests, summary_of
+from tests.native.variants import ROOT, build_script, copy_of_tree, emulated_tiers, output_of, product_objects, run_tests, summary_of
 
 pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
 HERE = sets.available if (sets := backends.instruction_sets()) else []
@@ -38,13 +38,23 @@ def test_the_ops_in_every_instruction_set(tier, capsys):
     check(ROOT, tier, capsys)
 
 
-def test_amx_emulated(capsys):
-    """The paths of the AMX drivers, with the tile instructions in C++, on a machine that need not have them."""
-    if "avx512_bf16" not in HERE:
-        pytest.skip(f"the emulation replaces the tile instructions alone and needs avx512_bf16; here are {', '.join(HERE)}")
+@pytest.fixture(scope="module")
+def emulation():
+    """A tree whose library has in plain C++ what this processor lacks, and AMX's tile instructions on every one."""
+    if not emulated_tiers():
+        pytest.skip(f"the emulation needs avx2 and a compiler that knows AMX; here are {', '.join(HERE)}")
     tree, script = copy_of_tree("emulated"), build_script()
-    script.linked(list(product_objects(emulate_amx=True).values()), script.torch_folder(), tree / "cmoe_kernels" / script.LIBRARY)
-    check(tree, "amx", capsys)
+    script.linked(list(product_objects(emulate=True).values()), script.torch_folder(), tree / "cmoe_kernels" / script.LIBRARY)
+    return tree
+
+
+# Half a minute each: CI runs the one with most paths.
+@pytest.mark.parametrize("tier", ["amx", *(pytest.param(tier, marks=pytest.mark.full) for tier in ("avx512_bf16", "avx512"))])
+def test_emulated(emulation, tier, capsys):
+    """The paths of a tier on a machine that lacks its instructions."""
+    if tier not in emulated_tiers():
+        pytest.skip(f"{tier} runs here")
+    check(emulation, tier, capsys)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from cmoe_kernels import backends
+
 ROOT = Path(__file__).parents[2]
 COPIED = (
     "cmoe_kernels",
@@ -99,18 +101,36 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def product_objects(*, emulate_amx: bool = False) -> dict[str, Path]:
-    """The library's object files by their source, compiled unless they are there and fresh. On demand AMX's instructions are plain C++."""
+def emulated_tiers() -> list[str]:
+    """The instruction sets that the tests have in plain C++: AMX always, AVX-512 too where this processor lacks it. Best first."""
+    here = sets.available if (sets := backends.instruction_sets()) else []
+    if "avx2" not in here or "amx" not in build_script().tiers_of_compiler():
+        return []
+    return ["amx"] if "avx512_bf16" in here else ["amx", "avx512_bf16", "avx512"]
+
+
+def emulation_flags(source: str) -> list[str] | None:
+    """How a file of the library is compiled where some instruction sets are emulated; None: as the product."""
+    script, emulated, stem = build_script(), emulated_tiers(), Path(source).stem
+    if stem not in (*emulated, "dispatch") or not emulated:
+        return None
+    wide = "avx512" in emulated
+    on = {"AMX": stem in ("amx", "dispatch"), "AVX512": wide, "AVX512_BF16": wide and stem in ("amx", "avx512_bf16")}
+    own = [*script.AVX2, "-O1", "-Wno-psabi"] if wide and stem != "dispatch" else script.flags_of(source, script.tiers_of_compiler())
+    return [*own, *(f"-DCMOE_EMULATE_{name}" for name, wanted in on.items() if wanted)]
+
+
+def product_objects(*, emulate: bool = False) -> dict[str, Path]:
+    """The library's object files by their source, compiled unless they are there and fresh; with emulate, for this machine's emulation."""
     need_compiler()
     os.chdir(ROOT)
     script = build_script()
     command, tiers, cuda = script.compile_command(script.torch_folder()), script.tiers_of_compiler(), script.cuda_toolkit()
 
     def compiled(source: str) -> Path:
-        flags = [*command, *script.flags_of(source, tiers, cuda)]
-        if emulate_amx and Path(source).stem in ("amx", "dispatch"):
-            return script.compiled(source, [*flags, "-DCMOE_EMULATE_AMX"], Path("build", "emulated", "objects"))
-        return script.compiled(source, flags)
+        if emulate and (flags := emulation_flags(source)) is not None:
+            return script.compiled(source, [*command, *flags], Path("build", "emulated", "objects"))
+        return script.compiled(source, [*command, *script.flags_of(source, tiers, cuda)])
 
     with alone_in(Path("build")), ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = script.built(script.SOURCES, tiers)

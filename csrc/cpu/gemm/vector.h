@@ -10,15 +10,23 @@
 #include <math.h>
 #include <string.h>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(CMOE_EMULATE_AVX512)
+#include "avx512_emulation.h"
+#elif defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) || defined(CMOE_EMULATE_AVX512)
+#define HAS_AVX512
+#endif
+#if defined(__AVX512BF16__) || defined(CMOE_EMULATE_AVX512_BF16)
+#define HAS_AVX512_BF16
 #endif
 
 namespace {
 
 using namespace cmoe::cpu;
 
-#if defined(__AVX512F__)
+#if defined(HAS_AVX512)
 constexpr int vector_bytes = 64;
 #elif defined(__AVX2__)
 constexpr int vector_bytes = 32;
@@ -164,7 +172,7 @@ INLINE void store_part(float* p, vfloat v, int count) {
 
 // --- conversions --------------------------------------------------------------------------------------------------------------------
 INLINE vhalf to_bf16(vfloat x) {
-#if defined(__AVX512BF16__)
+#if defined(HAS_AVX512_BF16)
   return (vhalf)_mm512_cvtneps_pbh((__m512)x);
 #else
   // To nearest, ties to even; a NaN stays one.
@@ -175,7 +183,7 @@ INLINE vhalf to_bf16(vfloat x) {
 }
 INLINE vfloat from_bf16(vhalf x) { return (vfloat)(__builtin_convertvector(x, vuint) << 16); }
 
-#if defined(__AVX512F__)
+#if defined(HAS_AVX512)
 INLINE vhalf to_f16(vfloat x) { return (vhalf)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vfloat from_f16(vhalf x) { return (vfloat)_mm512_cvtph_ps((__m256i)x); }
 #elif defined(__F16C__)
