@@ -205,9 +205,9 @@ def test_unknown_activation_falls_back_with_one_warning():
     assert "QuickGELUActivation is none of gelu, " in str(caught[0].message)
 
 
-@pytest.mark.parametrize("past", [0, 3])
-def test_sentinels_add_nothing_and_get_no_gradient(past):
-    """Expert parallelism gives the experts of other ranks the index E; others give numbers above."""
+@pytest.mark.parametrize("sentinel", [5, 8, -1])
+def test_sentinels_add_nothing_and_get_no_gradient(sentinel):
+    """Expert parallelism gives the experts of other ranks the index E; others give numbers above; serving stacks pad with -1."""
     module = experts_module()
     module._is_expert_parallel = True
     x = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
@@ -215,7 +215,7 @@ def test_sentinels_add_nothing_and_get_no_gradient(past):
     indices = torch.rand(9, 5).argsort(-1)[:, :2]
     gone = torch.rand(9, 2) < 0.4
     gone[0] = True
-    y, (dx, dweights, *_) = call(module, "cmoe", x, indices.masked_fill(gone, 5 + past), weights)
+    y, (dx, dweights, *_) = call(module, "cmoe", x, indices.masked_fill(gone, sentinel), weights)
     want, (want_dx, _, *_) = call(module, "eager", x, indices.masked_fill(gone, 5), weights)
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(dx, want_dx)

@@ -107,10 +107,36 @@ def projector():
     return cmoe.CMoEProjector(CMoEConfig(in_features=4, out_features=5, num_experts=3, router_features=8, resample="none", tasks=TASKS))
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
-def test_each_checkpointed_call_keeps_its_own_task(reentrant):
-    """The same features under several tasks: nested, within one region and in two, over a retained graph, in two threads."""
-    module, keep = projector(), functools.partial(checkpoint, use_reentrant=reentrant)
+class Recomputed(torch.autograd.Function):
+    """A checkpoint as other libraries have it."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, dy)
+        return None, x.grad
+
+
+CHECKPOINTS = {
+    "not_reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "another": Recomputed.apply,
+}
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_each_checkpointed_call_keeps_its_own_task(how):
+    """The same features under several tasks: nested, within one region and in two, over a graph that is kept."""
+    module, keep = projector(), CHECKPOINTS[how]
     x = torch.randn(2, 3, 4, requires_grad=True)
 
     def both(x):
@@ -157,15 +183,15 @@ def test_each_checkpointed_call_keeps_its_own_task(reentrant):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
-def test_checkpointed_calls_of_two_threads(reentrant):
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_checkpointed_calls_of_two_threads(how):
     module, meet = projector(), threading.Barrier(2)
     x = torch.randn(2, 3, 4)
 
     def gradient(task, wait):
         leaf = x.clone().requires_grad_()
         with cmoe.use_task(task):
-            y = checkpoint(module, leaf, use_reentrant=reentrant)
+            y = CHECKPOINTS[how](module, leaf)
         wait()
         y.square().sum().backward()
         return leaf.grad

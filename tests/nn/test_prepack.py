@@ -9,6 +9,7 @@ import torch
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close
 from cmoe_kernels import backends
+from cmoe_kernels.nn.packing import pack_experts
 
 pytestmark = pytest.mark.skipif(backends.choose("soft_experts", "cpu") != "cpu", reason="the native library is not in use")
 
@@ -43,6 +44,18 @@ def test_values(form, task, dtype):
     for name in ("embeddings", "gates"):
         w, g = getattr(want, name), getattr(got, name)
         assert_close(name, g, w.double(), w)
+
+
+def test_packed_experts_take_minus_one_for_no_expert():
+    experts = connector(tasks=("a",)).experts
+    x, weights = torch.randn(9, 80), torch.rand(9, 2)
+    indices = torch.randint(0, 4, (9, 2))
+    with torch.no_grad():
+        expected = experts(x, weights=weights, indices=indices)
+        experts.packed = pack_experts(experts, None)
+        torch.testing.assert_close(experts(x, weights=weights, indices=indices.masked_fill(indices == 3, -1)), expected)
+        with pytest.raises(RuntimeError, match=r"indices holds -2, must be in -1..3 \(3 experts; -1 and 3 mean no expert\)"):
+            experts(x, weights=weights, indices=indices * 0 - 2)
 
 
 def test_the_copies_are_what_runs_and_their_bytes_are_told():
