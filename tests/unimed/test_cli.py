@@ -31,7 +31,7 @@ def shell(*arguments, cwd, **options):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         **options,
     )
 
@@ -301,8 +301,8 @@ def test_a_killed_run_leaves_no_half_file_and_goes_on(small_overrides, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "unimed", *command], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     folder = tmp_path / "runs" / "small"
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("checkpoint-*")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from unimed import NOTICE
-from unimed.data.example import TASKS, Example
+from unimed.data.example import TASKS, Example, digest
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.evaluate import BLANKED, WITHOUT_LOOKING
@@ -136,14 +135,6 @@ def answered(spec: dict[str, Any]) -> list[Example]:
         what = f"the examples of its {spec['split']!r} split are not those that were answered"
         raise UserError(f"{spec['root']}: {what} in {PREDICTIONS_FILE}; run unimed evaluate again")
     return found
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """Changes with anything that an example asks or expects; pixels are not read."""
-    found = hashlib.sha256()
-    for example in examples:
-        found.update(repr((example.id, example.task, example.question, example.answer, example.size, example.box)).encode())
-    return found.hexdigest()
 
 
 def _before_training(stored: recipes.Recipe) -> tuple[list[Example], Any, dict[str, str]]:

@@ -20,7 +20,7 @@ from unimed.train.augment import augment
 from unimed.train.config import Augment
 from unimed.train.sampler import Draw
 
-SPARE = 4  # an image that is augmented keeps up to so many times the model's pixels a side
+SPARE = 4  # an image that is augmented keeps at most four times the side of the model's
 
 
 class Sample(NamedTuple):

@@ -7,15 +7,13 @@ Under torchrun every process calls `train`; the main process makes the folder an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed.data.example import Example
+from unimed.data.example import Example, digest
 from unimed.data.load import load_examples
 from unimed.data.policy import Rules
 from unimed.errors import NoExamples, UserError
@@ -120,7 +118,12 @@ def train(
 
         torch.set_num_threads(recipe.train.threads)
     train_examples = examples(recipe, "train")
-    start = {"command": command, "processes": settings.world_size, **_fingerprint(train_examples)}
+    start = {
+        "command": command,
+        "processes": settings.world_size,
+        "examples": len(train_examples),
+        "examples_sha256": digest(train_examples),
+    }
 
     def prepare() -> Path | None:
         if not resume:
@@ -164,14 +167,6 @@ def train(
 
     processes.on_main(finish)
     return run
-
-
-def _fingerprint(train_examples: Sequence[Example]) -> dict[str, Any]:
-    """What a resumed run must find again: which examples, in which order. The folder they lie in may have another name."""
-    digest = hashlib.sha256()
-    for example in train_examples:
-        digest.update(json.dumps([example.task, example.question, example.answer], ensure_ascii=False).encode() + b"\n")
-    return {"examples": len(train_examples), "examples_sha256": digest.hexdigest()}
 
 
 def _new_folder(recipe: Recipe, start: dict[str, Any], run: Path, overwrite: bool) -> None:
@@ -230,8 +225,8 @@ def load_model(run: Path, device: str = "auto", verify: bool = False) -> tuple[A
     from unimed.model.load import load, pick_device
 
     place = pick_device(device)
-    home = next((place for place in (run, run.parent) if (place / RECIPE_FILE).is_file()), None)  # also of a checkpoint
-    stored = stored_recipe(home) if home else None
+    home = run.parent if run.name == MODEL_FOLDER or run.name.startswith("checkpoint-") else run
+    stored = stored_recipe(home) if (home / RECIPE_FILE).is_file() else None
     dtype = precision(stored) if stored and place.type == "cuda" else None
     archive = Path(stored.language.archive) if stored and stored.language.archive else None
     search = [archive if archive.is_dir() else archive.parent] if archive else []
