@@ -54,16 +54,20 @@ def splits() -> dict[str, Ranges]:
     return parts
 
 
+def _rows(tar: tarfile.TarFile, name: str) -> list[dict[str, str]]:
+    member = tar.extractfile(name)
+    if member is None:
+        raise UserError(f"{tar.name}: {name} is not a file")
+    return list(csv.DictReader(io.TextIOWrapper(member, "utf-8")))
+
+
 def read(path: Path) -> Weather:
     """The whole year in the 23 columns; those without an observation stay empty. F, mph and miles become °C, m/s and km."""
     with tarfile.open(path) as tar:
         names = {name.rpartition("/")[2]: name for name in tar.getnames() if name.endswith(("data/weather.csv", "data/airports.csv"))}
         if set(names) != {"weather.csv", "airports.csv"}:
             raise UserError(f"{path}: holds {sorted(names)}, must hold weather.csv and airports.csv")
-        weather, airports = (
-            list(csv.DictReader(io.TextIOWrapper(tar.extractfile(names[name]), "utf-8")))  # type: ignore[arg-type]
-            for name in ("weather.csv", "airports.csv")
-        )
+        weather, airports = (_rows(tar, names[name]) for name in ("weather.csv", "airports.csv"))
     if len(weather) != ROWS:
         raise UserError(f"{path}: weather.csv has {len(weather)} rows, must have {ROWS}")
     hours = 365 * 24

@@ -104,7 +104,7 @@ class DQAM(nn.Module):
         # Heads begin by looking in different directions, a quarter of the picture away at the last hour.
         angle = torch.arange(heads) / heads * 2 * torch.pi
         with torch.no_grad():
-            self.drift[-1].bias.copy_(0.5 * torch.stack([angle.cos(), angle.sin()], dim=-1).flatten())  # type: ignore[operator, union-attr]
+            self.drift[-1].bias.copy_(0.5 * torch.stack([angle.cos(), angle.sin()], dim=-1).flatten())  # type: ignore[operator]
         self.heads, self.horizon = heads, horizon
 
     def forward(

@@ -88,7 +88,8 @@ class GraphGRU(nn.Module):
         wide = features + state
         self.gate = GraphConv(wide, hidden or 2 * state, supports, embedding, dynamic)
         self.update = GraphConv(wide, hidden or state, supports, embedding, dynamic)
-        self.gate_diffusion, self.update_diffusion = (Diffusion(), Diffusion()) if hidden else (None, None)
+        self.gate_diffusion = Diffusion() if hidden else None
+        self.update_diffusion = Diffusion() if hidden else None
         self.gate_out = nn.Linear(hidden, 2 * state) if hidden else nn.Identity()
         self.update_out = nn.Linear(hidden, state) if hidden else nn.Identity()
         self.dropout = nn.Dropout(dropout)

@@ -150,7 +150,9 @@ def evaluated(model: VNNet, place: Place, test: Windows, training: Windows | Non
             mass, chance = attention_on_upwind(model, test, some, place.drift, places(place.generated))
             row["attention"] = {"mass": mass.tolist(), "chance": chance.tolist()}
         by_hour = gates_by_hour(model, test, which[::GATES])
-        row["gates"] = None if by_hour is None else np.where(np.isnan(by_hour), None, by_hour).tolist()
+        row["gates"] = (
+            None if by_hour is None else [[[None if np.isnan(g) else float(g) for g in gates] for gates in hours] for hours in by_hour]
+        )
     return row
 
 
