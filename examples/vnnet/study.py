@@ -281,6 +281,7 @@ def _by_horizon(rows: dict[tuple[str, int], dict[str, Any]], name: str, title: s
             entries.append((ARMS[factor].title, own))
         for label, found in entries:
             place = 0 if label == ARMS[factor].title else f
+            label += "" if len(found) == len(seeds) else f" ({len(found)} seed{'s' * (len(found) > 1)})"
             mae = np.mean([s.mae[:, place] for s in found], axis=0)
             rmse = np.sqrt(np.mean([s.rmse[:, place] ** 2 for s in found]))
             mape = np.mean([s.mape[:, place] for s in found])
