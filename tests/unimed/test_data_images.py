@@ -226,7 +226,7 @@ def test_the_answer_tells_what_was_done_to_the_file(tmp_path, monkeypatch):
     from unimed.evaluate import ask
 
     Image.fromarray(RAMP16).save(tmp_path / "a.png")
-    monkeypatch.setattr(ask, "load_model", lambda model: (None, None))
+    monkeypatch.setattr(ask, "load_model", lambda *_: (None, None))
     monkeypatch.setattr(ask, "answers", lambda *args, **kwargs: ["yes"])
     answer = ask.ask(str(tmp_path / "a.png"), "which organ", "vqa", tmp_path)
     assert answer.note.startswith("values 0 to 65535 shown as black to white · 5 x 1 pixels shown to the model")

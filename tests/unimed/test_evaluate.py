@@ -224,7 +224,7 @@ def asked(tmp_path, monkeypatch):
     seen = []
 
     def reply(text, question, task, run=tmp_path):
-        monkeypatch.setattr(ask_module, "load_model", lambda folder: (None, None))
+        monkeypatch.setattr(ask_module, "load_model", lambda *_: (None, None))
         monkeypatch.setattr(ask_module, "answers", lambda model, processor, examples, **settings: seen.extend(examples) or [text])
         return ask(str(image), question, task, run), seen[-1]
 
