@@ -1,6 +1,7 @@
 """The commands, from help to tables, and lines instead of tracebacks."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert "--arms has 'x'" in call("study", "--arms", "x", code=2)
 
 
+@functools.cache
 def _small_place(seed, cache, hours):
     from examples.vnnet import study
     from examples.vnnet.generate import Settings, generate

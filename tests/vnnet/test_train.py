@@ -17,7 +17,7 @@ from examples.vnnet.model import Settings
 from examples.vnnet.train import Plan, chosen, rate, train, truth_share
 
 ROOT = Path(__file__).parents[2]
-PLAN = Plan(steps=7, batch=4, validate_every=3, checkpoint_every=2, validation_windows=4, warmup=2, sampling=2.0)
+PLAN = Plan(steps=5, batch=3, validate_every=2, checkpoint_every=2, validation_windows=2, warmup=2, sampling=2.0)
 
 
 def settings(**changes):
@@ -55,7 +55,7 @@ def test_stopped_and_resumed_is_the_same_bits(weather, tmp_path, monkeypatch, ve
     train(tmp_path / "whole", s, PLAN, training, validation)
 
     def stop(step):
-        if step == 5:
+        if step == 3:
             raise Stop
 
     monkeypatch.setattr(t, "after_step", stop)
@@ -126,7 +126,7 @@ def test_a_finished_run_is_read(weather, tmp_path, monkeypatch):
     train(tmp_path / "run", s, PLAN, training, validation, resume=True)
     with pytest.raises(UserError, match="holds a run; resume it"):
         train(tmp_path / "run", s, PLAN, training, validation)
-    with pytest.raises(UserError, match="begun with batch=4, now 5"):
+    with pytest.raises(UserError, match="begun with batch=3, now 5"):
         train(tmp_path / "run", s, Plan(**{**vars(PLAN), "batch": 5}), training, validation, resume=True)
 
 
