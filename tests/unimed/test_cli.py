@@ -178,7 +178,7 @@ def test_the_demo_replaces_only_what_it_made(at_work, small_overrides, tmp_path,
     shutil.copytree(at_work, tmp_path / "runs" / "small")
     monkeypatch.chdir(tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    shown = run("demo", *small_overrides, "train.max_steps=2", "train.save_every=2")
+    shown = run("demo", "--name", "small", *small_overrides, "train.max_steps=2", "train.save_every=2")
     assert shown.exit_code == 2
     assert shown.output.strip() == (
         "error: runs/small: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite"
