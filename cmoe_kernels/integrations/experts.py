@@ -221,7 +221,7 @@ class _FusedRouter(nn.Module):
 
 
 @functools.cache
-def _fused_router(cls: type) -> type:
+def _fused_router(cls: type) -> type[_FusedRouter]:
     # A subclass, because transformers records router logits with hooks that ask isinstance(module, its router class).
     return type(f"Fused{cls.__name__}", (_FusedRouter, cls), {"routing": ROUTERS[cls.__name__], "own": cls})
 

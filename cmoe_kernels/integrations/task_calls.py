@@ -8,6 +8,7 @@ leaves its routes there, in the order of the calls; later runs read them.
 
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class _Routes:
 
 def _checkpoints() -> Iterator[tuple[Any, bool]]:
     """The checkpoints around this call, innermost first: an object that each keeps, and whether this is a second run."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code, kept = frame.f_code, None
         if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
