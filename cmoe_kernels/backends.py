@@ -163,10 +163,15 @@ native_error: str | None = None
 
 
 class InstructionSets(NamedTuple):
-    """What the CPU kernels run with; ``used`` is empty and ``error`` says why where CMOE_CPU_ISA names what is not there."""
+    """What the CPU kernels run with.
+
+    ``left_out`` names better ones that failed their self-test, and how. ``used`` is empty and ``error`` says why where CMOE_CPU_ISA names
+    one that is not there or that failed.
+    """
 
     used: str
     available: list[str]
+    left_out: str
     error: str
 
 
@@ -174,8 +179,8 @@ def instruction_sets() -> InstructionSets | None:
     """The instruction set of the CPU kernels, and all that could run here, best first. None without the native library."""
     if native_library is None:
         return None
-    used, available, error = importlib.import_module("cmoe_kernels._C").instruction_sets()
-    return InstructionSets(used, available.split(", "), error)
+    used, available, left_out, error = importlib.import_module("cmoe_kernels._C").instruction_sets()
+    return InstructionSets(used, available.split(", "), left_out, error)
 
 
 def _constant(function: Callable[..., str]) -> Any:

@@ -78,7 +78,10 @@ def _instruction_set() -> str:
     sets = backends.instruction_sets()
     if sets is None:
         return "none: there is no native library"
-    return f"{sets.used} (CMOE_CPU_ISA chooses among {', '.join(sets.available)})" if sets.used else f"none: {sets.error}"
+    if not sets.used:
+        return f"none: {sets.error}"
+    left_out = f"; left out, failed the self-test: {sets.left_out}" if sets.left_out else ""
+    return f"{sets.used} (CMOE_CPU_ISA chooses among {', '.join(sets.available)}){left_out}"
 
 
 def _ops(device: str) -> str:
@@ -100,7 +103,7 @@ def _ops(device: str) -> str:
 
 
 def _settings() -> str:
-    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_CHECK", "CMOE_KEEP_PAGES", "CMOE_AUTOTUNE", "CMOE_CUDA_SM90")
+    names = ("CMOE_BACKEND", "CMOE_CPU_ISA", "CMOE_SELF_TEST", "CMOE_CHECK", "CMOE_KEEP_PAGES", "CMOE_AUTOTUNE", "CMOE_CUDA_SM90")
     return _table([(name, os.environ.get(name, "not set")) for name in names])
 
 

@@ -53,8 +53,11 @@ STABLE_TORCH_LIBRARY_IMPL(cmoe_native, CPU, m) {
 
 namespace {
 
-// The instruction set in use, all that could run here (best first), and why none is in use (empty as a rule).
-PyObject* instruction_sets(PyObject*, PyObject*) { return Py_BuildValue("(sss)", cpu::isa_name(), cpu::isa_names().c_str(), cpu::isa_error().c_str()); }
+// The instruction set in use, all that could run here (best first), better ones that failed their self-test, and why none is in use (the last
+// two are empty as a rule).
+PyObject* instruction_sets(PyObject*, PyObject*) {
+  return Py_BuildValue("(ssss)", cpu::isa_name(), cpu::isa_names().c_str(), cpu::isa_left_out().c_str(), cpu::isa_error().c_str());
+}
 
 // What the CUDA kernels were compiled for, and why there are none (one of the two is empty).
 PyObject* cuda_kernels(PyObject*, PyObject*) { return Py_BuildValue("(ss)", CMOE_CUDA_BUILT, CMOE_CUDA_MISSING); }

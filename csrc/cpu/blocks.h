@@ -166,7 +166,7 @@ void each_block(int64_t first, int64_t last, const F& f) {
 
 template <class A>
 const RowFunctions<A>& row_functions_here() {
-  STD_TORCH_CHECK(isa_error().empty(), isa_error());
+  require_instruction_set();
   return *kernels_for<A>(sizeof(A) == 8 ? Type::f64 : Type::f32).rows;
 }
 

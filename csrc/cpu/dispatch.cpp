@@ -1,11 +1,12 @@
-// The instruction set, chosen once a process: the best that the processor, the operating system and the build have, or the one that
-// CMOE_CPU_ISA names.
+// The instruction set, chosen once a process: the best that the processor, the operating system and the build have and that passes its
+// self-test, or the one that CMOE_CPU_ISA names.
 
 #include <cstdlib>
 #include <string>
 
 #include "dispatch.h"
 #include "gemm.h"
+#include "self_test.h"
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -70,18 +71,34 @@ constexpr Tier tiers[] = {
     {&isa_generic, always},
 };
 
+// CMOE_SELF_TEST=0: tiers are trusted.
+bool self_tests() {
+  const char* const setting = std::getenv("CMOE_SELF_TEST");
+  return !setting || std::string(setting) != "0";
+}
+
 struct Choice {
   const Isa* isa = nullptr;
-  std::string names, error;
+  std::string names, left_out, error;
 
   Choice() {
-    const char* const named = std::getenv("CMOE_CPU_ISA");
+    const char* const setting = std::getenv("CMOE_CPU_ISA");
+    const std::string named = setting ? setting : "";
     for (const Tier& tier : tiers) {
       if (!tier.supported()) continue;
-      names += (names.empty() ? "" : ", ") + std::string(tier.isa->name);
-      if (!isa && (!named || !*named || std::string(named) == tier.isa->name)) isa = tier.isa;
+      const std::string name = tier.isa->name;
+      const bool wanted = !isa && (named.empty() || named == name);
+      if (const std::string fault = wanted && tier.isa != &isa_generic && self_tests() ? self_test(*tier.isa) : ""; !fault.empty()) {
+        left_out += (left_out.empty() ? "" : ", ") + name + " (" + fault + ")";
+        continue;
+      }
+      if (wanted) isa = tier.isa;
+      names += (names.empty() ? "" : ", ") + name;
     }
-    if (!isa) error = "CMOE_CPU_ISA is '" + std::string(named) + "', must be one of those that this machine and this build have: " + names;
+    if (isa) return;
+    error = "CMOE_CPU_ISA is '" + named + "', ";
+    error += left_out.empty() ? "must be one of those that this machine and this build have: " + names
+                              : "which failed its self-test: " + left_out + "; must be one of " + names + " (CMOE_SELF_TEST=0 skips the test)";
   }
 };
 
@@ -102,6 +119,7 @@ int64_t l2_bytes() {
 
 const char* isa_name() { return choice().isa ? choice().isa->name : ""; }
 const std::string& isa_names() { return choice().names; }
+const std::string& isa_left_out() { return choice().left_out; }
 const std::string& isa_error() { return choice().error; }
 
 template <>

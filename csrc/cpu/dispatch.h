@@ -6,7 +6,8 @@
 namespace cmoe::cpu {
 
 const char* isa_name();
-const std::string& isa_names();  // all that could run here, best first
-const std::string& isa_error();  // empty, or why CMOE_CPU_ISA cannot be followed
+const std::string& isa_names();     // all that could run here, best first
+const std::string& isa_left_out();  // empty, or the better ones that failed their self-test, and how
+const std::string& isa_error();     // empty, or why CMOE_CPU_ISA cannot be followed
 
 }  // namespace cmoe::cpu

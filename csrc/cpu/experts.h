@@ -1,8 +1,8 @@
 // What the drivers of expert layers share: views of weights and biases, gates, and the parts of a step that several drivers take.
 #pragma once
 
-#include "gemm.h"
 #include "parallel.h"
+#include "wgrad.h"
 
 namespace cmoe::cpu {
 
@@ -166,14 +166,12 @@ void blocks_of(const Kernels<T>& kernels, const Plan& p, int64_t segments, int64
 // dW = dy^T x of one expert: rows of `dy` and of `x` are the reduction. The shared operand is x, packed.
 template <class T>
 void weight_gradient(const Kernels<T>& kernels, const Shared<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw, int64_t dw_first, int64_t dw_stride, int64_t threads) {
-  const Plan p = plan(kernels, Form::gradient, false, outputs, inputs, threads);
+  const Plan p = wgrad_plan(kernels, outputs, inputs, x.segment_k(), threads);
   const ThreadScratch scratch(threads, p.bytes());
   parallel(threads, [&](int64_t thread) {
     blocks_of(kernels, p, 1, outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
-      multiply_block(kernels, p, Form::gradient, x, [&](int64_t) { return Operand{dy, false}; }, lanes, scratch[thread],
-                     [&](const T* rows, int64_t ld, int64_t row0, int used, int64_t column0, int64_t columns) {
-                       for (int r = 0; r < used; ++r) dw.store(kernels, dw_first + (row0 + r) * dw_stride + column0, rows + r * ld, columns);
-                     });
+      char* const rows = dw.data + (dw_first + lanes.first * dw_stride) * size_of(dw.type);
+      WgradBlock<T>(kernels, p, x, dy, lanes, scratch[thread], dw.type, rows, dw_stride * size_of(dw.type)).compute();
     });
   });
 }

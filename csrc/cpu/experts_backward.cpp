@@ -115,7 +115,7 @@ class Backward {
   // u of one expert, computed again by the kernels of the forward pass: the same bits.
   void first_layer(int64_t e, char* u) {
     const Kernels<T> kernels = forward_kernels<T>(op_.type, n_, op_.w1, op_.last());
-    const Plan p = plan(kernels, Form::weights, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
+    const Plan p = plan(kernels, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
     const Shared<T> x(kernels, p.shared, n_, 1, op_.inputs);
     pack_shared(kernels, x, {x_rows(), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
@@ -123,8 +123,8 @@ class Backward {
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       blocks_of(kernels, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
         op_.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+        multiply_block(kernels, p, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            pre_activation(kernels, rows + r * ld, bias, n);
                            f_.store(op_.type, rows + r * ld, u + ((row0 + r) * op_.first_outputs() + lanes.first) * value_, n);
@@ -138,7 +138,7 @@ class Backward {
   void hidden(int64_t e, const char* u, int64_t u_row, char* du, char* wh) {
     const bool layers = static_cast<bool>(op_.w2);
     const Weight& last = op_.last();
-    const Plan p = plan(kernels_, Form::weights, !last.along_inputs(), op_.last_inputs(), n_, threads_);
+    const Plan p = plan(kernels_, !last.along_inputs(), op_.last_inputs(), n_, threads_);
     const Shared<T> dy(kernels_, p.shared, n_, 1, op_.outputs);
     pack_shared(kernels_, dy, {dy_rows(), true}, threads_);
     const int64_t size = sizeof(T), ld_extra = p.row_ld;
@@ -154,8 +154,8 @@ class Backward {
         T *const db_gate = db.get() + lanes.first, *const db_up = db_gate + op_.hidden;
         if (du) std::fill(db_gate, db_gate + lanes.count, T(0));
         if (du && op_.gated) std::fill(db_up, db_up + lanes.count, T(0));
-        multiply_block(kernels_, p, Form::weights, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+        multiply_block(kernels_, p, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            T* const dh = rows + r * ld;
                            const int64_t row = row0 + r;
@@ -224,22 +224,21 @@ class Backward {
 
   // dW [outputs, inputs] of one expert.
   void weight_gradient(const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, const Gradient& dw, int64_t e) {
-    const Plan p = plan(kernels_, Form::gradient, false, outputs, inputs, threads_);
-    const Shared<T> shared(kernels_, p.shared, inputs, 1, n_);
+    const Shared<T> shared(kernels_, Side::b, inputs, 1, n_);
     pack_shared(kernels_, shared, {x, false}, threads_);
     cpu::weight_gradient(kernels_, shared, dy, outputs, inputs, dw, e * outputs * inputs, inputs, threads_);
   }
 
   // dx += du W1.
   void inputs(int64_t e, const char* du) {
-    const Plan p = plan(kernels_, Form::weights, !op_.w1.along_inputs(), op_.inputs, n_, threads_);
+    const Plan p = plan(kernels_, !op_.w1.along_inputs(), op_.inputs, n_, threads_);
     const Shared<T> shared(kernels_, p.shared, n_, 1, op_.first_outputs());
     pack_shared(kernels_, shared, {rows_of<T>(du, op_.type, op_.first_outputs()), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes());
     parallel(threads_, [&](int64_t thread) {
       blocks_of(kernels_, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        multiply_block(kernels_, p, Form::weights, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+        multiply_block(kernels_, p, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) f_.add(rows + r * ld, dx_.get() + token(row0 + r) * op_.inputs + lanes.first, n);
                        });
       });

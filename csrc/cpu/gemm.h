@@ -1,8 +1,9 @@
-// One product for y = x W^T, dx = dy W and dW = dy^T x: a matrix of outer lanes against a matrix of shared lanes, over k.
+// Packed operands, and one product for y = x W^T and dx = dy W: a matrix of outer lanes against a matrix of shared lanes, over k. wgrad.h has
+// the product for dW = dy^T x.
 //
 // The shared operand (tokens; in dW the inputs) is packed once, whole, by all threads. Each thread then takes its part of the outer
-// lanes (rows or columns of a weight; in dW the columns of dy) in blocks, packs a block's panels one stretch of k at a time, each
-// element once per block of shared lanes, and sums into a block of products in fp32 that stays in its L2 cache until k is done.
+// lanes (rows or columns of a weight) in blocks, packs a block's panels one stretch of k at a time, each element once per block of
+// shared lanes, and sums into a block of products in fp32 that stays in its L2 cache until k is done.
 // Finished rows go to the caller's epilogue, which knows what they mean. Nothing is shared between threads but what is read.
 //
 // k may consist of segments (experts, whose weights do not follow each other in memory): the sum runs over all of them.
@@ -131,6 +132,12 @@ inline std::vector<Chunk> chunks_of(const Microkernel& gemm, int64_t segments, i
   return chunks;
 }
 
+// From one lane of operand A to the next within a k step, where panels are not row-major.
+template <class T>
+int64_t packed_stride(const Kernels<T>& kernels) {
+  return kernels.gemm->k_step * kernels.element();
+}
+
 // Bytes of one panel over all of k of a segment, chunk after chunk.
 template <class T>
 int64_t packed_panel_bytes(const Kernels<T>& kernels, Side side, int64_t k) {
@@ -194,12 +201,6 @@ class Shared {
   Buffer buffer_;
 };
 
-// Which operand the outer one is, and what a finished row consists of.
-enum class Form {
-  weights,   // y = x W^T and dx = dy W: outer lanes are a weight's, shared lanes are tokens; a row is a token's
-  gradient,  // dW = dy^T x: a row is an outer lane's
-};
-
 // The block of outer lanes that is worked on at a time, for one thread.
 struct Plan {
   Side outer, shared;
@@ -210,55 +211,49 @@ struct Plan {
   int64_t bytes() const { return outer_bytes + block_bytes + row_bytes + conversion; }
 };
 
-// in_rows: the outer operand's rows lie along k in memory (W in y = x W^T). ranges: of lanes in a block.
+// For y = x W^T and dx = dy W: outer lanes are a weight's, shared lanes are tokens. in_rows: the weight's rows lie along k (W in y = x W^T).
+// ranges: of lanes in a block.
 template <class T>
-Plan plan(const Kernels<T>& kernels, Form form, bool in_rows, int64_t outer_lanes, int64_t shared_lanes, int64_t threads, int64_t ranges = 1) {
+Plan plan(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, int64_t shared_lanes, int64_t threads, int64_t ranges = 1) {
   const Microkernel& gemm = *kernels.gemm;
   Plan p;
-  p.outer = form == Form::gradient ? Side::a : in_rows ? gemm.weights : Side::b;
+  p.outer = in_rows ? gemm.weights : Side::b;
   p.shared = p.outer == Side::a ? Side::b : Side::a;
   const int64_t ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = ol * sl * static_cast<int64_t>(sizeof(T));
   const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)), all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t cells = std::max<int64_t>(4, kernels.l2 / 2 / cell);
-  if (form == Form::weights) {
-    p.shared_panels = std::min(all_shared, std::max<int64_t>(1, 512 / sl));
-    p.outer_panels = std::min({all_outer, std::max<int64_t>(1, cells / p.shared_panels), std::max<int64_t>(1, 512 / ol)});
-  } else {
-    p.outer_panels = std::min(all_outer, std::max<int64_t>(1, 224 / ol));
-    p.shared_panels = std::min(all_shared, std::max<int64_t>(1, cells / p.outer_panels));
-  }
-  p.outer_panels = round_up(p.outer_panels, ranges);
+  p.shared_panels = std::min(all_shared, std::max<int64_t>(1, 512 / sl));
+  p.outer_panels = round_up(std::min({all_outer, std::max<int64_t>(1, cells / p.shared_panels), std::max<int64_t>(1, 512 / ol)}), ranges);
   const int64_t panel = ol * gemm.k_chunk * kernels.element();
   // Rows along k are packed panel by panel, just before they are used; columns for all panels of the block at once.
   p.outer_bytes = round_up(panel * (in_rows ? 1 : p.outer_panels), 64);
   // A longer run reads longer stretches of a weight's rows, while the shared operand's chunks of the run stay in the L2 cache.
   const int64_t chunk_bytes = p.shared_panels * sl * gemm.k_chunk * kernels.element();
-  p.run = in_rows ? std::max<int64_t>(1, kernels.l2 / 2 / chunk_bytes) : 1;
+  p.run = in_rows ? std::max<int64_t>(1, kernels.l2 / (gemm.outer_resident ? 4 : 2) / chunk_bytes) : 1;
   p.block_bytes = cell * p.outer_panels * p.shared_panels;
-  const bool rows_are_outer = form == Form::gradient;
-  p.row_ld = rows_are_outer ? p.shared_panels * sl : p.outer_panels * ol;
-  p.row_bytes = round_up((rows_are_outer ? ol : sl) * p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
+  p.row_ld = p.outer_panels * ol;
+  p.row_bytes = round_up(sl * p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
   p.conversion = conversion_bytes(kernels);
   return p;
 }
 
-// Fetches a rectangle of memory into the L2 cache, a few lines at a time, while the products before it run.
-class Prefetch {
+// Memory to prefetch, shared out to n products: each fetches its part while it runs. Rows at a stride, or memory without gaps.
+class PrefetchShares {
  public:
-  Prefetch() = default;
-  // `steps` calls of step() cover rows [row0, row0 + rows) by bytes [first, first + bytes).
-  Prefetch(const Matrix& m, int64_t row0, int64_t rows, int64_t first, int64_t bytes, int64_t steps)
-      : matrix_(m), row_(row0), last_(row0 + rows), first_(first), bytes_(bytes), per_step_((rows * ((bytes + 63) / 64) + steps - 1) / steps) {}
-  void step() {
-    for (int64_t i = 0; i < per_step_ && row_ < last_; ++i) {
-      __builtin_prefetch(matrix_.row(row_) + first_ + at_, 0, 2);
-      if ((at_ += 64) >= bytes_) at_ = 0, ++row_;
-    }
+  PrefetchShares() = default;
+  PrefetchShares(const char* data, int64_t stride, int64_t rows, int64_t bytes, int64_t n) : data_(data), stride_(stride), rows_(rows), share_((rows + n - 1) / n), lines_(static_cast<int>((bytes + 63) / 64)) {}
+  PrefetchShares(const char* data, int64_t bytes, int64_t n) : PrefetchShares(data, row(bytes, n), (bytes + row(bytes, n) - 1) / row(bytes, n), row(bytes, n), n) {}
+  Prefetch operator[](int64_t product) const {
+    const int64_t first = product * share_;
+    if (first >= rows_) return {};
+    return {data_ + first * stride_, stride_, static_cast<int>(std::min(share_, rows_ - first)), lines_};
   }
 
  private:
-  Matrix matrix_{};
-  int64_t row_ = 0, last_ = 0, first_ = 0, bytes_ = 0, at_ = 0, per_step_ = 0;
+  static int64_t row(int64_t bytes, int64_t n) { return std::min<int64_t>(1024, std::max<int64_t>(64, bytes / n / 64 * 64)); }
+  const char* data_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, share_ = 0;
+  int lines_ = 0;
 };
 
 // The outer lanes of a block: a range, or two ranges of one length (the gate rows and the up rows of a gated layer), each in whole panels.
@@ -266,11 +261,11 @@ struct Lanes {
   int64_t first, count, second = -1;
 };
 
-// Multiplies a block of outer lanes with the shared lanes [shared_first panel, shared_last panel). outer(segment) gives the Operand of a
-// segment. epilogue(rows, ld, row0, rows in use, column0): rows [in use, ...] of finished sums. Form::weights: row0 is a shared lane,
-// columns are the block's outer lanes (a second range begins at a whole panel). Form::gradient: row0 is an outer lane, column0 a shared one.
+// Multiplies a block of outer lanes, a weight's, with all shared lanes, tokens. outer(segment) gives the Operand of a segment.
+// epilogue(rows, ld, row0, rows in use, lanes): finished sums of some tokens from row0 on; their columns are the block's lanes (a second
+// range begins at a whole panel).
 template <class T, class Outer, class Epilogue>
-void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const Shared<T>& shared, const Outer& outer, const Lanes& lanes, char* scratch, Epilogue&& epilogue) {
+void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Outer& outer, const Lanes& lanes, char* scratch, Epilogue&& epilogue) {
   const Microkernel& gemm = *kernels.gemm;
   const int ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = gemm.a_lanes * gemm.b_lanes;
   const int64_t per_range = (lanes.count + ol - 1) / ol, panels = lanes.second < 0 ? per_range : 2 * per_range;
@@ -279,65 +274,76 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
   T* const rows = reinterpret_cast<T*>(scratch + p.outer_bytes + p.block_bytes);
   char* const conversion = scratch + p.outer_bytes + p.block_bytes + p.row_bytes;
   const int resident = static_cast<int>(gemm.outer_resident ? p.outer : Side::b);
+  const std::vector<Chunk>& chunks = shared.chunks();
+  const int64_t count = static_cast<int64_t>(chunks.size());
 
   struct OuterPanel {
     const char* data;
     int64_t stride;
   };
-  // AMX takes all there is of the L2 cache's bandwidth, unless the shared operand's block stays there.
-  const bool fetches = form == Form::weights && (!gemm.outer_resident || p.run >= static_cast<int64_t>(shared.chunks().size()));
+  // Whether a weight whose rows lie along k is read where it is. Rows at a multiple of 4 KB share few sets of the L1 cache, which costs more than
+  // a copy where they are read many times. Rows at the stride of a packed panel would be taken for one.
+  const auto in_place = [&](const Matrix& m, int64_t uses) {
+    return p.outer == Side::a && gemm.in_place && m.type == gemm.panel && !m.index && m.stride != packed_stride(kernels) && (ol <= 8 || m.stride % 4096 || uses <= 2);
+  };
+  // The weight is prefetched where the L2 cache has bandwidth left for it: not under AMX, unless the shared operand's block stays there or the
+  // weight is copied. Else the shared operand's next block is prefetched.
+  const bool prefetches_weight = !gemm.outer_resident || p.run >= count || (outer(0).lanes_are_rows && !in_place(outer(0).matrix, std::min(shared.panels(), p.shared_panels)));
   const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
   const int64_t panel_bytes = packed_panel_bytes(kernels, p.outer, shared.segment_k());
   const auto packed_panel = [&](const Operand& operand, int64_t o) {
     return operand.packed + lane_of(o) / ol * panel_bytes;
   };
+  const auto a_stride = [&](const Chunk& chunk) { return gemm.row_major[0] ? chunk.padded * kernels.element() : packed_stride(kernels); };
   // A panel of rows along k: where it is, or packed.
-  const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk) -> OuterPanel {
+  const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk, int64_t uses) -> OuterPanel {
     const Matrix& m = operand.matrix;
-    if (operand.packed) return {packed_panel(operand, o) + chunk.k0 * ol * kernels.element(), chunk.padded * kernels.element()};
-    // Many rows whose distance is a multiple of 4 KB would fall on too few sets of the L1 cache.
-    const bool spread = ol <= 8 || m.stride % 4096;
-    if (p.outer == Side::a && gemm.row_major[0] && m.type == gemm.panel && !m.index && lanes_in(o) == ol && chunk.k == chunk.padded && spread)
-      return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
+    if (operand.packed) return {packed_panel(operand, o) + chunk.k0 * ol * kernels.element(), a_stride(chunk)};
+    if (in_place(m, uses) && lanes_in(o) == ol && chunk.k == chunk.padded) return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
     pack_panels(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, packed, 0, conversion);
-    return {packed, chunk.padded * kernels.element()};
+    return {packed, a_stride(chunk)};
   };
-  const auto multiply = [&](const OuterPanel& o, int64_t outer_index, int64_t s, int64_t s0, const Chunk& chunk, bool add) {
+  const auto multiply = [&](const OuterPanel& o, int64_t outer_index, int64_t s, int64_t s0, const Chunk& chunk, bool add, const Prefetch& prefetch) {
     const char* const other = shared.at(s, chunk);
     T* const to = block + (outer_index * p.shared_panels + s - s0) * cell;
     if (p.outer == Side::a)
-      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, gemm.row_major[1] ? shared.in_panel(s) : lanes_in(outer_index), add);
+      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, gemm.row_major[1] ? shared.in_panel(s) : lanes_in(outer_index), add, prefetch);
     else
-      gemm.multiply[resident](other, chunk.padded * kernels.element(), o.data, to, chunk.padded, shared.in_panel(s), add);
+      gemm.multiply[resident](other, a_stride(chunk), o.data, to, chunk.padded, shared.in_panel(s), add, prefetch);
   };
 
   for (int64_t s0 = 0; s0 < shared.panels(); s0 += p.shared_panels) {
     if (gemm.begin) gemm.begin();
     const int64_t s1 = std::min(shared.panels(), s0 + p.shared_panels);
-    const std::vector<Chunk>& chunks = shared.chunks();
-    const int64_t count = static_cast<int64_t>(chunks.size());
+    // The shared operand's block of the next run.
+    const auto next_block = [&](int64_t c) -> PrefetchShares {
+      if (!gemm.outer_resident || c + p.run >= count) return {};
+      const Chunk& chunk = chunks[c + p.run];
+      return {shared.at(s0, chunk), (s1 - s0) * chunk.padded * sl * kernels.element(), panels * (s1 - s0)};
+    };
     for (int64_t c0 = 0; c0 < count; c0 += p.run) {
       const int64_t c1 = std::min(count, c0 + p.run);
       if (outer(chunks[c0].segment).lanes_are_rows) {
         for (int64_t o = 0; o < panels; ++o)
           for (int64_t c = c0; c < c1; ++c) {
-            const OuterPanel panel = row_panel(outer(chunks[c].segment), o, chunks[c]);
+            const OuterPanel panel = row_panel(outer(chunks[c].segment), o, chunks[c], s1 - s0);
             const bool same = c + 1 < c1;  // the next panel: more of these lanes, or the next lanes
             const Chunk& next = chunks[same ? c + 1 : c0];
-            Prefetch ahead;
             const Operand operand = outer(next.segment);
-            if (operand.packed) {
-              if (same || o + 1 < panels)
-                ahead = {{packed_panel(operand, same ? o : o + 1) + next.k0 * ol * kernels.element(), 0, gemm.panel}, 0, 1, 0, next.padded * ol * kernels.element(), s1 - s0};
-            } else if (fetches && (same || o + 1 < panels)) {
+            const int64_t next_o = same ? o : o + 1;
+            PrefetchShares prefetch;
+            int64_t product = 0;
+            if (next_o < panels && operand.packed) {
+              prefetch = {packed_panel(operand, next_o) + next.k0 * ol * kernels.element(), next.padded * ol * kernels.element(), s1 - s0};
+            } else if (next_o < panels && prefetches_weight) {
               const Matrix& m = operand.matrix;
-              ahead = {m, lane_of(same ? o : o + 1), lanes_in(same ? o : o + 1), next.k0 * size_of(m.type), next.k * size_of(m.type), s1 - s0};
+              prefetch = {m.row(lane_of(next_o)) + next.k0 * size_of(m.type), m.stride, lanes_in(next_o), next.k * size_of(m.type), s1 - s0};
+            } else if (!prefetches_weight) {
+              prefetch = next_block(c);
+              product = o * (s1 - s0);
             }
-            for (int64_t s = s0; s < s1; ++s) {
-              ahead.step();
-              multiply(panel, o, s, s0, chunks[c], c > 0);
-            }
+            for (int64_t s = s0; s < s1; ++s) multiply(panel, o, s, s0, chunks[c], c > 0, prefetch[product++]);
           }
         continue;
       }
@@ -346,49 +352,37 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, Form form, const S
       const Operand operand = outer(chunk.segment);
       pack_panels(kernels, p.outer, operand, lanes.first, lanes.count, chunk.k0, chunk.k, packed, bytes, conversion);
       if (lanes.second >= 0) pack_panels(kernels, p.outer, operand, lanes.second, lanes.count, chunk.k0, chunk.k, packed + per_range * bytes, bytes, conversion);
-      const int64_t stride = chunk.padded * kernels.element();
-      Prefetch ahead;
-      if (fetches && c1 < count) {
+      const int64_t products = panels * (s1 - s0);
+      PrefetchShares prefetch;
+      if (!prefetches_weight) {
+        prefetch = next_block(c0);
+      } else if (c1 < count) {
         const Matrix m = outer(chunks[c1].segment).matrix;
-        ahead = {m, chunks[c1].k0, chunks[c1].k, lanes.first * size_of(m.type), lanes.count * size_of(m.type), panels * (s1 - s0)};
+        prefetch = {m.row(chunks[c1].k0) + lanes.first * size_of(m.type), m.stride, chunks[c1].k, lanes.count * size_of(m.type), products};
       }
+      int64_t product = 0;
       if (gemm.outer_resident || p.outer == Side::b) {
         for (int64_t o = 0; o < panels; ++o)
-          for (int64_t s = s0; s < s1; ++s) {
-            ahead.step();
-            multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
-          }
+          for (int64_t s = s0; s < s1; ++s) multiply({packed + o * bytes, a_stride(chunk)}, o, s, s0, chunk, c0 > 0, prefetch[product++]);
       } else {
         for (int64_t s = s0; s < s1; ++s)
-          for (int64_t o = 0; o < panels; ++o) {
-            ahead.step();
-            multiply({packed + o * bytes, stride}, o, s, s0, chunk, c0 > 0);
-          }
+          for (int64_t o = 0; o < panels; ++o) multiply({packed + o * bytes, a_stride(chunk)}, o, s, s0, chunk, c0 > 0, prefetch[product++]);
       }
     }
     if (count == 0) std::memset(block, 0, p.block_bytes);  // k is 0: sums of nothing
     if (gemm.end) gemm.end();
 
-    if (form == Form::gradient) {
+    for (int64_t s = s0; s < s1; ++s) {
+      const int used = shared.in_panel(s);
       for (int64_t o = 0; o < panels; ++o) {
-        const int used = lanes_in(o);
-        for (int64_t s = s0; s < s1; ++s)
-          for (int r = 0; r < used; ++r) std::memcpy(rows + r * p.row_ld + (s - s0) * sl, block + (o * p.shared_panels + s - s0) * cell + r * sl, sizeof(T) * sl);
-        epilogue(rows, p.row_ld, lane_of(o), used, s0 * sl, std::min(shared.lanes(), s1 * sl) - s0 * sl);
-      }
-    } else {
-      for (int64_t s = s0; s < s1; ++s) {
-        const int used = shared.in_panel(s);
-        for (int64_t o = 0; o < panels; ++o) {
-          const T* const from = block + (o * p.shared_panels + s - s0) * cell;
-          if (p.outer == Side::b) {
-            for (int r = 0; r < used; ++r) std::memcpy(rows + r * p.row_ld + o * ol, from + r * ol, sizeof(T) * ol);
-          } else if constexpr (sizeof(T) == 4) {
-            kernels.transpose(from, sl, rows + o * ol, p.row_ld, ol, sl);
-          }
+        const T* const from = block + (o * p.shared_panels + s - s0) * cell;
+        if (p.outer == Side::b) {
+          for (int r = 0; r < used; ++r) std::memcpy(rows + r * p.row_ld + o * ol, from + r * ol, sizeof(T) * ol);
+        } else if constexpr (sizeof(T) == 4) {
+          kernels.transpose(from, sl, rows + o * ol, p.row_ld, ol, sl);
         }
-        epilogue(rows, p.row_ld, s * sl, used, int64_t{0}, lanes.count);
       }
+      epilogue(rows, p.row_ld, s * sl, used, lanes.count);
     }
   }
 }

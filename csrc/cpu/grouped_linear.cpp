@@ -14,7 +14,7 @@ void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* 
     if (n == 0) continue;
     const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, op.w1);
     const RowFunctions<T>& f = *kernels.rows;
-    const Plan p = plan(kernels, Form::weights, op.w1.along_inputs(), op.outputs, n, threads);
+    const Plan p = plan(kernels, op.w1.along_inputs(), op.outputs, n, threads);
     const Shared<T> x(kernels, p.shared, n, 1, op.inputs);
     pack_shared(kernels, x, {rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor), true}, threads);
     const ThreadScratch scratch(threads, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
@@ -22,8 +22,8 @@ void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* 
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       blocks_of(kernels, p, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
         op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, p, Form::weights, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t, int64_t count) {
+        multiply_block(kernels, p, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t count) {
                          for (int r = 0; r < used; ++r) {
                            T* const row = block + r * ld;
                            const int64_t i = first + row0 + r;

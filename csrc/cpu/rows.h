@@ -34,6 +34,9 @@ using sum_t = double;
 
 inline ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+// An error where there is no instruction set to run on (tensors.cpp); one warning in a process where a better one failed its self-test.
+void require_instruction_set();
+
 // A tensor [T, columns] with any strides, zero among them, read in the type of the computation.
 template <class T>
 class Rows {

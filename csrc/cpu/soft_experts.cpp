@@ -41,11 +41,11 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
   const int64_t threads = thread_count(), value = size_of(op.type);
   const Weight& last = op.last();
   const Bias& last_bias = op.last_bias();
-  const Plan second = plan(kernels, Form::weights, last.along_inputs(), op.outputs, op.tokens, threads);
+  const Plan second = plan(kernels, last.along_inputs(), op.outputs, op.tokens, threads);
   const Shared<T> h(kernels, second.shared, op.tokens, op.experts, op.last_inputs());
 
   if (op.w2) {
-    const Plan first = plan(kernels, Form::weights, op.w1.along_inputs(), op.hidden, op.tokens, threads);
+    const Plan first = plan(kernels, op.w1.along_inputs(), op.hidden, op.tokens, threads);
     const Shared<T> x(kernels, first.shared, op.tokens, 1, op.inputs);
     pack_shared(kernels, x, {rows_of<T>(op.x, op.type, op.inputs), true}, threads);
     const ThreadScratch scratch(threads, first.bytes() + first.row_ld * static_cast<int64_t>(sizeof(T)));
@@ -54,8 +54,8 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
       char* const conversion = scratch[thread] + first.outer_bytes + first.block_bytes + first.row_bytes;
       blocks_of(kernels, first, op.experts, op.hidden, thread, threads, [&](int64_t e, const Lanes& lanes) {
         op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, first, Form::weights, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
+        multiply_block(kernels, first, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
+                       [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            T* const row = rows + r * ld;
                            const int64_t token = token0 + r;
@@ -78,8 +78,8 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
     blocks_of(kernels, second, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
       if (last_bias)
         for (int64_t e = 0; e < op.experts; ++e) last_bias.load(kernels, e, lanes.first, lanes.count, bias + e * lanes.count);
-      multiply_block(kernels, second, Form::weights, h, [&](int64_t e) { return last.outputs(e); }, lanes, scratch[thread],
-                     [&](T* rows, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
+      multiply_block(kernels, second, h, [&](int64_t e) { return last.outputs(e); }, lanes, scratch[thread],
+                     [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
                        for (int r = 0; r < used; ++r) {
                          T* const row = rows + r * ld;
                          if (last_bias)

@@ -32,8 +32,8 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
     if (n == 0) continue;
     const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, last);
-    Expert a{e, first, n, kernels, plan(kernels, Form::weights, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
-             plan(kernels, Form::weights, last.along_inputs(), op.outputs, n, threads), nullptr, nullptr};
+    Expert a{e, first, n, kernels, plan(kernels, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
+             plan(kernels, last.along_inputs(), op.outputs, n, threads), nullptr, nullptr};
     a.x = std::make_unique<Shared<T>>(kernels, op.w2 ? a.in.shared : a.out.shared, n, 1, op.inputs);
     if (op.w2) a.h = std::make_unique<Shared<T>>(kernels, a.out.shared, n, 1, op.hidden);
     bytes = std::max({bytes, conversion_bytes(kernels), a.in.bytes(), a.out.bytes()});
@@ -66,8 +66,8 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
           if (op.gated) lanes.second = op.hidden + lanes.first;
           op.b1.load(a.kernels, a.e, lanes.first, lanes.count, bias);
           if (op.gated) op.b1.load(a.kernels, a.e, lanes.second, lanes.count, bias + second);
-          multiply_block(a.kernels, a.in, Form::weights, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
-                         [&](T* block, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+          multiply_block(a.kernels, a.in, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
+                         [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
                            for (int r = 0; r < used; ++r) {
                              T* const row = block + r * ld;
                              char* const saved = u ? u + ((a.first + row0 + r) * op.first_outputs() + lanes.first) * value : nullptr;
@@ -91,8 +91,8 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     for (const Expert& a : active)
       blocks_of(a.kernels, a.out, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
         op.last_bias().load(a.kernels, a.e, lanes.first, lanes.count, bias);
-        multiply_block(a.kernels, a.out, Form::weights, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t, int64_t n) {
+        multiply_block(a.kernels, a.out, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            const int64_t i = a.first + row0 + r;
                            f.add(bias, block + r * ld, n);

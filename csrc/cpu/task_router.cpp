@@ -30,7 +30,7 @@ class TaskRouter {
       return;
     }
     const Kernels<T> kernels = forward_kernels<T>(op_.type, op_.groups, op_.w1_task, op_.w1_task);
-    const Plan p = plan(kernels, Form::weights, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
+    const Plan p = plan(kernels, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
     const Shared<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
     pack_shared(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
@@ -38,8 +38,8 @@ class TaskRouter {
       T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
         op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
-        multiply_block(kernels, p, Form::weights, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t group0, int used, int64_t, int64_t n) {
+        multiply_block(kernels, p, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t group0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            f_.add(b1, block + r * ld, n);
                            std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
@@ -67,8 +67,8 @@ class TaskRouter {
       std::fill(sum, sum + rows * op_.experts, T(0));
       blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
         load_w2(lanes.first, lanes.count, w2);
-        multiply_block(kernels_, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
+        multiply_block(kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) {
                            T* const row = block + r * ld;
                            pre_activation(kernels_, row, bias(token0 + r) + lanes.first, n);
@@ -105,62 +105,64 @@ class TaskRouter {
 
     // What is computed again is computed by the kernels of the forward pass: the same bits.
     const Kernels<T> first_kernels = forward_kernels<T>(op_.type, rows, op_.w1, op_.w1);
-    const Plan forward = plan(first_kernels, Form::weights, op_.w1.along_inputs(), op_.hidden, rows, threads_);
-    const Plan p = plan(kernels, Form::gradient, false, op_.hidden, op_.inputs, threads_);
+    const Plan forward = plan(first_kernels, op_.w1.along_inputs(), op_.hidden, rows, threads_);
+    const Plan p = wgrad_plan(kernels, op_.hidden, op_.inputs, rows, threads_);
     const Shared<T> x(first_kernels, forward.shared, recompute && op_.inputs ? rows : 0, 1, op_.inputs);
     const Shared<T> x_columns(kernels, p.shared, grads.dw1 ? op_.inputs : 0, 1, rows);
     const Matrix x_rows = rows_of<T>(op_.x, op_.type, op_.inputs);
     pack_shared(first_kernels, x, {x_rows, true}, threads_);
     pack_shared(kernels, x_columns, {x_rows, false}, threads_);
 
-    // Hidden units of a block: their du for all rows stays in a thread's cache.
-    const int64_t per_block = std::min(op_.hidden, std::max<int64_t>(most_lanes, std::min<int64_t>(p.outer_panels * kernels.lanes(p.outer), kernels.l2 / 4 / std::max<int64_t>(1, rows * du_value))));
-    const int64_t unit = first_kernels.lanes(forward.outer), width = round_up(per_block, unit);
-    const int64_t plans = std::max(forward.bytes(), p.bytes()), block_du = round_up(rows * width * du_value, 64), block_u = recompute ? round_up(rows * width * value_, 64) : 0;
-    const ThreadScratch scratch(threads_, plans + block_du + block_u + (2 * op_.experts + 5 + groups) * width * size);
+    // A block of hidden units, whose du for all rows stays in a thread's L2 cache, is computed strip by strip, whose rows stay in L1.
+    const int64_t unit = first_kernels.lanes(forward.outer), most = std::max<int64_t>(most_lanes, kernels.l2 / std::max<int64_t>(1, rows * du_value));
+    const int64_t width = round_up(std::min({op_.hidden, p.outer_panels * kernels.lanes(p.outer), most}), unit), strip = std::min(width, round_up(256, unit));
+    const int64_t plans = std::max(forward.bytes(), p.bytes()), block_du = round_up(rows * width * du_value, 64), block_u = recompute ? round_up(rows * strip * value_, 64) : 0;
+    const ThreadScratch scratch(threads_, plans + block_du + block_u + (2 * op_.experts + 5 + groups) * strip * size);
     const int64_t units = (op_.hidden + unit - 1) / unit, step = width / unit;
     parallel(threads_, [&](int64_t thread) {
       char* const du_block = scratch[thread] + plans;
       char* const u_block = du_block + block_du;
       T* const w2 = reinterpret_cast<T*>(u_block + block_u);
-      T *const dw2 = w2 + op_.experts * width, *const pre = dw2 + op_.experts * width, *const h = pre + width, *const slope = h + width, *const dh = slope + width;
-      T *const sums = dh + 2 * width;
+      T *const dw2 = w2 + op_.experts * strip, *const pre = dw2 + op_.experts * strip, *const h = pre + strip, *const slope = h + strip, *const dh = slope + strip;
+      T *const sums = dh + 2 * strip;
       const Share share(units, thread, threads_);
       for (int64_t at = share.first; at < share.last; at += step) {
-        const int64_t first = at * unit, n = std::min(op_.hidden, std::min(share.last, at + step) * unit) - first;
-        if (op_.w2) load_w2(first, n, w2);
-        if (recompute) pre_activations(first_kernels, forward, x, {first, n}, scratch[thread], u_block);
-        std::fill(dw2, dw2 + op_.experts * n, T(0));
-        std::fill(sums, sums + groups * n, T(0));
-        for (int64_t t = 0; t < rows; ++t) {
-          const T* const dlogits = grads.dlogits + t * op_.experts;
-          if (op_.w2) {
-            f_.load(op_.type, recompute ? u_block + t * n * value_ : grads.u + (t * op_.hidden + first) * value_, pre, n);
-            f_.activate_backward(op_.activation, pre, h, slope, n);
-            std::fill(dh, dh + n, T(0));
-            for (int64_t e = 0; e < op_.experts; ++e) {
-              f_.axpy(dlogits[e], w2 + e * n, dh, n);
-              if (grads.dw2) f_.axpy(dlogits[e], h, dw2 + e * n, n);
+        const int64_t block_first = at * unit, block_width = std::min(op_.hidden, std::min(share.last, at + step) * unit) - block_first;
+        for (int64_t in = 0; in < block_width; in += strip) {
+          const int64_t first = block_first + in, n = std::min(strip, block_width - in);
+          if (op_.w2) load_w2(first, n, w2);
+          if (recompute) pre_activations(first_kernels, forward, x, {first, n}, scratch[thread], u_block);
+          std::fill(dw2, dw2 + op_.experts * n, T(0));
+          std::fill(sums, sums + groups * n, T(0));
+          for (int64_t t = 0; t < rows; ++t) {
+            const T* const dlogits = grads.dlogits + t * op_.experts;
+            if (op_.w2) {
+              f_.load(op_.type, recompute ? u_block + t * n * value_ : grads.u + (t * op_.hidden + first) * value_, pre, n);
+              f_.activate_backward(op_.activation, pre, h, slope, n);
+              std::fill(dh, dh + n, T(0));
+              for (int64_t e = 0; e < op_.experts; ++e) {
+                f_.axpy(dlogits[e], w2 + e * n, dh, n);
+                if (grads.dw2) f_.axpy(dlogits[e], h, dw2 + e * n, n);
+              }
+              f_.multiply(slope, dh, n);
+            } else {
+              std::copy(dlogits + first, dlogits + first + n, dh);
             }
-            f_.multiply(slope, dh, n);
-          } else {
-            std::copy(dlogits + first, dlogits + first + n, dh);
+            f_.add(dh, sums + group_of_row(t) * n, n);
+            f_.store(du_type, dh, du_block + (t * block_width + in) * du_value, n);
+            if (whole) f_.store(du_type, dh, du.get() + (t * op_.hidden + first) * du_value, n);
           }
-          f_.add(dh, sums + group_of_row(t) * n, n);
-          f_.store(du_type, dh, du_block + t * n * du_value, n);
-          if (whole) f_.store(du_type, dh, du.get() + (t * op_.hidden + first) * du_value, n);
+          if (grads.dw2)
+            for (int64_t e = 0; e < op_.experts; ++e) grads.dw2.store(kernels_, e * op_.hidden + first, dw2 + e * n, n);
+          for (int64_t g = 0; g < groups; ++g) std::copy(sums + g * n, sums + (g + 1) * n, dbias.get() + g * op_.hidden + first);
         }
-        if (grads.dw2)
-          for (int64_t e = 0; e < op_.experts; ++e) grads.dw2.store(kernels_, e * op_.hidden + first, dw2 + e * n, n);
-        for (int64_t g = 0; g < groups; ++g) std::copy(sums + g * n, sums + (g + 1) * n, dbias.get() + g * op_.hidden + first);
         if (grads.dw1 && op_.inputs) {
-          const int64_t lanes = kernels.lanes(p.outer), most = p.outer_panels * lanes;
-          for (int64_t from = 0; from < n; from += most) {
-            const Matrix m{du_block + from * du_value, n * du_value, du_type};
-            multiply_block(kernels, p, Form::gradient, x_columns, [&](int64_t) { return Operand{m, false}; }, Lanes{0, std::min(most, n - from)}, scratch[thread],
-                           [&](const T* block, int64_t ld, int64_t row0, int used, int64_t column0, int64_t count) {
-                             for (int r = 0; r < used; ++r) grads.dw1.store(kernels_, (first + from + row0 + r) * columns + op_.task_inputs + column0, block + r * ld, count);
-                           });
+          const int64_t lanes = p.outer_panels * kernels.lanes(p.outer);
+          for (int64_t from = 0; from < block_width; from += lanes) {
+            const Matrix m{du_block + from * du_value, block_width * du_value, du_type};
+            const Lanes part{0, std::min(lanes, block_width - from)};
+            char* const dw1 = grads.dw1.data + ((block_first + from) * columns + op_.task_inputs) * size_of(grads.dw1.type);
+            WgradBlock<T>(kernels, p, x_columns, m, part, scratch[thread], grads.dw1.type, dw1, columns * size_of(grads.dw1.type)).compute();
           }
         }
       }
@@ -173,7 +175,7 @@ class TaskRouter {
  private:
   int64_t group_of_row(int64_t row) const { return op_.task_inputs ? (op_.inputs ? op_.group(row) : row) : 0; }
   const T* bias(int64_t token) const { return (op_.bias_rows ? op_.bias_rows : bias_.get()) + (op_.task_inputs || op_.bias_rows ? op_.group(token) * op_.hidden : 0); }
-  Plan first_plan() const { return plan(kernels_, Form::weights, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
+  Plan first_plan() const { return plan(kernels_, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
 
   void load_w2(int64_t first, int64_t n, T* to) const {
     for (int64_t e = 0; e < op_.experts; ++e) {
@@ -192,8 +194,8 @@ class TaskRouter {
       const ThreadScratch scratch(threads_, p.bytes());
       parallel(threads_, [&](int64_t thread) {
         blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
-          multiply_block(kernels_, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
-                         [&](T* block, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
+          multiply_block(kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
+                         [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
                            for (int r = 0; r < used; ++r) {
                              f_.add(bias(token0 + r) + lanes.first, block + r * ld, n);
                              std::copy(block + r * ld, block + r * ld + n, logits + (token0 + r) * op_.hidden + lanes.first);
@@ -250,8 +252,8 @@ class TaskRouter {
     }
     const int64_t width = kernels.lanes(p.outer), most = p.outer_panels * width;
     for (int64_t from = 0; from < lanes.count; from += most)
-      multiply_block(kernels, p, Form::weights, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
-                     [&](T* block, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
+      multiply_block(kernels, p, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
+                     [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
                        for (int r = 0; r < used; ++r) {
                          pre_activation(kernels, block + r * ld, bias(token0 + r) + lanes.first + from, n);
                          f_.store(op_.type, block + r * ld, u + ((token0 + r) * lanes.count + from) * value_, n);
@@ -278,7 +280,7 @@ class TaskRouter {
         for (int64_t r = share.first; r < share.last; ++r) {
           std::fill(row, row + op_.task_inputs, T(0));
           for (int64_t g = 0; g < op_.groups; ++g) f_.axpy(dbias[g * op_.hidden + r], tasks.get() + g * op_.task_inputs, row, op_.task_inputs);
-          grads.dw1.store(kernels_, r * columns, row, op_.task_inputs);
+          f_.store_block(grads.dw1.type, row, 0, grads.dw1.data + r * columns * size_of(grads.dw1.type), 0, 1, op_.task_inputs);
         }
       });
     }
@@ -299,7 +301,7 @@ class TaskRouter {
             std::fill(part, part + count, T(0));
             for (int64_t r = first; r < std::min(share.last, first + step); ++r) {
               f_.load(w.type, w.row(r), row, op_.task_inputs);
-              f_.round(op_.type, row, op_.task_inputs);
+              if (w.type != op_.type) f_.round(op_.type, row, op_.task_inputs);
               for (int64_t g = 0; g < op_.groups; ++g) f_.axpy(dbias[g * op_.hidden + r], row, part + g * op_.task_inputs, op_.task_inputs);
             }
             f_.add(part, sum, count);
@@ -321,14 +323,14 @@ class TaskRouter {
 
   void inputs_gradient(const Kernels<T>& kernels, const Matrix& du, char* dx) {
     const int64_t rows = op_.rows();
-    const Plan p = plan(kernels, Form::weights, !op_.w1.along_inputs(), op_.inputs, rows, threads_);
+    const Plan p = plan(kernels, !op_.w1.along_inputs(), op_.inputs, rows, threads_);
     const Shared<T> shared(kernels, p.shared, rows, 1, op_.hidden);
     pack_shared(kernels, shared, {du, true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes());
     parallel(threads_, [&](int64_t thread) {
       blocks_of(kernels, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        multiply_block(kernels, p, Form::weights, shared, [&](int64_t) { return op_.w1.inputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t token0, int used, int64_t, int64_t n) {
+        multiply_block(kernels, p, shared, [&](int64_t) { return op_.w1.inputs(0); }, lanes, scratch[thread],
+                       [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
                          for (int r = 0; r < used; ++r) f_.store(op_.type, block + r * ld, dx + ((token0 + r) * op_.inputs + lanes.first) * value_, n);
                        });
       });

@@ -26,6 +26,15 @@ int64_t bytes_of_value(ScalarType dtype) {
 
 }  // namespace
 
+void require_instruction_set() {
+  STD_TORCH_CHECK(isa_error().empty(), isa_error());
+  [[maybe_unused]] static const bool warned = [] {
+    const std::string text = "cmoe_kernels: CPU kernels run on " + std::string(isa_name()) + "; left out, failed the self-test: " + isa_left_out();
+    if (!isa_left_out().empty()) aoti_torch_warn("require_instruction_set", "csrc/cpu/tensors.cpp", __LINE__, text.c_str());
+    return true;
+  }();
+}
+
 std::optional<Tensor> pooled_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t numel = 1, bytes = 0;

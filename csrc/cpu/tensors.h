@@ -46,7 +46,7 @@ inline Type type_of(const char* name, const Tensor& t) {
 // Calls f with a value of the type that x is computed in, once the instruction set is known to be there.
 template <class F>
 auto computing(const Tensor& x, F&& f) {
-  STD_TORCH_CHECK(isa_error().empty(), isa_error());
+  require_instruction_set();
   try {
     return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
   } catch (const std::bad_alloc&) {

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.mutants import Mutant, Suite
+from tests.mutants.cpu import MUTANTS as CPU
 from tests.mutants.cuda_gemm import MUTANTS as CUDA_GEMM
 from tests.mutants.cuda_rows import MUTANTS as CUDA_ROWS
 from tests.mutants.cuda_sm90 import MUTANTS as CUDA_SM90
 from tests.mutants.triton import MUTANTS as TRITON
 
-MUTANTS = [*TRITON, *CUDA_ROWS, *CUDA_GEMM, *CUDA_SM90]
+MUTANTS = [*TRITON, *CUDA_ROWS, *CUDA_GEMM, *CUDA_SM90, *CPU]
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
 ILLEGAL_ACCESS = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
@@ -53,11 +54,11 @@ class Outcome(NamedTuple):
 
 
 def tree_in(folder: Path) -> Path:
-    """A copy of the tree; with the object files of the emulated kernels, so that a mutant compiles no more than it changes."""
+    """A copy of the tree; with the object files that its tests use, so that a mutant compiles no more than it changes."""
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
-    objects = Path("build", "emulation", "library")
-    if (ROOT / objects).exists():
-        shutil.copytree(ROOT / objects, folder / objects)
+    for objects in ("emulation/library", "native", "programs/products", "planted/objects"):
+        if (ROOT / "build" / objects).exists():
+            shutil.copytree(ROOT / "build" / objects, folder / "build" / objects)
     return folder
 
 

@@ -38,24 +38,29 @@ constexpr int64_t large[] = {1, 16, 4096, (int64_t{1} << 31) - 1, (int64_t{1} <<
 template <class T>
 void plans(Type type) {
   const Kernels<T> kernels = kernels_for<T>(type);
-  for (const Form form : {Form::weights, Form::gradient})
-    for (const bool in_rows : {false, true})
-      for (const int64_t outer : large)
-        for (const int64_t shared : large)
-          for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{256}})
-            for (const int64_t ranges : {int64_t{1}, int64_t{2}}) {
-              const Plan p = plan(kernels, form, in_rows, outer, shared, count, ranges);
-              check(p.outer_panels >= ranges && p.outer_panels % ranges == 0 && p.shared_panels >= 1, "panels of a plan", outer, shared, count);
-              check(p.outer_bytes > 0 && p.block_bytes > 0 && p.row_bytes > 0 && p.conversion > 0, "parts of a plan", outer, shared, count);
-              check(p.bytes() < int64_t{64} << 20, "bytes of a plan", p.bytes(), outer, shared);
-            }
+  for (const int64_t outer : large)
+    for (const int64_t shared : large)
+      for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{256}}) {
+        for (const bool in_rows : {false, true})
+          for (const int64_t ranges : {int64_t{1}, int64_t{2}}) {
+            const Plan p = plan(kernels, in_rows, outer, shared, count, ranges);
+            check(p.outer_panels >= ranges && p.outer_panels % ranges == 0 && p.shared_panels >= 1, "panels of a plan", outer, shared, count);
+            check(p.outer_bytes > 0 && p.block_bytes > 0 && p.row_bytes > 0 && p.conversion > 0, "parts of a plan", outer, shared, count);
+            check(p.bytes() < int64_t{64} << 20, "bytes of a plan", p.bytes(), outer, shared);
+          }
+        for (const int64_t k : large) {
+          const Plan p = wgrad_plan(kernels, outer, shared, k, count);
+          check(p.outer_panels >= 1 && p.shared_panels >= 1 && p.outer_bytes > 0 && p.block_bytes > 0 && p.conversion > 0, "parts of a wgrad plan", outer, shared, k);
+          check(p.bytes() < int64_t{64} << 20, "bytes of a wgrad plan", p.bytes(), outer, shared);
+        }
+      }
 }
 
 // The shared operand of 2^31 values and more: its size, the order of its panels, and a product with its last one.
 template <class T>
 void shared_operands(Type type) {
   const Kernels<T> kernels = kernels_for<T>(type);
-  const Plan p = plan(kernels, Form::weights, true, 8, int64_t{1} << 20, 1);
+  const Plan p = plan(kernels, true, 8, int64_t{1} << 20, 1);
   const int64_t width = kernels.lanes(p.shared), value = size_of(type), k = 3000;
   if (kernels.gemm->row_major[static_cast<int>(p.shared)]) return;  // such panels are filled with zeros first: 6 GB of them
   const int64_t lanes = ((int64_t{1} << 31) / k / width + 9) * width - 1;
@@ -86,11 +91,11 @@ void shared_operands(Type type) {
     pack_panels(kernels, p.outer, Operand{rows_of<T>(w.data(), type, k), true}, 0, outer_lanes, chunk.k0, chunk.k, aligned, 0, conversion.data());
     const char* const other = shared.at(shared.panels() - 1, chunk);
     const int resident = static_cast<int>(kernels.gemm->outer_resident ? p.outer : Side::b);
-    const int64_t depth = chunk.padded * kernels.element();
+    const int64_t stride = (kernels.gemm->row_major[0] ? chunk.padded : kernels.gemm->k_step) * kernels.element();
     if (p.outer == Side::a)
-      kernels.gemm->multiply[resident](aligned, depth, other, block, chunk.padded, kernels.lanes(p.outer), add);
+      kernels.gemm->multiply[resident](aligned, stride, other, block, chunk.padded, kernels.lanes(p.outer), add, Prefetch());
     else
-      kernels.gemm->multiply[resident](other, depth, aligned, block, chunk.padded, static_cast<int>(width), add);
+      kernels.gemm->multiply[resident](other, stride, aligned, block, chunk.padded, static_cast<int>(width), add, Prefetch());
     add = true;
   }
   if (kernels.gemm->end) kernels.gemm->end();

@@ -1,6 +1,7 @@
-"""The drivers without torch and Python: races between their threads, and sizes beyond int32."""
+"""The drivers without torch and Python: races between their threads, sizes beyond int32, products to the bit."""
 
 import platform
+import re
 
 import pytest
 
@@ -48,3 +49,11 @@ def test_sizes_beyond_int32(sizes, tier):
         pytest.skip(run.stdout.strip())
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"instruction set {tier}: 0 wrong" in run.stdout
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_products_to_the_bit(tier):
+    """Every way through the drivers of y = x W^T, dx = dy W and dW = dy^T x, on small integers."""
+    run = run_program(compile_program("products", "-O1"), CMOE_CPU_ISA=tier)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.fullmatch(rf"instruction set {tier}: \d{{4}} products, 0 wrong\n", run.stdout)

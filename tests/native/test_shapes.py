@@ -173,6 +173,26 @@ def test_task_router(data):
     check("task_router", arguments | {"activation": data.draw(activations), "recompute": data.draw(st.booleans())})
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wide_router(dtype, recompute):
+    """Hidden units of several strips, whose gradients go to one product under AMX."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+    T, D, S, R, E = 20, 33, 7, 600, 3
+    arguments = {
+        "x": draw(T, D),
+        "task": draw(2, S),
+        "w1": draw(R, S + D, scale=(S + D) ** -0.5),
+        "b1": draw(R),
+        "w2": draw(E, R, scale=R**-0.5),
+    }
+    check("task_router", arguments | {"group_ids": torch.arange(T) % 2, "recompute": recompute})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", ["soft_experts", "sparse_experts"])
 def test_many_experts(op, dtype):

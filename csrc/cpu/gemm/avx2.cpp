@@ -54,9 +54,9 @@ static void pack_rows_f32(const void* const* rows, int lanes, int64_t k, void* p
 }
 
 constexpr int a_lanes = 6, b_vectors = 2, b_lanes = 16;
-constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, {false, false}, false,
+constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, {false, false}, false, false,
                              {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>}, {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>}, nullptr, nullptr,
-                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>}};
+                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>}, nullptr};
 
 }  // namespace
 

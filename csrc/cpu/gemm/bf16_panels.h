@@ -59,10 +59,11 @@ INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int
 }
 
 template <int rows = a_lanes>
-static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add) {
+static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
   if constexpr (rows > 1) {
-    if (used < rows) return multiply_bf16<rows - 1>(a, a_stride, b, block, k, used, add);
+    if (used < rows) return multiply_bf16<rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
+  fetch(prefetch);
   multiply_pairs<rows>(static_cast<const int32_t*>(a), static_cast<const int32_t*>(b), static_cast<float*>(block), k / 2, add);
 }
 
@@ -71,12 +72,12 @@ struct PairsOfBf16 {
   static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
   static void add_product(vfloat& sum, __m512i a, __m512i b) { sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 };
-constexpr Microkernel bf16_few = {Type::bf16, few_lanes, few_lanes, 32, 512, Side::a, {true, true}, true,
+constexpr Microkernel bf16_few = {Type::bf16, few_lanes, few_lanes, 32, 512, Side::a, {true, true}, true, true,
                                   {pack_rows_few<2, 32>, pack_rows_few<2, 32>}, {nullptr, nullptr}, nullptr, nullptr,
-                                  {multiply_few<PairsOfBf16>, multiply_few<PairsOfBf16>}};
+                                  {multiply_few<PairsOfBf16>, multiply_few<PairsOfBf16>}, nullptr};
 
-constexpr Microkernel bf16_pairs = {Type::bf16, a_lanes, b_lanes, 2, 256, Side::b, {false, false}, false,
+constexpr Microkernel bf16_pairs = {Type::bf16, a_lanes, b_lanes, 2, 256, Side::b, {false, false}, false, false,
                                     {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>}, {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>}, nullptr, nullptr,
-                                    {multiply_bf16<>, multiply_bf16<>}};
+                                    {multiply_bf16<>, multiply_bf16<>}, nullptr};
 
 }  // namespace

@@ -68,6 +68,9 @@ static double dot_double(const double* x, const double* y, int64_t n) {
 static void exp_double(const double* x, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = exp(x[i]);
 }
+static void store_block_double(Type, const double* from, int64_t from_ld, char* to, int64_t to_stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * to_stride, from + r * from_ld, sizeof(double) * n);
+}
 
 }  // namespace
 
@@ -76,6 +79,6 @@ namespace cmoe::cpu {
 const Isa isa_generic = {"generic", &f32, nullptr, &f32_few, nullptr, &row_functions, convert, transpose_plain};
 const Microkernel microkernel_f64 = plain_microkernel<double, 4, 2>(Type::f64, 256);
 const RowFunctions<double> row_functions_f64 = {load_double,     store_double, round_double, activate_double, activate_backward_double, add_double,
-                                                multiply_double, scale_double, axpy_double,  dot_double,      exp_double};
+                                                multiply_double, scale_double, axpy_double,  dot_double,   exp_double,   store_block_double};
 
 }  // namespace cmoe::cpu

@@ -23,13 +23,29 @@ enum class Activation : int { gelu, gelu_tanh, silu, relu, relu2 };
 
 enum class Side : int { a, b };
 
+// Memory to prefetch into the L2 cache beside a product, for those that follow: rows of a few cache lines.
+struct Prefetch {
+  const char* data = nullptr;
+  int64_t stride = 0;
+  int rows = 0, lines = 0;
+};
+
+// A block of finished sums, and where its rows go.
+struct Finished {
+  const void* sums;
+  char* to;
+  int64_t stride;
+  int rows, columns;
+};
+
 struct Microkernel {
   Type panel;           // type of a panel's elements
   int a_lanes, b_lanes;
   int k_step;           // depths of panels are multiples of this
   int k_chunk;          // depth at which a resident panel fills its share of the L1 cache
   Side weights;         // the operand that weights are in y = x W^T; b: the block is [tokens, weights]
-  bool row_major[2];    // by side: a panel is rows of k values. Operand A is then read at any stride, and a matrix whose rows lie along k where it is
+  bool row_major[2];    // by side: a panel is rows of all its k values; else the values of all lanes lie together, k step by k step
+  bool in_place;        // operand A's rows may lie at any stride but that of a packed panel: a matrix whose rows lie along k is read where it is
   bool outer_resident;  // the outer operand's panel stays in L1 while the shared operand streams by; else B's does
 
   // By side. Rows along k: one panel, `k` deep; rows[lane] points at the first k.
@@ -43,8 +59,10 @@ struct Microkernel {
   void (*end)();
 
   // block = A B^T over k (a multiple of k_step), or block += with add; `used` lanes of A are in use; of B, where B is row-major.
-  // a_stride: bytes from one lane of A to the next where A is row-major. By the side of the resident operand.
-  void (*multiply[2])(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add);
+  // a_stride: bytes from one lane of A to the next where A is read in place or row-major. By the side of the resident operand.
+  void (*multiply[2])(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch);
+  // The same with A resident, and beside it a whole finished block becomes rows of the panels' type: whole cache lines, past the caches. May be null.
+  void (*multiply_and_store)(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch, const Finished& finished);
 };
 
 // Functions over n values; T is float, or double for fp64.
@@ -61,6 +79,8 @@ struct RowFunctions {
   void (*axpy)(T s, const T* x, T* y, int64_t n);                                                // y += s x
   T (*dot)(const T* x, const T* y, int64_t n);
   void (*exp)(const T* x, T* y, int64_t n);                                                      // y = exp(x)
+  // Rows of n finished values, to where the caller does not read them again.
+  void (*store_block)(Type type, const T* from, int64_t from_ld, char* to, int64_t to_stride, int64_t rows, int64_t n);
 };
 
 struct Isa {

@@ -320,7 +320,22 @@ static void exp_row(const float* x, float* y, int64_t n) {
   each(n, [&](int64_t i, int count) { store_part(y + i, exponential(load_part(x + i, count), -104.f), count); });
 }
 
+static void store_block(Type type, const float* from, int64_t from_ld, char* to, int64_t to_stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, from += from_ld, to += to_stride) {
+    int64_t done = 0;
+#if defined(HAS_AVX512_BF16)
+    // Long rows go past the caches, by whole lines, so that nothing is read first.
+    if (type == Type::bf16 && n >= 512 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+      for (; done + 32 <= n; done += 32)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * done), (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done)));
+      _mm_sfence();
+    }
+#endif
+    convert(Type::f32, from + done, type, to + size_of(type) * done, n - done);
+  }
+}
+
 constexpr RowFunctions<float> row_functions = {load_row,     store_row,  round_row, activate_row, activate_backward_row, add_row,
-                                               multiply_row, scale_row, axpy_row,  dot_row,            exp_row};
+                                               multiply_row, scale_row, axpy_row,  dot_row,            exp_row, store_block};
 
 }  // namespace

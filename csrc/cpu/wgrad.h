@@ -1,0 +1,152 @@
+// The product for dW = dy^T x: columns of dy, the outer lanes, against columns of x, the shared lanes; k runs over tokens.
+//
+// The panels of a block of dy are packed once, for all of k. A block of sums stays in the L2 cache until k is done, and then its rows are stored.
+// Under AMX, finished sums are stored one product late, beside the products that follow: a gradient is written once and not read again here.
+// With tokens of one or two chunks its sums are finished in one run of k: they take a row of cells in L1 (one chunk: two cells), x's block
+// takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
+#pragma once
+
+#include "gemm.h"
+
+namespace cmoe::cpu {
+
+// Bytes of packed panels of dy that a thread may hold. A larger block is packed run by run, again for each block of shared lanes.
+constexpr int64_t most_packed_outer = 16 << 20;
+
+template <class T>
+Plan wgrad_plan(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_lanes, int64_t k, int64_t threads, int64_t most_packed = most_packed_outer) {
+  const Microkernel& gemm = *kernels.gemm;
+  Plan p{};
+  p.outer = Side::a;
+  p.shared = Side::b;
+  const int64_t ol = gemm.a_lanes, sl = gemm.b_lanes, cell = ol * sl * static_cast<int64_t>(sizeof(T)), element = kernels.element();
+  const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)), all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
+  const int64_t depth = std::max<int64_t>(1, round_up(k, gemm.k_step)) * element;
+  const bool beside = gemm.multiply_and_store;
+  p.run = beside && k <= 2 * gemm.k_chunk ? 2 : 1;
+  p.outer_panels = std::min(all_outer, std::max<int64_t>(1, p.run > 1 ? 2 * kernels.l2 / (ol * depth) : (beside ? 512 : 224) / ol));
+  p.shared_panels = std::min(all_shared, std::max<int64_t>(1, kernels.l2 / 2 / (p.run > 1 ? sl * depth : cell * p.outer_panels)));
+  const int64_t packed = depth * ol * p.outer_panels;
+  p.outer_bytes = round_up(packed <= most_packed ? packed : std::min(depth, p.run * gemm.k_chunk * element) * ol * p.outer_panels, 64);
+  p.block_bytes = cell * std::max<int64_t>(2, p.shared_panels * (p.run > 1 ? 1 : p.outer_panels));
+  p.row_ld = beside ? 0 : p.shared_panels * sl;
+  p.row_bytes = round_up(ol * p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
+  p.conversion = conversion_bytes(kernels);
+  return p;
+}
+
+// The rows [lanes.first, lanes.first + lanes.count) of dW; `to` is the first of them in memory, `stride` the bytes from row to row.
+template <class T>
+class WgradBlock {
+ public:
+  WgradBlock(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Matrix& dy, const Lanes& lanes, char* scratch, Type type, char* to, int64_t stride)
+      : kernels_(kernels), gemm_(*kernels.gemm), p_(p), shared_(shared), chunks_(shared.chunks()), count_(static_cast<int64_t>(chunks_.size())), dy_(dy), lanes_(lanes), packed_(scratch),
+        block_(reinterpret_cast<T*>(scratch + p.outer_bytes)), type_(type), to_(to), stride_(stride) {}
+
+  void compute() {
+    if (count_ == 0)  // k is 0: sums of nothing
+      for (int64_t r = 0; r < lanes_.count; ++r) std::memset(to_ + r * stride_, 0, shared_.lanes() * size_of(type_));
+    packed_once_ = count_ && (chunks_.back().start + chunks_.back().padded) * panels_ * ol_ * element_ <= p_.outer_bytes;
+    if (packed_once_) pack(0, count_);
+    if (gemm_.begin) gemm_.begin();
+    for (int64_t s0 = 0; s0 < shared_.panels(); s0 += p_.shared_panels) {
+      const int64_t s1 = std::min(shared_.panels(), s0 + p_.shared_panels);
+      for (int64_t c0 = 0; c0 < count_; c0 += p_.run) {
+        const int64_t c1 = std::min(count_, c0 + p_.run);
+        if (!packed_once_) pack(c0, c1);
+        if (gemm_.multiply_and_store)
+          sweeps(s0, s1, c0, c1);
+        else
+          chunk(s0, s1, c0);
+      }
+    }
+    store_finished();
+    if (gemm_.end) gemm_.end();
+  }
+
+ private:
+  char* panel(int64_t o, const Chunk& chunk) const { return packed_ + ((chunk.start - chunks_[packed_from_].start) * panels_ + o * chunk.padded) * ol_ * element_; }
+  int used(int64_t o) const { return static_cast<int>(std::min(ol_, lanes_.count - o * ol_)); }
+  T* sums(int64_t o, int64_t s) const { return block_ + (o * p_.shared_panels + s) * ol_ * sl_; }
+  char* row(int64_t o, int64_t s) const { return to_ + o * ol_ * stride_ + s * sl_ * size_of(type_); }
+
+  void pack(int64_t c0, int64_t c1) {
+    packed_from_ = c0;
+    char* const conversion = packed_ + p_.outer_bytes + p_.block_bytes + p_.row_bytes;
+    for (int64_t c = c0; c < c1; ++c)
+      pack_panels(kernels_, Side::a, Operand{dy_, false}, lanes_.first, lanes_.count, chunks_[c].k0, chunks_[c].k, panel(0, chunks_[c]), chunks_[c].padded * ol_ * element_, conversion);
+  }
+
+  // One chunk; after the last one, rows as long as the block of shared lanes.
+  void chunk(int64_t s0, int64_t s1, int64_t c) const {
+    const Chunk& chunk = chunks_[c];
+    const auto multiply = gemm_.multiply[static_cast<int>(Side::b)];
+    const char* const first = panel(0, chunk);
+    const int64_t bytes = chunk.padded * ol_ * element_, stride = packed_stride(kernels_), next = p_.shared_panels * ol_ * sl_;
+    for (int64_t s = s0; s < s1; ++s) {
+      const char* const x = shared_.at(s, chunk);
+      T* const to = sums(0, s - s0);
+      for (int64_t o = 0; o < panels_; ++o) multiply(first + o * bytes, stride, x, to + o * next, chunk.padded, used(o), c > 0, {});
+    }
+    if (c + 1 < count_) return;
+    T* const rows = reinterpret_cast<T*>(packed_ + p_.outer_bytes + p_.block_bytes);
+    for (int64_t o = 0; o < panels_; ++o) {
+      for (int64_t s = s0; s < s1; ++s)
+        for (int r = 0; r < used(o); ++r) std::memcpy(rows + r * p_.row_ld + (s - s0) * sl_, sums(o, s - s0) + r * sl_, sizeof(T) * sl_);
+      kernels_.rows->store_block(type_, rows, p_.row_ld, row(o, s0), stride_, used(o), std::min(shared_.lanes(), s1 * sl_) - s0 * sl_);
+    }
+  }
+
+  // One run; where it finishes the sums of a panel of dy before the next one begins, these share their cells.
+  void sweeps(int64_t s0, int64_t s1, int64_t c0, int64_t c1) {
+    const bool one_run = count_ <= p_.run;
+    for (int64_t o = 0; o < panels_; ++o) {
+      for (int64_t c = c0; c < c1; ++c) {
+        const Chunk& chunk = chunks_[c];
+        const PrefetchShares next = o + 1 < panels_ ? PrefetchShares(panel(o + 1, chunk), chunk.padded * ol_ * element_, s1 - s0) : PrefetchShares();
+        for (int64_t s = s0; s < s1; ++s) {
+          T* const to = count_ == 1 ? sums(0, turn_++ % 2) : sums(one_run ? 0 : o, s - s0);
+          multiply_and_store(o, chunk, s, to, c > 0, next[s - s0]);
+          if (c + 1 == count_) finished_ = {to, row(o, s), stride_, used(o), shared_.in_panel(s)};
+        }
+      }
+      if (count_ > 1) store_finished();  // before the next panel's sums are written there
+    }
+  }
+
+  void multiply_and_store(int64_t o, const Chunk& chunk, int64_t s, T* to, bool add, const Prefetch& prefetch) {
+    const bool lines = type_ == gemm_.panel && (reinterpret_cast<uintptr_t>(to_) | static_cast<uintptr_t>(stride_)) % 64 == 0;  // every cell begins one
+    if (finished_.sums && lines && finished_.rows == ol_ && finished_.columns == sl_) {
+      gemm_.multiply_and_store(panel(o, chunk), packed_stride(kernels_), shared_.at(s, chunk), to, chunk.padded, used(o), add, prefetch, finished_);
+      finished_.sums = nullptr;
+    } else {
+      gemm_.multiply[static_cast<int>(Side::a)](panel(o, chunk), packed_stride(kernels_), shared_.at(s, chunk), to, chunk.padded, used(o), add, prefetch);
+      store_finished();
+    }
+  }
+  void store_finished() {
+    if (finished_.sums) kernels_.rows->store_block(type_, static_cast<const T*>(finished_.sums), sl_, finished_.to, stride_, finished_.rows, finished_.columns);
+    finished_.sums = nullptr;
+  }
+
+  const Kernels<T>& kernels_;
+  const Microkernel& gemm_;
+  const Plan& p_;
+  const Shared<T>& shared_;
+  const std::vector<Chunk>& chunks_;
+  const int64_t count_;  // of chunks
+  const Matrix& dy_;
+  const Lanes& lanes_;
+  char* const packed_;
+  T* const block_;
+  const Type type_;
+  char* const to_;
+  const int64_t stride_;
+  const int64_t ol_ = gemm_.a_lanes, sl_ = gemm_.b_lanes, panels_ = (lanes_.count + ol_ - 1) / ol_, element_ = kernels_.element();
+  bool packed_once_ = false;
+  int64_t packed_from_ = 0;  // the chunk whose panels come first
+  Finished finished_{};
+  int64_t turn_ = 0;
+};
+
+}  // namespace cmoe::cpu

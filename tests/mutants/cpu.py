@@ -1,0 +1,76 @@
+"""Planted bugs of the CPU products, of the router's backward pass and of the self-test of instruction sets."""
+
+import sys
+
+from tests.mutants import Mutant, Suite
+
+# Compiled before the tests, which would do it themselves: a mutant that does not compile is no bug that was caught.
+PRODUCTS = Suite(before=((sys.executable, "-m", "tests.native.programs", "products", "-O1"),))
+LIBRARY = Suite(before=((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),))
+
+
+def products(file: str, kind: str, old: str, new: str, tier: str = "amx") -> Mutant:
+    return Mutant(kind, f"csrc/cpu/{file}", old, new, (f"tests/native/test_programs.py::test_products_to_the_bit[{tier}]",), PRODUCTS)
+
+
+def router(kind: str, old: str, new: str) -> Mutant:
+    return Mutant(kind, "csrc/cpu/task_router.cpp", old, new, ("tests/native/test_shapes.py::test_a_wide_router",), LIBRARY)
+
+
+def self_test(kind: str, old: str, new: str, test: str) -> Mutant:
+    return Mutant(kind, "csrc/cpu/self_test.cpp", old, new, (f"tests/native/test_self_test.py::test_{test}",), LIBRARY)
+
+
+MUTANTS = [
+    products("wgrad.h", "tail", "used(o), shared_.in_panel(s)};", "used(o), static_cast<int>(sl_)};"),
+    products("wgrad.h", "tail", "std::min(shared_.lanes(), s1 * sl_) - s0 * sl_", "(s1 - s0) * sl_", "generic"),
+    products("wgrad.h", "late store", "    store_finished();\n    if (gemm_.end)", "    if (gemm_.end)"),
+    products("wgrad.h", "late store", "if (count_ > 1) store_finished();", "if (count_ < 1) store_finished();"),
+    products("wgrad.h", "cells", "turn_++ % 2", "turn_ % 2"),
+    products("wgrad.h", "cells", "sums(one_run ? 0 : o, s - s0)", "sums(0, s - s0)"),
+    products("wgrad.h", "last chunk", "if (c + 1 < count_) return;", "if (c > 0) return;", "generic"),
+    products("wgrad.h", "packed again", "if (!packed_once_) pack(c0, c1);", "", "generic"),
+    products("wgrad.h", "alignment", "% 64 == 0;", "% 32 == 0;"),
+    products(
+        "wgrad.h", "alignment", "(reinterpret_cast<uintptr_t>(to_) | static_cast<uintptr_t>(stride_))", "reinterpret_cast<uintptr_t>(to_)"
+    ),
+    products("wgrad.h", "dtype", "const bool lines = type_ == gemm_.panel && ", "const bool lines = "),
+    products("wgrad.h", "no token", "std::memset(to_ + r * stride_, 0,", "std::memset(to_, 0,", "generic"),
+    products("wgrad.h", "scratch", "cell * std::max<int64_t>(2, p.shared_panels", "cell * std::max<int64_t>(1, p.shared_panels"),
+    products("gemm.h", "in place", "m.stride != packed_stride(kernels) && ", ""),
+    products("gemm.h", "in place", "lanes_in(o) == ol && chunk.k == chunk.padded", "chunk.k == chunk.padded && lanes_in(o) > 1"),
+    products("gemm.h", "gated", "lanes.second + (o - per_range) * ol", "lanes.second + o * ol"),
+    products("gemm.h", "run", "multiply(panel, o, s, s0, chunks[c], c > 0,", "multiply(panel, o, s, s0, chunks[c], c > c0,"),
+    products(
+        "gemm.h",
+        "packed",
+        "+ chunk.k0 * ol * kernels.element(), a_stride(chunk)}",
+        "+ chunk.k0 * kernels.element(), a_stride(chunk)}",
+        "generic",
+    ),
+    products("gemm/amx.cpp", "stride", "a_stride == 2 * tile_k ? 4 * tile_values : 2 * tile_k", "4 * tile_values"),
+    products("gemm/amx.cpp", "tail", "last < tile_lanes ? last : tile_lanes", "last"),
+    products("gemm/amx.cpp", "tail", "(tile_lanes + steps - 1) / steps", "tile_lanes / steps"),
+    products("gemm/amx.cpp", "tail", "return r < k ?", "return r <= k ?"),
+    products("gemm/amx.cpp", "lanes", "if (used > 16)", "if (used > 31)"),
+    products(
+        "gemm/amx.cpp",
+        "order",
+        "_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums))",
+        "_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16))",
+    ),
+    Mutant(
+        "layout",
+        "csrc/cpu/gemm/amx.cpp",
+        "{16, 16, 16, 16, 16, 16, 16, 16}};",
+        "{16, 16, 16, 16, 16, 16, 16}};",
+        ("tests/native/test_tile_layout.py::test_the_library_loads_the_layout_that_is_meant",),
+        LIBRARY,
+    ),
+    router("strip", "du_block + (t * block_width + in) * du_value", "du_block + t * block_width * du_value"),
+    router("strip", "std::min(strip, block_width - in)", "strip"),
+    self_test("trap elsewhere", "testing && pthread_equal(tester, pthread_self())", "testing", "a_trap_in_another_thread_ends_the_process"),
+    self_test("handlers", "now.sa_sigaction == on_trap)", "now.sa_sigaction != on_trap)", "the_next_instruction_set_serves"),
+    self_test("comparison", "sizeof memory.found) != 0) return;", "sizeof memory.found) < -9) return;", "the_next_instruction_set_serves"),
+    self_test("signal", "    trapped = signal;\n", "", "the_next_instruction_set_serves"),
+]

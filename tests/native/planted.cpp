@@ -1,0 +1,60 @@
+// An instruction set with a fault: SOUND is its table as the library has it, PLANTED the name by which dispatch.cpp knows it. The environment
+// chooses the fault, CMOE_PLANTED, and names a file that is made when the fault is reached, CMOE_PLANTED_REACHED.
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "gemm/isa.h"
+
+namespace cmoe::cpu {
+
+extern const Isa SOUND;
+
+namespace {
+
+bool is(const char* fault) {
+  const char* const planted = std::getenv("CMOE_PLANTED");
+  return planted && std::strcmp(planted, fault) == 0;
+}
+
+void reached() {
+  if (const char* const name = std::getenv("CMOE_PLANTED_REACHED"))
+    if (std::FILE* const file = std::fopen(name, "w")) std::fclose(file);
+}
+
+void multiply(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+  SOUND.f32->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
+  if (is("wrong")) static_cast<float*>(block)[0] += 1;
+  if (is("illegal instruction")) __builtin_trap();
+  if (is("illegal access")) *static_cast<volatile int*>(nullptr) = 1;
+  if (is("long")) reached(), sleep(60);
+}
+
+void activate(Activation f, const float* u, float* h, int64_t n) {
+  SOUND.rows->activate(f, u, h, n);
+  if (is("activation") && n > 0) h[n - 1] *= 1.0001f;
+}
+
+Microkernel microkernel() {
+  Microkernel kernel = *SOUND.f32;
+  kernel.multiply[0] = kernel.multiply[1] = multiply;
+  return kernel;
+}
+RowFunctions<float> functions() {
+  RowFunctions<float> rows = *SOUND.rows;
+  rows.activate = activate;
+  return rows;
+}
+
+const Microkernel kernel = microkernel();
+const RowFunctions<float> rows = functions();
+
+}  // namespace
+
+extern const Isa PLANTED;
+const Isa PLANTED = {SOUND.name, &kernel, SOUND.bf16, SOUND.f32_few, SOUND.bf16_few, &rows, SOUND.convert, SOUND.transpose};
+
+}  // namespace cmoe::cpu
