@@ -1,5 +1,9 @@
-"""What test_train_processes.py runs in two processes: torchrun two_processes.py FOLDER override..."""
+"""What test_train_processes.py runs in two processes: torchrun two_processes.py FOLDER override...
 
+Each process writes what it saw into FOLDER/process-RANK.json: lines of two processes may mix on one standard output.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
@@ -37,9 +41,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.chdir(work)
     recipe = config.load("tiny", [*overrides, "name=pair"])
+    seen = {}
     try:
         train(recipe, Path("runs/pair"), callbacks=[KillAt()])
     except Killed:
-        print(f"killed in process {PartialState().process_index}", flush=True)
-    print(f"again: {command('train', 'tiny', *overrides, '--name', 'pair')}", flush=True)
-    print(f"resumed: {command('train', '--name', 'pair', '--resume')}", flush=True)
+        seen["killed"] = True
+    seen["again"] = command("train", "tiny", *overrides, "--name", "pair")
+    rank = PartialState().process_index
+    seen["resumed"] = command("train", "--name", "pair", "--resume")
+    Path(f"process-{rank}.json").write_text(json.dumps(seen))
