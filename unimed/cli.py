@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from unimed import NOTICE
 from unimed.errors import UserError
@@ -262,7 +263,7 @@ def predict(
 @command(app, "demo")
 def demo(
     overrides: Overrides = None,
-    name: Annotated[str, typer.Option(help="the run's name")] = "demo",
+    name: Annotated[str | None, typer.Option(help="the run's name; demo by default")] = None,
     llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of this name that another command made")] = False,
 ) -> None:
@@ -279,7 +280,8 @@ def demo(
       [cyan]unimed demo train.max_steps=20 evaluate.limit=5[/]    a quick look
     """
     start = time.perf_counter()
-    loaded = _recipe("tiny", llm, overrides, name)
+    # Overrides come after the default, so name=x holds; --name comes after both.
+    loaded = _recipe("tiny", llm, ["name=demo", *(overrides or [])], name)
     run = RUNS / loaded.name
     _may_replace(run, overwrite)
     _build_sample(Path(loaded.data.root))
@@ -298,7 +300,7 @@ def doctor() -> None:
     from unimed.doctor import lines
 
     for title, text in lines():
-        console.print(f"[bold]{title:<24}[/] {text}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{title:<24}[/] {escape(text)}", highlight=False, soft_wrap=True)
     from cmoe_kernels.doctor import report as kernels
 
     console.print(f"\n{kernels()}\n", highlight=False, markup=False, soft_wrap=True)

@@ -160,6 +160,15 @@ def test_the_doctor_names_only_packages_that_something_imports():
         assert (name in OPTIONAL) <= bool(imported), name
 
 
+def test_the_doctor_prints_the_command_that_installs(tmp_path, monkeypatch):
+    from unimed import INSTALL, doctor
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "lines", lambda: [("pydicom", f"missing; {INSTALL}")])
+    assert "[unimed]" in INSTALL
+    assert INSTALL in run("doctor").output
+
+
 def test_a_run_goes_on_with_nothing_typed_again(at_work, tmp_path, monkeypatch):
     shutil.copytree(at_work, tmp_path / "runs" / "small")
     monkeypatch.chdir(tmp_path)
@@ -178,11 +187,12 @@ def test_the_demo_replaces_only_what_it_made(at_work, small_overrides, tmp_path,
     shutil.copytree(at_work, tmp_path / "runs" / "small")
     monkeypatch.chdir(tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    shown = run("demo", "--name", "small", *small_overrides, "train.max_steps=2", "train.save_every=2")
-    assert shown.exit_code == 2
-    assert shown.output.strip() == (
-        "error: runs/small: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite"
-    )
+    for name in (["--name", "small"], ["name=small"]):
+        shown = run("demo", *small_overrides, "train.max_steps=2", "train.save_every=2", *name)
+        assert shown.exit_code == 2
+        assert shown.output.strip() == (
+            "error: runs/small: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite"
+        )
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
     cli._may_replace(Path("runs/small"), overwrite=True)
     start = Path("runs/small/start.json")
@@ -285,7 +295,7 @@ def test_the_demo_does_it_all(small_overrides, sample_folder, tmp_path, monkeypa
     assert {"report.html", "metrics.json", "predictions.json", "metrics.jsonl", "router.json", "model"} <= names
     for words in (
         NOTICE,
-        "without looking",
+        "majority answer",
         "image blanked",
         "untrained",
         "mean gate of each expert",

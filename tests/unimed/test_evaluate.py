@@ -96,8 +96,8 @@ def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run, parr
 
 def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run, parrots):
     train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
-    looker = evaluate.WithoutLooking.fit(train_examples)
-    rows = evaluate.compare(None, (Parrot(lambda example, blanked: looker.predict(example)), None), train_examples, slab)
+    majority = evaluate.MajorityAnswers.fit(train_examples)
+    rows = evaluate.compare(None, (Parrot(lambda example, blanked: majority.predict(example)), None), train_examples, slab)
     assert evaluate.UNTRAINED not in rows
     assert not any(evaluate.verdict(rows).values())
 
@@ -106,8 +106,8 @@ def test_a_task_that_training_lacks_has_no_majority_answer_and_no_verdict(slab, 
     some = [example for example in slab if example.task in ("vqa", "qa")]
     perfect = (Parrot(lambda example, blanked: example.answer), None)
     rows = evaluate.compare(None, perfect, [example for example in some if example.task == "qa"], some)
-    assert set(rows[evaluate.WITHOUT_LOOKING]["metrics"]) == {"qa"}
-    assert rows[evaluate.WITHOUT_LOOKING]["predictions"].count(None) == sum(example.task == "vqa" for example in some)
+    assert set(rows[evaluate.MAJORITY]["metrics"]) == {"qa"}
+    assert rows[evaluate.MAJORITY]["predictions"].count(None) == sum(example.task == "vqa" for example in some)
     assert set(evaluate.verdict(rows)) == {"qa"}
 
 
@@ -142,13 +142,13 @@ def test_a_test_only_set_can_be_evaluated(test_only_run):
     part = result["splits"]["test"]
     assert part["name"] == "test split"
     assert set(part["counts"]) == {"vqa", "refer", "identify", "qa"}
-    assert part["rows"][evaluate.WITHOUT_LOOKING] == part["better"] == part["better_strict"] == {}
+    assert part["rows"][evaluate.MAJORITY] == part["better"] == part["better_strict"] == {}
     assert set(part["rows"][evaluate.TRAINED]) == set(part["counts"])
     assert evaluate.UNTRAINED not in part["rows"]
     assert "no such folder" in result["left_out"][evaluate.UNTRAINED]
     for strict in (False, True):
         _, lines = answer_table(result, strict)
-        assert [row[1:] for row in lines["test"] if row[0] == evaluate.WITHOUT_LOOKING] == [["not fitted"] * 4]
+        assert [row[1:] for row in lines["test"] if row[0] == evaluate.MAJORITY] == [["not fitted"] * 4]
     stored = json.loads((run / "predictions.json").read_text())["test"]
     assert stored["data"]["root"] == str(root)
     assert [example.id for example in answered(stored["data"])] == stored["ids"]

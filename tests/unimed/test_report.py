@@ -64,7 +64,7 @@ def test_the_page_is_whole_and_loads_nothing(html):
 
 def test_the_page_says_what_it_must(html, evaluated_run):
     text = re.sub(r"<[^>]+>", " ", html)
-    for words in ("Research use, not for diagnosis", "synthetic", "No generalisation", "without looking", "image blanked", "untrained"):
+    for words in ("Research use, not for diagnosis", "synthetic", "No generalisation", "majority answer", "image blanked", "untrained"):
         assert words in text
     assert all(f"<br>{metric}</th>" in html for metric in json.loads((evaluated_run / "metrics.json").read_text())["headline"].values())
     assert "max_steps: 12" in text
@@ -76,7 +76,7 @@ def test_every_number_of_the_table_is_the_one_that_was_measured(html, evaluated_
     expected = [
         part["rows"][row][task][result["headline"][task]]
         for task in TASKS
-        for row in ("untrained", "without looking", "image blanked", "trained")
+        for row in ("untrained", "majority answer", "image blanked", "trained")
         for part in result["splits"].values()
     ]
     assert shown == pytest.approx(expected, abs=5e-4)
@@ -88,7 +88,7 @@ def test_the_strict_value_stands_beside_each(html, evaluated_run):
     expected = [
         part["rows"][row][task][result["strict"][task]]
         for task in TASKS
-        for row in ("untrained", "without looking", "image blanked", "trained")
+        for row in ("untrained", "majority answer", "image blanked", "trained")
         for part in result["splits"].values()
     ]
     assert shown == pytest.approx(expected, abs=5e-4)
@@ -116,7 +116,7 @@ def test_nothing_of_the_sample_is_said_of_other_data(test_only_run):
     )
     text = re.sub(r"<[^>]+>", " ", prose)
     assert [words for words in DEMO_ONLY if words in text] == []
-    assert "without looking" in text
+    assert "majority answer" in text
     assert "not fitted" in text
     assert "test split" in text
     assert "is missing" in text  # the untrained model

@@ -6,7 +6,7 @@ from unimed.data import load_examples
 from unimed.data.example import TASKS, Example
 from unimed.errors import UserError
 from unimed.tasks import metrics
-from unimed.tasks.baselines import WithoutLooking
+from unimed.tasks.baselines import MajorityAnswers
 
 
 def example(task, answer, template, box=None, size=None):
@@ -14,7 +14,7 @@ def example(task, answer, template, box=None, size=None):
 
 
 def test_majority_per_template():
-    fitted = WithoutLooking.fit(
+    fitted = MajorityAnswers.fit(
         [
             example("vqa", "CT", "vqa/modality"),
             example("vqa", "MRI", "vqa/modality"),
@@ -37,7 +37,7 @@ def test_majority_per_template():
 
 
 def test_mean_box_in_shares_of_each_image():
-    fitted = WithoutLooking.fit(
+    fitted = MajorityAnswers.fit(
         [
             example("refer", "", "refer/liver", (10, 10, 30, 20), (100, 50)),  # 10 20 30 40
             example("refer", "", "refer/liver", (40, 0, 100, 90), (200, 300)),  # 20 0 50 30
@@ -50,7 +50,7 @@ def test_mean_box_in_shares_of_each_image():
 
 def test_it_does_not_look(sample_folder):
     train = load_examples(sample_folder, "train")
-    fitted = WithoutLooking.fit(train)
+    fitted = MajorityAnswers.fit(train)
     for one in load_examples(sample_folder, "slab")[::7]:
         hidden = replace(one, image=None, answer="", box=None, size=None, id="")
         assert fitted.predict(hidden) == fitted.predict(one)
@@ -58,7 +58,7 @@ def test_it_does_not_look(sample_folder):
 
 @pytest.mark.parametrize("split", ["slab", "subject"])
 def test_there_is_something_to_gain_by_looking(sample_folder, split):
-    fitted = WithoutLooking.fit(load_examples(sample_folder, "train"))
+    fitted = MajorityAnswers.fit(load_examples(sample_folder, "train"))
     examples = load_examples(sample_folder, split)
     best = {"vqa": 0.7, "refer": 0.4, "identify": 0.4, "caption": 0.9, "cls": 0.4, "qa": 0.6}
     for task in TASKS:

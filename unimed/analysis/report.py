@@ -123,8 +123,8 @@ def _table(result: dict[str, Any]) -> str:
     )
     return (
         f"{lead(text)}<div class=scroll><table><tr><th>task, metric</th><th>answers by</th>{head}</tr>{''.join(body)}</table></div>"
-        "<h3>Better than both the answers without looking and the blanked images?</h3>"
-        f"{lead('A text question has no image to blank: only the answers without looking count.')}"
+        "<h3>Better than both the majority answers and the blanked images?</h3>"
+        f"{lead('A text question has no image to blank: only the majority answers count.')}"
         f"<div class=scroll><table>{''.join(verdicts)}</table></div>{_odd(splits)}"
     )
 
@@ -226,7 +226,7 @@ def _limits(result: dict[str, Any]) -> str:
         points.append("Text questions have no image, so blanking changes nothing.")
     points += [f"The row “{row}” is missing: {reason}." for row, reason in result["left_out"].items()]
     if any(task not in split["better"] for split in splits for task in split["counts"]):
-        points.append("Where the answers without looking were not fitted, the data has no training examples of that task.")
+        points.append("Where the majority answers were not fitted, the data has no training examples of that task.")
     points += [
         "One seed and one run: differences of a few examples are noise.",
         "A score can be compared with the published Uni-Med only for the same data, splits, encoder and language model.",

@@ -19,7 +19,7 @@ class Example:
     "" (caption).
 
     size: (width, height) of the original image, None where no task needs it. box: pixel xyxy (refer, identify).
-    template: what an answer "without looking" may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
+    template: what the majority answer may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
     dataset: the name of the set, its folder's where several have one layout. layout: the published set whose form it has.
     max_words: words that the whole instruction of a text question may have, as released; 0: all.
     """

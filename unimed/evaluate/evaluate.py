@@ -11,9 +11,9 @@ from typing import Any
 from unimed.data.example import IMAGE_TASKS, TASKS, Example
 from unimed.evaluate.predict import answers
 from unimed.tasks import metrics
-from unimed.tasks.baselines import WithoutLooking
+from unimed.tasks.baselines import MajorityAnswers
 
-UNTRAINED, WITHOUT_LOOKING, BLANKED, TRAINED = ROWS = ("untrained", "without looking", "image blanked", "trained")
+UNTRAINED, MAJORITY, BLANKED, TRAINED = ROWS = ("untrained", "majority answer", "image blanked", "trained")
 
 
 def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
@@ -98,11 +98,11 @@ def compare(
         report = (lambda count: progress(row, count)) if progress else None
         return _answers(*pair, examples, batch_size, max_new_tokens, blank_images, report)
 
-    majority = WithoutLooking.fit(train_examples)
+    majority = MajorityAnswers.fit(train_examples)
     rows: dict[str, Sequence[str | None]] = {}
     if untrained is not None:
         rows[UNTRAINED] = run(UNTRAINED, untrained, False, held_out)
-    rows[WITHOUT_LOOKING] = [majority.predict(example) if example.task in majority.tasks else None for example in held_out]
+    rows[MAJORITY] = [majority.predict(example) if example.task in majority.tasks else None for example in held_out]
     trained_answers = rows[TRAINED] = run(TRAINED, trained, False, held_out)
     with_image = [example for example in held_out if example.image is not None]
     blind = iter(run(BLANKED, trained, True, with_image))
@@ -118,8 +118,8 @@ def verdict(rows: dict[str, dict[str, Any]], headline: Mapping[str, str] = metri
     """
     result = {}
     for task, trained in rows[TRAINED]["metrics"].items():
-        if task in rows[WITHOUT_LOOKING]["metrics"]:
-            baselines = (WITHOUT_LOOKING, BLANKED) if task in IMAGE_TASKS else (WITHOUT_LOOKING,)
+        if task in rows[MAJORITY]["metrics"]:
+            baselines = (MAJORITY, BLANKED) if task in IMAGE_TASKS else (MAJORITY,)
             best = max(rows[row]["metrics"][task][headline[task]] for row in baselines)
             result[task] = trained[headline[task]] > best
     return result

@@ -12,7 +12,7 @@ from unimed import NOTICE
 from unimed.data.example import TASKS, Example, digest
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
-from unimed.evaluate.evaluate import BLANKED, WITHOUT_LOOKING
+from unimed.evaluate.evaluate import BLANKED, MAJORITY
 from unimed.tasks import metrics
 from unimed.tasks.answers import KINDS_OF
 from unimed.train import config as recipes
@@ -190,7 +190,7 @@ def cell(part: dict[str, Any], row: str, task: str, metric: str) -> str:
     scores = part["rows"].get(row, {}).get(task)
     if scores:
         return f"{scores[metric]:.3f}"
-    return "not fitted" if row == WITHOUT_LOOKING and task in part["counts"] else "–"
+    return "not fitted" if row == MAJORITY and task in part["counts"] else "–"
 
 
 def odd_answers(part: dict[str, Any], row: str) -> dict[str, dict[str, int]]:

@@ -1,1 +1,1 @@
-"""Prompts, metrics and the answers one can give without looking."""
+"""Prompts, metrics and majority answers."""

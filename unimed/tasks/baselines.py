@@ -1,4 +1,4 @@
-"""The best answer without looking: what the training set says most often for a question of this kind."""
+"""The majority answer: what the training set says most often for a question of this kind."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from unimed.data.example import Example
 from unimed.errors import UserError
 
 
-class WithoutLooking:
+class MajorityAnswers:
     """Most frequent training answer per question template (vqa, identify, cls, caption, qa); for refer the mean box of that object.
 
     A template that training does not have falls back to the most frequent answer (the mean box) of the whole task. Ties go to the answer
@@ -23,7 +23,7 @@ class WithoutLooking:
         self.tasks = frozenset(fallback)  # those that the training examples have
 
     @classmethod
-    def fit(cls, train_examples: Iterable[Example]) -> "WithoutLooking":
+    def fit(cls, train_examples: Iterable[Example]) -> "MajorityAnswers":
         """Counts answers and averages boxes (0 to 100, each axis by its own image)."""
         by_template: dict[tuple[str, str], list[Example]] = defaultdict(list)
         by_task: dict[str, list[Example]] = defaultdict(list)
