@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # Interpreted and compiled in the tests, which are written for this version; a GPU build of torch has brought its own.
 TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# What CI runs of a test with more cases: this many, each value of each parameter among them.
+SAMPLE := --sample 24
 BIN := $(VENV)/bin
 # Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
@@ -49,19 +51,19 @@ test: install
 	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "(cuda or emulation) and $(OP)"
 else
 test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/triton --ignore tests/emulation
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(SAMPLE) --ignore tests/triton --ignore tests/emulation
 	$(VERSIONS) latest --sample 170
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 endif
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k triton
-	$(BIN)/python -m pytest -n $(JOBS) tests/triton/test_capture.py tests/triton/test_aot.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/ops tests/triton -k triton
+	$(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/triton/test_capture.py tests/triton/test_aot.py
 
 # A process of its own here too: the emulated kernels take the place of the backend "cuda" on the CPU.
 test-cuda: lint  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
-	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "cuda or emulation"
+	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/ops tests/emulation -k "cuda or emulation"
 
 aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json
 	$(BIN)/python -m benchmarks.inspection.aot --jobs $(JOBS) --write

@@ -1,13 +1,17 @@
 """For every test: one thread, a fixed seed, and memory that torch.empty leaves poisoned, so that an unwritten output shows as NaN."""
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
 
 from cmoe_kernels import backends
+from tests import sampling
 from tests.emulation import library
 from tests.ops.cases import DEVICE
+
+SAMPLED = pytest.StashKey[str]()
 
 if DEVICE != "cpu":  # before the test files are imported: some make tensors for their parameters
     torch.set_default_device(DEVICE)
@@ -41,12 +45,42 @@ def pytest_make_parametrize_id(val, argname):
     return argname if isinstance(val, bytes) else None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, metavar="N", help="run at most N cases of each parametrised test (tests/sampling.py)")
+
+
+@pytest.hookimpl(trylast=True)  # after -k, so that its choice is sampled
+def pytest_collection_modifyitems(items, config):
     if os.environ.get("CMOE_TEST_FULL", "0") in ("", "0"):
         skip = pytest.mark.skip(reason="runs under `make test-full`")
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(skip)
+    if (most := config.getoption("--sample")) is not None:
+        cases = defaultdict(list)
+        for item in items:
+            if hasattr(item, "callspec") and not item.get_closest_marker("full"):
+                cases[item.nodeid.partition("[")[0]].append(item)
+        left_out = set()
+        for name, found in cases.items():
+            keep = sampling.chosen(name, [item.callspec.id.split("-") for item in found], most)
+            left_out |= set(found) - {found[i] for i in keep}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[SAMPLED] = f"--sample {most}: {len(left_out)} further cases of tests with more are left to `make test-full`"
+        if hasattr(config, "workeroutput"):  # a worker of xdist: its main process prints the line
+            config.workeroutput["sampled"] = config.stash[SAMPLED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    if said := getattr(node, "workeroutput", {}).get("sampled"):
+        node.config.stash[SAMPLED] = said
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if said := config.stash.get(SAMPLED, None):
+        terminalreporter.write_line(said)
 
 
 def pytest_report_header():
