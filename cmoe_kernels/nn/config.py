@@ -12,7 +12,7 @@ EXPERTS = ("mlp", "linear")
 ROUTERS = ("soft", "sparse", "hard", "constant")
 RESAMPLES = ("projection", "avgpool", "maxpool", "none")
 # The routers whose outputs each auxiliary loss can be computed from.
-AUX_LOSSES = {"switch": ("sparse",), "importance": ROUTERS, "z": ("soft", "sparse")}
+AUX_LOSSES = {"switch": ("sparse",), "sample_switch": ("sparse",), "importance": ROUTERS, "z": ("soft", "sparse")}
 TASKS = ("vqa", "refer", "identify", "caption", "cls")
 
 
@@ -42,7 +42,8 @@ class CMoEConfig:
         resample: how P encoder tokens become N: "projection" (``resample_rate`` consecutive tokens side by side), "avgpool" or "maxpool"
             (on the square grid), "none".
         resample_rate: P / N; for pooling a square number.
-        aux_losses: weights by name: {"switch": 0.1, "importance": 0.01, "z": 0.01}.
+        aux_losses: weights by name: {"switch": 0.1, "importance": 0.01, "z": 0.01}. "sample_switch" is CuMo's balance loss: of the first
+            choices in each sample of features [B, P, C], then the mean over samples.
         activation: "gelu" (erf), "gelu_tanh", "silu", "relu" or "relu2" (its square).
         recompute: save x and gates alone for backward and compute hidden layers again.
 
@@ -128,7 +129,7 @@ class CMoEConfig:
     def router_never_learns(self) -> bool:
         """Whether no gradient reaches the router: its one weight is 1, and no auxiliary loss reads its logits."""
         constant = self.router == "sparse" and self.top_k == 1 and self.renormalize
-        return constant and not (self.aux_losses.get("switch") or self.aux_losses.get("z"))
+        return constant and not any(self.aux_losses.get(name) for name in ("switch", "sample_switch", "z"))
 
     @property
     def uses_task_tokens(self) -> bool:

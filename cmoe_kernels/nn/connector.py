@@ -149,7 +149,7 @@ class CMoEConnector(nn.Module):
         embeddings, gates = routing.embeddings, routing.gates
         if keep is not None:
             embeddings, gates = (t.masked_fill(~keep[:, None], 0) for t in (embeddings, gates))
-        aux_losses = self._aux_losses(routing, gates, keep)
+        aux_losses = self._aux_losses(routing, gates, keep, lead)
         aux_loss = gates.new_zeros(())
         for name, loss in aux_losses.items():
             aux_loss = aux_loss + self.config.aux_losses[name] * loss
@@ -252,12 +252,19 @@ class CMoEConnector(nn.Module):
         indices = (indices if rows is None else indices[rows]).expand(tokens, -1)
         return _Routing(embeddings, _expand(gates, rows, tokens), _expand(logits, rows, tokens), indices)
 
-    def _aux_losses(self, routing: _Routing, gates: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def _aux_losses(self, routing: _Routing, gates: Tensor, mask: Tensor | None, lead: tuple[int, ...]) -> dict[str, Tensor]:
         losses = {}
         for name in self.config.aux_losses:
             if name == "switch":
                 assert routing.logits is not None
                 losses[name] = balance_loss(routing.logits, routing.indices, mask, from_logits=True)
+            elif name == "sample_switch":
+                assert routing.logits is not None
+                assert routing.indices is not None
+                if len(lead) == 1:
+                    raise ValueError("features is packed [T, C]; aux_losses['sample_switch'] needs the samples of [B, P, C]")
+                samples = torch.arange(lead[0], device=gates.device).repeat_interleave(lead[1])
+                losses[name] = balance_loss(routing.logits, routing.indices[:, :1], mask, segments=samples, from_logits=True)
             else:
                 scores = gates if name == "importance" else routing.logits
                 assert scores is not None

@@ -221,6 +221,7 @@ def test_raw_probabilities(top_k, inputs):
         ({"aux_losses": {"importance": 1.0, "switch": 0.0}}, False),
         ({"renormalize": False}, True),
         ({"aux_losses": {"switch": 0.1}}, True),
+        ({"aux_losses": {"sample_switch": 0.1}}, True),
         ({"aux_losses": {"z": 0.1}}, True),
         ({"top_k": 2}, True),
     ],
@@ -388,3 +389,24 @@ def test_wrong_input(settings, arguments, error, message):
         pytest.skip("values are read on a GPU only with CMOE_CHECK=1")
     with pytest.raises(error, match=message):
         module(**arguments)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sample_switch_is_of_first_choices_in_each_sample(masked):
+    module = connector(router="sparse", top_k=2, aux_losses={"sample_switch": 0.5})
+    logits = []
+    module.router.register_forward_hook(lambda _, __, out: logits.append(out))
+    mask = torch.ones(B, 4, dtype=torch.bool, device=DEVICE)
+    mask[1, 2:] = not masked
+    out = module(features(), ["vqa", "cls", "cls"], mask=mask)
+    samples = [rows[kept].softmax(-1) for rows, kept in zip(logits[0].view(B, 4, E), mask, strict=True)]
+    shares = [F.one_hot(p.argmax(-1), E).to(p.dtype).mean(0) for p in samples]
+    loss = torch.stack([E * (p.mean(0) * f).sum() for p, f in zip(samples, shares, strict=True)]).mean()
+    torch.testing.assert_close(out.aux_losses["sample_switch"], loss)
+    torch.testing.assert_close(out.aux_loss, 0.5 * loss)
+
+
+def test_sample_switch_needs_samples():
+    module = connector(router="sparse", resample="none", aux_losses={"sample_switch": 1.0})
+    with pytest.raises(ValueError, match=r"features is packed \[T, C\]; aux_losses\['sample_switch'\] needs the samples"):
+        module(features()[0], "vqa")

@@ -1,0 +1,634 @@
+"""Upcycled decoders and vision towers against formulas in plain torch; router training; CuMo's losses. Tiny random models, no downloads."""
+
+import copy
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.nn import functional as F
+
+from tests.integrations import tiny_models
+from unimed.errors import UserError
+from unimed.models.medmoe import (
+    MoESettings,
+    co_upcycle,
+    count_parameters,
+    load_router,
+    moe_layers,
+    record_routing,
+    register,
+    router_accuracy,
+    routing_losses,
+    save_router,
+    train_router,
+    upcycle,
+)
+from unimed.models.medmoe.layers import MoEFFN, read_ffn
+
+torch.set_num_threads(1)
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "phi": (tf.PhiConfig, {}),
+    "stablelm": (tf.StableLmConfig, {"use_qkv_bias": True}),
+    "llama": (tf.LlamaConfig, {"mlp_bias": True}),
+    "mistral": (tf.MistralConfig, {}),
+    "qwen2": (tf.Qwen2Config, {}),
+    "qwen3": (tf.Qwen3Config, {"head_dim": 8}),
+    "gemma": (tf.GemmaConfig, {"head_dim": 8}),
+    "phi3": (tf.Phi3Config, {}),
+    "gpt_neox": (tf.GPTNeoXConfig, {}),
+    "nemotron": (tf.NemotronConfig, {}),
+}
+
+
+def decoder(family="qwen2", **changes):
+    torch.manual_seed(0)
+    config, more = FAMILIES[family]
+    sizes = {name: value for name, value in SIZES.items() if family != "gpt_neox" or name != "num_key_value_heads"}
+    return tf.AutoModelForCausalLM.from_config(config(**{**sizes, **more, **changes})).eval()
+
+
+def tokens(rows=2, length=9):
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def stir(model):
+    """Experts and routers that differ from each other."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for layer in moe_layers(model).values():
+            for tensor in layer.state_dict().values():
+                tensor.add_(torch.randn_like(tensor) * (0.3 if tensor.dim() > 1 else 0.1))
+    return model
+
+
+def expert(layer, place, x):
+    """One expert by plain torch."""
+    w1, b1, w2, b2 = (None if p is None else p[place].double() for p in (layer.w1, layer.b1, layer.w2, layer.b2))
+    u = F.linear(x.double(), w1, b1)
+    acts = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "relu2": lambda t: F.relu(t) ** 2}
+    acts["quick_gelu"] = lambda t: t * torch.sigmoid(1.702 * t)
+    act = acts[layer.activation]
+    h = act(u[..., : u.shape[-1] // 2]) * u[..., u.shape[-1] // 2 :] if layer.gated else act(u)
+    return F.linear(h, w2, b2)
+
+
+def expected(layer, x):
+    """sum_i G_i E_i(x) + meta(x), token by token, expert by expert."""
+    s = layer.settings
+    logits = F.linear(x.double(), layer.router.w1.double(), None if layer.router.b1 is None else layer.router.b1.double())
+    p, chosen = logits.softmax(-1).topk(s.top_k, -1)
+    if s.top_k > 1:
+        p = p / p.sum(-1, keepdim=True)
+    rows = []
+    for row, weights, places in zip(x, p, chosen, strict=True):
+        y = sum(w * expert(layer, int(e) + s.meta, row) for w, e in zip(weights, places, strict=True))
+        total = weights.sum() + s.meta
+        y = y + expert(layer, 0, row) if s.meta else y
+        rows.append(y / total if s.scale == "preserve" else y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_is_its_formula_in_every_family(family):
+    model = stir(upcycle(decoder(family), "all"))
+    for layer in moe_layers(model).values():
+        x = torch.randn(11, 32)
+        torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize("scale", ["released", "preserve"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_layer_is_its_formula_in_every_setting(top_k, scale, meta):
+    layer = next(iter(moe_layers(stir(upcycle(decoder(), top_k=top_k, scale=scale, meta=meta))).values()))
+    x = torch.randn(13, 32)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # one token takes another way
+        torch.testing.assert_close(layer(x[:1]).double(), expected(layer, x[:1]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_winner_keeps_its_probability():
+    """Check 8 of the facts: y = p E(x) + meta(x) to 1e-6, in fp64."""
+    layer = next(iter(moe_layers(stir(upcycle(decoder()).double())).values()))
+    x = torch.randn(5, 32, dtype=torch.float64)
+    p, e = layer.router(x).double().softmax(-1).max(-1)
+    y = torch.stack([p[t] * expert(layer, int(e[t]) + 1, x[t]) + expert(layer, 0, x[t]) for t in range(5)])
+    torch.testing.assert_close(layer(x), y, rtol=1e-6, atol=1e-6)
+    assert (p < 0.999).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_start_of_the_released_scale(top_k):
+    model = decoder()
+    ffn = copy.deepcopy(model.model.layers[0].mlp)
+    layer = upcycle(model, top_k=top_k).model.layers[0].mlp
+    x = torch.randn(7, 32)
+    p = layer.router(x).softmax(-1).max(-1, keepdim=True).values if top_k == 1 else 1
+    torch.testing.assert_close(layer(x), (1 + p) * ffn(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_start_of_the_preserving_scale(family, top_k):
+    model = decoder(family)
+    before = model(tokens()).logits
+    after = upcycle(model, "all", top_k=top_k, scale="preserve")(tokens()).logits
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=2e-6)
+
+
+def test_no_expert_stays_none():
+    """A router that excludes everything (logits of -inf) leaves the meta expert alone."""
+    layer = next(iter(moe_layers(stir(upcycle(decoder()))).values()))
+    layer.router.b1.fill_(-torch.inf)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x).double(), expert(layer, 0, x), rtol=1e-5, atol=1e-5)
+
+
+def test_released_second_choice_is_drawn_by_gumbel_noise():
+    layer = next(iter(moe_layers(upcycle(decoder(), num_experts=3, top_k=2, released=True)).values()))
+    logits = torch.tensor([[2.0, 1.0, 0.0]]).log_softmax(-1).expand(20000, 3)
+    torch.manual_seed(0)
+    weights, indices = layer._choose(logits)
+    assert (indices[:, 0] == 0).all()
+    p = logits[0].exp()
+    # Gumbel-max: the second is drawn by the softmax over the rest. Five standard deviations.
+    share = float((indices[:, 1] == 1).float().mean())
+    wanted = float(p[1] / (p[1] + p[2]))
+    assert abs(share - wanted) < 5 * (wanted * (1 - wanted) / 20000) ** 0.5
+    chosen = p[indices]
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
+    plain = next(iter(moe_layers(upcycle(decoder(), num_experts=3, top_k=2)).values()))
+    assert (plain._choose(logits)[1][:, 1] == 1).all()
+
+
+def test_which_layers():
+    assert list(moe_layers(upcycle(decoder()))) == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    assert len(moe_layers(upcycle(decoder(), "all"))) == 4
+    model = upcycle(decoder(), [3, 1])
+    assert model.config.medmoe["layers"] == [1, 3]
+    assert list(moe_layers(model)) == ["model.layers.1.mlp", "model.layers.3.mlp"]
+
+
+def test_gradients_reach_experts_and_never_a_frozen_router():
+    model = stir(upcycle(decoder(), router_bias=True)).train()
+    model(tokens(4, 16), labels=tokens(4, 16)).loss.backward()
+    assert not any("router" in name for name, _ in model.named_parameters())
+    for layer in moe_layers(model).values():
+        used = layer.router(torch.randn(1, 32)).requires_grad
+        assert not used
+        assert layer.w1.grad.flatten(1).abs().sum(1)[0] > 0
+        assert layer.w2.grad.abs().sum() > 0
+    learned = stir(upcycle(decoder(), router="learned")).train()
+    learned(tokens(4, 16), labels=tokens(4, 16)).loss.backward()
+    assert all(layer.router.w1.grad.abs().sum() > 0 for layer in moe_layers(learned).values())
+
+
+def test_gradients_are_those_of_plain_torch():
+    layer = next(iter(moe_layers(stir(upcycle(decoder(), router="learned", scale="preserve", top_k=2).double())).values()))
+    x = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    dy = torch.randn(6, 32, dtype=torch.float64)
+    # The router computes in fp32.
+    for ours, plain in zip(torch.autograd.grad(layer(x), leaves, dy), torch.autograd.grad(expected(layer, x), leaves, dy), strict=True):
+        torch.testing.assert_close(ours, plain.to(ours.dtype), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["phi", "gemma"])
+def test_saved_and_loaded_by_auto_classes(family, tmp_path):
+    model = stir(upcycle(decoder(family), router_layers=2, router_features=5))
+    model.save_pretrained(tmp_path)
+    assert tf.AutoConfig.from_pretrained(tmp_path).model_type == f"medmoe_{family}"
+    loaded, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert isinstance(loaded, type(decoder(family)))
+    assert not any(info.values())
+    assert not any("router" in name for name, _ in loaded.named_parameters())
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    half = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layer = next(iter(moe_layers(half).values()))
+    assert (layer.w1.dtype, layer.router.w1.dtype) == (torch.bfloat16, torch.float32)
+    error = (half(tokens()).logits.float() - model(tokens()).logits).abs().max() / model(tokens()).logits.abs().max()
+    assert error < 0.05
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_checkpoint_that_lacks_a_layer_is_initialised(tmp_path):
+    model = upcycle(decoder(), router="learned")
+    state = {name: value for name, value in model.state_dict().items() if "layers.2.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert any("layers.2.mlp.router.w1" in key for key in info["missing_keys"])
+    layer = moe_layers(loaded)["model.layers.2.mlp"]
+    assert all(torch.isfinite(p).all() and p.abs().max() < 1 for p in layer.parameters())
+    assert torch.equal(moe_layers(loaded)["model.layers.0.mlp"].w1, model.model.layers[0].mlp.w1)
+    assert layer.w1.std() > 0.01
+    assert layer.router.w1.std() > 0.01
+
+
+def test_the_configuration_given_stays_as_it_is():
+    config = tf.Qwen2Config(**SIZES)
+    first, second = tf.Qwen2ForCausalLM(config), tf.Qwen2ForCausalLM(config)
+    upcycle(first)
+    assert second.config is config
+    assert config.model_type == "qwen2"
+    assert first.model.config is first.config
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_generation_with_a_cache_equals_without(top_k):
+    model = stir(upcycle(decoder(), top_k=top_k))
+    ids, given = tokens(), {"attention_mask": torch.ones(2, 9, dtype=torch.int64), "max_new_tokens": 6, "do_sample": False}
+    cached = model.generate(ids, **given)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **given))
+    one = model.generate(ids[:1], **{**given, "attention_mask": given["attention_mask"][:1]})
+    assert torch.equal(one[0], cached[0][: one.shape[1]])
+
+
+def test_compiles_without_a_graph_break():
+    model = stir(upcycle(decoder(num_hidden_layers=1)))
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    layer = model.model.layers[0].mlp
+    x = torch.randn(2, 3, 32)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpoints_give_the_same_gradients_and_record_once():
+    grads = []
+    for checkpointing in (False, True):
+        model = stir(upcycle(decoder(), router="learned", top_k=2)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with record_routing(model) as records:
+            loss = model(tokens(), labels=tokens(), use_cache=False).loss
+            (loss + routing_losses(records).weighted(1.0, 1.0)).backward()
+        assert len(records) == 2
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_autocast_keeps_the_router_in_fp32():
+    model = stir(upcycle(decoder()))
+    layer = next(iter(moe_layers(model).values()))
+    x = torch.randn(9, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert layer(x[:1]).dtype == torch.bfloat16
+        assert (
+            torch.equal(layer.router(x), F.linear(x.double(), layer.router.w1.double(), layer.router.b1.double()).float())
+            or (layer.router(x) - F.linear(x.double(), layer.router.w1.double(), layer.router.b1.double())).abs().max() < 1e-5
+        )
+
+
+def test_lora_beside_the_experts_and_on_them(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = stir(upcycle(decoder()))
+    model.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.w1", "mlp.w2"]}
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, **targets))
+    with torch.no_grad():
+        for name, p in lora.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.1)
+    lora(tokens(), labels=tokens()).loss.backward()
+    got = {name for name, p in lora.named_parameters() if p.grad is not None and p.grad.any()}
+    assert got == {name for name, p in lora.named_parameters() if "lora_" in name}
+    assert len(got) == 2 * 4 * 2 + 2 * 2 * 2
+    lora.eval().save_pretrained(tmp_path / "adapter")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(tokens()).logits, lora(tokens()).logits)
+    torch.testing.assert_close(lora.merge_and_unload()(tokens()).logits, again(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+PHI_2 = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 51200}
+STABLELM_2 = {
+    **{"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32},
+    **{"vocab_size": 100352, "use_qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "copies", "with_meta", "activated"),
+    [(tf.PhiConfig(**PHI_2), 5.297, 6.136, 3.619), (tf.StableLmConfig(**STABLELM_2), 2.890, 3.305, 2.060)],
+    ids=["phi-2", "stablelm-2"],
+)
+def test_parameter_totals(config, copies, with_meta, activated):
+    """The paper's 5.3 B and 2.9 B are four FFN copies in all; with the meta expert there are five."""
+    with torch.device("meta"):
+        four = upcycle(tf.AutoModelForCausalLM.from_config(config), meta=False)
+        five = upcycle(tf.AutoModelForCausalLM.from_config(config))
+    billions = [n / 1e9 for n in (count_parameters(four).total, *count_parameters(five))]
+    # 3.30556 and 2.05985: the facts cut the former after three digits.
+    assert billions == pytest.approx([copies, with_meta, activated], abs=6e-4)
+
+
+# Multimodal models
+
+
+def llava():
+    torch.manual_seed(0)
+    model, images = tiny_models.llava()
+    found = images(model, [1, 1])
+    ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(3))
+    ids[:, 2 : 2 + found.tokens[0]] = tiny_models.IMAGE
+    return model.eval(), {"input_ids": ids, **found.arguments}
+
+
+def test_the_language_model_of_a_multimodal_model(tmp_path):
+    model, inputs = llava()
+    before = model(**inputs).logits
+    upcycle(model, "all", scale="preserve", part="model.language_model")
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-5, atol=2e-6)
+    stir(model).save_pretrained(tmp_path)
+    loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert list(moe_layers(loaded)) == ["model.language_model.layers.0.mlp", "model.language_model.layers.1.mlp"]
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_co_upcycling_changes_nothing_at_first(tmp_path):
+    """Check 7 of the facts, for the whole model: connector and CLIP (quick_gelu) with 2 of 4 experts."""
+    model, inputs = llava()
+    assert model.config.vision_config.hidden_act == "quick_gelu"
+    before = model(**inputs).logits
+    co_upcycle(model)
+    layers = moe_layers(model)
+    assert list(layers) == [f"model.vision_tower.encoder.layers.{i}.mlp" for i in range(2)]
+    assert all(layer.router.b1 is None and layer.router.w1.requires_grad for layer in layers.values())
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=1e-5, atol=2e-6)
+    stir(model).save_pretrained(tmp_path)
+    loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def naive_losses(logits):
+    """L_b and L_z of CuMo for logits [B, N, E], as the paper's text has them."""
+    experts = logits.shape[-1]
+    p = logits.softmax(-1)
+    share = F.one_hot(logits.argmax(-1), experts).float()
+    balance = experts**2 * (p.mean(1) * share.mean(1)).mean()
+    return balance, logits.logsumexp(-1).square().mean()
+
+
+def test_cumo_losses_are_their_formulas():
+    model, inputs = llava()
+    co_upcycle(model)
+    stir(model).train()
+    connector = model.model.multi_modal_projector.connector
+    assert connector.config.router_bias is False
+    with torch.no_grad():
+        connector.router.w1.normal_(0, 0.5)
+    seen = []
+    connector.router.register_forward_hook(lambda _, __, logits: seen.append(logits))
+    with record_routing(model) as records:
+        out = model(**inputs, labels=inputs["input_ids"])
+    assert len(records) == 2
+    # Of the connector: in the model's loss, images of 4 tokens.
+    balance, z = naive_losses(seen[0].view(2, 4, 4))
+    torch.testing.assert_close(out.aux_losses["sample_switch"], balance)
+    torch.testing.assert_close(out.aux_losses["z"], z)
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.1 * balance + 0.01 * z)
+    # Of CLIP: means over the layers.
+    ours = routing_losses(records)
+    by_layer = [naive_losses(logits) for logits, _ in records]
+    torch.testing.assert_close(ours.balance, torch.stack([b for b, _ in by_layer]).mean())
+    torch.testing.assert_close(ours.z, torch.stack([z for _, z in by_layer]).mean())
+    torch.testing.assert_close(ours.weighted(), 0.1 * ours.balance + 0.01 * ours.z)
+    # A statistic over both images at once is another number.
+    flat = [logits.flatten(0, 1)[None] for logits, _ in records]
+    assert abs(naive_losses(flat[0])[0] - by_layer[0][0]) > 1e-4
+    (out.loss + ours.weighted()).backward()
+    assert all(layer.router.w1.grad.any() for layer in moe_layers(model).values())
+    assert all(layer.records is None for layer in moe_layers(model).values())
+
+
+def test_cumo_losses_at_balance_and_with_a_mask():
+    """Check 7: L_b is 1 for uniform gates, L_z is (ln S)^2 for zero logits."""
+    zero = torch.zeros(3, 8, 4)
+    losses = routing_losses([(zero, torch.zeros(3, 8, 2, dtype=torch.int64))])
+    torch.testing.assert_close(losses.balance, torch.tensor(1.0))
+    torch.testing.assert_close(losses.z, torch.log(torch.tensor(4.0)) ** 2)
+    logits = torch.randn(2, 6, 4)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    indices = logits.topk(2, -1).indices
+    masked = routing_losses([(logits, indices)], mask)
+    parts = [naive_losses(logits[:1]), naive_losses(logits[1:, :4])]
+    torch.testing.assert_close(masked.balance, (parts[0][0] + parts[1][0]) / 2)
+    torch.testing.assert_close(masked.z, (6 * parts[0][1] + 4 * parts[1][1]) / 10)
+
+
+def test_clip_of_24_layers_on_the_meta_device():
+    config = tf.CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336)
+    config.patch_size = 14
+    with torch.device("meta"):
+        model = tf.CLIPVisionModel(config)
+        dense = count_parameters(model).total
+        upcycle(model, "all", top_k=2, meta=False, router_bias=False)
+    layers = moe_layers(model)
+    assert len(layers) == 24
+    mlp = 2 * 1024 * 4096 + 4096 + 1024
+    assert count_parameters(model) == (dense + 24 * (3 * mlp + 4 * 1024), dense + 24 * (mlp + 4 * 1024))
+
+
+# The router
+
+
+def modalities(count, seed, start=0):
+    """Texts whose words tell the modality, in batches of 4, padded on the left."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        labels = torch.randint(4, (4,), generator=draw)
+        ids = 3 + 12 * labels[:, None] + torch.randint(12, (4, 10), generator=draw)
+        mask = torch.ones(4, 10, dtype=torch.int64)
+        mask[:2, :3] = 0
+        yield {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}, labels
+
+
+@pytest.mark.parametrize("router_layers", [1, 2])
+def test_a_trained_router_sends_each_modality_to_its_expert(router_layers, tmp_path):
+    model = upcycle(decoder(), router_layers=router_layers, router_features=24)
+    before = router_accuracy(model, modalities(5, 1))
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    seen = train_router(model, modalities(20, 0), epochs=60, lr=3e-2)
+    after = router_accuracy(model, modalities(5, 1))
+    assert before.tokens < 0.6
+    assert seen.tokens > 0.95
+    assert after.tokens > 0.95
+    assert after.samples == 1
+    assert 0.25 <= after.majority < 0.6
+    states = [layer.router.state_dict() for layer in moe_layers(model).values()]
+    assert all(torch.equal(states[0][name], state[name]) for state in states for name in state)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    # Out to a file and into another model; and once more from a file as torch.save writes it.
+    save_router(model, tmp_path / "router.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["router.safetensors"]
+    other = upcycle(decoder(), router_layers=router_layers, router_features=24)
+    load_router(other, tmp_path / "router.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), next(iter(moe_layers(other).values())).router.buffers(), strict=True))
+    assert router_accuracy(other, modalities(5, 1)) == after
+
+
+def test_router_files_as_torch_writes_them(tmp_path):
+    model = upcycle(decoder())
+    linear = nn.Linear(32, 4)
+    torch.save({"wg.weight": linear.weight, "wg.bias": linear.bias}, tmp_path / "router.pth")
+    load_router(model, tmp_path / "router.pth")
+    assert all(
+        torch.equal(layer.router.w1, linear.weight) and torch.equal(layer.router.b1, linear.bias) for layer in moe_layers(model).values()
+    )
+
+
+def test_training_a_router_is_repeatable_and_leaves_the_mode():
+    models = [upcycle(decoder()).train() for _ in range(2)]
+    found = [train_router(model, modalities(3, 0), epochs=2, tokens_per_sample=4) for model in models]
+    assert found[0] == found[1]
+    assert models[0].training
+    assert torch.equal(models[0].model.layers[0].mlp.router.w1, models[1].model.layers[0].mlp.router.w1)
+
+
+# Wrong input
+
+
+class Elsewhere(nn.Module):
+    """The names of an FFN, another computation."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(48, 32, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def broken(change):
+    model = decoder()
+    change(model.model.layers[2].mlp)
+    return model
+
+
+def other_layers(mlp):
+    mlp.extra_proj = nn.Linear(32, 32)
+
+
+def other_activation(mlp):
+    mlp.act_fn = nn.Mish()
+
+
+def other_linear(mlp):
+    mlp.up_proj = nn.Bilinear(1, 1, 1)
+
+
+def half_a_bias(mlp):
+    mlp.up_proj.bias = nn.Parameter(torch.zeros(48))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: upcycle(broken(other_layers)), "model.layers.2.mlp: Qwen2MLP has the layers down_proj, extra_proj, gate_proj, up_proj;"),
+        (lambda: upcycle(broken(other_activation)), "model.layers.2.mlp: the activation is Mish, must be one of gelu, gelu_tanh"),
+        (lambda: upcycle(broken(other_linear)), "model.layers.2.mlp.up_proj is a Bilinear, must be an unquantised Linear"),
+        (lambda: upcycle(broken(half_a_bias)), "model.layers.2.mlp: one of gate_proj, up_proj has a bias, must be all or none"),
+        (lambda: upcycle(decoder(), num_experts=0), "num_experts is 0, must be a positive integer"),
+        (lambda: upcycle(decoder(), num_experts=2, top_k=3), "top_k is 3, must be in 1..2 (num_experts)"),
+        (lambda: upcycle(decoder(), top_k=3, released=True), "top_k is 3, must be 1 or 2 with released=True"),
+        (lambda: upcycle(decoder(), scale="same"), "scale is 'same', must be one of released, preserve"),
+        (lambda: upcycle(decoder(), router="random"), "router is 'random', must be one of frozen, learned"),
+        (lambda: upcycle(decoder(), [0, 4]), "layers is [0, 4], must be 'every_other', 'all' or different numbers in 0..3"),
+        (lambda: upcycle(decoder(), [1, 1]), "layers is [1, 1], must be"),
+        (lambda: upcycle(decoder(), "sparse"), "layers is 'sparse', must be"),
+        (lambda: upcycle(upcycle(decoder())), "MedMoEQwen2ForCausalLM is upcycled already"),
+        (lambda: upcycle(nn.Linear(2, 2)), "model is a Linear, must be a model of transformers"),
+        (lambda: upcycle(llava()[0]), "LlavaForConditionalGeneration has stacks of layers at"),
+        (lambda: upcycle(llava()[0], part="model.vision"), "part is 'model.vision', must be one of"),
+        (lambda: co_upcycle(decoder()), "model is a Qwen2ForCausalLM, must be a multimodal model of type"),
+        (lambda: co_upcycle(llava()[0], top_k=1), "top_k is 1, must be at least 2"),
+        (lambda: MoESettings.from_dict({"num_experts": 4}), "config.medmoe is {'num_experts': 4}, must map layers and any of"),
+        (lambda: routing_losses([]), "records is empty: run the model inside record_routing"),
+        (lambda: record_routing(decoder()).__enter__(), "Qwen2ForCausalLM has no upcycled layers to record"),
+        (lambda: train_router(decoder(), modalities(1, 0)), "Qwen2ForCausalLM has no upcycled layers; call upcycle first"),
+        (lambda: train_router(upcycle(decoder(), router="learned"), modalities(1, 0)), "the routers are learned with the model"),
+        (lambda: train_router(upcycle(decoder()), []), "batches holds no sample"),
+        (lambda: train_router(upcycle(decoder(), num_experts=2), modalities(3, 0)), "must be int64 in 0..1 (the experts)"),
+        (lambda: router_accuracy(upcycle(decoder()), [({"input_ids": tokens()}, torch.tensor([1]))]), "labels has 1 entries, must have 2"),
+        (lambda: load_router(upcycle(decoder()), "nowhere.safetensors"), "nowhere.safetensors: not a file of plain tensors"),
+        (lambda: save_router(upcycle(decoder()), "router.safetensors"), "the layers' routers differ"),
+    ],
+)
+def test_wrong_input_gives_one_line(call, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^.*" + re.escape(says)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_hide_another_computation_are_refused():
+    with pytest.raises(UserError, match="Elsewhere is no plain FFN"):
+        read_ffn(Elsewhere(), "layer")
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = broken(other_activation)
+    before = model(tokens()).logits
+    with pytest.raises(UserError):
+        upcycle(model)
+    assert type(model) is tf.Qwen2ForCausalLM
+    assert not moe_layers(model)
+    assert model.config.model_type == "qwen2"
+    assert torch.equal(model(tokens()).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"weight": torch.zeros(4, 40), "bias": torch.zeros(4)}, "the router has w1 [4, 40], b1 [4], must have w1 [4, 32], b1 [4]"),
+        ({"weight": torch.zeros(5, 32), "bias": torch.zeros(5)}, "the router has w1 [5, 32], b1 [5], must have w1 [4, 32], b1 [4]"),
+        ({"weight": torch.zeros(4, 32)}, "the router has w1 [4, 32], must have"),
+        ({"wg": torch.zeros(4, 32)}, "the key 'wg' must end in weight or bias"),
+        ({"weight": [1, 2]}, "it must map names to tensors"),
+        (nn.Linear(32, 4), "not a file of plain tensors"),
+    ],
+)
+def test_a_router_that_does_not_fit_is_named(content, says, tmp_path):
+    file = tmp_path / "router.pth"
+    torch.save(content, file)
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        load_router(upcycle(decoder()), file)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_model_class_is_registered_by_hand():
+    classes = register(tf.Starcoder2ForCausalLM)
+    assert classes.config.model_type == "medmoe_starcoder2"
+    assert register(tf.Starcoder2ForCausalLM) is classes
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "unimed" / "medmoe.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert blocks
+    space: dict = {}
+    for block in blocks:
+        exec(block, space)
+    assert isinstance(next(iter(moe_layers(space["model"]).values())), MoEFFN)

@@ -1,0 +1,1 @@
+"""Model families beside Uni-Med, one folder each."""

@@ -1,0 +1,208 @@
+"""The router of Med-MoE: trained on modality labels, the same in every layer, then frozen."""
+
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimed.errors import UserError
+from unimed.models.medmoe.layers import MoEFFN, Router
+from unimed.models.medmoe.upcycle import moe_layers
+
+Batches = Iterable[tuple[dict[str, Any], Tensor]]
+Sample = tuple[Tensor, int]  # what each layer reads, [layers, tokens, D]; the label
+
+
+class RouterAccuracy(NamedTuple):
+    """Shares of right choices: of tokens in all layers, and of samples by the mean of their tokens' logits; ``majority`` is the share of
+    samples with the most frequent label."""
+
+    tokens: float
+    samples: float
+    majority: float
+
+
+def train_router(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    epochs: int = 10,
+    lr: float = 1e-3,
+    batch_size: int = 1024,
+    tokens_per_sample: int | None = 32,
+    seed: int = 0,
+) -> RouterAccuracy:
+    """Train one router on what all upcycled layers read, each token with the label of its sample, and put it into every layer.
+
+    loss = mean over layers and tokens of cross_entropy(router(x), label), x after the layer's norm   (Med-MoE, eq. 3)
+
+    Args:
+        model: upcycled with ``router="frozen"``. It runs once over the data as it is, without gradients.
+        batches: pairs of forward's arguments and labels [B] int64. Label i sends the sample's tokens to expert i. Tokens that
+            ``attention_mask`` leaves out are not used.
+        epochs: passes over the collected tokens.
+        lr: of AdamW.
+        batch_size: tokens in a step.
+        tokens_per_sample: drawn at random from each sample, the same in all layers, to bound memory; None for all.
+        seed: of the router, the draws and the order.
+
+    Returns:
+        The accuracy on the collected tokens; :func:`router_accuracy` measures held-out data.
+
+    Raises:
+        UserError: the model has no frozen routers, or there is no data, or a label is out of range.
+    """
+    layers = _frozen_layers(model)
+    draw = torch.Generator().manual_seed(seed)
+    samples: list[Sample] = []
+    for x, label in _samples(model, batches, layers):
+        if tokens_per_sample is not None:
+            x = x[:, torch.randperm(x.shape[1], generator=draw)[:tokens_per_sample].to(x.device)]
+        samples.append((x, label))
+    if not samples:
+        raise UserError("batches holds no sample, must hold at least one")
+    x = torch.cat([tokens.flatten(0, 1) for tokens, _ in samples])
+    y = torch.cat([torch.full((tokens.shape[0] * tokens.shape[1],), label) for tokens, label in samples]).to(x.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = Router(layers[0].settings, x.shape[1])
+    weights: dict[str, Tensor] = {name: nn.Parameter(tensor.to(x.device)) for name, tensor in router.state_dict().items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=draw).to(x.device).split(batch_size):
+            with torch.enable_grad():
+                loss = F.cross_entropy(torch.func.functional_call(router, weights, (x[rows],)), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    _install(layers, {name: tensor.detach() for name, tensor in weights.items()})
+    return _judge(layers, samples)
+
+
+def router_accuracy(model: nn.Module, batches: Batches) -> RouterAccuracy:
+    """How often the routers choose the expert that a sample's label names, on all tokens; arguments as of :func:`train_router`."""
+    layers = _frozen_layers(model)
+    return _judge(layers, _samples(model, batches, layers))
+
+
+def save_router(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the router of the upcycled layers as safetensors: ``weight`` [E, D] and ``bias``, or those of two layers as ``0.`` and ``2.``.
+
+    Raises:
+        UserError: the layers have different routers.
+    """
+    layers = _frozen_layers(model)
+    state = layers[0].router.state_dict()
+    for layer in layers[1:]:
+        if any(not torch.equal(tensor, state[name]) for name, tensor in layer.router.state_dict().items()):
+            raise UserError("the layers' routers differ, so one file cannot hold them; train_router and load_router make them one")
+    names = {"w1": "0.weight", "b1": "0.bias", "w2": "2.weight", "b2": "2.bias"}
+    if "w2" not in state:
+        names = {"w1": "weight", "b1": "bias"}
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        safetensors.torch.save_file({names[name]: tensor.contiguous() for name, tensor in state.items()}, beside)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_router(model: nn.Module, path: str | os.PathLike) -> None:
+    """Put a router file into every upcycled layer.
+
+    The file is safetensors, or what torch.save wrote of plain tensors, as the release's are; nothing in it is executed. Its keys end in
+    "weight" and "bias"; prefixes do not matter.
+
+    Raises:
+        UserError: another container, or a router of another width, number of experts or number of layers.
+    """
+    layers = _frozen_layers(model)
+    found = _read(Path(path))
+    parts: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+    for key in sorted(found):
+        kind = key.rpartition(".")[2]
+        if kind not in parts:
+            raise UserError(f"{path}: the key {key!r} must end in weight or bias")
+        parts[kind].append(found[key])
+    state = {f"{letter}{i}": tensor for letter, kind in (("w", "weight"), ("b", "bias")) for i, tensor in enumerate(parts[kind], 1)}
+    wanted = layers[0].router.state_dict()
+    shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, wanted)]
+    if shapes[0] != shapes[1]:
+        has, must = (", ".join(f"{name} {shape}" for name, shape in each.items()) or "nothing" for each in shapes)
+        raise UserError(f"{path}: the router has {has}, must have {must} for this model")
+    _install(layers, state)
+
+
+def _frozen_layers(model: nn.Module) -> list[MoEFFN]:
+    layers = list(moe_layers(model).values())
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no upcycled layers; call upcycle first")
+    if any(layer.settings.router != "frozen" for layer in layers):
+        raise UserError("the routers are learned with the model, must be those of upcycle(..., router='frozen')")
+    return layers
+
+
+def _install(layers: Sequence[MoEFFN], state: dict[str, Tensor]) -> None:
+    for layer in layers:
+        layer.router.load_state_dict(state)
+
+
+@torch.no_grad()
+def _judge(layers: Sequence[MoEFFN], samples: Iterable[Sample]) -> RouterAccuracy:
+    right, count, hits, labels = 0, 0, 0, []
+    for x, label in samples:
+        logits = torch.stack([layer.router(tokens) for layer, tokens in zip(layers, x, strict=True)])
+        right += int((logits.argmax(-1) == label).sum())
+        count += logits.shape[0] * logits.shape[1]
+        hits += int(logits.mean((0, 1)).argmax()) == label
+        labels.append(label)
+    if not labels:
+        raise UserError("batches holds no sample, must hold at least one")
+    return RouterAccuracy(right / count, hits / len(labels), max(map(labels.count, set(labels))) / len(labels))
+
+
+@torch.no_grad()
+def _samples(model: nn.Module, batches: Batches, layers: Sequence[MoEFFN]) -> Iterator[Sample]:
+    """What the layers read, sample by sample."""
+    experts = layers[0].settings.num_experts
+    read: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) for layer in layers]
+    training = model.training
+    model.eval()
+    try:
+        for inputs, labels in batches:
+            if labels.dtype != torch.int64 or labels.dim() != 1 or not bool(((labels >= 0) & (labels < experts)).all()):
+                raise UserError(f"labels are {labels.tolist()}, must be int64 in 0..{experts - 1} (the experts), one for each sample")
+            read.clear()
+            model(**inputs)
+            x = torch.stack(read, 1)  # [B, layers, N, D]
+            if len(x) != len(labels):
+                raise UserError(f"labels has {len(labels)} entries, must have {len(x)} (samples in the batch)")
+            mask = inputs.get("attention_mask")
+            for i, label in enumerate(labels.tolist()):
+                yield x[i] if mask is None else x[i][:, mask[i].bool()], label
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = safetensors.torch.load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a file of plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+        raise UserError(f"{path}: it must map names to tensors")
+    return found
