@@ -274,7 +274,7 @@ def test_gradient_checkpoints_give_the_same_gradients_and_record_once():
     for checkpointing in (False, True):
         model = stir(upcycle(decoder(), router="learned", top_k=2)).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         with record_routing(model) as records:
             loss = model(tokens(), labels=tokens(), use_cache=False).loss
             (loss + routing_losses(records).weighted(1.0, 1.0)).backward()
@@ -282,6 +282,13 @@ def test_gradient_checkpoints_give_the_same_gradients_and_record_once():
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_checkpoint_whose_logits_have_no_gradient_is_warned_about():
+    model = upcycle(decoder(), router="learned").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with record_routing(model), pytest.warns(UserWarning, match="recorded logits have no gradient"):
+        model(tokens(), use_cache=False)
 
 
 def test_autocast_keeps_the_router_in_fp32():
@@ -292,10 +299,9 @@ def test_autocast_keeps_the_router_in_fp32():
         assert layer(x).dtype == torch.bfloat16
         with torch.no_grad():
             assert layer(x[:1]).dtype == torch.bfloat16
-        assert (
-            torch.equal(layer.router(x), F.linear(x.double(), layer.router.w1.double(), layer.router.b1.double()).float())
-            or (layer.router(x) - F.linear(x.double(), layer.router.w1.double(), layer.router.b1.double())).abs().max() < 1e-5
-        )
+        logits = layer.router(x)
+    exact = F.linear(x.double(), layer.router.w1.double(), layer.router.b1.double())
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_lora_beside_the_experts_and_on_them(tmp_path):
@@ -362,6 +368,17 @@ def test_the_language_model_of_a_multimodal_model(tmp_path):
     loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert list(moe_layers(loaded)) == ["model.language_model.layers.0.mlp", "model.language_model.layers.1.mlp"]
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_router_is_trained_beside_a_tower_with_learned_ones():
+    model, inputs = llava()
+    co_upcycle(model)
+    upcycle(model, "all", num_experts=2, part="model.language_model")
+    train_router(model, [(inputs, torch.tensor([0, 1]))], epochs=20, lr=3e-2)
+    assert router_accuracy(model, [(inputs, torch.tensor([0, 1]))]).samples == 1
+    learned = [layer for layer in moe_layers(model).values() if layer.settings.router == "learned"]
+    assert len(learned) == 2
+    assert not torch.equal(learned[0].router.w1, learned[1].router.w1)
 
 
 def test_co_upcycling_changes_nothing_at_first(tmp_path):
@@ -572,6 +589,9 @@ def half_a_bias(mlp):
         (lambda: router_accuracy(upcycle(decoder()), [({"input_ids": tokens()}, torch.tensor([1]))]), "labels has 1 entries, must have 2"),
         (lambda: load_router(upcycle(decoder()), "nowhere.safetensors"), "nowhere.safetensors: not a file of plain tensors"),
         (lambda: save_router(upcycle(decoder()), "router.safetensors"), "the layers' routers differ"),
+        (lambda: save_router(upcycle(decoder(), [0]), "no/router.safetensors"), "no/router.safetensors: cannot be written"),
+        (lambda: upcycle(decoder(), meta="yes"), "meta is 'yes', must be True or False"),
+        (lambda: co_upcycle(llava()[0], vision="model.tower"), "part is 'model.tower', must be one of"),
     ],
 )
 def test_wrong_input_gives_one_line(call, says, tmp_path, monkeypatch):
@@ -601,11 +621,12 @@ def test_a_refused_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"weight": torch.zeros(4, 40), "bias": torch.zeros(4)}, "the router has w1 [4, 40], b1 [4], must have w1 [4, 32], b1 [4]"),
-        ({"weight": torch.zeros(5, 32), "bias": torch.zeros(5)}, "the router has w1 [5, 32], b1 [5], must have w1 [4, 32], b1 [4]"),
+        ({"weight": torch.zeros(4, 40), "bias": torch.zeros(4)}, "the router has b1 [4], w1 [4, 40], must have b1 [4], w1 [4, 32]"),
+        ({"weight": torch.zeros(5, 32), "bias": torch.zeros(5)}, "the router has b1 [5], w1 [5, 32], must have b1 [4], w1 [4, 32]"),
         ({"weight": torch.zeros(4, 32)}, "the router has w1 [4, 32], must have"),
         ({"wg": torch.zeros(4, 32)}, "the key 'wg' must end in weight or bias"),
-        ({"weight": [1, 2]}, "it must map names to tensors"),
+        ({"weight": [1, 2]}, "it must map names to dense floating-point tensors"),
+        ({"weight": torch.zeros(4, 32).to_sparse()}, "it must map names to dense"),
         (nn.Linear(32, 4), "not a file of plain tensors"),
     ],
 )

@@ -38,6 +38,9 @@ class MoESettings:
             value = getattr(self, name)
             if not (value is None and name == "router_features") and (type(value) is not int or value < 1):
                 raise UserError(f"{name} is {value!r}, must be a positive integer")
+        for name in ("meta", "released", "router_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name} is {getattr(self, name)!r}, must be True or False")
         if type(self.top_k) is not int or not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"top_k is {self.top_k!r}, must be in 1..{self.num_experts} (num_experts)")
         if self.released and self.top_k > 2:

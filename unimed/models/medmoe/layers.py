@@ -3,6 +3,7 @@
 y = sum_i G_i E_i(x) + meta(x),   G over the top-k of a router's softmax   (Med-MoE, arXiv 2404.10237, eq. 4)
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -181,6 +182,8 @@ class MoEFFN(nn.Module):
         # A recomputed call of an activation checkpoint has been recorded.
         if self.records is not None and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
             self.records.append(Routing(*(t.unflatten(0, hidden_states.shape[:-1]) for t in (logits, indices))))
+            if self.training and self.settings.router == "learned" and not torch.is_grad_enabled():
+                warnings.warn("recorded logits have no gradient: under no_grad, or in a checkpoint with use_reentrant=True", stacklevel=2)
         one = torch.ones_like(weights[:, :1])
         if self.settings.scale == "preserve":
             total = weights.sum(1, keepdim=True) + (one if self.settings.meta else 0)

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from cmoe_kernels import balance_loss
 from cmoe_kernels.integrations.transformers import adapters, replace_projector
 from unimed.errors import UserError
-from unimed.models.medmoe.layers import Routing
-from unimed.models.medmoe.upcycle import moe_layers, upcycle
+from unimed.models.medmoe.layers import Routing, read_ffn
+from unimed.models.medmoe.upcycle import find_ffns, moe_layers, upcycle
 
 BALANCE, Z = 0.1, 0.01  # CuMo's coefficients
 
@@ -104,15 +104,20 @@ def co_upcycle(
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in adapters():
         raise UserError(f"model is a {type(model).__name__}, must be a multimodal model of type {', '.join(adapters())}")
-    upcycle(model, "all", num_experts, top_k, meta=False, router_bias=False, part=vision)
-    return replace_projector(
-        model,
-        num_experts=num_experts,
-        router="sparse",
-        router_inputs="token",
-        router_layers=1,
-        router_bias=False,
-        top_k=top_k,
-        tasks=(),
-        aux_losses={"sample_switch": balance, "z": z},
-    )
+    for path, ffn in find_ffns(model, vision)[1].items():
+        read_ffn(ffn, path)  # before anything changes
+    try:
+        replace_projector(
+            model,
+            num_experts=num_experts,
+            router="sparse",
+            router_inputs="token",
+            router_layers=1,
+            router_bias=False,
+            top_k=top_k,
+            tasks=(),
+            aux_losses={"sample_switch": balance, "z": z},
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return upcycle(model, "all", num_experts, top_k, meta=False, router_bias=False, part=vision)

@@ -111,6 +111,8 @@ def save_router(model: nn.Module, path: str | os.PathLike) -> None:
     try:
         safetensors.torch.save_file({names[name]: tensor.contiguous() for name, tensor in state.items()}, beside)
         os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -134,10 +136,8 @@ def load_router(model: nn.Module, path: str | os.PathLike) -> None:
         parts[kind].append(found[key])
     state = {f"{letter}{i}": tensor for letter, kind in (("w", "weight"), ("b", "bias")) for i, tensor in enumerate(parts[kind], 1)}
     wanted = layers[0].router.state_dict()
-    shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, wanted)]
-    if shapes[0] != shapes[1]:
-        has, must = (", ".join(f"{name} {shape}" for name, shape in each.items()) or "nothing" for each in shapes)
-        raise UserError(f"{path}: the router has {has}, must have {must} for this model")
+    if _shapes(state) != _shapes(wanted):
+        raise UserError(f"{path}: the router has {_shapes(state) or 'nothing'}, must have {_shapes(wanted)} for this model")
     _install(layers, state)
 
 
@@ -145,9 +145,16 @@ def _frozen_layers(model: nn.Module) -> list[MoEFFN]:
     layers = list(moe_layers(model).values())
     if not layers:
         raise UserError(f"{type(model).__name__} has no upcycled layers; call upcycle first")
-    if any(layer.settings.router != "frozen" for layer in layers):
+    frozen = [layer for layer in layers if layer.settings.router == "frozen"]
+    if not frozen:
         raise UserError("the routers are learned with the model, must be those of upcycle(..., router='frozen')")
-    return layers
+    if len({_shapes(layer.router.state_dict()) for layer in frozen}) > 1:
+        raise UserError("the frozen routers differ in size, must be alike to be one")
+    return frozen
+
+
+def _shapes(state: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(state.items()))
 
 
 def _install(layers: Sequence[MoEFFN], state: dict[str, Tensor]) -> None:
@@ -203,6 +210,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a file of plain tensors: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        raise UserError(f"{path}: it must map names to tensors")
+    if not isinstance(found, dict) or not all(isinstance(key, str) and _plain(value) for key, value in found.items()):
+        raise UserError(f"{path}: it must map names to dense floating-point tensors")
     return found
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()

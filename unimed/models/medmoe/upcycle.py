@@ -71,8 +71,7 @@ def upcycle(
     Raises:
         UserError: an FFN of another layout, settings that do not fit, a model that is upcycled already.
     """
-    target = _target(model, part)
-    blocks = _blocks(target)
+    target, blocks = find_ffns(model, part)
     settings = MoESettings(
         layers=_places(layers, len(blocks)),
         num_experts=num_experts,
@@ -175,6 +174,12 @@ def count_parameters(model: nn.Module) -> Parameters:
 
 
 # Finding and replacing FFNs
+
+
+def find_ffns(model: Any, part: str) -> tuple[PreTrainedModel, dict[str, nn.Module]]:
+    """The model that is ``part``, and the FFN of each of its layers by path."""
+    target = _target(model, part)
+    return target, _blocks(target)
 
 
 def _target(model: Any, part: str) -> PreTrainedModel:
