@@ -17,8 +17,10 @@ from unimed.models.medmoe import (
     MoESettings,
     co_upcycle,
     count_parameters,
+    label_curve,
     load_router,
     moe_layers,
+    plot_label_curve,
     record_routing,
     register,
     router_accuracy,
@@ -374,7 +376,7 @@ def test_a_router_is_trained_beside_a_tower_with_learned_ones():
     model, inputs = llava()
     co_upcycle(model)
     upcycle(model, "all", num_experts=2, part="model.language_model")
-    train_router(model, [(inputs, torch.tensor([0, 1]))], epochs=20, lr=3e-2)
+    train_router(model, [(inputs, torch.tensor([0, 1]))], steps=100, lr=3e-2, batch_size=64)
     assert router_accuracy(model, [(inputs, torch.tensor([0, 1]))]).samples == 1
     learned = [layer for layer in moe_layers(model).values() if layer.settings.router == "learned"]
     assert len(learned) == 2
@@ -484,7 +486,7 @@ def test_a_trained_router_sends_each_modality_to_its_expert(router_layers, tmp_p
     model = upcycle(decoder(), router_layers=router_layers, router_features=24)
     before = router_accuracy(model, modalities(5, 1))
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    seen = train_router(model, modalities(20, 0), epochs=60, lr=3e-2)
+    seen = train_router(model, modalities(20, 0), steps=300, lr=3e-2, batch_size=256)
     after = router_accuracy(model, modalities(5, 1))
     assert before.tokens < 0.6
     assert seen.tokens > 0.95
@@ -503,6 +505,20 @@ def test_a_trained_router_sends_each_modality_to_its_expert(router_layers, tmp_p
     assert router_accuracy(other, modalities(5, 1)) == after
 
 
+def test_accuracy_by_the_number_of_labels(tmp_path):
+    model = upcycle(decoder(), scale="preserve")  # equal experts: what layers read does not depend on the router
+    how = {"steps": 200, "lr": 3e-2, "batch_size": 256}
+    curve = label_curve(model, modalities(20, 0), modalities(5, 1), [80, 2, 20], **how)
+    assert list(curve) == [2, 20, 80]
+    assert curve[2].tokens < curve[80].tokens > 0.9
+    # The layers keep the router of all labels; tokens are few enough for all to be drawn.
+    assert router_accuracy(model, modalities(5, 1)) == curve[80]
+    plot_label_curve(curve, tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+    with pytest.raises(UserError, match=re.escape("counts is [0, 5], must be numbers in 1..8 (the samples in batches)")):
+        label_curve(model, modalities(2, 0), modalities(1, 1), [0, 5])
+
+
 def test_router_files_as_torch_writes_them(tmp_path):
     model = upcycle(decoder())
     linear = nn.Linear(32, 4)
@@ -515,7 +531,7 @@ def test_router_files_as_torch_writes_them(tmp_path):
 
 def test_training_a_router_is_repeatable_and_leaves_the_mode():
     models = [upcycle(decoder()).train() for _ in range(2)]
-    found = [train_router(model, modalities(3, 0), epochs=2, tokens_per_sample=4) for model in models]
+    found = [train_router(model, modalities(3, 0), steps=5, tokens_per_sample=4) for model in models]
     assert found[0] == found[1]
     assert models[0].training
     assert torch.equal(models[0].model.layers[0].mlp.router.w1, models[1].model.layers[0].mlp.router.w1)

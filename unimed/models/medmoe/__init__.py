@@ -2,7 +2,15 @@
 
 from unimed.models.medmoe.config import MoESettings
 from unimed.models.medmoe.losses import RoutingLosses, co_upcycle, record_routing, routing_losses
-from unimed.models.medmoe.router import RouterAccuracy, load_router, router_accuracy, save_router, train_router
+from unimed.models.medmoe.router import (
+    RouterAccuracy,
+    label_curve,
+    load_router,
+    plot_label_curve,
+    router_accuracy,
+    save_router,
+    train_router,
+)
 from unimed.models.medmoe.upcycle import Parameters, count_parameters, moe_layers, register, upcycle
 
 __all__ = [
@@ -12,8 +20,10 @@ __all__ = [
     "RoutingLosses",
     "co_upcycle",
     "count_parameters",
+    "label_curve",
     "load_router",
     "moe_layers",
+    "plot_label_curve",
     "record_routing",
     "register",
     "router_accuracy",

@@ -33,7 +33,7 @@ def train_router(
     model: nn.Module,
     batches: Batches,
     *,
-    epochs: int = 10,
+    steps: int = 500,
     lr: float = 1e-3,
     batch_size: int = 1024,
     tokens_per_sample: int | None = 32,
@@ -44,46 +44,75 @@ def train_router(
     loss = mean over layers and tokens of cross_entropy(router(x), label), x after the layer's norm   (Med-MoE, eq. 3)
 
     Args:
-        model: upcycled with ``router="frozen"``. It runs once over the data as it is, without gradients.
+        model: upcycled with ``router="frozen"``. It runs once over the data as it is, without gradients. With scale="released" what later
+            layers read shifts a little when the new router takes its place; :func:`router_accuracy` measures it there.
         batches: pairs of forward's arguments and labels [B] int64. Label i sends the sample's tokens to expert i. Tokens that
             ``attention_mask`` leaves out are not used.
-        epochs: passes over the collected tokens.
+        steps: of the optimiser.
         lr: of AdamW.
-        batch_size: tokens in a step.
+        batch_size: tokens in a step, drawn from all layers and samples.
         tokens_per_sample: drawn at random from each sample, the same in all layers, to bound memory; None for all.
-        seed: of the router, the draws and the order.
+        seed: of the router and all draws.
 
     Returns:
-        The accuracy on the collected tokens; :func:`router_accuracy` measures held-out data.
+        The accuracy on the collected tokens.
 
     Raises:
         UserError: the model has no frozen routers, or there is no data, or a label is out of range.
     """
     layers = _frozen_layers(model)
-    draw = torch.Generator().manual_seed(seed)
-    samples: list[Sample] = []
-    for x, label in _samples(model, batches, layers):
-        if tokens_per_sample is not None:
-            x = x[:, torch.randperm(x.shape[1], generator=draw)[:tokens_per_sample].to(x.device)]
-        samples.append((x, label))
-    if not samples:
-        raise UserError("batches holds no sample, must hold at least one")
-    x = torch.cat([tokens.flatten(0, 1) for tokens, _ in samples])
-    y = torch.cat([torch.full((tokens.shape[0] * tokens.shape[1],), label) for tokens, label in samples]).to(x.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        router = Router(layers[0].settings, x.shape[1])
-    weights: dict[str, Tensor] = {name: nn.Parameter(tensor.to(x.device)) for name, tensor in router.state_dict().items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=draw).to(x.device).split(batch_size):
-            with torch.enable_grad():
-                loss = F.cross_entropy(torch.func.functional_call(router, weights, (x[rows],)), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    _install(layers, {name: tensor.detach() for name, tensor in weights.items()})
+    samples = _collect(model, batches, layers, tokens_per_sample, seed)
+    _fit(layers, samples, steps, lr, batch_size, seed)
     return _judge(layers, samples)
+
+
+def label_curve(
+    model: nn.Module,
+    batches: Batches,
+    held_out: Batches,
+    counts: Sequence[int],
+    *,
+    steps: int = 500,
+    lr: float = 1e-3,
+    batch_size: int = 1024,
+    tokens_per_sample: int | None = 32,
+    seed: int = 0,
+) -> dict[int, RouterAccuracy]:
+    """The accuracy on held-out samples by the number of labelled samples that the router was trained on, each time anew (Med-MoE, Fig. 6).
+
+    Args:
+        model: as of :func:`train_router`. Its layers keep the router of the largest count.
+        batches: of training; a router of n labels is trained on the first n of them in a random order.
+        held_out: of the measurement, whose tokens are drawn as those of training are.
+        counts: numbers of labels.
+        steps: and all others as of :func:`train_router`.
+    """
+    layers = _frozen_layers(model)
+    samples = _collect(model, batches, layers, tokens_per_sample, seed)
+    if not counts or any(type(count) is not int or not 1 <= count <= len(samples) for count in counts):
+        raise UserError(f"counts is {list(counts)}, must be numbers in 1..{len(samples)} (the samples in batches)")
+    measured = _collect(model, held_out, layers, tokens_per_sample, seed)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    curve = {}
+    for count in sorted(set(counts)):
+        _fit(layers, [samples[place] for place in order[:count]], steps, lr, batch_size, seed)
+        curve[count] = _judge(layers, measured)
+    return curve
+
+
+def plot_label_curve(curve: dict[int, RouterAccuracy], path: str | os.PathLike) -> None:
+    """Write what :func:`label_curve` measured as a picture; its suffix says which kind (.svg, .png)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    counts = list(curve)
+    for name in ("tokens", "samples"):
+        axes.plot(counts, [100 * getattr(curve[count], name) for count in counts], marker="o", label=name)
+    axes.axhline(100 * curve[counts[0]].majority, linestyle="--", color="grey", label="majority")
+    axes.set(xscale="log", xlabel="labelled samples", ylabel="held-out accuracy, %")
+    axes.legend()
+    figure.savefig(path)
 
 
 def router_accuracy(model: nn.Module, batches: Batches) -> RouterAccuracy:
@@ -155,6 +184,39 @@ def _frozen_layers(model: nn.Module) -> list[MoEFFN]:
 
 def _shapes(state: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(state.items()))
+
+
+def _collect(model: nn.Module, batches: Batches, layers: Sequence[MoEFFN], tokens_per_sample: int | None, seed: int) -> list[Sample]:
+    """Some tokens of each sample."""
+    draw = torch.Generator().manual_seed(seed)
+    samples: list[Sample] = []
+    for x, label in _samples(model, batches, layers):
+        if tokens_per_sample is not None:
+            x = x[:, torch.randperm(x.shape[1], generator=draw)[:tokens_per_sample].to(x.device)]
+        samples.append((x, label))
+    if not samples:
+        raise UserError("batches holds no sample, must hold at least one")
+    return samples
+
+
+def _fit(layers: Sequence[MoEFFN], samples: Sequence[Sample], steps: int, lr: float, batch_size: int, seed: int) -> None:
+    """A new router, trained on the samples, in every layer."""
+    x = torch.cat([tokens.flatten(0, 1) for tokens, _ in samples])
+    y = torch.cat([torch.full((tokens.shape[0] * tokens.shape[1],), label) for tokens, label in samples]).to(x.device)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = Router(layers[0].settings, x.shape[1])
+    weights: dict[str, Tensor] = {name: nn.Parameter(tensor.to(x.device)) for name, tensor in router.state_dict().items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (batch_size,), generator=draw).to(x.device)
+        with torch.enable_grad():
+            loss = F.cross_entropy(torch.func.functional_call(router, weights, (x[rows],)), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    _install(layers, {name: tensor.detach() for name, tensor in weights.items()})
 
 
 def _install(layers: Sequence[MoEFFN], state: dict[str, Tensor]) -> None:
