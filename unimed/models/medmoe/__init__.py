@@ -11,7 +11,7 @@ from unimed.models.medmoe.router import (
     save_router,
     train_router,
 )
-from unimed.models.medmoe.upcycle import Parameters, count_parameters, moe_layers, register, upcycle
+from unimed.models.medmoe.upcycling import Parameters, count_parameters, moe_layers, register, upcycle
 
 __all__ = [
     "MoESettings",

@@ -17,7 +17,7 @@ from cmoe_kernels import balance_loss
 from cmoe_kernels.integrations.transformers import adapters, replace_projector
 from unimed.errors import UserError
 from unimed.models.medmoe.layers import Routing, read_ffn
-from unimed.models.medmoe.upcycle import find_ffns, moe_layers, upcycle
+from unimed.models.medmoe.upcycling import find_ffns, moe_layers, upcycle
 
 BALANCE, Z = 0.1, 0.01  # CuMo's coefficients
 

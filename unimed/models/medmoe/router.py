@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from unimed.errors import UserError
 from unimed.models.medmoe.layers import MoEFFN, Router
-from unimed.models.medmoe.upcycle import moe_layers
+from unimed.models.medmoe.upcycling import moe_layers
 
 Batches = Iterable[tuple[dict[str, Any], Tensor]]
 Sample = tuple[Tensor, int]  # what each layer reads, [layers, tokens, D]; the label
