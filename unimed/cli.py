@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from unimed import NOTICE
+from unimed import NOTICE, cli_data
 from unimed.errors import UserError
 
 RUNS = Path("runs")
@@ -41,6 +41,8 @@ app = typer.Typer(
 )
 sample_app = typer.Typer(no_args_is_help=True, help="The small CT and MR data set that the demo learns from.", epilog=f"{NOTICE}.")
 app.add_typer(sample_app, name="sample")
+data_app = typer.Typer(no_args_is_help=True, help="Own data: import it, check it, count it.", epilog=f"{NOTICE}.")
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted recipe overrides, for example train.max_steps=50", show_default=False)]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record of the data (data.strict=true)")]
@@ -158,6 +160,10 @@ def sample_fetch(
     console.print(f"archives are in {dest} · {NOTICE}", highlight=False)
 
 
+for _name, _body in cli_data.COMMANDS.items():
+    command(data_app, _name)(_body)
+
+
 @command(app, "train")
 def train(
     recipe: Annotated[str, typer.Argument(help="tiny, smollm2, released, or a YAML file")] = "tiny",
@@ -179,6 +185,8 @@ def train(
       [cyan]unimed train --name hard --resume[/]                       after it was interrupted; nothing needs to be typed again
 
       [cyan]unimed train --llm smollm2[/]                              SmolLM2-135M with LoRA
+
+      [cyan]unimed train tiny data.sets.mine.root=mine --name mine[/]  own data (unimed data import)
 
       [cyan]torchrun --nproc-per-node 2 -m unimed train[/]             two processes, each with its own batches
     """
@@ -422,10 +430,10 @@ def _show_gates(run: Path) -> None:
     """The router's gates per task, as the last steps of training saw them."""
     from rich.table import Table
 
-    from unimed.train import files
+    from unimed import io
     from unimed.train.trainer import ROUTER_FILE
 
-    history = files.read_json(run / ROUTER_FILE) if (run / ROUTER_FILE).is_file() else []
+    history = io.read_json(run / ROUTER_FILE) if (run / ROUTER_FILE).is_file() else []
     if not history:
         return
     last = history[-1]

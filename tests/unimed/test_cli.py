@@ -228,7 +228,7 @@ def test_predicting_reads_the_model_once_and_verifies_on_request(at_work, tmp_pa
     card = folder / "README.md"
     card.write_bytes(card.read_bytes()[:-2] + b"?\n")  # the same size
     hashed = []
-    monkeypatch.setattr("unimed.train.files.sha256", lambda path: hashed.append(path.name) or "")
+    monkeypatch.setattr("unimed.io.sha256", lambda path: hashed.append(path.name) or "")
     question = ["predict", "-", "where is the liver?", "--task", "qa", "--model", folder]
     assert run(*question).exit_code == 0
     assert hashed == []

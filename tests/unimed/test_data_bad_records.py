@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unimed.data import load, load_examples, load_image
-from unimed.data.boxes import clip
 from unimed.data.example import Example
-from unimed.data.files import inside
 from unimed.data.policy import Rules, Tally
 from unimed.errors import UserError
+from unimed.io import inside
+from unimed.records.box import clip
 
 STRICT, STANDARD = Rules(strict=True), Rules(protocol="standard")
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed.data import boxes
 from unimed.data.example import TASKS, Example
 from unimed.errors import UserError
 from unimed.evaluate import ask as ask_module
 from unimed.evaluate import evaluate, predict
 from unimed.evaluate.ask import ask, read_box
 from unimed.evaluate.run import answer_table, answered, evaluate_run, odd_answers
+from unimed.records import box as boxes
 from unimed.tasks import metrics
 from unimed.train import config
 from unimed.train.run import examples, load_model

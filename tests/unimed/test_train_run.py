@@ -8,10 +8,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from unimed import io
 from unimed.data.example import IMAGE_TASKS, TASKS
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
-from unimed.train import config, files
+from unimed.train import config
 from unimed.train.run import build, examples, load_model, train
 from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
 
@@ -177,7 +178,7 @@ def test_a_run_resumes_by_what_changes_its_mathematics(whole, recipe, small_over
 
 def test_the_log_is_added_to_and_starts_again_from_the_checkpoint(whole, recipe, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(files, "write_text", lambda path, text, write=files.write_text: written.append(path.name) or write(path, text))
+    monkeypatch.setattr(io, "write_text", lambda path, text, write=io.write_text: written.append(path.name) or write(path, text))
     run = tmp_path / "run"
     with pytest.raises(Killed):
         train(recipe, run, callbacks=[KillAt(7)])

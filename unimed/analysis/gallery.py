@@ -9,8 +9,8 @@ from html import escape
 
 from PIL import Image
 
-from unimed.data import boxes
 from unimed.data.example import TASKS, Example
+from unimed.records import box as boxes
 from unimed.tasks import metrics
 from unimed.tasks.answers import CHATTY, INVERTED, UNPARSABLE, read
 
@@ -49,7 +49,7 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def slice_with_boxes(image: Image.Image, true: boxes.Box | None, guess: boxes.Box | None) -> str:
+def slice_with_boxes(image: Image.Image, true: boxes.Corners | None, guess: boxes.Corners | None) -> str:
     """An inline SVG: the image, the true box drawn whole and the predicted one dashed, in pixels of the original."""
     width, height = image.size
     stroke = max(width, height) / 90

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from unimed import io
 from unimed.analysis import gallery, plots
 from unimed.analysis.page import bar, card, lead, page, rows
 from unimed.data.example import TASKS, Example
@@ -18,7 +19,6 @@ from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, answered, cell, 
 from unimed.tasks.answers import KINDS, KINDS_OF
 from unimed.tasks.metrics import NATURE
 from unimed.train import config as recipes
-from unimed.train import files
 from unimed.train.run import RECIPE_FILE, RUN_FILE
 from unimed.train.trainer import ROUTER_FILE
 
@@ -51,14 +51,14 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
             raise UserError(f"{run}: no {name} there; make it with: {hint}")
     say = progress or (lambda text: None)
     recipe = recipes.load(run / RECIPE_FILE)
-    record, result = files.read_json(run / RUN_FILE), files.read_json(run / METRICS_FILE)
-    predictions = files.read_json(run / PREDICTIONS_FILE)
+    record, result = io.read_json(run / RUN_FILE), io.read_json(run / METRICS_FILE)
+    predictions = io.read_json(run / PREDICTIONS_FILE)
     if "strict" not in result or not all("data" in part for part in predictions.values()):
         raise UserError(
             f"{run}: {METRICS_FILE} and {PREDICTIONS_FILE} are of an older version; make them again with: unimed evaluate {run}"
         )
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    history = files.read_json(run / ROUTER_FILE)
+    history = io.read_json(run / ROUTER_FILE)
     say("plots")
     sections = [("looking", "Does looking help?", _table(result))]
     for split in result["splits"]:
@@ -76,7 +76,7 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         ("limits", "What this does not show", _limits(result)),
     ]
     path = run / REPORT_FILE
-    files.write_text(path, page(f"Uni-Med run “{recipe.name}”", recipe.description, _cards(record, result), sections))
+    io.write_text(path, page(f"Uni-Med run “{recipe.name}”", recipe.description, _cards(record, result), sections))
     return path
 
 
@@ -204,7 +204,7 @@ def _settings(recipe: recipes.Recipe, record: dict[str, Any], result: dict[str, 
     seconds = [("training", record["seconds"])] + [(f"evaluation, {split}", part["seconds"]) for split, part in result["splits"].items()]
     times = [(name, f"{value:.0f} s") for name, value in seconds]
     counts = [(part["name"], ", ".join(f"{task} {count}" for task, count in part["counts"].items())) for part in result["splits"].values()]
-    data = [("trained on", recipe.data.root), ("evaluated on", result["data"]["root"])]
+    data = [("trained on", recipe.data.where), ("evaluated on", result["data"]["root"])]
     return (
         f"<h3>Machine</h3>{rows(list(record['machine'].items()))}<h3>Time</h3>{rows(times)}<h3>Data</h3>{rows(data + counts)}"
         f"<h3>Evaluation</h3>{rows([(name, str(value)) for name, value in result['evaluate'].items()])}"

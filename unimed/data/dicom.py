@@ -34,6 +34,7 @@ from pydicom.pixels import (
 
 from unimed.data.greys import PROJECTIONS, finite, grey_range, window
 from unimed.errors import UserError
+from unimed.records.box import AS_STORED, Placement, stretched, turned
 
 MAX_PIXELS = 178_956_970  # of a frame; Pillow's own limit for the other formats
 MAX_BYTES = 4 << 30  # of a file, a volume or an archive, unpacked
@@ -579,8 +580,11 @@ def _shutter(source: Dataset, header: Header, shape: tuple[int, int]) -> tuple[n
     return visible, int(header.number("ShutterPresentationValue", 0)) % 65536 // 257
 
 
-def picture(frame: Frame, grey: tuple[float, float] | None = None) -> tuple[Image.Image, tuple[str, ...]]:
-    """The frame as an RGB image with square pixels, and what was done to it. ``grey``: lowest and highest value shown."""
+def picture(frame: Frame, grey: tuple[float, float] | None = None) -> tuple[Image.Image, tuple[str, ...], Placement]:
+    """The frame as an RGB image with square pixels, what was done to it, and where its pixels lie in the file.
+
+    ``grey``: lowest and highest value shown.
+    """
     with readable(frame.name):
         notes = list(frame.notes)
         if frame.values.ndim == 3:
@@ -592,16 +596,17 @@ def picture(frame: Frame, grey: tuple[float, float] | None = None) -> tuple[Imag
         if frame.visible is not None:
             shown[~frame.visible] = frame.level
         spacing = _pixel_size(frame.header)
-        shown, spacing = _turned(shown, frame.header, spacing, notes)
+        shown, spacing, placement = _turned(shown, frame.header, spacing, notes)
         image = Image.fromarray(np.ascontiguousarray(shown)).convert("RGB")
         ratio = spacing[0] / spacing[1]
         if abs(ratio - 1) > 0.01:
             if not 1 / 16 <= ratio <= 16:
                 raise ValueError(f"pixels of {spacing[0]:g} x {spacing[1]:g}, which is not a plausible shape")
             size = (image.width, round(image.height * ratio)) if ratio > 1 else (round(image.width / ratio), image.height)
+            placement = placement.after(stretched(size, image.size))
             image = image.resize(size, Image.Resampling.BILINEAR)
             notes.append(f"stretched to square pixels, {size[0]} x {size[1]}")
-        return image, tuple(notes)
+        return image, tuple(notes), placement
 
 
 def _shown(frame: Frame, grey: tuple[float, float] | None, notes: list[str]) -> np.ndarray:
@@ -647,7 +652,9 @@ def _pixel_size(header: Header) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def _turned(shown: np.ndarray, header: Header, spacing: tuple[float, float], notes: list[str]) -> tuple[np.ndarray, tuple[float, float]]:
+def _turned(
+    shown: np.ndarray, header: Header, spacing: tuple[float, float], notes: list[str]
+) -> tuple[np.ndarray, tuple[float, float], Placement]:
     """A slice whose place in the patient is known, in radiological view: right on the left, anterior or superior at the top."""
     try:
         directions = header.numbers("ImageOrientationPatient", 6)
@@ -655,24 +662,25 @@ def _turned(shown: np.ndarray, header: Header, spacing: tuple[float, float], not
         directions = None
     if directions is None:
         _name_mirrored(header, notes)
-        return shown, spacing
+        return shown, spacing, AS_STORED
     across, down = np.array(directions[:3]), np.array(directions[3:])
     x, y = int(np.abs(across).argmax()), int(np.abs(down).argmax())
     if x == y or not across[x] or not down[y]:
         notes.append("ImageOrientationPatient is no pair of axes: shown as stored")
-        return shown, spacing
+        return shown, spacing, AS_STORED
     # The axes of a view and their growing directions, in DICOM's patient axes (left, posterior, superior).
     wanted = {2: ((0, 1), (1, 1)), 1: ((0, 1), (2, -1)), 0: ((1, 1), (2, -1))}[3 - x - y]
-    turned = shown
-    if x != wanted[0][0]:
-        turned, across, down, x, y, spacing = turned.swapaxes(0, 1), down, across, y, x, spacing[::-1]
-    if across[x] * wanted[0][1] < 0:
-        turned = turned[:, ::-1]
-    if down[y] * wanted[1][1] < 0:
-        turned = turned[::-1]
-    if turned is not shown:
+    view, swapped = shown, x != wanted[0][0]
+    if swapped:
+        view, across, down, x, y, spacing = view.swapaxes(0, 1), down, across, y, x, spacing[::-1]
+    left_right, top_bottom = across[x] * wanted[0][1] < 0, down[y] * wanted[1][1] < 0
+    if left_right:
+        view = view[:, ::-1]
+    if top_bottom:
+        view = view[::-1]
+    if view is not shown:
         notes.append("turned to the radiological view")
-    return turned, spacing
+    return view, spacing, turned(view.shape[1], view.shape[0], swapped, bool(left_right), bool(top_bottom))
 
 
 def _name_mirrored(header: Header, notes: list[str]) -> None:

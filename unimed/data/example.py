@@ -13,12 +13,22 @@ IMAGE_TASKS = ("vqa", "refer", "identify", "caption", "cls")
 TASKS = (*IMAGE_TASKS, "qa")
 
 
+@dataclass(frozen=True)
+class View:
+    """The part of a file that is shown: a slice of a volume by plane and index, a frame or page by index; black and white values."""
+
+    path: Path
+    plane: str = "axial"
+    index: int | None = None
+    grey: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Example:
     """``question`` is the bare content: the VQA question, the object's name (refer), the box text (identify), the class question (cls),
     "" (caption).
 
-    size: (width, height) of the original image, None where no task needs it. box: pixel xyxy (refer, identify).
+    size: (width, height) of the image that is shown, None where no task needs it. box: pixel xyxy of that image (refer, identify).
     template: what the majority answer may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
     dataset: the name of the set, its folder's where several have one layout. layout: the published set whose form it has.
     max_words: words that the whole instruction of a text question may have, as released; 0: all.
@@ -29,7 +39,7 @@ class Example:
     dataset: str
     question: str
     answer: str
-    image: Path | np.ndarray | None
+    image: Path | View | np.ndarray | None
     size: tuple[int, int] | None
     box: tuple[float, float, float, float] | None
     template: str

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from unimed.data.files import sha256
 from unimed.data.volumes import Volume, nifti_from_bytes, with_labels
 from unimed.errors import UserError
+from unimed.io import sha256
 
 Progress = Callable[[int, int, str], None]
 TIMEOUT_S = 1800

@@ -4,7 +4,7 @@ What a file says about its pixels (depth, transparency, orientation, colour prof
 docs/unimed/images.md lists every case.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +12,43 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unimed.data import dicom, volumes
 from unimed.data.dicom import Voi, short
-from unimed.data.example import Example
+from unimed.data.example import Example, View
 from unimed.data.greys import grey_range, window
 from unimed.errors import UserError
+from unimed.records.box import AS_STORED, Placement, turned
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes with more than 8 bits of grey
 MOST_SIDE = 4096  # pixels of a drawn slice
+# By EXIF orientation: the axes are swapped, then mirrored left to right, and top to bottom.
+_EXIF_TURNS = {
+    2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
+    7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
 _EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An image as the model sees it, and what was done to its file."""
+    """An image as the model sees it, what was done to its file, and where its pixels lie there.
+
+    ``to_original(box)`` is a box of the shown image in pixels of the file, ``to_original.inverse(box)`` the way back. The pixels of a
+    volume's file are voxels: see `volumes.placement`.
+    """
 
     rgb: Image.Image
     notes: tuple[str, ...] = ()
+    to_original: Placement = AS_STORED
 
 
-def load_image(source: Example | Path | str | np.ndarray) -> Image.Image:
-    """The RGB image of an example, a file or a uint8 array [H, W] or [H, W, 3]."""
+def load_image(source: Example | View | Path | str | np.ndarray) -> Image.Image:
+    """The RGB image of an example, a view, a file or a uint8 array [H, W] or [H, W, 3]."""
     if isinstance(source, Example):
         if source.image is None:
             raise UserError(f"{source.id}: a {source.task} example has no image")
         source = source.image
+    if isinstance(source, View):
+        return open_view(source).rgb
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
             raise UserError(f"image array of {source.dtype} {source.shape}: expected uint8 [H, W] or [H, W, 3]")
@@ -45,16 +58,20 @@ def load_image(source: Example | Path | str | np.ndarray) -> Image.Image:
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of the image that `load_image` gives; from the header where that tells."""
-    path = Path(path)
-    if _kind(path) != "raster":
-        return load_image(path).size
-    try:
-        with Image.open(path) as image:
-            if image.getexif().get(_EXIF_ORIENTATION, 1) not in (5, 6, 7, 8):
-                return image.size
-            return ImageOps.exif_transpose(_loaded(image)).size
-    except Exception as error:  # Pillow's readers let many kinds through
-        raise UserError(f"{path}: not a readable image ({short(error)})") from error
+    return placed_size(Path(path))[0]
+
+
+def placed_size(path: Path) -> tuple[tuple[int, int], Placement]:
+    """Size and placement of the image that `load_image` gives; from the header where that tells."""
+    if _kind(path) == "raster":
+        try:
+            with Image.open(path) as image:
+                if image.getexif().get(_EXIF_ORIENTATION, 1) not in _EXIF_TURNS:
+                    return image.size, AS_STORED
+        except Exception as error:  # Pillow's readers let many kinds through
+            raise UserError(f"{path}: not a readable image ({short(error)})") from error
+    opened = open_image(path)
+    return opened.rgb.size, opened.to_original
 
 
 def read_image_file(
@@ -90,8 +107,27 @@ def open_image(
             return _dicom_frame(path, source, index, grey)
         volume = volumes.read_dicom_frames(str(path), source)
     else:
-        volume = volumes.read_nifti(path) if kind == "nifti" else volumes.read_dicom_series(path)
+        volume = _volume(path, kind)
     return _slice(path, volume, plane, index, grey, pixel_mm)
+
+
+def open_view(view: View) -> Opened:
+    """`open_image` of the part of a file that a view names. The volume read last is kept: slices of one volume come one after the other."""
+    kind = _kind(view.path)
+    if kind not in ("nifti", "series"):
+        return open_image(view.path, view.plane, view.index, view.grey)
+    key = view.path, sum(file.stat().st_mtime_ns for file in (view.path.rglob("*") if kind == "series" else [view.path]))
+    if _kept.get(key) is None:
+        _kept.clear()
+        _kept[key] = _volume(view.path, kind)
+    return _slice(view.path, _kept[key], view.plane, view.index, view.grey, 1.5)
+
+
+_kept: dict[tuple[Path, int], volumes.Volume] = {}
+
+
+def _volume(path: Path, kind: str) -> volumes.Volume:
+    return volumes.read_nifti(path) if kind == "nifti" else volumes.read_dicom_series(path)
 
 
 def _kind(path: Path) -> str:
@@ -120,8 +156,8 @@ def _dicom_frame(path: Path, source: dicom.Dataset, index: int | None, grey: tup
     at = count // 2 if index is None else index
     if not 0 <= at < count:
         raise UserError(f"{path}: frame {index}, expected 0 to {count - 1}")
-    rgb, notes = dicom.picture(dicom.read_frame(str(path), source, at), grey)
-    return Opened(rgb, (f"frame {at} of 0 to {count - 1}", *notes) if count > 1 else notes)
+    rgb, notes, placement = dicom.picture(dicom.read_frame(str(path), source, at), grey)
+    return Opened(rgb, (f"frame {at} of 0 to {count - 1}", *notes) if count > 1 else notes, placement)
 
 
 def _slice(path: Path, volume: volumes.Volume, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float) -> Opened:
@@ -142,7 +178,8 @@ def _slice(path: Path, volume: volumes.Volume, plane: str, index: int | None, gr
         chosen = longest / MOST_SIDE * 4
     if chosen != pixel_mm:
         notes.append(f"pixels of {chosen:.3g} mm")
-    return Opened(volumes.render(volume, plane, index, shown, chosen).convert("RGB"), tuple(notes))
+    rgb = volumes.render(volume, plane, index, shown, chosen).convert("RGB")
+    return Opened(rgb, tuple(notes), volumes.placement(volume, plane, rgb.size))
 
 
 def _window(volume: volumes.Volume, grey: tuple[float, float] | None, notes: list[str]) -> Voi | tuple[float, float]:
@@ -178,7 +215,8 @@ def _raster(path: Path, index: int | None, grey: tuple[float, float] | None) -> 
             if index:
                 image.seek(index)
             opened = to_rgb(image, grey)
-            return Opened(opened.rgb, (f"page {index or 0} of 0 to {pages - 1}", *opened.notes)) if pages > 1 else opened
+            page = f"page {index or 0} of 0 to {pages - 1}"
+            return replace(opened, notes=(page, *opened.notes)) if pages > 1 else opened
     except UserError as error:
         raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
@@ -198,9 +236,11 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     gamma, profile = image.info.get("gamma"), image.info.get("icc_profile")
     if profile or "srgb" in image.info or not isinstance(gamma, float) or not 0.01 < gamma < 100 or abs(gamma - 1 / 2.2) < 0.05:
         gamma = None  # a screen's own, or overruled
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     if _loaded(image).getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
         notes.append("turned as its EXIF orientation says")
+    placement = turned(*image.size, *_EXIF_TURNS.get(orientation, ()))
     if image.mode == "L" and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
         image = Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
     if image.mode in DEEP:
@@ -221,7 +261,7 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
         notes.append(f"gamma {gamma:g} brought to that of a screen")
     elif profile and image.mode != "CMYK" and not _is_grey(rgb):
         rgb = Image.fromarray(dicom.with_profile(np.array(rgb), profile, notes))
-    return Opened(rgb, tuple(notes))
+    return Opened(rgb, tuple(notes), placement)
 
 
 def _loaded(image: Image.Image) -> Image.Image:

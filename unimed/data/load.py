@@ -11,6 +11,8 @@ from unimed.data import medmnist, reports, slake, textqa
 from unimed.data.example import TASKS, Example
 from unimed.data.policy import Rules, Tally
 from unimed.errors import NoExamples, UserError
+from unimed.records import examples as record_examples
+from unimed.records import jsonl
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
@@ -32,6 +34,9 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
+    Layout(
+        "records", "records (dataset.json, records-*.jsonl)", jsonl.is_records, record_examples.read_examples, names=record_examples.names
+    ),
     Layout("slake", "SLAKE (imgs/, train.json or train.txt)", slake.is_slake, slake.read_slake),
     Layout("sa-med2d", "SA-Med2D (regions_small_*/, images_small_*/)", slake.is_sa_med2d, slake.read_sa_med2d),
     Layout("path-vqa", "Path-VQA (<split>_vqa.json or .pkl, images/)", slake.is_path_vqa, slake.read_path_vqa),
@@ -78,6 +83,23 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, ru
             tally.tell()
         else:
             tally.close(0)
+    return [example for example in _one_of_each_id(examples) if tasks is None or example.task in tasks]
+
+
+def load_set(
+    name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None
+) -> list[Example]:
+    """All examples of a split of the one data set in the folder ``root``, whose layout is known and whose examples carry ``name``."""
+    by_name = {one.name: one for one in LAYOUTS}
+    if layout not in by_name:
+        raise UserError(f"data.sets.{name}.layout={layout!r}: no such layout; known are {', '.join(by_name)}")
+    if not root.is_dir():
+        raise UserError(f"data.sets.{name}.root={root}: no such folder")
+    if not by_name[layout].matches(root):
+        raise UserError(f"data.sets.{name}.root={root}: not a folder of the layout {by_name[layout].description}")
+    tally = Tally(name, root, SPLITS.get(split, split), rules or Rules(), name)
+    examples = by_name[layout].read(tally)
+    tally.close(len(examples))
     return [example for example in _one_of_each_id(examples) if tasks is None or example.task in tasks]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unimed.data.boxes import Box
+from unimed.records.box import Box
 
 # Structures of the sample, in the order in which a report lists them. CT and MR tables are merged: vertebrae (and discs) are one spine,
 # lobes are one lung. Left out, because the two training volumes hold hardly any slice with 540 mm2 of them: adrenal glands, iliopsoas,
@@ -102,7 +102,7 @@ class Finding:
     @property
     def xyxy(self) -> Box:
         x, y, width, height = self.box
-        return float(x), float(y), float(x + width), float(y + height)
+        return Box(float(x), float(y), float(x + width), float(y + height))
 
 
 def findings(structures: np.ndarray, pixel_mm: float, min_mm2: float, min_side_mm: float) -> list[Finding]:

@@ -4,7 +4,7 @@ Images are [N, H, W], [N, H, W, 1] or [N, H, W, 3]; of volumes, [N, D, H, W], th
 an image, or [N, classes] of zeros and ones, any number of findings an image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +99,12 @@ def class_name(name: str) -> str:
     return f"{side} {part}" if part and side in ("left", "right") else name
 
 
+def class_question(what: str, names: Sequence[str], several: bool = False) -> str:
+    """The question that lists the classes, of which one or several are right."""
+    listed = ("; " if any("," in name for name in names) else ", ").join(names)
+    return f"Which {what}s are in the image: {listed}, or {NOTHING}?" if several else f"Which {what} is in the image: {listed}?"
+
+
 def is_medmnist(folder: Path) -> bool:
     """Any .npz file."""
     return any(folder.glob("*.npz"))
@@ -180,8 +186,7 @@ def _examples(tally: Tally, path: Path, images: np.ndarray, labels: np.ndarray, 
         raise BadRecord("in an archive of another form", f"{path}: {split}_labels is {labels.dtype} {labels.shape}, expected {wanted}")
     if subjects and len(subjects) != len(images):
         raise _wrong_names(f"{path.with_suffix('.json')}: {len(subjects)} subjects for {len(images)} images of {split}")
-    listed = ("; " if any("," in name for name in names) else ", ").join(names)
-    question = f"Which {what}s are in the image: {listed}, or {NOTHING}?" if several else f"Which {what} is in the image: {listed}?"
+    question = class_question(what, names, several)
     size = (images.shape[2], images.shape[1])
     for number, image in enumerate(images):
         with tally.record():

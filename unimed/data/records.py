@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unimed.data.files import inside
-from unimed.data.images import image_size, read_image_file
+from unimed.data.example import View
+from unimed.data.images import open_image, open_view, placed_size
 from unimed.data.policy import BadRecord, Tally
 from unimed.data.text import clean
 from unimed.errors import UserError
+from unimed.io import inside
+from unimed.records.box import Placement
 
 ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # of a JPEG and of a PNG: a file that was cut off does not end like this
 # The cells that pandas.read_csv reads as missing by default, with which the release drops rows.
@@ -168,7 +170,7 @@ def image(tally: Tally, root: Path, file: str, where: str) -> tuple[Path, tuple[
     if found is None:
         try:
             path = place(tally, root, file)
-            found = path, _whole_image(path)
+            found = path, whole_image(path)[0]
         except BadRecord as error:
             found = error
         tally.images[root, file] = found
@@ -177,16 +179,24 @@ def image(tally: Tally, root: Path, file: str, where: str) -> tuple[Path, tuple[
     return found
 
 
-def _whole_image(path: Path) -> tuple[int, int]:
+def whole_image(image: Path | View) -> tuple[tuple[int, int], Placement]:
+    """Size and placement of an image that is there, readable and not cut off."""
+    path = image if isinstance(image, Path) else image.path
     try:
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        if not (os.path.isfile(path) or (isinstance(image, View) and os.path.isdir(path))):  # Path.is_file raises for too long a name
             raise BadRecord("with a missing image", f"{path}: no such image")
+        if isinstance(image, View):
+            opened = open_view(image)
+            return opened.rgb.size, opened.to_original
         with path.open("rb") as file:
             end = ENDS.get(file.read(2), b"")
             file.seek(-min(64, path.stat().st_size), 2)
             complete = bool(end) and end in file.read()
         # Pixels are decoded in training; here only of files that do not say where they end, or do not end there.
-        return image_size(path) if complete else read_image_file(path).size
+        if complete:
+            return placed_size(path)
+        opened = open_image(path)
+        return opened.rgb.size, opened.to_original
     except BadRecord:
         raise
     except Exception as error:  # decoders raise nearly anything

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from unimed.data import records
-from unimed.data.boxes import Box, clip, from_xywh, to_text
 from unimed.data.example import Example
 from unimed.data.policy import BadRecord, Tally
 from unimed.errors import UserError
+from unimed.records.box import Box, clip, from_xywh, to_text
 
 SLAKE, SA_MED2D, PATH_VQA = "slake", "sa-med2d", "path-vqa"
 LISTS = {"train": ("train",), "val": ("validate", "validation"), "test": ("test",)}

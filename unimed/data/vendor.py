@@ -23,7 +23,7 @@ import pydicom
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID
 
-from unimed.data.files import write_bytes
+from unimed.io import write_bytes
 
 ASSETS = Path(__file__).with_name("assets")
 SHA256 = "5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03"

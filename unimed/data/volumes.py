@@ -21,6 +21,7 @@ from unimed.data import dicom
 from unimed.data.dicom import MAX_BYTES, Frame, Voi, short
 from unimed.data.greys import CT_WINDOW, MR_PERCENTILE, grey_range, window
 from unimed.errors import UserError
+from unimed.records.box import Placement, stretched, turned
 
 __all__ = ["CT_WINDOW", "MR_PERCENTILE", "Region", "Volume", "window"]
 
@@ -37,7 +38,8 @@ class Volume:
 
     data: [X, Y, Z] with NaN where nothing was imaged, or colours uint8 [X, Y, Z, 3]; affine: voxel index to mm (RAS); labels: uint8
     [X, Y, Z] or None; modality: "CT", "MR" or "" when unknown. grey: how the file itself shows its values; inverted: low values are white.
-    notes: what was done to the file.
+    notes: what was done to the file. stored: for each axis of the file's array the axis here, and 1 or -1 where it grows the other way;
+    the array of a DICOM series is [column, row, slice], slices in the order of their places.
     """
 
     data: np.ndarray
@@ -47,6 +49,7 @@ class Volume:
     grey: Voi | tuple[float, float] | None = None
     inverted: bool = False
     notes: tuple[str, ...] = ()
+    stored: tuple[tuple[int, int], ...] = ((0, 1), (1, 1), (2, 1))
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -61,11 +64,13 @@ class Volume:
         return (0, x), (0, y), (0, z)
 
 
-def _canonical(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _canonical(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int], ...]]:
+    """Data and affine on the closest RAS grid, and `Volume.stored`."""
     import nibabel as nib
 
+    stored = tuple((int(axis), int(sign)) for axis, sign in nib.io_orientation(affine))
     image = nib.as_closest_canonical(nib.Nifti1Image(data, affine))
-    return np.ascontiguousarray(np.asarray(image.dataobj)), np.asarray(image.affine)
+    return np.ascontiguousarray(np.asarray(image.dataobj)), np.asarray(image.affine), stored
 
 
 def read_nifti(path: Path, modality: str = "") -> Volume:
@@ -123,7 +128,7 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
     intent = header.get_intent()[0]
     if intent != "none":
         notes.append(f"values are {intent} (intent code)")
-    voxels, affine = _canonical(voxels, affine)
+    voxels, affine, stored = _canonical(voxels, affine)
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         if not np.isfinite(voxels).any():
             raise UserError(f"{name}: no voxel holds a number")
@@ -131,7 +136,7 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
         voxels = np.where(np.isfinite(voxels), voxels, np.nan)
     low, high = float(header["cal_min"]), float(header["cal_max"])
     grey = (low, high) if not colour and np.isfinite([low, high]).all() and low < high else None
-    return Volume(voxels, affine, modality, grey=grey, notes=tuple(notes))
+    return Volume(voxels, affine, modality, grey=grey, notes=tuple(notes), stored=stored)
 
 
 def _unpacked(data: bytes) -> bytes:
@@ -274,7 +279,7 @@ def stack(name: str, frames: Sequence[Frame], notes: tuple[str, ...] = ()) -> Vo
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps  # DICOM counts to the left and posterior, NIfTI to the right and anterior
     if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UserError(f"{name}: its slices do not span a volume")
-    data, affine = _canonical(np.stack([frames[index].values.T for index in order], axis=2), affine)
+    data, affine, stored = _canonical(np.stack([frames[index].values.T for index in order], axis=2), affine)
     if not np.isfinite(data).any():
         raise UserError(f"{name}: every voxel is padding or not a number")
     same = all(frame.voi == first.voi for frame in frames)
@@ -282,7 +287,7 @@ def stack(name: str, frames: Sequence[Frame], notes: tuple[str, ...] = ()) -> Vo
         notes = (*notes, "windows of the file not used: they differ from slice to slice")
     told = dict.fromkeys(note for frame in frames for note in frame.notes if not note.startswith("rescaled"))
     modality = "CT" if any(frame.modality == "CT" for frame in frames) else first.modality
-    return Volume(data, affine, modality, grey=first.voi if same else None, inverted=first.inverted, notes=(*told, *notes))
+    return Volume(data, affine, modality, grey=first.voi if same else None, inverted=first.inverted, notes=(*told, *notes), stored=stored)
 
 
 def _place(frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -350,6 +355,19 @@ def render(
         if volume.inverted:
             flat = (255 - flat) * np.uint8(known)
     return Image.fromarray(flat).resize(_size(volume, plane, flat, pixel_mm), Image.Resampling.BILINEAR)
+
+
+def placement(volume: Volume, plane: str, shown: tuple[int, int]) -> Placement:
+    """Where the pixels of a slice, shown with size ``shown``, lie in the file.
+
+    Of the two stored axes that the slice spans, x counts voxels along the first and y along the second.
+    """
+    across, down = (axis for axis in range(3) if axis != AXIS[plane])  # axes here; both are drawn against their growing direction
+    first, second = (one for one in volume.stored if one[0] != AXIS[plane])
+    swapped = first[0] != across
+    grows_x, grows_y = (second[1], first[1]) if swapped else (first[1], second[1])
+    size = (volume.data.shape[across], volume.data.shape[down])
+    return turned(*size, swapped, grows_x > 0, grows_y > 0).after(stretched(shown, size))
 
 
 def render_labels(volume: Volume, plane: str, index: int, pixel_mm: float = 1.5, region: Region | None = None) -> np.ndarray:

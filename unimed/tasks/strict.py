@@ -12,8 +12,8 @@ caption   rouge1, rouge2, rougeL, f1 on text with all its words; an empty answer
 
 from collections.abc import Sequence
 
-from unimed.data import boxes
 from unimed.data.example import Example
+from unimed.records import box as boxes
 from unimed.tasks import overlap
 from unimed.tasks.answers import INVERTED, UNPARSABLE, is_it, read, says_it, spoken
 from unimed.tasks.normalise import strict

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from unimed.data import boxes
 from unimed.data.example import Example
+from unimed.records import box as boxes
 from unimed.train.config import Augment
 
 LEAST_VISIBLE = 0.9  # share of a box that must stay inside, or the example keeps its whole image

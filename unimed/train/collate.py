@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +57,7 @@ class TrainingSet(Dataset[Sample]):
     def _image(self, index: int) -> tuple[Image.Image, tuple[int, int]]:
         """The image as it is kept, and its size in the file."""
         example = self.examples[index]
-        key = example.image if isinstance(example.image, Path) else index
+        key = index if isinstance(example.image, np.ndarray) else example.image
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]

@@ -47,6 +47,7 @@ HARMLESS = {
     "train.": "gradient_checkpointing log_every save_every keep threads",
     "evaluate.": "splits batch_size max_new_tokens limit",
 }
+SET_KEY = r"data\.sets\.[A-Za-z0-9][A-Za-z0-9_-]*\."
 # Keys of earlier versions: left out of a file with a warning.
 REMOVED = {"data.cache_images": "data.cache_mb"}
 # The language models that can be trained, and the keys of `language` that each one reads.
@@ -54,8 +55,19 @@ LANGUAGES = {"tiny": ("width", "layers", "heads", "mlp_width", "vocab_size"), "s
 
 
 @dataclass
+class DataSet:
+    """One data set of `data.sets`: a folder, its layout, its share of each task beside the other sets, and its own names of splits."""
+
+    root: str = ""
+    layout: str = "records"
+    ratio: float = 1.0
+    splits: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Data:
-    root: str = ".cache/unimed/sample"
+    root: str = ".cache/unimed/sample"  # "": data.sets only
+    sets: dict[str, DataSet] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=lambda: list(ALL_TASKS))
     cache_mb: int = 2048  # memory for decoded training images, shared by the workers
     workers: int = 0  # processes that prepare batches; 0: the training process itself
@@ -63,6 +75,11 @@ class Data:
     languages: list[str] = field(default_factory=lambda: ["en"])  # of the questions, where a data set has several (SLAKE: en, zh)
     protocol: Literal["released", "standard"] = "released"  # released: texts end after 50 words, without MedQA's options or abstracts
     links: bool = True  # symbolic links in the data's folder are followed
+
+    @property
+    def where(self) -> str:
+        """The folders, in a few words."""
+        return ", ".join([*([self.root] if self.root else []), *(f"{name} ({one.root})" for name, one in self.sets.items())])
 
 
 @dataclass
@@ -198,11 +215,25 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"recipe {path}: must be a mapping of sections such as `train:`, it is a {type(raw).__name__}")
     config = OmegaConf.structured(Recipe)
     config.name = path.stem
+    named = [text.partition("=")[0].strip() for text in overrides or []]
+    sets = {key.split(".")[2] for key in named if re.match(SET_KEY, key)}
     for key, value in _leaves(OmegaConf.to_container(raw), Recipe):
+        if (sets and key == "data.root") or ("data.root" in named and not sets and key == "data.sets"):
+            continue  # data that the command line names takes the place of the recipe's own
+        if key == "data.sets" and isinstance(value, dict) and all(isinstance(one, dict) for one in value.values()):
+            for name, one in value.items():
+                if not sets or name in sets:
+                    for part, given in one.items():
+                        _set(config, f"data.sets.{name}.{part}", given, where=f"recipe {path}")
+            continue
         if key in REMOVED:
             warnings.warn(f"recipe {path}: {key} is no longer read; use {REMOVED[key]}", stacklevel=2)
         else:
             _set(config, key, value, where=f"recipe {path}")
+    if config.data.sets and "data.root" not in dict(_leaves(OmegaConf.to_container(raw), Recipe)):
+        config.data.root = ""
+    if sets:
+        config.data.root = ""
     for text in overrides or []:
         key, equals, _ = text.partition("=")
         if not equals or not key.strip():
@@ -267,6 +298,16 @@ def check(recipe: Recipe) -> None:
     for task in r.data.tasks:
         if task not in ALL_TASKS:
             raise UserError(f"data.tasks: no task {task!r}; valid are {', '.join(ALL_TASKS)}")
+    for name, one in r.data.sets.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"data.sets: {name!r} is no name of a data set: letters, digits, '_' and '-' only, and a letter or digit first")
+        if not one.root:
+            raise UserError(f"data.sets.{name}.root: which folder? Give data.sets.{name}.root=FOLDER")
+        if not 0 <= one.ratio < float("inf"):
+            raise UserError(f"data.sets.{name}.ratio={one.ratio}: must be zero or more")
+        for split in one.splits.values():
+            if not SPLIT.fullmatch(split):
+                raise UserError(f"data.sets.{name}.splits: {split!r} is no name of a split")
     for split in r.evaluate.splits:
         if not SPLIT.fullmatch(split):
             raise UserError(f"evaluate.splits: {split!r} is no name of a split; slab, subject, val and test are some")
@@ -316,6 +357,13 @@ def harmless(key: str) -> bool:
     return name in HARMLESS.get(section + dot, "").split()
 
 
+def learned(recipe: Recipe, key: str) -> Any:
+    """What a recipe says under a dotted key, without what does not change what is learned: where the folder of a data set lies."""
+    if key == "data.sets":
+        return {name: (one.layout, one.ratio, one.splits) for name, one in recipe.data.sets.items()}
+    return value(recipe, key)
+
+
 def value(recipe: Recipe, key: str) -> Any:
     """What a recipe says under a dotted key."""
     section, _, name = key.partition(".")
@@ -339,6 +387,12 @@ def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
     if key in REMOVED:
         raise UserError(f"{where}: {key}={value!r} is no longer read; use {REMOVED[key]}")
     mapping = next((known for known in ("sampler.ratios", "connector.aux_losses") if key.startswith(known + ".")), None)
+    if key.startswith("data.sets."):
+        valid += [f"{key.rpartition('.')[0]}.{item.name}" for item in fields(DataSet)] if key.count(".") == 3 else []
+        mapping = "data.sets" if re.fullmatch(SET_KEY + r"(root|layout|ratio|splits|splits\.\w+)", key) else None
+        _, _, name, *_ = key.split(".")
+        if mapping and name not in config.data.sets:
+            config.data.sets[name] = DataSet()
     if key not in valid and mapping is None:
         if any(known.startswith(key + ".") for known in valid):
             inside = ", ".join(known for known in valid if known.startswith(key + "."))

@@ -13,27 +13,36 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimed import io
 from unimed.data.example import Example, digest
-from unimed.data.load import load_examples
+from unimed.data.load import load_examples, load_set
 from unimed.data.policy import Rules
 from unimed.errors import NoExamples, UserError
 from unimed.tasks import prompts
 from unimed.train import config as recipes
-from unimed.train import files, machine
+from unimed.train import machine
 from unimed.train.config import Recipe
 
 RECIPE_FILE, START_FILE, RUN_FILE, MODEL_FOLDER = "recipe.yaml", "start.json", "run.json", "model"
 
 
 def examples(recipe: Recipe, split: str) -> list[Example]:
-    root = Path(recipe.data.root)
-    if not root.is_dir():
-        raise UserError(f"data.root={recipe.data.root}: no such folder; make the sample with: unimed sample build --out {recipe.data.root}")
+    """The examples of a split of all data of a recipe: `data.root`, and each of `data.sets` by its own name of the split."""
     data = recipe.data
     rules = Rules(data.strict, tuple(data.languages), data.protocol, data.links)
-    found = load_examples(root, split, data.tasks, rules)
+    found: list[Example] = []
+    if data.root:
+        root = Path(data.root)
+        if not root.is_dir():
+            raise UserError(f"data.root={data.root}: no such folder; make the sample with: unimed sample build --out {data.root}")
+        found += load_examples(root, split, data.tasks, rules)
+    elif not data.sets:
+        raise UserError("data: no data; name a folder with data.root=FOLDER or data.sets.NAME.root=FOLDER")
+    for name, one in data.sets.items():
+        found += load_set(name, Path(one.root), one.layout, one.splits.get(split, split), data.tasks, rules)
     if not found:
-        raise NoExamples(f"data.root={recipe.data.root}: no example of the tasks {', '.join(recipe.data.tasks)} in its {split!r} split")
+        what = f"data.root={data.root}" if not data.sets else f"data: {data.where}"
+        raise NoExamples(f"{what}: no example of the tasks {', '.join(data.tasks)} in its {split!r} split")
     return found
 
 
@@ -132,8 +141,8 @@ def train(
         _same(recipe, start, run)
         last = checkpoints(run)[-1:]
         for checkpoint in last:
-            files.verify_folder(checkpoint)
-        files.write_text(run / RECIPE_FILE, recipes.dump(recipe))
+            io.verify_folder(checkpoint)
+        io.write_text(run / RECIPE_FILE, recipes.dump(recipe))
         return last[0] if last else None
 
     checkpoint = processes.on_main(prepare)
@@ -152,7 +161,7 @@ def train(
         processor.save_pretrained(folder)
 
     def finish() -> None:
-        files.write_folder(run / MODEL_FOLDER, save)
+        io.write_folder(run / MODEL_FOLDER, save)
         record = {
             "seconds": round(trainer.seconds(), 1),
             "steps": trainer.state.global_step,
@@ -163,7 +172,7 @@ def train(
             "class_questions": sorted({example.question for example in train_examples if example.task == "cls"}),
             "machine": machine.describe(),
         }
-        files.write_json(run / RUN_FILE, record)
+        io.write_json(run / RUN_FILE, record)
 
     processes.on_main(finish)
     return run
@@ -176,15 +185,15 @@ def _new_folder(recipe: Recipe, start: dict[str, Any], run: Path, overwrite: boo
         shutil.rmtree(run)
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run}: exists and is not a run of unimed; choose another --name")
-    files.write_text(run / RECIPE_FILE, recipes.dump(recipe))
-    files.write_json(run / START_FILE, start)
+    io.write_text(run / RECIPE_FILE, recipes.dump(recipe))
+    io.write_json(run / START_FILE, start)
 
 
 def _same(recipe: Recipe, start: dict[str, Any], run: Path) -> None:
     """Raises UserError where going on with this recipe, data or number of processes would not be the run that was started."""
     stored = stored_recipe(run)
     for key in recipes.dotted_keys():
-        new, old = recipes.value(recipe, key), recipes.value(stored, key)
+        new, old = recipes.learned(recipe, key), recipes.learned(stored, key)
         if new != old and not recipes.harmless(key):
             raise UserError(f"{run}: cannot resume with {key}={new!r}: the run was started with {old!r}; keep that, or use another --name")
     started = started_with(run)
@@ -193,7 +202,7 @@ def _same(recipe: Recipe, start: dict[str, Any], run: Path) -> None:
         raise UserError(f"{run}: cannot resume with {now} processes: the run was started with {was}; use torchrun --nproc-per-node {was}")
     if started.get("examples_sha256", start["examples_sha256"]) != start["examples_sha256"]:
         was, now = started["examples"], start["examples"]
-        what = f"{now} training examples in data.root={recipe.data.root}, the run was started with {was}"
+        what = f"{now} training examples in {recipe.data.where}, the run was started with {was}"
         raise UserError(f"{run}: cannot resume with other data: {what if was != now else 'the examples changed'}; use another --name")
 
 
@@ -206,7 +215,7 @@ def stored_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
 
 def started_with(run: Path) -> dict[str, Any]:
     """How a run was started: by which command, in how many processes, on which examples; {} for a run of an earlier version."""
-    return files.read_json(run / START_FILE) if (run / START_FILE).is_file() else {}
+    return io.read_json(run / START_FILE) if (run / START_FILE).is_file() else {}
 
 
 def load_model(run: Path, device: str = "auto", verify: bool = False) -> tuple[Any, Any]:
@@ -216,10 +225,10 @@ def load_model(run: Path, device: str = "auto", verify: bool = False) -> tuple[A
     `verify` hashes every file of the folder first; else only sizes are compared.
     """
     folder = run / MODEL_FOLDER if (run / MODEL_FOLDER).is_dir() else run
-    if (folder / files.MANIFEST).is_file():
-        files.verify_folder(folder, hashes=verify)
+    if (folder / io.MANIFEST).is_file():
+        io.verify_folder(folder, hashes=verify)
     elif verify:
-        raise UserError(f"{folder}: no {files.MANIFEST}, so there is nothing to verify the model by")
+        raise UserError(f"{folder}: no {io.MANIFEST}, so there is nothing to verify the model by")
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
     from unimed.model.load import load, pick_device

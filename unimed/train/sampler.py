@@ -53,6 +53,23 @@ def group(examples: Sequence, ratios: dict[str, float]) -> tuple[list[list[int]]
     return members, np.array(weights) / sum(weights)
 
 
+def by_set(ratios: dict[str, float], examples: Sequence, sets: dict[str, float]) -> dict[str, float]:
+    """The ratios with each task's divided among the data sets that have it, by the ratios of `sets` (1 for a set that is not named)."""
+    if not sets or (len(sets) == 1 and set(sets.values()) == {1.0}):
+        return ratios
+    there: dict[str, dict[str, float]] = {}
+    for dataset, task in dict.fromkeys((example.dataset, example.task) for example in examples):
+        named = (ratio for name, ratio in sets.items() if dataset == name or dataset.startswith(f"{name}-"))
+        there.setdefault(task, {})[dataset] = next(named, 1.0)
+    divided: dict[str, float] = {}
+    for key, ratio in ratios.items():
+        shares = {name: share for name, share in there.get(key, {}).items() if f"{name}/{key}" not in ratios}
+        if not any(shares.values()):
+            divided[key] = ratio
+        divided |= {f"{name}/{key}": ratio * share / sum(shares.values()) for name, share in shares.items() if any(shares.values())}
+    return divided
+
+
 class TaskRatioSampler(Sampler[list[Draw]]):
     """Yields `num_batches` lists of `batch_size` draws."""
 

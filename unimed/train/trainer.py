@@ -17,15 +17,16 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from unimed import io
 from unimed.analysis.router import RouterHistory
 from unimed.data.example import TASKS
 from unimed.errors import UserError
 from unimed.model.lora import UniMedPeftModel
 from unimed.model.processing import UniMedProcessor
-from unimed.train import files, processes, schedule
+from unimed.train import processes, schedule
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.config import Recipe
-from unimed.train.sampler import TaskRatioSampler, group
+from unimed.train.sampler import TaskRatioSampler, by_set, group
 
 METRICS_FILE, ROUTER_FILE = "metrics.jsonl", "router.json"
 
@@ -107,7 +108,8 @@ class UniMedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         recipe, data = self.recipe, self.train_dataset
         assert isinstance(data, TrainingSet)
-        members, probabilities = group(data.examples, recipe.sampler.ratios)
+        sets = {name: one.ratio for name, one in recipe.data.sets.items()}
+        members, probabilities = group(data.examples, by_set(recipe.sampler.ratios, data.examples, sets))
         batches = recipe.train.max_steps * recipe.train.accumulate * self.accelerator.num_processes
         sampler = TaskRatioSampler(members, probabilities, recipe.train.batch_size, batches, recipe.train.seed, recipe.sampler.mode)
         workers = recipe.data.workers
@@ -220,9 +222,9 @@ class UniMedTrainer(Trainer):
             logs["seconds"] = round(self.seconds(), 2)
         super().log(logs, start_time)
         if self.args.should_save:
-            files.append_json_line(self.run / METRICS_FILE, self.state.log_history[-1])
+            io.append_json_line(self.run / METRICS_FILE, self.state.log_history[-1])
             if "loss" not in logs:  # the last one
-                files.write_json(self.run / ROUTER_FILE, self.router.entries)
+                io.write_json(self.run / ROUTER_FILE, self.router.entries)
 
     # Checkpoints
 
@@ -250,8 +252,8 @@ class UniMedTrainer(Trainer):
         if not self.args.should_save:
             return
         for folder in (beside / name, run):
-            files.write_json(folder / ROUTER_FILE, self.router.entries)
-        files.place_folder(beside / name, run / name)
+            io.write_json(folder / ROUTER_FILE, self.router.entries)
+        io.place_folder(beside / name, run / name)
         shutil.rmtree(beside, ignore_errors=True)
         for old in checkpoints(run)[: -self.recipe.train.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -263,10 +265,10 @@ class UniMedTrainer(Trainer):
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a verified checkpoint."""
-        self.router.entries = files.read_json(checkpoint / ROUTER_FILE)
-        history = files.read_json(checkpoint / "trainer_state.json")["log_history"]
+        self.router.entries = io.read_json(checkpoint / ROUTER_FILE)
+        history = io.read_json(checkpoint / "trainer_state.json")["log_history"]
         if self.args.should_save:  # lines logged after the checkpoint will come again
-            files.write_text(self.run / METRICS_FILE, "".join(map(files.json_line, history)))
+            io.write_text(self.run / METRICS_FILE, "".join(map(io.json_line, history)))
         self._seconds_before, self._start = max((entry.get("seconds", 0.0) for entry in history), default=0.0), time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint))
 

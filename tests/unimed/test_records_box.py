@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unimed.data import boxes
+from unimed.records import box as boxes
 
 SIZES = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
 BOXES100 = st.tuples(*[st.integers(0, 100)] * 4)

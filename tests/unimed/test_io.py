@@ -1,51 +1,51 @@
 import pytest
 
+from unimed import io
 from unimed.errors import UserError
-from unimed.train import files
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"a": 1})
+    io.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        files.write_json(path, {"a": object()})
+        io.write_json(path, {"a": object()})
     with pytest.raises(UnicodeEncodeError):
-        files.write_text(path, "\ud800")
-    assert files.read_json(path) == {"a": 1}
+        io.write_text(path, "\ud800")
+    assert io.read_json(path) == {"a": 1}
     assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
     folder = tmp_path / "model"
-    files.write_folder(folder, lambda beside: (beside / "a").write_text("old"))
+    io.write_folder(folder, lambda beside: (beside / "a").write_text("old"))
 
     def fails(beside):
         (beside / "a").write_text("new")
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        files.write_folder(folder, fails)
+        io.write_folder(folder, fails)
     assert (folder / "a").read_text() == "old"
-    files.verify_folder(folder)
-    files.write_folder(folder, lambda beside: (beside / "b").write_text("new"))
+    io.verify_folder(folder)
+    io.write_folder(folder, lambda beside: (beside / "b").write_text("new"))
     assert sorted(item.name for item in folder.iterdir()) == ["b", "manifest.json"]
     assert [item.name for item in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_changed_in_a_folder_is_named(tmp_path):
     folder = tmp_path / "model"
-    files.write_folder(folder, lambda beside: (beside / "weights").write_text("12345"))
+    io.write_folder(folder, lambda beside: (beside / "weights").write_text("12345"))
     (folder / "weights").write_text("12346")
     with pytest.raises(UserError, match=r"weights.*sha256"):
-        files.verify_folder(folder)
+        io.verify_folder(folder)
     (folder / "weights").write_text("123")
     with pytest.raises(UserError, match=r"weights has 3 bytes, 5 were written"):
-        files.verify_folder(folder)
+        io.verify_folder(folder)
 
 
 def test_reading_what_is_not_there_or_not_json(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        files.read_json(tmp_path / "none.json")
+        io.read_json(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        files.read_json(tmp_path / "bad.json")
+        io.read_json(tmp_path / "bad.json")

@@ -1,0 +1,134 @@
+"""Files and folders written whole or not at all, JSON read with errors that say where, paths that stay where they belong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from unimed.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write a file to. It is renamed to ``path`` when the block ends, and removed when the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with beside(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Adds one whole line in one write."""
+    with path.open("ab", buffering=0) as file:
+        file.write(json_line(value).encode())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` writes into a folder beside `path`; it takes its place with a manifest once complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        fill(partial)
+        place_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def place_folder(partial: Path, path: Path) -> None:
+    """Seals the finished folder `partial` with a manifest of its files and renames it to `path`."""
+    files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
+    listed = {str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    write_json(partial / MANIFEST, listed)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def verify_folder(path: Path, hashes: bool = True) -> None:
+    """Raises UserError naming the first file that is not as it was written. Without `hashes`, sizes only: no file is read."""
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: no {MANIFEST}, so it is not a checkpoint that unimed finished writing")
+    for name, expected in read_json(path / MANIFEST).items():
+        file = path / name
+        if not file.is_file():
+            wrong = f"{name} is missing"
+        elif (size := file.stat().st_size) != expected["bytes"]:
+            wrong = f"{name} has {size} bytes, {expected['bytes']} were written"
+        elif hashes and sha256(file) != expected["sha256"]:
+            wrong = f"{name} is not what was written (sha256 differs)"
+        else:
+            continue
+        raise UserError(f"{path}: corrupt: {wrong}; delete this folder, and --resume goes on from the checkpoint before it")
+
+
+def inside(root: Path, name: str, links: bool = True) -> Path:
+    """``root / name``. A name with ``..``, an absolute one, or one that no file can have is a UserError.
+
+    ``links``: symbolic links that lie in ``root`` are followed, wherever they lead; else one that leads out of ``root`` is a UserError.
+    """
+    for parts in (PurePosixPath(name), PureWindowsPath(name)):  # the same data set is refused on every system
+        if parts.anchor or ".." in parts.parts:
+            raise UserError(f"{name!r} leads out of {root}: file names in a dataset must stay inside its folder")
+    path = Path(os.path.abspath(root), name)
+    try:
+        if os.fsencode(path).find(b"\0") >= 0:
+            raise ValueError("null byte")
+        if not links and not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{name!r} leads out of {root} by a symbolic link, and data.links=false does not follow it")
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte, a lone surrogate, too long, a loop of links
+        raise UserError(f"{name!r} in {root} is not a possible file name ({error})") from error
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

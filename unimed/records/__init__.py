@@ -1,0 +1,1 @@
+"""What data is: records, images, boxes, and their files."""

@@ -1,0 +1,83 @@
+"""Opening the image that a record names. What is done to its file, and where its pixels lie there, come with it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from unimed.data.example import View
+from unimed.data.images import Opened, open_view
+from unimed.data.policy import BadRecord
+from unimed.data.records import whole_image
+from unimed.errors import UserError
+from unimed.io import inside, sha256
+from unimed.records.box import Placement
+from unimed.records.record import ImageRef, split_root
+
+__all__ = ["Images", "Opened", "Seen", "open_image"]
+
+
+def view(ref: ImageRef, path: Path) -> View:
+    """The part of the file at `path` that a reference names."""
+    return View(path, ref.plane or "axial", ref.frame if ref.slice is None else ref.slice, ref.window)
+
+
+def open_image(ref: ImageRef, folder: Path = Path(), roots: dict[str, str] | None = None) -> Opened:
+    """The image of a reference, relative to the data set's folder or under one of its roots."""
+    return open_view(view(ref, Images(folder, roots or {}).path(ref)))
+
+
+class Seen(NamedTuple):
+    """An image that was looked at. image: for `load_image`. size: as shown. placement: of the shown pixels in the file."""
+
+    image: Path | View
+    size: tuple[int, int]
+    placement: Placement
+
+
+class Images:
+    """The images of one data set. Each is looked at once: whether it is there and readable, and its size."""
+
+    def __init__(self, folder: Path, roots: dict[str, str], links: bool = True) -> None:
+        self.folder, self.roots, self.links = folder, roots, links
+        self._seen: dict[ImageRef, Seen | BadRecord] = {}
+        self._hashes: dict[Path, str] = {}
+
+    def path(self, ref: ImageRef) -> Path:
+        """The file of an image, which need not be there."""
+        root, name = split_root(ref.path)
+        if root and root not in self.roots:
+            known = ", ".join(self.roots) or "none"
+            raise BadRecord("with an unknown root", f"path {ref.path!r}: dataset.json has no root {root!r} (it has {known})")
+        try:
+            return inside(self.folder / self.roots[root] if root else self.folder, name, self.links)
+        except UserError as error:
+            raise BadRecord("with a file name that is not allowed", str(error)) from None
+
+    def look(self, ref: ImageRef, where: str) -> Seen:
+        """Path or view, size and placement of an image; a BadRecord where it cannot be used."""
+        found = self._seen.get(ref)
+        if found is None:
+            try:
+                path = self.path(ref)
+                plain = ref == ImageRef(path=ref.path) and not path.is_dir()
+                found = Seen(path if plain else view(ref, path), *whole_image(path if plain else view(ref, path)))
+            except BadRecord as error:
+                found = error
+            self._seen[ref] = found
+        if isinstance(found, BadRecord):
+            raise BadRecord(found.kind, f"{where}: {found}")
+        return found
+
+    def hash(self, ref: ImageRef) -> str:
+        """sha256 of the image's file, or of all files of a series: two slices of one volume have the same."""
+        path = self.path(ref)
+        if path not in self._hashes:
+            try:
+                files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+                digests = [sha256(file) for file in files]
+            except OSError as error:
+                raise BadRecord("with a missing image", f"{path}: no such image ({error.strerror})") from None
+            self._hashes[path] = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return self._hashes[path]
