@@ -260,6 +260,9 @@ def predict(
     if answer.box is not None:
         corners = ", ".join(f"{value:.0f}" for value in answer.box)
         console.print(f"box in pixels (x1, y1, x2, y2): {corners} of {answer.size[0]} x {answer.size[1]}", highlight=False)
+        if answer.original and max(abs(one - other) for one, other in zip(answer.original, answer.box, strict=True)) > 0.01:
+            corners = ", ".join(f"{value:.0f}" for value in answer.original)
+            console.print(f"the same in pixels (in a volume: voxels) of the file: {corners}", highlight=False)
     elif task == "refer":
         console.print("the answer holds no readable box", style="yellow")
     if save is not None:
@@ -290,6 +293,8 @@ def demo(
     start = time.perf_counter()
     # Overrides come after the default, so name=x holds; --name comes after both.
     loaded = _recipe("tiny", llm, ["name=demo", *(overrides or [])], name)
+    if loaded.data.sets or not loaded.data.root:
+        raise UserError("unimed demo: trains on the built-in sample; for own data: unimed train tiny data.sets.NAME.root=FOLDER")
     run = RUNS / loaded.name
     _may_replace(run, overwrite)
     _build_sample(Path(loaded.data.root))

@@ -265,8 +265,17 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
 
 
 def _loaded(image: Image.Image) -> Image.Image:
-    """With its pixels read: only then does Pillow turn a TIFF file, and forget its orientation."""
+    """With its pixels read: only then does Pillow turn a TIFF file, and forget its orientation.
+
+    Pillow 12.3 maps an uncompressed grey TIFF into memory with the sides of the turned image, which scrambles it. It does not map a file
+    without a name.
+    """
+    name = getattr(image, "filename", "")
+    if image.format == "TIFF" and name:
+        image.filename = ""  # type: ignore[attr-defined]
     image.load()
+    if image.format == "TIFF" and name:
+        image.filename = name  # type: ignore[attr-defined]
     return image
 
 

@@ -29,8 +29,9 @@ ODD = {
 class Answer:
     text: str
     image: Image.Image | None
-    box: boxes.Box | None  # pixels of the image: found by refer, given to identify
+    box: boxes.Box | None  # pixels of the image that is shown: found by refer, given to identify
     note: str  # what was done to the file, and by which model
+    original: boxes.Box | None = None  # the box in pixels of the file
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,7 +91,8 @@ def ask(
         odd = ODD.get(reading.kind, "") if box else ""
     shown = f"{size[0]} x {size[1]} pixels shown to the model {model} · " if size else f"model {model} · "
     done = "".join(f"{note} · " for note in opened.notes) if opened else ""
-    return Answer(text, picture, box, odd + done + shown)
+    original = opened.to_original(boxes.in_order(box)) if opened and box else None
+    return Answer(text, picture, box, odd + done + shown, original)
 
 
 def read_box(text: str, size: tuple[int, int]) -> boxes.Box:

@@ -40,15 +40,16 @@ def names(folder: Path) -> list[str]:
 def read_examples(tally: Tally) -> list[Example]:
     """All questions of one split."""
     info = jsonl.read_info(tally.folder)
+    tally.name = tally.folder_name or info.name
     images = Images(tally.folder, info.roots, tally.rules.links)
     found = list(jsonl.read_records(tally.folder, tally, tally.split))
     classes = info.classes if info.classes or not any(_labels(record) for _, record in found) else label_values(tally.folder)
     maker = _Maker(tally, images, classes)
     examples = [example for where, record in found for example in maker.examples(record, where)]
     for kind, count in sorted(maker.unused.items()):
-        tally.note(f"{count:,} annotations {kind}, which no task asks")
+        tally.note(f"no task asks annotations {kind} ({count:,})")
     if maker.cut:
-        tally.note(f"{maker.cut:,} texts cut to {tally.rules.max_words} words (data.protocol=released; standard keeps them whole)")
+        tally.note(f"texts cut to {tally.rules.max_words} words: {maker.cut:,} (data.protocol=standard keeps them whole)")
     return examples
 
 

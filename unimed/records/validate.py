@@ -7,7 +7,7 @@ outside their image, answers outside their classes or options, an id given twice
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from unimed.records.record import QA, SPLITS, BoxOf, Label, Number, Record, Repo
 
 PERCENTILES = (50, 90, 99, 100)
 NO_LICENCE = "not given"
+IMAGES = {"with a missing image": "images that are missing", "with an unreadable image": "images that cannot be read"}
 
 
 @dataclass
@@ -72,8 +73,8 @@ class _Findings:
             raise _Stop
 
 
-def check(folder: Path, strict: bool = False, images: bool = True, progress: Callable[[int], None] | None = None) -> Checked:
-    """Reads a whole data set. Without `images`, no image is opened: for the numbers only. `progress` gets the number of records read."""
+def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
+    """Reads a whole data set. Without `images`, no image is opened: for the numbers only."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if not jsonl.is_records(folder):
@@ -81,7 +82,7 @@ def check(folder: Path, strict: bool = False, images: bool = True, progress: Cal
         raise UserError(f"{folder}: {what}; make one with: unimed data import")
     info = jsonl.read_info(folder)
     findings = _Findings(folder, strict)
-    counts: dict[str, Any] = {name: defaultdict(Counter) for name in ("annotations",)}
+    annotations: dict[str, Counter[str]] = defaultdict(Counter)
     records: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     lengths: dict[str, list[int]] = defaultdict(list)
@@ -93,7 +94,7 @@ def check(folder: Path, strict: bool = False, images: bool = True, progress: Cal
     classes = info.classes or label_values(folder)
     stopped = False
     try:
-        for number, (where, text) in enumerate(jsonl.read_lines_of(folder), 1):
+        for where, text in jsonl.read_lines_of(folder):
             try:
                 record = jsonl.parse(text, where)
             except BadRecord as error:
@@ -113,16 +114,14 @@ def check(folder: Path, strict: bool = False, images: bool = True, progress: Cal
                         files[looker.hash(ref)].setdefault(record.split, f"{where}: {ref.path}")
                         looker.look(ref, where)
                     except BadRecord as error:
-                        findings.add(f"images {error.kind.removeprefix('with ')}", str(error))
+                        findings.add(IMAGES.get(error.kind, f"images {error.kind}"), str(error))
             for one in record.annotations:
-                counts["annotations"][record.split][one.kind] += 1
+                annotations[record.split][one.kind] += 1
                 for kind, length in _lengths(one):
                     lengths[kind].append(length)
             for kind, fault in _faults(record, where, looker if images else None, classes):
                 findings.add(kind, fault)
-            if progress:
-                progress(number)
-        for what, places in (("the same patient", patients), ("the same image", files)):
+        for what, places in (("patients", patients), ("images", files)):
             for key, by_split in places.items():
                 if len(by_split) > 1:
                     called = f" {key!r}" if places is patients else ""
@@ -136,7 +135,7 @@ def check(folder: Path, strict: bool = False, images: bool = True, progress: Cal
         records={split: records[split] for split in SPLITS},
         patients={split: sum(split in by_split for by_split in patients.values()) for split in SPLITS},
         images={split: len(seen[split]) for split in SPLITS},
-        annotations={split: dict(counts["annotations"][split]) for split in SPLITS},
+        annotations={split: dict(annotations[split]) for split in SPLITS},
         words={kind: _percentiles(values) for kind, values in sorted(lengths.items())},
         licences=dict(licences.most_common()),
         findings=findings.found,

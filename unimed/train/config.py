@@ -390,7 +390,10 @@ def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
     if key.startswith("data.sets."):
         valid += [f"{key.rpartition('.')[0]}.{item.name}" for item in fields(DataSet)] if key.count(".") == 3 else []
         mapping = "data.sets" if re.fullmatch(SET_KEY + r"(root|layout|ratio|splits|splits\.\w+)", key) else None
-        _, _, name, *_ = key.split(".")
+        if not re.match(SET_KEY, key):
+            keys = ", ".join(item.name for item in fields(DataSet))
+            raise UserError(f"{where}: {key}={value!r}: write data.sets.NAME.root=FOLDER; a set has the keys {keys}")
+        name = key.split(".")[2]
         if mapping and name not in config.data.sets:
             config.data.sets[name] = DataSet()
     if key not in valid and mapping is None:
