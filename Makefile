@@ -28,7 +28,7 @@ $(VENV)/.installed: $(SOURCES) constraints.txt
 	$(INSTALL) pip setuptools wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) "$(TRITON)"
-	$(INSTALL) --no-build-isolation -e ".[dev]"
+	CMOE_WERROR=$(WERROR) $(INSTALL) --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m cmoe_kernels
 	@touch $@
 
@@ -38,10 +38,14 @@ lock:  ## constraints.txt anew: the newest versions that pyproject.toml's ranges
 	$(BIN)/python -c "import packaging" 2>/dev/null || $(BIN)/python -m pip install -q packaging
 	$(VERSIONS) lock
 
-lint: install  ## ruff and mypy
+lint: install  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find csrc tests -regex '.*\.\(cpp\|cu\|cuh\|h\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
 	$(BIN)/mypy cmoe_kernels unimed
+
+# What CI builds compiles without a warning.
+test: WERROR := 1
 
 # make test OP=topk_gate: every test with that name in it, on every backend.
 ifdef OP

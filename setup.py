@@ -2,7 +2,8 @@
 
 torch is located and not imported: this file also runs to write metadata, and then an import of some seconds would be wasted. Every
 source is compiled by a command line of its own, in parallel, into build/native, and again only when the command, the source or a header
-it includes has changed. CXX and CXXFLAGS are honoured, CMOE_NATIVE=0 leaves the library out on purpose.
+it includes has changed. CXX and CXXFLAGS are honoured, CMOE_NATIVE=0 leaves the library out on purpose, CMOE_WERROR=1 makes a warning
+of the C++ compiler an error.
 
 Where nvcc is found (CUDA_HOME, PATH, or the toolkit that pip installs), the same library holds the CUDA kernels, whatever torch is there
 and with or without a GPU: csrc/cuda/*.cu by nvcc, their bindings by the C++ compiler, the runtime linked statically.
@@ -44,6 +45,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 TIERS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+
+# For CI only: another compiler has other warnings.
+WERROR = ["-Werror"]
 
 # The oldest torch and Python that the library may be loaded into, whatever it is built with.
 TORCH_TARGET, TORCH_OLDEST = "0x020a000000000000ULL", (2, 10)
@@ -123,7 +127,7 @@ def compile_command(torch: Path) -> list[str]:
         *compiler(), "-c", "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}",
         "-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), f"-ffile-prefix-map={torch / 'include'}/=",
-        *shlex.split(os.environ.get("CXXFLAGS", "")),
+        *(WERROR if os.environ.get("CMOE_WERROR") == "1" else []), *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]  # fmt: skip
 
 
@@ -238,8 +242,11 @@ def linked(objects: list[Path], torch: Path, target: Path = OBJECTS / LIBRARY, l
 
 
 def run_if_stale(command: list[str], target: Path, *inputs: Path, **settings: Any) -> None:
-    """Run a command unless it has made ``target`` before, exactly so, from these inputs; a .d file stands for the files it lists."""
-    record, line = target.with_name(target.name + ".cmd"), shlex.join(command)
+    """Run a command unless it has made ``target`` before, exactly so, from these inputs; a .d file stands for the files it lists.
+
+    -Werror does not count: it changes nothing in what is made.
+    """
+    record, line = target.with_name(target.name + ".cmd"), shlex.join(part for part in command if part not in WERROR)
     if target.exists() and record.exists() and record.read_text() == line and all(map(Path.exists, inputs)):
         files = [file for i in inputs for file in (listed(i) if i.suffix == ".d" else [i])]
         if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in files):

@@ -1,5 +1,6 @@
-// Defines cmoe_native::<op> and binds the CPU's kernels to it; cuda/register.cpp binds the GPU's. Only cmoe_kernels/backends.py calls these: the
-// operations users meet are cmoe::<op>, whose schemas, fakes and autograd live in Python so that they exist without this library.
+// Defines cmoe_native::<op> and binds the CPU's kernels to it; cuda/register.cpp binds the GPU's. Only cmoe_kernels/backends.py calls
+// these: the operations users meet are cmoe::<op>, whose schemas, fakes and autograd live in Python so that they exist without this
+// library.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -53,8 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmoe_native, CPU, m) {
 
 namespace {
 
-// The instruction set in use, all that could run here (best first), better ones that failed their self-test, and why none is in use (the last
-// two are empty as a rule).
+// The instruction set in use, all that could run here (best first), better ones that failed their self-test, and why none is in use (the
+// last two are empty as a rule).
 PyObject* instruction_sets(PyObject*, PyObject*) {
   return Py_BuildValue("(ssss)", cpu::isa_name(), cpu::isa_names().c_str(), cpu::isa_left_out().c_str(), cpu::isa_error().c_str());
 }

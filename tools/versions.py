@@ -42,7 +42,7 @@ FOR_DEVELOPERS = ("dev", "docs")
 PLANNED = (
     *("gradio", "fastapi", "uvicorn", "httpx", "openai", "playwright", "pydantic", "jinja2", "pyarrow"),
     *("sacrebleu", "rouge-score", "tensorboard"),
-    *("ninja", "pybind11", "clang-format"),
+    *("ninja", "pybind11"),
 )
 NOT_LOCKED = re.compile(r"torch|triton|pytorch-triton.*|(nvidia|cuda)-.*")
 TESTS = ("tests/test_readme.py", "tests/test_examples.py", "tests/unimed", "tests/integrations")

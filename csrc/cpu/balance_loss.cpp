@@ -1,6 +1,7 @@
 // balance_loss on the CPU.
 //
-//     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count, f_e = share of the selections that went to e
+//     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count,
+//                                               f_e = share of the selections that went to e
 //     importance   E sum_e d_e^2                d_e = m_e / sum_j m_j - 1/E: zero where there is no mass
 //     z            sum_t logsumexp(scores[t])^2 / n
 //     softmax_switch, softmax_importance: of softmax(scores) in place of scores
@@ -12,8 +13,8 @@
 // Memory plan: segments are labels, not ranges. Neighbours with one label are a run; runs are sorted by label, not tokens: labels that come
 // in order, such as one per image, cost one look each. Runs of a segment are grouped into pieces of some thousand scores. Each piece is
 // summed by one thread in token order, in double (an addition in double costs what one in float does); the pieces of a segment are added in
-// order. Pieces follow from the shape and the labels, so the result has the same bits for any number of threads. Scores are read in blocks of
-// 16 rows side by side (blocks.h), each lane with its own sum. Scratch: E doubles and E counts per piece, E doubles per segment, some
+// order. Pieces follow from the shape and the labels, so the result has the same bits for any number of threads. Scores are read in blocks
+// of 16 rows side by side (blocks.h), each lane with its own sum. Scratch: E doubles and E counts per piece, E doubles per segment, some
 // blocks [E, 16] per thread. Inputs are read through their strides.
 
 #include <atomic>
@@ -38,7 +39,8 @@ struct Named {
     std::string name = taken(handle);
     softmax = name.starts_with("softmax_");
     if (softmax) name = name.substr(8);
-    STD_TORCH_CHECK(name == "switch" || name == "importance" || (name == "z" && !softmax), "kind is '", name, "', must be one of switch, importance, z");
+    STD_TORCH_CHECK(name == "switch" || name == "importance" || (name == "z" && !softmax), "kind is '", name,
+                    "', must be one of switch, importance, z");
     kind = name == "switch" ? Kind::switch_ : name == "importance" ? Kind::importance : Kind::z;
   }
 };
@@ -134,9 +136,10 @@ struct Arguments {
   const std::optional<Tensor>&segments, &counts, &total;
   int64_t tokens, experts;
 
-  Arguments(const Tensor& scores_, const std::optional<Tensor>& indices_, const std::optional<Tensor>& mask_, OwnedString kind_, const std::optional<Tensor>& segments_,
-            const std::optional<Tensor>& counts_, const std::optional<Tensor>& total_)
-      : scores(scores_), indices(indices_), mask(mask_), named(kind_), kind(named.kind), segments(segments_), counts(counts_), total(total_) {
+  Arguments(const Tensor& scores_, const std::optional<Tensor>& indices_, const std::optional<Tensor>& mask_, OwnedString kind_,
+            const std::optional<Tensor>& segments_, const std::optional<Tensor>& counts_, const std::optional<Tensor>& total_)
+      : scores(scores_), indices(indices_), mask(mask_), named(kind_), kind(named.kind), segments(segments_), counts(counts_),
+        total(total_) {
     require_2d("scores", scores, "[T, E]");
     tokens = scores.size(0), experts = scores.size(1);
     if (indices) {
@@ -153,7 +156,8 @@ struct Arguments {
   }
 
   static void require_dtype(const char* name, const Tensor& t, ScalarType dtype) {
-    STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(t.scalar_type()));
+    STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", got ",
+                    torch::headeronly::toString(t.scalar_type()));
   }
   static void require_vector(const char* name, const std::optional<Tensor>& t, int64_t size) {
     STD_TORCH_CHECK(!t || (t->dim() == 1 && t->size(0) == size), name, " has shape ", shape(*t), ", must be (", size, ")");
@@ -285,7 +289,9 @@ Statistic statistic(const Arguments& a, const Sums& sums, int64_t segments) {
     if (a.kind == Kind::switch_) {
       double product = 0;
       for (int64_t e = 0; e < experts; ++e) {
-        const double share = a.counts ? shares[e] : static_cast<double>(sums.selected[segment * experts + e]) / (tokens * static_cast<double>(a.indices->size(1)));
+        const double share =
+            a.counts ? shares[e]
+                     : static_cast<double>(sums.selected[segment * experts + e]) / (tokens * static_cast<double>(a.indices->size(1)));
         slope[e] = weight * experts * share / tokens;
         product += slope[e] * mass[e];
       }
@@ -312,20 +318,21 @@ Statistic statistic(const Arguments& a, const Sums& sums, int64_t segments) {
 
 }  // namespace
 
-Tensor balance_loss(Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind, std::optional<Tensor> segments, std::optional<Tensor> counts,
-                    std::optional<Tensor> total) {
+Tensor balance_loss(Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind,
+                    std::optional<Tensor> segments, std::optional<Tensor> counts, std::optional<Tensor> total) {
   const Arguments a(scores, indices, mask, kind, segments, counts, total);
   const Pieces pieces(a.segments, a.tokens, a.experts);
   Tensor loss = torch::stable::new_empty(scores, {}, accumulate_dtype(scores.scalar_type()));
   dispatch_float("scores", scores, [&](auto zero) {
     using A = accumulate_t<decltype(zero)>;
-    *static_cast<A*>(loss.mutable_data_ptr()) = static_cast<A>(statistic(a, sums_of<decltype(zero)>(a, pieces, false), pieces.segments).loss);
+    *static_cast<A*>(loss.mutable_data_ptr()) =
+        static_cast<A>(statistic(a, sums_of<decltype(zero)>(a, pieces, false), pieces.segments).loss);
   });
   return loss;
 }
 
-Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind, std::optional<Tensor> segments,
-                             std::optional<Tensor> counts, std::optional<Tensor> total) {
+Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind,
+                             std::optional<Tensor> segments, std::optional<Tensor> counts, std::optional<Tensor> total) {
   const Arguments a(scores, indices, mask, kind, segments, counts, total);
   STD_TORCH_CHECK(dloss.numel() == 1, "dloss has shape ", shape(dloss), ", must hold one number");
   const Pieces pieces(a.segments, a.tokens, a.experts);

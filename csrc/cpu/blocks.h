@@ -1,4 +1,5 @@
-// Blocks of rows, turned so that 16 rows lie side by side: rows of a router are too short (5 or 8 experts) to fill vectors along themselves.
+// Blocks of rows, turned so that 16 rows lie side by side: rows of a router are too short (5 or 8 experts) to fill vectors along
+// themselves.
 //
 // A block is [columns, 16] in the type of the computation. A lane is computed alike wherever it stands, so results depend neither on where
 // a thread's rows begin nor on what fills up the last block, which is its last row again.
@@ -112,7 +113,8 @@ inline Vector<float>::type picked(Vector<float>::type a, Vector<float>::type b) 
 
 // Four rows of four values, to columns.
 inline void turn(Vector<float>::type* r) {
-  const auto a = picked<0, 4, 1, 5>(r[0], r[1]), b = picked<2, 6, 3, 7>(r[0], r[1]), c = picked<0, 4, 1, 5>(r[2], r[3]), d = picked<2, 6, 3, 7>(r[2], r[3]);
+  const auto a = picked<0, 4, 1, 5>(r[0], r[1]), b = picked<2, 6, 3, 7>(r[0], r[1]), c = picked<0, 4, 1, 5>(r[2], r[3]),
+             d = picked<2, 6, 3, 7>(r[2], r[3]);
   r[0] = picked<0, 1, 4, 5>(a, c);
   r[1] = picked<2, 3, 6, 7>(a, c);
   r[2] = picked<0, 1, 4, 5>(b, d);

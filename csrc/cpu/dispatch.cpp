@@ -44,7 +44,8 @@ bool has_amx() {
 #if defined(__linux__)
   // Tile registers are large: Linux gives them to a process that asks, once, before its first tile instruction.
   constexpr long request_permission = 0x1023, tile_data = 18;
-  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
 #endif
@@ -97,8 +98,9 @@ struct Choice {
     }
     if (isa) return;
     error = "CMOE_CPU_ISA is '" + named + "', ";
-    error += left_out.empty() ? "must be one of those that this machine and this build have: " + names
-                              : "which failed its self-test: " + left_out + "; must be one of " + names + " (CMOE_SELF_TEST=0 skips the test)";
+    error += left_out.empty()
+                 ? "must be one of those that this machine and this build have: " + names
+                 : "which failed its self-test: " + left_out + "; must be one of " + names + " (CMOE_SELF_TEST=0 skips the test)";
   }
 };
 

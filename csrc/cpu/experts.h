@@ -16,8 +16,10 @@ struct Weight {
   explicit operator bool() const { return data != nullptr; }
   bool along_inputs() const { return input == 1; }
   Matrix matrix(int64_t e) const { return {data + e * expert * size_of(type), (along_inputs() ? output : input) * size_of(type), type}; }
-  Operand outputs(int64_t e) const { return {matrix(e), along_inputs(), packed_expert ? data + e * packed_expert : nullptr}; }  // lanes are outputs: y = x W^T
-  Operand inputs(int64_t e) const { return {matrix(e), !along_inputs()}; }   // lanes are inputs: dx = dy W
+  // Lanes are outputs: y = x W^T.
+  Operand outputs(int64_t e) const { return {matrix(e), along_inputs(), packed_expert ? data + e * packed_expert : nullptr}; }
+  // Lanes are inputs: dx = dy W.
+  Operand inputs(int64_t e) const { return {matrix(e), !along_inputs()}; }
 };
 
 // Biases [experts, n], or none.
@@ -69,7 +71,7 @@ struct Gates {
 // The layers of all experts, and the tokens they work on.
 template <class T>
 struct Experts {
-  Type type;  // of x, y and what is saved
+  Type type;                                         // of x, y and what is saved
   int64_t tokens, inputs, hidden, outputs, experts;  // hidden: 0 for single linear layers; not doubled where gated
   bool gated;
   Activation activation;
@@ -105,11 +107,11 @@ struct ExpertsBackward {
   const int32_t* offsets;  // null: every expert has every token
   const int64_t *index, *dy_index;
   int64_t divisor, dy_divisor;
-  const T* weights;        // [rows] in the order of the experts, or null for ones
-  const char *dy, *u;      // u null: computed again
-  int64_t u_expert, u_row; // elements from expert to expert (with no offsets), and from row to row
-  char* dx;                // wanted where given, as all of the following
-  T* dweights;             // [rows]
+  const T* weights;         // [rows] in the order of the experts, or null for ones
+  const char *dy, *u;       // u null: computed again
+  int64_t u_expert, u_row;  // elements from expert to expert (with no offsets), and from row to row
+  char* dx;                 // wanted where given, as all of the following
+  T* dweights;              // [rows]
   Gradient dw1, db1, dw2, db2;
 };
 template <class T>
@@ -165,7 +167,8 @@ void blocks_of(const Kernels<T>& kernels, const Plan& p, int64_t segments, int64
 
 // dW = dy^T x of one expert: rows of `dy` and of `x` are the reduction. The shared operand is x, packed.
 template <class T>
-void weight_gradient(const Kernels<T>& kernels, const Shared<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw, int64_t dw_first, int64_t dw_stride, int64_t threads) {
+void weight_gradient(const Kernels<T>& kernels, const Shared<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw,
+                     int64_t dw_first, int64_t dw_stride, int64_t threads) {
   const Plan p = wgrad_plan(kernels, outputs, inputs, x.segment_k(), threads);
   const ThreadScratch scratch(threads, p.bytes());
   parallel(threads, [&](int64_t thread) {

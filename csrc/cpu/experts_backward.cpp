@@ -3,9 +3,9 @@
 //     y[t] += weight_i (W2_e h_i + b2_e),   h_i = act(u_i),   u_i = W1_e x[t] + b1_e        (gated: h = act(gate) up)
 //
 // Memory plan, expert by expert: dh = dy W2_e; the epilogue of that product reads u and leaves du and weight h, [rows, H] each in the dtype
-// of x; then dW2 = dy^T (weight h), dW1 = du^T x, dx += du W1_e in fp32. The weight's own gradient, dh . h + dy . b2_e, is a dot product in the
-// same epilogue: expert outputs never exist. Each gradient of a weight is summed in fp32 blocks and written once. Scratch: packed rows of
-// x and dy, two or three [rows, H] of one expert, an fp32 [T, D] where dx is wanted.
+// of x; then dW2 = dy^T (weight h), dW1 = du^T x, dx += du W1_e in fp32. The weight's own gradient, dh . h + dy . b2_e, is a dot product in
+// the same epilogue: expert outputs never exist. Each gradient of a weight is summed in fp32 blocks and written once. Scratch: packed rows
+// of x and dy, two or three [rows, H] of one expert, an fp32 [T, D] where dx is wanted.
 // A thread has the same columns of dx for all experts, and the same hidden units for all rows: sums have one order, without locks.
 
 #include "experts.h"
@@ -53,7 +53,9 @@ class Backward {
   }
 
   Matrix x_rows() const { return rows_of<T>(op_.x, op_.type, op_.inputs, grads_.index ? grads_.index + first_ : nullptr, grads_.divisor); }
-  Matrix dy_rows() const { return rows_of<T>(grads_.dy, op_.type, op_.outputs, grads_.dy_index ? grads_.dy_index + first_ : nullptr, grads_.dy_divisor); }
+  Matrix dy_rows() const {
+    return rows_of<T>(grads_.dy, op_.type, op_.outputs, grads_.dy_index ? grads_.dy_index + first_ : nullptr, grads_.dy_divisor);
+  }
   int64_t token(int64_t row) const { return grads_.index ? grads_.index[first_ + row] / grads_.divisor : row; }
   T weight(int64_t row) const { return grads_.weights ? grads_.weights[first_ + row] : T(1); }
 
@@ -71,13 +73,17 @@ class Backward {
       u = pre.get();
       u_row = op_.first_outputs();
     }
-    const Array<char> du(need_du ? n_ * op_.first_outputs() * value_ : 0), wh(dw_last_ && weighted_inputs ? n_ * op_.last_inputs() * value_ : 0);
+    const Array<char> du(need_du ? n_ * op_.first_outputs() * value_ : 0),
+        wh(dw_last_ && weighted_inputs ? n_ * op_.last_inputs() * value_ : 0);
     if (need_dh)
       hidden(e, u, u_row, need_du ? du.get() : nullptr, wh.size() ? wh.get() : nullptr);
     else if (wh.size())
       weighted(u, u_row, wh.get());
-    if (dw_last_) weight_gradient(dy_rows(), op_.outputs, weighted_inputs ? rows_of<T>(wh.get(), op_.type, op_.last_inputs()) : x_rows(), op_.last_inputs(), dw_last_, e);
-    if (layers && grads_.dw1) weight_gradient(rows_of<T>(du.get(), op_.type, op_.first_outputs()), op_.first_outputs(), x_rows(), op_.inputs, grads_.dw1, e);
+    if (dw_last_)
+      weight_gradient(dy_rows(), op_.outputs, weighted_inputs ? rows_of<T>(wh.get(), op_.type, op_.last_inputs()) : x_rows(),
+                      op_.last_inputs(), dw_last_, e);
+    if (layers && grads_.dw1)
+      weight_gradient(rows_of<T>(du.get(), op_.type, op_.first_outputs()), op_.first_outputs(), x_rows(), op_.inputs, grads_.dw1, e);
     if (layers && grads_.dx) inputs(e, du.get());
   }
 
@@ -123,13 +129,14 @@ class Backward {
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       blocks_of(kernels, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
         op_.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, p, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           pre_activation(kernels, rows + r * ld, bias, n);
-                           f_.store(op_.type, rows + r * ld, u + ((row0 + r) * op_.first_outputs() + lanes.first) * value_, n);
-                         }
-                       });
+        multiply_block(
+            kernels, p, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
+            [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) {
+                pre_activation(kernels, rows + r * ld, bias, n);
+                f_.store(op_.type, rows + r * ld, u + ((row0 + r) * op_.first_outputs() + lanes.first) * value_, n);
+              }
+            });
       });
     });
   }
@@ -154,45 +161,46 @@ class Backward {
         T *const db_gate = db.get() + lanes.first, *const db_up = db_gate + op_.hidden;
         if (du) std::fill(db_gate, db_gate + lanes.count, T(0));
         if (du && op_.gated) std::fill(db_up, db_up + lanes.count, T(0));
-        multiply_block(kernels_, p, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           T* const dh = rows + r * ld;
-                           const int64_t row = row0 + r;
-                           if (!layers) {
-                             f_.load(op_.type, x.row(row) + lanes.first * value_, h, n);
-                           } else {
-                             const char* const saved = u + (row * u_row + lanes.first) * value_;
-                             f_.load(op_.type, saved, pre, n);
-                             f_.activate_backward(op_.activation, pre, h, slope, n);
-                             if (op_.gated) {
-                               f_.load(op_.type, saved + op_.hidden * value_, up, n);
-                               std::memcpy(dup, h, size * n);
-                               f_.multiply(up, slope, n);
-                               f_.multiply(up, h, n);
-                             }
-                           }
-                           if (grads_.dweights) dot[row] += f_.dot(dh, h, n);
-                           if (wh) {
-                             f_.scale(weight(row), h, n);
-                             f_.store(op_.type, h, wh + (row * op_.last_inputs() + lanes.first) * value_, n);
-                           }
-                           f_.scale(weight(row), dh, n);
-                           if (du) {
-                             char* const to = du + (row * op_.first_outputs() + lanes.first) * value_;
-                             if (op_.gated) {
-                               f_.multiply(dh, dup, n);
-                               f_.add(dup, db_up, n);
-                               f_.store(op_.type, dup, to + op_.hidden * value_, n);
-                             }
-                             f_.multiply(slope, dh, n);
-                             f_.add(dh, db_gate, n);
-                             f_.store(op_.type, dh, to, n);
-                           } else if (!layers && grads_.dx) {
-                             f_.add(dh, dx_.get() + token(row) * op_.inputs + lanes.first, n);
-                           }
-                         }
-                       });
+        multiply_block(
+            kernels_, p, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
+            [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) {
+                T* const dh = rows + r * ld;
+                const int64_t row = row0 + r;
+                if (!layers) {
+                  f_.load(op_.type, x.row(row) + lanes.first * value_, h, n);
+                } else {
+                  const char* const saved = u + (row * u_row + lanes.first) * value_;
+                  f_.load(op_.type, saved, pre, n);
+                  f_.activate_backward(op_.activation, pre, h, slope, n);
+                  if (op_.gated) {
+                    f_.load(op_.type, saved + op_.hidden * value_, up, n);
+                    std::memcpy(dup, h, size * n);
+                    f_.multiply(up, slope, n);
+                    f_.multiply(up, h, n);
+                  }
+                }
+                if (grads_.dweights) dot[row] += f_.dot(dh, h, n);
+                if (wh) {
+                  f_.scale(weight(row), h, n);
+                  f_.store(op_.type, h, wh + (row * op_.last_inputs() + lanes.first) * value_, n);
+                }
+                f_.scale(weight(row), dh, n);
+                if (du) {
+                  char* const to = du + (row * op_.first_outputs() + lanes.first) * value_;
+                  if (op_.gated) {
+                    f_.multiply(dh, dup, n);
+                    f_.add(dup, db_up, n);
+                    f_.store(op_.type, dup, to + op_.hidden * value_, n);
+                  }
+                  f_.multiply(slope, dh, n);
+                  f_.add(dh, db_gate, n);
+                  f_.store(op_.type, dh, to, n);
+                } else if (!layers && grads_.dx) {
+                  f_.add(dh, dx_.get() + token(row) * op_.inputs + lanes.first, n);
+                }
+              }
+            });
       });
     });
     if (grads_.dweights)
@@ -237,10 +245,11 @@ class Backward {
     const ThreadScratch scratch(threads_, p.bytes());
     parallel(threads_, [&](int64_t thread) {
       blocks_of(kernels_, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        multiply_block(kernels_, p, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) f_.add(rows + r * ld, dx_.get() + token(row0 + r) * op_.inputs + lanes.first, n);
-                       });
+        multiply_block(
+            kernels_, p, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
+            [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) f_.add(rows + r * ld, dx_.get() + token(row0 + r) * op_.inputs + lanes.first, n);
+            });
       });
     });
   }

@@ -16,8 +16,10 @@ template <class T>
 struct Layers : Experts<T> {
   Tensor x_kept, w1_kept, b1_kept, w2_kept, b2_kept;
 
-  Layers(const Tensor& x, const Tensor& w1_, const std::optional<Tensor>& b1_, const std::optional<Tensor>& w2_, const std::optional<Tensor>& b2_, Activation activation, bool gated)
-      : Experts<T>{type_of("x", x), x.size(0), x.size(1), 0, w1_.size(1), w1_.size(0), gated, activation, nullptr, {}, {}, {}, {}}, x_kept(contiguous(x)) {
+  Layers(const Tensor& x, const Tensor& w1_, const std::optional<Tensor>& b1_, const std::optional<Tensor>& w2_,
+         const std::optional<Tensor>& b2_, Activation activation, bool gated)
+      : Experts<T>{type_of("x", x), x.size(0), x.size(1), 0, w1_.size(1), w1_.size(0), gated, activation, nullptr, {}, {}, {}, {}},
+        x_kept(contiguous(x)) {
     this->x = bytes_of(x_kept);
     this->w1 = weight_of("w1", w1_, &w1_kept);
     this->b1 = bias_of("b1", b1_, &b1_kept);
@@ -30,7 +32,8 @@ struct Layers : Experts<T> {
   }
 };
 
-// Single linear experts whose gates have fewer rows than there are tokens become one linear layer per row of gates: W_g = sum_e gates[g, e] W_e.
+// Single linear experts whose gates have fewer rows than there are tokens become one linear layer per row of gates: W_g = sum_e gates[g, e]
+// W_e.
 template <class T>
 struct Merged {
   Experts<T> op;
@@ -42,7 +45,8 @@ struct Merged {
   std::vector<int32_t> offsets;
 
   Merged(const Layers<T>& layers, const Tensor& w1, const Gates<T>& g)
-      : op(layers), w_kept(contiguous(w1)), gates(g), w(g.rows * op.outputs * op.inputs * size_of(op.type)), b(op.b1 ? g.rows * op.outputs : 0), order(op.tokens), offsets(g.rows + 1, 0) {
+      : op(layers), w_kept(contiguous(w1)), gates(g), w(g.rows * op.outputs * op.inputs * size_of(op.type)),
+        b(op.b1 ? g.rows * op.outputs : 0), order(op.tokens), offsets(g.rows + 1, 0) {
     op.w1 = {bytes_of(w_kept), type_of("w1", w1), op.outputs * op.inputs, op.inputs, 1};
     STD_TORCH_CHECK(op.tokens <= INT32_MAX, "x has ", op.tokens, " tokens, must have at most ", INT32_MAX);
     for (int64_t t = 0; t < op.tokens; ++t) ++offsets[gates.row(t) + 1];
@@ -107,19 +111,22 @@ struct Merged {
     // What a merged layer gets is shared out to its experts by their gates.
     const Array<T> scratch(threads * 2 * op.inputs), dots(threads * groups * op.experts);
     parallel(threads, [&](int64_t thread) {
-      T *const sum = scratch.get() + thread * 2 * op.inputs, *const row = sum + op.inputs, *const dot = dots.get() + thread * groups * op.experts;
+      T *const sum = scratch.get() + thread * 2 * op.inputs, *const row = sum + op.inputs,
+               *const dot = dots.get() + thread * groups * op.experts;
       std::fill(dot, dot + groups * op.experts, T(0));
       const Share share(op.outputs, thread, threads);
       for (int64_t o = share.first; o < share.last; ++o)
         for (int64_t e = 0; e < op.experts; ++e) {
           if (dw) {
             std::fill(sum, sum + op.inputs, T(0));
-            for (int64_t g = 0; g < groups; ++g) kernels.rows->axpy(gates.data[g * op.experts + e], dmerged.get() + (g * op.outputs + o) * op.inputs, sum, op.inputs);
+            for (int64_t g = 0; g < groups; ++g)
+              kernels.rows->axpy(gates.data[g * op.experts + e], dmerged.get() + (g * op.outputs + o) * op.inputs, sum, op.inputs);
             dw.store(kernels, (e * op.outputs + o) * op.inputs, sum, op.inputs);
           }
           if (dgates) {
             kernels.rows->load(op.w1.type, op.w1.matrix(e).row(o), row, op.inputs);
-            for (int64_t g = 0; g < groups; ++g) dot[g * op.experts + e] += kernels.rows->dot(dmerged.get() + (g * op.outputs + o) * op.inputs, row, op.inputs);
+            for (int64_t g = 0; g < groups; ++g)
+              dot[g * op.experts + e] += kernels.rows->dot(dmerged.get() + (g * op.outputs + o) * op.inputs, row, op.inputs);
           }
         }
     });
@@ -150,8 +157,8 @@ void sum_rows(const Gates<T>& table, int64_t tokens, int64_t columns, T* to, con
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
-                                        OwnedString activation, bool save) {
+std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                        std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool save) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
@@ -159,7 +166,8 @@ std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::
     const Tensor g = contiguous(gates);
     const std::optional<Tensor> ids = dense(group_ids);
     const Gates<T> table = gates_of<T>(g, ids, "rows of gates");
-    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()), u = save ? fresh(x, {op.tokens, op.experts, op.hidden}, x.scalar_type()) : absent(x);
+    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()),
+           u = save ? fresh(x, {op.tokens, op.experts, op.hidden}, x.scalar_type()) : absent(x);
     if (!w2 && table.rows < op.tokens) {
       const Merged<T> merged(op, w1, table);
       grouped_linear(merged.layers(), {merged.offsets.data(), merged.order.get(), 1}, merged.order.get(), false, bytes_of(y), nullptr);
@@ -170,8 +178,10 @@ std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward(Tensor dy, Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
-                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, OwnedString activation,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward(Tensor dy, Tensor x, Tensor gates, Tensor w1,
+                                                                                 std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                                                                 Tensor u, OwnedString activation,
                                                                                  std::vector<bool> needs) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
@@ -180,12 +190,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
     const Tensor g = contiguous(gates), dy_kept = contiguous(dy), u_kept = contiguous(u);
     const std::optional<Tensor> ids = dense(group_ids);
     const Gates<T> table = gates_of<T>(g, ids, "rows of gates");
-    Tensor dx = gradient_like(x, needs[0], x), dgates = gradient_like(g, needs[1], x), dw1 = gradient_like(w1, needs[2], x), db1 = gradient_like(b1, needs[3], x),
-           dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
+    Tensor dx = gradient_like(x, needs[0], x), dgates = gradient_like(g, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
+           db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
     T* const dgates_data = needs[1] ? static_cast<T*>(dgates.mutable_data_ptr()) : nullptr;
     if (!w2 && table.rows < op.tokens) {
       const Merged<T> merged(op, w1, table);
-      merged.backward(bytes_of(dy_kept), needs[0] ? bytes_of(dx) : nullptr, dgates_data, gradient_of(dw1, w1, needs[2]), gradient_of(db1, b1, needs[3]));
+      merged.backward(bytes_of(dy_kept), needs[0] ? bytes_of(dx) : nullptr, dgates_data, gradient_of(dw1, w1, needs[2]),
+                      gradient_of(db1, b1, needs[3]));
     } else {
       const Array<T> weights(op.experts * op.tokens), dweights(needs[1] ? op.experts * op.tokens : 0);
       for (int64_t e = 0; e < op.experts; ++e)
@@ -210,24 +221,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
-                                                          std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1,
+                                                          std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                                                          std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, gated);
     Sorted<T> sorted(x, weights, indices, group_ids, op.tokens, op.experts);
-    const int64_t rows = op.tokens * indices.size(1), live = sorted.selection().offsets[op.experts], row_bytes = op.first_outputs() * size_of(op.type);
-    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()), u = save ? fresh(x, {rows, op.first_outputs()}, x.scalar_type()) : absent(x);
+    const int64_t rows = op.tokens * indices.size(1), live = sorted.selection().offsets[op.experts],
+                  row_bytes = op.first_outputs() * size_of(op.type);
+    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()),
+           u = save ? fresh(x, {rows, op.first_outputs()}, x.scalar_type()) : absent(x);
     if (save && live < rows) std::memset(bytes_of(u) + live * row_bytes, 0, (rows - live) * row_bytes);
     sparse_experts<T>(op, sorted.selection(), sorted.weights(), bytes_of(y), save ? bytes_of(u) : nullptr);
     return std::make_tuple(y, u, sorted.gather_idx, sorted.offsets);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward(Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1,
-                                                                                   std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
-                                                                                   Tensor gather_idx, Tensor offsets, OwnedString activation, bool gated, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward(
+    Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
+    std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
+    bool gated, std::vector<bool> needs) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
@@ -235,10 +250,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     const Tensor dy_kept = contiguous(dy), u_kept = contiguous(u);
     const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
     const int64_t k = indices.size(1), rows = op.tokens * k;
-    const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k, ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
+    const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k,
+                         ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
     const int64_t* const order = static_cast<const int64_t*>(gather_idx.const_data_ptr());
-    Tensor dx = gradient_like(x, needs[0], x), dweights = gradient_like(w, needs[1], x), dw1 = gradient_like(w1, needs[2], x), db1 = gradient_like(b1, needs[3], x),
-           dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
+    Tensor dx = gradient_like(x, needs[0], x), dweights = gradient_like(w, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
+           db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
     const bool need_weights = w && needs[1];
     const Array<T> row_weights(w ? rows : 0), drows(need_weights ? rows : 0), by_selection(need_weights ? rows : 0);
     if (w)
@@ -261,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     experts_backward<T>(op, grads);
     if (need_weights) {
       for (int64_t i = 0; i < rows; ++i) by_selection[order[i]] = drows[i];
-      sum_rows(table, op.tokens, k, static_cast<T*>(dweights.mutable_data_ptr()), [&](int64_t t, int64_t i) { return by_selection[t * k + i]; });
+      sum_rows(table, op.tokens, k, static_cast<T*>(dweights.mutable_data_ptr()),
+               [&](int64_t t, int64_t i) { return by_selection[t * k + i]; });
     }
     return std::make_tuple(dx, dweights, dw1, db1, dw2, db2);
   });
@@ -274,7 +291,8 @@ struct GroupedRows {
   Tensor offsets, index, scatter;
   std::vector<int64_t> identity;
 
-  GroupedRows(const Tensor& ends, int64_t rows, const std::optional<Tensor>& gather_idx, const std::optional<Tensor>& scatter_idx, bool check)
+  GroupedRows(const Tensor& ends, int64_t rows, const std::optional<Tensor>& gather_idx, const std::optional<Tensor>& scatter_idx,
+              bool check)
       : offsets(contiguous(ends)), identity(gather_idx && scatter_idx ? 0 : rows) {
     std::iota(identity.begin(), identity.end(), int64_t{0});
     if (gather_idx) index = contiguous(*gather_idx);
@@ -284,7 +302,8 @@ struct GroupedRows {
     bool valid = offsets.numel() > 0 && e[0] == 0 && e[offsets.numel() - 1] <= rows;
     for (int64_t i = 1; i < offsets.numel(); ++i) valid = valid && e[i - 1] <= e[i];
     STD_TORCH_CHECK(valid, "offsets must start at 0, not decrease and end at ", rows, " rows or before");
-    for (const auto& [name, given, t] : {std::make_tuple("gather_idx", gather_idx.has_value(), &index), std::make_tuple("scatter_idx", scatter_idx.has_value(), &scatter)}) {
+    for (const auto& [name, given, t] : {std::make_tuple("gather_idx", gather_idx.has_value(), &index),
+                                         std::make_tuple("scatter_idx", scatter_idx.has_value(), &scatter)}) {
       if (!given) continue;
       std::vector<bool> seen(rows, false);
       const int64_t* const values = static_cast<const int64_t*>(t->const_data_ptr());
@@ -301,8 +320,8 @@ struct GroupedRows {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx, int64_t k, std::optional<Tensor> scatter_idx,
-                                          std::optional<OwnedString> activation, bool save) {
+std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
+                                          int64_t k, std::optional<Tensor> scatter_idx, std::optional<OwnedString> activation, bool save) {
   const bool activated = activation.has_value();
   const Activation act = activated ? activation_of(taken(*activation)) : Activation::relu;
   return computing(x, [&](auto zero) {
@@ -321,8 +340,9 @@ std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tens
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
-                                                           std::optional<Tensor> scatter_idx, Tensor u, int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
+                                                           std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
+                                                           int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
   const bool activated = activation.has_value();
   const Activation act = activated ? activation_of(taken(*activation)) : Activation::relu;
   return computing(x, [&](auto zero) {

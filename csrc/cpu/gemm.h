@@ -1,5 +1,5 @@
-// Packed operands, and one product for y = x W^T and dx = dy W: a matrix of outer lanes against a matrix of shared lanes, over k. wgrad.h has
-// the product for dW = dy^T x.
+// Packed operands, and one product for y = x W^T and dx = dy W: a matrix of outer lanes against a matrix of shared lanes, over k. wgrad.h
+// has the product for dW = dy^T x.
 //
 // The shared operand (tokens; in dW the inputs) is packed once, whole, by all threads. Each thread then takes its part of the outer
 // lanes (rows or columns of a weight) in blocks, packs a block's panels one stretch of k at a time, each element once per block of
@@ -43,8 +43,8 @@ struct Kernels {
   const RowFunctions<T>* rows;
   void (*convert)(Type, const void*, Type, void*, int64_t);
   void (*transpose)(const float*, int64_t, float*, int64_t, int, int);
-  Type type;    // of x: products are of values rounded to it
-  int64_t l2;   // bytes of L2 cache a thread may fill
+  Type type;   // of x: products are of values rounded to it
+  int64_t l2;  // bytes of L2 cache a thread may fill
 
   int lanes(Side side) const { return side == Side::a ? gemm->a_lanes : gemm->b_lanes; }
   int64_t element() const { return size_of(gemm->panel); }
@@ -65,12 +65,15 @@ constexpr int most_lanes = 32;
 constexpr int64_t converted_rows = 32, most_columns = 1024;
 template <class T>
 int64_t conversion_bytes(const Kernels<T>& kernels) {
-  return round_up(std::max<int64_t>(most_lanes * kernels.gemm->k_chunk, converted_rows * most_columns) * 4 + std::max(longest_chunk, most_columns) * 4, 64);
+  return round_up(
+      std::max<int64_t>(most_lanes * kernels.gemm->k_chunk, converted_rows * most_columns) * 4 + std::max(longest_chunk, most_columns) * 4,
+      64);
 }
 
 // Rows of an operand as the panels' type, rounded to the type of x on the way: pointers to where they are, or to their converted copies.
 template <class T>
-void converted(const Kernels<T>& kernels, const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t length, const void** pointers, char* conversion) {
+void converted(const Kernels<T>& kernels, const Matrix& m, int64_t row0, int64_t rows, int64_t column0, int64_t length,
+               const void** pointers, char* conversion) {
   const Type panel = kernels.gemm->panel;
   const bool round = m.type != kernels.type && panel != kernels.type;  // fp32 values in a product of half-precision ones that runs as fp32
   char* const rounded = conversion + conversion_bytes(kernels) - std::max(longest_chunk, most_columns) * 4;
@@ -92,7 +95,8 @@ void converted(const Kernels<T>& kernels, const Matrix& m, int64_t row0, int64_t
 
 // Packs lanes [lane0, lane0 + lanes) over [k0, k0 + k) as panels of one side, panel_bytes apart.
 template <class T>
-void pack_panels(const Kernels<T>& kernels, Side side, const Operand& operand, int64_t lane0, int64_t lanes, int64_t k0, int64_t k, char* panels, int64_t panel_bytes, char* conversion) {
+void pack_panels(const Kernels<T>& kernels, Side side, const Operand& operand, int64_t lane0, int64_t lanes, int64_t k0, int64_t k,
+                 char* panels, int64_t panel_bytes, char* conversion) {
   const Microkernel& gemm = *kernels.gemm;
   const Matrix& m = operand.matrix;
   const void* pointers[longest_chunk];
@@ -149,19 +153,23 @@ template <class T>
 class Shared {
  public:
   Shared(const Kernels<T>& kernels, Side side, int64_t lanes, int64_t segments, int64_t k)
-      : kernels_(kernels), side_(side), lanes_(lanes), segment_k_(k), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)), chunks_(chunks_of(*kernels.gemm, segments, k)),
-        buffer_(bytes()) {
+      : kernels_(kernels), side_(side), lanes_(lanes), segment_k_(k), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)),
+        chunks_(chunks_of(*kernels.gemm, segments, k)), buffer_(bytes()) {
     // Such panels are written in part: what pads them must be zero before.
     if (kernels.gemm->row_major[static_cast<int>(side)]) std::memset(buffer_.get(), 0, bytes());
   }
 
-  int64_t bytes() const { return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.lanes(side_) * kernels_.element(); }
+  int64_t bytes() const {
+    return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.lanes(side_) * kernels_.element();
+  }
   int64_t lanes() const { return lanes_; }
   int64_t panels() const { return panels_; }
   int64_t segment_k() const { return segment_k_; }
   Side side() const { return side_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
-  int in_panel(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kernels_.lanes(side_), lanes_ - panel * kernels_.lanes(side_))); }
+  int in_panel(int64_t panel) const {
+    return static_cast<int>(std::min<int64_t>(kernels_.lanes(side_), lanes_ - panel * kernels_.lanes(side_)));
+  }
   char* at(int64_t panel, const Chunk& chunk) const {
     return buffer_.get() + (chunk.start * panels_ + panel * chunk.padded) * kernels_.lanes(side_) * kernels_.element();
   }
@@ -171,12 +179,12 @@ class Shared {
     const int64_t width = kernels_.lanes(side_);
     for (const Chunk& chunk : chunks_)
       if (chunk.segment == segment && first < last)
-        pack_panels(kernels_, side_, from, first * width, std::min(lanes_, last * width) - first * width, chunk.k0, chunk.k, at(first, chunk), chunk.padded * width * kernels_.element(),
-                    conversion);
+        pack_panels(kernels_, side_, from, first * width, std::min(lanes_, last * width) - first * width, chunk.k0, chunk.k,
+                    at(first, chunk), chunk.padded * width * kernels_.element(), conversion);
   }
 
-  // k values [first, first + n) of one segment, for the lanes of one panel, out of rows of computed values. `first` is a multiple of the k step,
-  // and so is n unless the segment ends there.
+  // k values [first, first + n) of one segment, for the lanes of one panel, out of rows of computed values. `first` is a multiple of the k
+  // step, and so is n unless the segment ends there.
   void write(int64_t panel, int64_t segment, int64_t first, int64_t n, const T* rows, int64_t ld, int lanes, char* conversion) const {
     const Type type = sizeof(T) == 8 ? Type::f64 : Type::f32;
     for (const Chunk& chunk : chunks_) {
@@ -185,7 +193,8 @@ class Shared {
       const Operand from{{rows, ld * static_cast<int64_t>(sizeof(T)), type}, true};
       if (kernels_.gemm->row_major[static_cast<int>(side_)]) {  // rows of the whole chunk: lane by lane
         for (int lane = 0; lane < lanes; ++lane)
-          kernels_.convert(type, rows + lane * ld + begin - first, kernels_.gemm->panel, at(panel, chunk) + (lane * chunk.padded + begin - chunk.k0) * kernels_.element(), end - begin);
+          kernels_.convert(type, rows + lane * ld + begin - first, kernels_.gemm->panel,
+                           at(panel, chunk) + (lane * chunk.padded + begin - chunk.k0) * kernels_.element(), end - begin);
         continue;
       }
       char* const to = at(panel, chunk) + (begin - chunk.k0) * kernels_.lanes(side_) * kernels_.element();
@@ -204,15 +213,15 @@ class Shared {
 // The block of outer lanes that is worked on at a time, for one thread.
 struct Plan {
   Side outer, shared;
-  int64_t outer_panels, shared_panels;       // of a block
-  int64_t run;                               // chunks of k that a panel of the outer operand is taken through before the next panel
+  int64_t outer_panels, shared_panels;  // of a block
+  int64_t run;                          // chunks of k that a panel of the outer operand is taken through before the next panel
   int64_t outer_bytes, block_bytes, row_bytes, conversion;  // of scratch
   int64_t row_ld;
   int64_t bytes() const { return outer_bytes + block_bytes + row_bytes + conversion; }
 };
 
-// For y = x W^T and dx = dy W: outer lanes are a weight's, shared lanes are tokens. in_rows: the weight's rows lie along k (W in y = x W^T).
-// ranges: of lanes in a block.
+// For y = x W^T and dx = dy W: outer lanes are a weight's, shared lanes are tokens. in_rows: the weight's rows lie along k (W in y = x
+// W^T). ranges: of lanes in a block.
 template <class T>
 Plan plan(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, int64_t shared_lanes, int64_t threads, int64_t ranges = 1) {
   const Microkernel& gemm = *kernels.gemm;
@@ -220,7 +229,8 @@ Plan plan(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, int64_t 
   p.outer = in_rows ? gemm.weights : Side::b;
   p.shared = p.outer == Side::a ? Side::b : Side::a;
   const int64_t ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = ol * sl * static_cast<int64_t>(sizeof(T));
-  const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)), all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
+  const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
+                all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t cells = std::max<int64_t>(4, kernels.l2 / 2 / cell);
   p.shared_panels = std::min(all_shared, std::max<int64_t>(1, 512 / sl));
   p.outer_panels = round_up(std::min({all_outer, std::max<int64_t>(1, cells / p.shared_panels), std::max<int64_t>(1, 512 / ol)}), ranges);
@@ -241,8 +251,10 @@ Plan plan(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, int64_t 
 class PrefetchShares {
  public:
   PrefetchShares() = default;
-  PrefetchShares(const char* data, int64_t stride, int64_t rows, int64_t bytes, int64_t n) : data_(data), stride_(stride), rows_(rows), share_((rows + n - 1) / n), lines_(static_cast<int>((bytes + 63) / 64)) {}
-  PrefetchShares(const char* data, int64_t bytes, int64_t n) : PrefetchShares(data, row(bytes, n), (bytes + row(bytes, n) - 1) / row(bytes, n), row(bytes, n), n) {}
+  PrefetchShares(const char* data, int64_t stride, int64_t rows, int64_t bytes, int64_t n)
+      : data_(data), stride_(stride), rows_(rows), share_((rows + n - 1) / n), lines_(static_cast<int>((bytes + 63) / 64)) {}
+  PrefetchShares(const char* data, int64_t bytes, int64_t n)
+      : PrefetchShares(data, row(bytes, n), (bytes + row(bytes, n) - 1) / row(bytes, n), row(bytes, n), n) {}
   Prefetch operator[](int64_t product) const {
     const int64_t first = product * share_;
     if (first >= rows_) return {};
@@ -265,7 +277,8 @@ struct Lanes {
 // epilogue(rows, ld, row0, rows in use, lanes): finished sums of some tokens from row0 on; their columns are the block's lanes (a second
 // range begins at a whole panel).
 template <class T, class Outer, class Epilogue>
-void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Outer& outer, const Lanes& lanes, char* scratch, Epilogue&& epilogue) {
+void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Outer& outer, const Lanes& lanes,
+                    char* scratch, Epilogue&& epilogue) {
   const Microkernel& gemm = *kernels.gemm;
   const int ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = gemm.a_lanes * gemm.b_lanes;
   const int64_t per_range = (lanes.count + ol - 1) / ol, panels = lanes.second < 0 ? per_range : 2 * per_range;
@@ -281,34 +294,37 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& s
     const char* data;
     int64_t stride;
   };
-  // Whether a weight whose rows lie along k is read where it is. Rows at a multiple of 4 KB share few sets of the L1 cache, which costs more than
-  // a copy where they are read many times. Rows at the stride of a packed panel would be taken for one.
+  // Whether a weight whose rows lie along k is read where it is. Rows at a multiple of 4 KB share few sets of the L1 cache, which costs
+  // more than a copy where they are read many times. Rows at the stride of a packed panel would be taken for one.
   const auto in_place = [&](const Matrix& m, int64_t uses) {
-    return p.outer == Side::a && gemm.in_place && m.type == gemm.panel && !m.index && m.stride != packed_stride(kernels) && (ol <= 8 || m.stride % 4096 || uses <= 2);
+    return p.outer == Side::a && gemm.in_place && m.type == gemm.panel && !m.index && m.stride != packed_stride(kernels) &&
+           (ol <= 8 || m.stride % 4096 || uses <= 2);
   };
-  // The weight is prefetched where the L2 cache has bandwidth left for it: not under AMX, unless the shared operand's block stays there or the
-  // weight is copied. Else the shared operand's next block is prefetched.
-  const bool prefetches_weight = !gemm.outer_resident || p.run >= count || (outer(0).lanes_are_rows && !in_place(outer(0).matrix, std::min(shared.panels(), p.shared_panels)));
+  // The weight is prefetched where the L2 cache has bandwidth left for it: not under AMX, unless the shared operand's block stays there or
+  // the weight is copied. Else the shared operand's next block is prefetched.
+  const bool prefetches_weight = !gemm.outer_resident || p.run >= count ||
+                                 (outer(0).lanes_are_rows && !in_place(outer(0).matrix, std::min(shared.panels(), p.shared_panels)));
   const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
   const int64_t panel_bytes = packed_panel_bytes(kernels, p.outer, shared.segment_k());
-  const auto packed_panel = [&](const Operand& operand, int64_t o) {
-    return operand.packed + lane_of(o) / ol * panel_bytes;
-  };
+  const auto packed_panel = [&](const Operand& operand, int64_t o) { return operand.packed + lane_of(o) / ol * panel_bytes; };
   const auto a_stride = [&](const Chunk& chunk) { return gemm.row_major[0] ? chunk.padded * kernels.element() : packed_stride(kernels); };
   // A panel of rows along k: where it is, or packed.
   const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk, int64_t uses) -> OuterPanel {
     const Matrix& m = operand.matrix;
     if (operand.packed) return {packed_panel(operand, o) + chunk.k0 * ol * kernels.element(), a_stride(chunk)};
-    if (in_place(m, uses) && lanes_in(o) == ol && chunk.k == chunk.padded) return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
+    if (in_place(m, uses) && lanes_in(o) == ol && chunk.k == chunk.padded)
+      return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
     pack_panels(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, packed, 0, conversion);
     return {packed, a_stride(chunk)};
   };
-  const auto multiply = [&](const OuterPanel& o, int64_t outer_index, int64_t s, int64_t s0, const Chunk& chunk, bool add, const Prefetch& prefetch) {
+  const auto multiply = [&](const OuterPanel& o, int64_t outer_index, int64_t s, int64_t s0, const Chunk& chunk, bool add,
+                            const Prefetch& prefetch) {
     const char* const other = shared.at(s, chunk);
     T* const to = block + (outer_index * p.shared_panels + s - s0) * cell;
     if (p.outer == Side::a)
-      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, gemm.row_major[1] ? shared.in_panel(s) : lanes_in(outer_index), add, prefetch);
+      gemm.multiply[resident](o.data, o.stride, other, to, chunk.padded, gemm.row_major[1] ? shared.in_panel(s) : lanes_in(outer_index),
+                              add, prefetch);
     else
       gemm.multiply[resident](other, a_stride(chunk), o.data, to, chunk.padded, shared.in_panel(s), add, prefetch);
   };
@@ -338,7 +354,8 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& s
               prefetch = {packed_panel(operand, next_o) + next.k0 * ol * kernels.element(), next.padded * ol * kernels.element(), s1 - s0};
             } else if (next_o < panels && prefetches_weight) {
               const Matrix& m = operand.matrix;
-              prefetch = {m.row(lane_of(next_o)) + next.k0 * size_of(m.type), m.stride, lanes_in(next_o), next.k * size_of(m.type), s1 - s0};
+              prefetch = {m.row(lane_of(next_o)) + next.k0 * size_of(m.type), m.stride, lanes_in(next_o), next.k * size_of(m.type),
+                          s1 - s0};
             } else if (!prefetches_weight) {
               prefetch = next_block(c);
               product = o * (s1 - s0);
@@ -351,7 +368,8 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& s
       const int64_t bytes = chunk.padded * ol * kernels.element();
       const Operand operand = outer(chunk.segment);
       pack_panels(kernels, p.outer, operand, lanes.first, lanes.count, chunk.k0, chunk.k, packed, bytes, conversion);
-      if (lanes.second >= 0) pack_panels(kernels, p.outer, operand, lanes.second, lanes.count, chunk.k0, chunk.k, packed + per_range * bytes, bytes, conversion);
+      if (lanes.second >= 0)
+        pack_panels(kernels, p.outer, operand, lanes.second, lanes.count, chunk.k0, chunk.k, packed + per_range * bytes, bytes, conversion);
       const int64_t products = panels * (s1 - s0);
       PrefetchShares prefetch;
       if (!prefetches_weight) {
@@ -366,7 +384,8 @@ void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& s
           for (int64_t s = s0; s < s1; ++s) multiply({packed + o * bytes, a_stride(chunk)}, o, s, s0, chunk, c0 > 0, prefetch[product++]);
       } else {
         for (int64_t s = s0; s < s1; ++s)
-          for (int64_t o = 0; o < panels; ++o) multiply({packed + o * bytes, a_stride(chunk)}, o, s, s0, chunk, c0 > 0, prefetch[product++]);
+          for (int64_t o = 0; o < panels; ++o)
+            multiply({packed + o * bytes, a_stride(chunk)}, o, s, s0, chunk, c0 > 0, prefetch[product++]);
       }
     }
     if (count == 0) std::memset(block, 0, p.block_bytes);  // k is 0: sums of nothing

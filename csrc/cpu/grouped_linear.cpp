@@ -22,21 +22,22 @@ void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* 
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       blocks_of(kernels, p, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
         op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, p, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t count) {
-                         for (int r = 0; r < used; ++r) {
-                           T* const row = block + r * ld;
-                           const int64_t i = first + row0 + r;
-                           if (activated) {
-                             pre_activation(kernels, row, bias, count);
-                             if (u) f.store(op.type, row, u + (i * op.outputs + lanes.first) * value, count);
-                             f.activate(op.activation, row, row, count);
-                           } else {
-                             f.add(bias, row, count);
-                           }
-                           f.store(op.type, row, y + ((scatter_idx ? scatter_idx[i] : i) * op.outputs + lanes.first) * value, count);
-                         }
-                       });
+        multiply_block(
+            kernels, p, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
+            [&](T* block, int64_t ld, int64_t row0, int used, int64_t count) {
+              for (int r = 0; r < used; ++r) {
+                T* const row = block + r * ld;
+                const int64_t i = first + row0 + r;
+                if (activated) {
+                  pre_activation(kernels, row, bias, count);
+                  if (u) f.store(op.type, row, u + (i * op.outputs + lanes.first) * value, count);
+                  f.activate(op.activation, row, row, count);
+                } else {
+                  f.add(bias, row, count);
+                }
+                f.store(op.type, row, y + ((scatter_idx ? scatter_idx[i] : i) * op.outputs + lanes.first) * value, count);
+              }
+            });
       });
     });
   }
@@ -50,7 +51,8 @@ void activation_backward(const Experts<T>& op, const char* dy, const int64_t* dy
   const Array<T> buffers(threads * 4 * op.outputs);
   parallel(threads, [&](int64_t thread) {
     const Share share(rows, thread, threads);
-    T *const pre = buffers.get() + thread * 4 * op.outputs, *const h = pre + op.outputs, *const slope = h + op.outputs, *const row = slope + op.outputs;
+    T *const pre = buffers.get() + thread * 4 * op.outputs, *const h = pre + op.outputs, *const slope = h + op.outputs,
+             *const row = slope + op.outputs;
     for (int64_t i = share.first; i < share.last; ++i) {
       f.load(op.type, u + i * row_bytes, pre, op.outputs);
       f.activate_backward(op.activation, pre, h, slope, op.outputs);

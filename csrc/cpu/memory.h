@@ -21,7 +21,8 @@ namespace cmoe::cpu {
 inline void advise_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page, last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page,
+                  last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;

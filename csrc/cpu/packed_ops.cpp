@@ -19,13 +19,15 @@ int64_t packed_bytes(const Kernels<T>& kernels, int64_t outputs, int64_t inputs)
 template <class T>
 Weight packed_weight(const Kernels<T>& kernels, const Tensor& packed, int64_t outputs, int64_t inputs) {
   const int64_t bytes = packed_bytes(kernels, outputs, inputs);
-  STD_TORCH_CHECK(bytes == 0 || packed.numel() % bytes == 0, "packed weights have ", packed.numel(), " bytes, must be a multiple of ", bytes, " for ", outputs, " outputs and ", inputs, " inputs");
+  STD_TORCH_CHECK(bytes == 0 || packed.numel() % bytes == 0, "packed weights have ", packed.numel(), " bytes, must be a multiple of ",
+                  bytes, " for ", outputs, " outputs and ", inputs, " inputs");
   return {bytes_of(packed), kernels.gemm->panel, 0, inputs, 1, bytes};
 }
 
 template <class T>
-Experts<T> packed_experts(const Kernels<T>& kernels, const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w2, const std::optional<Tensor>& b2,
-                          int64_t experts, int64_t hidden, int64_t outputs, Activation activation, Tensor kept[2]) {
+Experts<T> packed_experts(const Kernels<T>& kernels, const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
+                          const std::optional<Tensor>& w2, const std::optional<Tensor>& b2, int64_t experts, int64_t hidden,
+                          int64_t outputs, Activation activation, Tensor kept[2]) {
   Experts<T> op{kernels.type, x.size(0), x.size(1), w2 ? hidden : 0, outputs, experts, false, activation, bytes_of(x), {}, {}, {}, {}};
   op.w1 = packed_weight(kernels, w1, w2 ? hidden : outputs, op.inputs);
   op.b1 = bias_of("b1", b1, &kept[0]);
@@ -41,8 +43,10 @@ Tensor prepack(Tensor w, Tensor like) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("like", like));
     const Side side = kernels.gemm->weights;
-    const int64_t last = w.dim() - 1, experts = w.dim() == 3 ? w.size(0) : 1, outputs = w.size(last - 1), inputs = w.size(last), threads = thread_count();
-    const int64_t bytes = packed_bytes(kernels, outputs, inputs), width = kernels.lanes(side), panel_bytes = packed_panel_bytes(kernels, side, inputs);
+    const int64_t last = w.dim() - 1, experts = w.dim() == 3 ? w.size(0) : 1, outputs = w.size(last - 1), inputs = w.size(last),
+                  threads = thread_count();
+    const int64_t bytes = packed_bytes(kernels, outputs, inputs), width = kernels.lanes(side),
+                  panel_bytes = packed_panel_bytes(kernels, side, inputs);
     Tensor kept, packed = fresh(w, {experts * bytes}, ScalarType::Byte);
     const Weight weight = weight_of("w", w, &kept);
     const std::vector<Chunk> chunks = chunks_of(*kernels.gemm, 1, inputs);
@@ -55,7 +59,8 @@ Tensor prepack(Tensor w, Tensor like) {
         const int64_t e = i / panels, panel = i % panels;
         for (const Chunk& chunk : chunks)
           pack_panels(kernels, side, weight.outputs(e), panel * width, std::min(width, outputs - panel * width), chunk.k0, chunk.k,
-                      to + i * panel_bytes + chunk.k0 * width * kernels.element(), chunk.padded * width * kernels.element(), scratch[thread]);
+                      to + i * panel_bytes + chunk.k0 * width * kernels.element(), chunk.padded * width * kernels.element(),
+                      scratch[thread]);
       }
     });
     return packed;
@@ -81,7 +86,8 @@ Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1) {
   });
 }
 
-Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation) {
+Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                     OwnedString activation) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
@@ -115,8 +121,8 @@ Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2,
   });
 }
 
-Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
-                           OwnedString activation, int64_t hidden, int64_t outputs) {
+Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                           std::optional<Tensor> group_ids, OwnedString activation, int64_t hidden, int64_t outputs) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
@@ -131,8 +137,9 @@ Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tens
   });
 }
 
-Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
-                             std::optional<Tensor> group_ids, OwnedString activation, int64_t experts, int64_t hidden, int64_t outputs) {
+Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1,
+                             std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation,
+                             int64_t experts, int64_t hidden, int64_t outputs) {
   const Activation act = activation_of(taken(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);

@@ -29,7 +29,8 @@ void* map(int64_t size) {
   return data;
 }
 
-// Blocks in use and idle ones together take at most 5/4 of what was in use at one time: a step also has blocks that are never in use together.
+// Blocks in use and idle ones together take at most 5/4 of what was in use at one time: a step also has blocks that are never in use
+// together.
 class Pool {
  public:
   Block take(int64_t size) {

@@ -44,7 +44,9 @@ class Rows {
   explicit Rows(const Tensor& t) : data_(static_cast<const T*>(t.const_data_ptr())), row_(t.stride(0)), column_(t.stride(1)) {}
   bool dense() const { return column_ == 1; }
   const T* row(int64_t i) const { return data_ + i * row_; }
-  accumulate_t<T> operator()(int64_t row, int64_t column) const { return static_cast<accumulate_t<T>>(data_[row * row_ + column * column_]); }
+  accumulate_t<T> operator()(int64_t row, int64_t column) const {
+    return static_cast<accumulate_t<T>>(data_[row * row_ + column * column_]);
+  }
 
  private:
   const T* data_;
@@ -59,7 +61,8 @@ void dispatch_float(const char* name, const Tensor& t, F&& f) {
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(BFloat16{});
     case ScalarType::Half: return f(Half{});
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(t.scalar_type()));
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(t.scalar_type()));
   }
 }
 
@@ -106,7 +109,8 @@ inline void require_2d(const char* name, const Tensor& t, const char* letters) {
 }
 
 inline void require_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns, const char* like) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape(t), ", must be (", rows, ", ", columns, ") like ", like);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape(t), ", must be (", rows, ", ",
+                  columns, ") like ", like);
 }
 
 }  // namespace cmoe::cpu

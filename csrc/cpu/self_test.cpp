@@ -1,5 +1,5 @@
-// A processor, an operating system and a compiler may each promise an instruction set that does not work: a tier multiplies one small case of
-// each kind before its first use in a process, and is left out if it traps or is wrong.
+// A processor, an operating system and a compiler may each promise an instruction set that does not work: a tier multiplies one small case
+// of each kind before its first use in a process, and is left out if it traps or is wrong.
 //
 // The kernels are called through the tier's own tables, on this thread, in memory that is there from the start. The portable tier computes
 // the same. Operands are small integers, so products must agree to the bit; activations may differ by 2 ulp, of one where they are smaller.
@@ -51,9 +51,12 @@ struct Integers {
         bf16[i][k] = bf16_columns[k][i] = static_cast<uint16_t>(bits >> 16);
       }
   }
-  const char* row(Type type, int lane, int k) const { return type == Type::bf16 ? reinterpret_cast<const char*>(&bf16[lane][k]) : reinterpret_cast<const char*>(&f32[lane][k]); }
+  const char* row(Type type, int lane, int k) const {
+    return type == Type::bf16 ? reinterpret_cast<const char*>(&bf16[lane][k]) : reinterpret_cast<const char*>(&f32[lane][k]);
+  }
   const char* column(Type type, int lane, int k) const {
-    return type == Type::bf16 ? reinterpret_cast<const char*>(&bf16_columns[k][lane]) : reinterpret_cast<const char*>(&f32_columns[k][lane]);
+    return type == Type::bf16 ? reinterpret_cast<const char*>(&bf16_columns[k][lane])
+                              : reinterpret_cast<const char*>(&f32_columns[k][lane]);
   }
 };
 
@@ -96,7 +99,8 @@ void product(const Microkernel& gemm, Packing packing, Side resident) {
   if (gemm.begin) gemm.begin();
   for (int i = 0; i < lanes; i += gemm.a_lanes)
     for (int j = 0; j < other_lanes; j += gemm.b_lanes) {
-      const int in_a = lanes - i < gemm.a_lanes ? lanes - i : gemm.a_lanes, in_b = other_lanes - j < gemm.b_lanes ? other_lanes - j : gemm.b_lanes;
+      const int in_a = lanes - i < gemm.a_lanes ? lanes - i : gemm.a_lanes,
+                in_b = other_lanes - j < gemm.b_lanes ? other_lanes - j : gemm.b_lanes;
       for (const int k0 : {0, first_chunk}) {
         const int k = k0 ? depth - first_chunk : first_chunk, padded = (k + gemm.k_step - 1) / gemm.k_step * gemm.k_step;
         const char* a = memory.a_panel;
@@ -108,7 +112,8 @@ void product(const Microkernel& gemm, Packing packing, Side resident) {
           pack(gemm, Side::a, packing, memory.a, i, in_a, k0, k, memory.a_panel);
         }
         pack(gemm, Side::b, packing, memory.b, j, in_b, k0, k, memory.b_panel);
-        gemm.multiply[static_cast<int>(resident)](a, stride, memory.b_panel, memory.block, padded, gemm.row_major[1] ? in_b : in_a, k0 > 0, {memory.b_panel, line, 2, 1});
+        gemm.multiply[static_cast<int>(resident)](a, stride, memory.b_panel, memory.block, padded, gemm.row_major[1] ? in_b : in_a, k0 > 0,
+                                                  {memory.b_panel, line, 2, 1});
       }
       for (int r = 0; r < in_a; ++r) std::memcpy(&memory.found[i + r][j], memory.block + r * gemm.b_lanes, in_b * sizeof(float));
     }
@@ -231,7 +236,10 @@ void run() {
   struct {
     const char* name;
     const Microkernel* gemm;
-  } const kinds[] = {{"products of fp32", isa.f32}, {"products of bf16", isa.bf16}, {"dot products of fp32", isa.f32_few}, {"dot products of bf16", isa.bf16_few}};
+  } const kinds[] = {{"products of fp32", isa.f32},
+                     {"products of bf16", isa.bf16},
+                     {"dot products of fp32", isa.f32_few},
+                     {"dot products of bf16", isa.bf16_few}};
   for (const auto& kind : kinds) {
     if (!kind.gemm) continue;
     part = kind.name;
@@ -246,7 +254,10 @@ void run() {
   struct {
     const char* name;
     bool (*agree)(const Isa&);
-  } const functions[] = {{"sums of rows", rows_agree}, {"conversions", conversions_agree}, {"transposes", transposes_agree}, {"activations", activations_agree}};
+  } const functions[] = {{"sums of rows", rows_agree},
+                         {"conversions", conversions_agree},
+                         {"transposes", transposes_agree},
+                         {"activations", activations_agree}};
   for (const auto& function : functions) {
     part = function.name;
     if (!function.agree(isa)) return;

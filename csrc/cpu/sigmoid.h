@@ -16,7 +16,8 @@ void sigmoid(const RowFunctions<A>& f, const A* x, int64_t n, A sign, A* y) {
   for (int64_t i = 0; i < n * lanes; ++i) y[i] = 1 / (1 + y[i]);
 }
 
-// Of a block x [n, lanes]: the tails exp(c - x), and behind them exp(c), in tails [n + 1, lanes]. Lanes of nothing but -inf take c = `none`.
+// Of a block x [n, lanes]: the tails exp(c - x), and behind them exp(c), in tails [n + 1, lanes]. Lanes of nothing but -inf take c =
+// `none`.
 template <class A>
 void sigmoid_tails(const RowFunctions<A>& f, const A* x, int64_t n, A none, A* tails) {
   using V = Vector<A>;

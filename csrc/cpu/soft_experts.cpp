@@ -54,18 +54,19 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
       char* const conversion = scratch[thread] + first.outer_bytes + first.block_bytes + first.row_bytes;
       blocks_of(kernels, first, op.experts, op.hidden, thread, threads, [&](int64_t e, const Lanes& lanes) {
         op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(kernels, first, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
-                       [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           T* const row = rows + r * ld;
-                           const int64_t token = token0 + r;
-                           pre_activation(kernels, row, bias, n);
-                           if (u) kernels.rows->store(op.type, row, u + ((token * op.experts + e) * op.hidden + lanes.first) * value, n);
-                           kernels.rows->activate(op.activation, row, row, n);
-                           kernels.rows->scale(gates(token, e), row, n);
-                         }
-                         h.write(token0 / kernels.lanes(first.shared), e, lanes.first, n, rows, ld, used, conversion);
-                       });
+        multiply_block(
+            kernels, first, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
+            [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) {
+                T* const row = rows + r * ld;
+                const int64_t token = token0 + r;
+                pre_activation(kernels, row, bias, n);
+                if (u) kernels.rows->store(op.type, row, u + ((token * op.experts + e) * op.hidden + lanes.first) * value, n);
+                kernels.rows->activate(op.activation, row, row, n);
+                kernels.rows->scale(gates(token, e), row, n);
+              }
+              h.write(token0 / kernels.lanes(first.shared), e, lanes.first, n, rows, ld, used, conversion);
+            });
       });
     });
   } else {
@@ -78,15 +79,16 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
     blocks_of(kernels, second, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
       if (last_bias)
         for (int64_t e = 0; e < op.experts; ++e) last_bias.load(kernels, e, lanes.first, lanes.count, bias + e * lanes.count);
-      multiply_block(kernels, second, h, [&](int64_t e) { return last.outputs(e); }, lanes, scratch[thread],
-                     [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
-                       for (int r = 0; r < used; ++r) {
-                         T* const row = rows + r * ld;
-                         if (last_bias)
-                           for (int64_t e = 0; e < op.experts; ++e) kernels.rows->axpy(gates(token0 + r, e), bias + e * n, row, n);
-                         kernels.rows->store(op.type, row, y + ((token0 + r) * op.outputs + lanes.first) * value, n);
-                       }
-                     });
+      multiply_block(
+          kernels, second, h, [&](int64_t e) { return last.outputs(e); }, lanes, scratch[thread],
+          [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
+            for (int r = 0; r < used; ++r) {
+              T* const row = rows + r * ld;
+              if (last_bias)
+                for (int64_t e = 0; e < op.experts; ++e) kernels.rows->axpy(gates(token0 + r, e), bias + e * n, row, n);
+              kernels.rows->store(op.type, row, y + ((token0 + r) * op.outputs + lanes.first) * value, n);
+            }
+          });
     });
   });
 }

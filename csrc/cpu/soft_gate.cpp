@@ -3,10 +3,10 @@
 //     gates[t, e]   = sigmoid(l[t, e]) / sum_j sigmoid(l[t, j])
 //     dlogits[t, e] = gates[t, e] * (dgates[t, e] - sum_j gates[t, j] dgates[t, j]) * sigmoid(-l[t, e])
 //
-// Memory plan: E is small (5 in Uni-Med), so 16 rows are computed side by side, in a block that stays in the first-level cache: a few blocks
-// of [E, 16] values per thread are all the scratch. Forward reads each logit from memory once and writes each gate once. Backward recomputes
-// the gates: logits are the smaller thing to save (half precision as a rule) and one exponential costs less than reading gates back.
-// Inputs are read through their strides: an expanded gradient (y.sum().backward()) is never copied out.
+// Memory plan: E is small (5 in Uni-Med), so 16 rows are computed side by side, in a block that stays in the first-level cache: a few
+// blocks of [E, 16] values per thread are all the scratch. Forward reads each logit from memory once and writes each gate once. Backward
+// recomputes the gates: logits are the smaller thing to save (half precision as a rule) and one exponential costs less than reading gates
+// back. Inputs are read through their strides: an expanded gradient (y.sum().backward()) is never copied out.
 
 #include "ops.h"
 #include "blocks.h"
@@ -65,7 +65,8 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
     const Chunks chunks(tokens, experts);
     Scratch<A> scratch(chunks, (4 * experts + 1) * lanes);
     chunks.run([&](int64_t chunk, int64_t first, int64_t last) {
-      A *const x = scratch[chunk], *const d = x + experts * lanes, *const terms = d + experts * lanes, *const tails = terms + experts * lanes;
+      A *const x = scratch[chunk], *const d = x + experts * lanes, *const terms = d + experts * lanes,
+               *const tails = terms + experts * lanes;
       A* const exp_c = tails + experts * lanes;
       each_block(first, last, [&](int64_t t, int64_t rows) {
         read_block(l, t, rows, experts, x);
@@ -85,8 +86,8 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
           const auto share = 1 / sum.value(), dot = range.clamp(product.value() * share);
           for (int64_t e = 0; e < experts; ++e) {
             const auto tail = V::load(tails + e * lanes + lane), s = V::load(terms + e * lanes + lane);
-            // sigmoid(-l), which is the derivative of log(sigmoid(l)). The product would be inf * 0 for a tail that overflows, hence the choice;
-            // neither side cancels.
+            // sigmoid(-l), which is the derivative of log(sigmoid(l)). The product would be inf * 0 for a tail that overflows, hence the
+            // choice; neither side cancels.
             const auto derivative = V::load(x + e * lanes + lane) > typename V::type{} ? tail * s : 1 - c * s;
             V::store(x + e * lanes + lane, s * share * (V::load(d + e * lanes + lane) - dot) * derivative);
           }

@@ -32,8 +32,14 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
     if (n == 0) continue;
     const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, last);
-    Expert a{e, first, n, kernels, plan(kernels, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
-             plan(kernels, last.along_inputs(), op.outputs, n, threads), nullptr, nullptr};
+    Expert a{e,
+             first,
+             n,
+             kernels,
+             plan(kernels, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
+             plan(kernels, last.along_inputs(), op.outputs, n, threads),
+             nullptr,
+             nullptr};
     a.x = std::make_unique<Shared<T>>(kernels, op.w2 ? a.in.shared : a.out.shared, n, 1, op.inputs);
     if (op.w2) a.h = std::make_unique<Shared<T>>(kernels, a.out.shared, n, 1, op.hidden);
     bytes = std::max({bytes, conversion_bytes(kernels), a.in.bytes(), a.out.bytes()});
@@ -58,7 +64,8 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
       T* const bias = reinterpret_cast<T*>(scratch[thread] + bytes);
       for (const Expert& a : active) {
         char* const conversion = scratch[thread] + a.in.outer_bytes + a.in.block_bytes + a.in.row_bytes;
-        const int64_t width = a.kernels.lanes(a.in.outer), panels = (op.hidden + width - 1) / width, step = op.gated ? a.in.outer_panels / 2 : a.in.outer_panels;
+        const int64_t width = a.kernels.lanes(a.in.outer), panels = (op.hidden + width - 1) / width,
+                      step = op.gated ? a.in.outer_panels / 2 : a.in.outer_panels;
         const Share share(panels, thread, threads);
         for (int64_t at = share.first; at < share.last; at += step) {
           Lanes lanes{at * width, std::min(op.hidden - at * width, std::min(step, share.last - at) * width)};
@@ -66,22 +73,23 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
           if (op.gated) lanes.second = op.hidden + lanes.first;
           op.b1.load(a.kernels, a.e, lanes.first, lanes.count, bias);
           if (op.gated) op.b1.load(a.kernels, a.e, lanes.second, lanes.count, bias + second);
-          multiply_block(a.kernels, a.in, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
-                         [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
-                           for (int r = 0; r < used; ++r) {
-                             T* const row = block + r * ld;
-                             char* const saved = u ? u + ((a.first + row0 + r) * op.first_outputs() + lanes.first) * value : nullptr;
-                             pre_activation(a.kernels, row, bias, n);
-                             if (saved) f.store(op.type, row, saved, n);
-                             f.activate(op.activation, row, row, n);
-                             if (op.gated) {
-                               pre_activation(a.kernels, row + second, bias + second, n);
-                               if (saved) f.store(op.type, row + second, saved + op.hidden * value, n);
-                               f.multiply(row + second, row, n);
-                             }
-                           }
-                           a.h->write(row0 / a.kernels.lanes(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
-                         });
+          multiply_block(
+              a.kernels, a.in, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
+              [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
+                for (int r = 0; r < used; ++r) {
+                  T* const row = block + r * ld;
+                  char* const saved = u ? u + ((a.first + row0 + r) * op.first_outputs() + lanes.first) * value : nullptr;
+                  pre_activation(a.kernels, row, bias, n);
+                  if (saved) f.store(op.type, row, saved, n);
+                  f.activate(op.activation, row, row, n);
+                  if (op.gated) {
+                    pre_activation(a.kernels, row + second, bias + second, n);
+                    if (saved) f.store(op.type, row + second, saved + op.hidden * value, n);
+                    f.multiply(row + second, row, n);
+                  }
+                }
+                a.h->write(row0 / a.kernels.lanes(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
+              });
         }
       }
     });
@@ -91,14 +99,16 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     for (const Expert& a : active)
       blocks_of(a.kernels, a.out, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
         op.last_bias().load(a.kernels, a.e, lanes.first, lanes.count, bias);
-        multiply_block(a.kernels, a.out, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           const int64_t i = a.first + row0 + r;
-                           f.add(bias, block + r * ld, n);
-                           f.axpy(weights ? weights[i] : T(1), block + r * ld, sums.get() + rows.index[i] / rows.divisor * op.outputs + lanes.first, n);
-                         }
-                       });
+        multiply_block(
+            a.kernels, a.out, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
+            [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) {
+                const int64_t i = a.first + row0 + r;
+                f.add(bias, block + r * ld, n);
+                f.axpy(weights ? weights[i] : T(1), block + r * ld, sums.get() + rows.index[i] / rows.divisor * op.outputs + lanes.first,
+                       n);
+              }
+            });
       });
   });
 

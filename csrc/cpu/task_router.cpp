@@ -2,9 +2,9 @@
 //
 //     u = W_task task[group] + W x + b1      logits = W2 act(u) + b2
 //
-// Memory plan. The task's part of the first layer is computed once per task, [G, R], and is the bias of the product over tokens. That product's
-// epilogue writes u where it is to be saved and reduces act(u) against W2 at once: the hidden layer goes to memory only to be saved. A
-// thread sums the logits of its own hidden units; the sums of all threads are added in their order.
+// Memory plan. The task's part of the first layer is computed once per task, [G, R], and is the bias of the product over tokens. That
+// product's epilogue writes u where it is to be saved and reduces act(u) against W2 at once: the hidden layer goes to memory only to be
+// saved. A thread sums the logits of its own hidden units; the sums of all threads are added in their order.
 // Backward: a thread takes its hidden units in blocks small enough for its cache. For a block it has u (saved, or computed again), makes
 // du = (dlogits W2) act'(u) in the dtype of x, sums dW2 and the bias gradients per task, and multiplies du^T x into dW: du is never
 // whole in memory, unless dx is wanted. The task columns of dW are an outer product per task.
@@ -19,7 +19,8 @@ template <class T>
 class TaskRouter {
  public:
   TaskRouter(const Router<T>& op, const Kernels<T>& kernels)
-      : op_(op), kernels_(kernels), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)), bias_(op.bias_rows ? 0 : bias_count(op)) {}
+      : op_(op), kernels_(kernels), f_(*kernels_.rows), threads_(thread_count()), value_(size_of(op.type)),
+        bias_(op.bias_rows ? 0 : bias_count(op)) {}
 
   static int64_t bias_count(const Router<T>& op) { return op.task_inputs ? op.groups * op.hidden : op.hidden; }
 
@@ -38,13 +39,14 @@ class TaskRouter {
       T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
         op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
-        multiply_block(kernels, p, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t group0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           f_.add(b1, block + r * ld, n);
-                           std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
-                         }
-                       });
+        multiply_block(
+            kernels, p, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
+            [&](T* block, int64_t ld, int64_t group0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) {
+                f_.add(b1, block + r * ld, n);
+                std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
+              }
+            });
       });
     });
   }
@@ -67,16 +69,17 @@ class TaskRouter {
       std::fill(sum, sum + rows * op_.experts, T(0));
       blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
         load_w2(lanes.first, lanes.count, w2);
-        multiply_block(kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) {
-                           T* const row = block + r * ld;
-                           pre_activation(kernels_, row, bias(token0 + r) + lanes.first, n);
-                           if (u) f_.store(op_.type, row, u + ((token0 + r) * op_.hidden + lanes.first) * value_, n);
-                           f_.activate(op_.activation, row, row, n);
-                           for (int64_t e = 0; e < op_.experts; ++e) sum[(token0 + r) * op_.experts + e] += f_.dot(row, w2 + e * n, n);
-                         }
-                       });
+        multiply_block(
+            kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
+            [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) {
+                T* const row = block + r * ld;
+                pre_activation(kernels_, row, bias(token0 + r) + lanes.first, n);
+                if (u) f_.store(op_.type, row, u + ((token0 + r) * op_.hidden + lanes.first) * value_, n);
+                f_.activate(op_.activation, row, row, n);
+                for (int64_t e = 0; e < op_.experts; ++e) sum[(token0 + r) * op_.experts + e] += f_.dot(row, w2 + e * n, n);
+              }
+            });
       });
     });
     total(logits, sums);
@@ -114,17 +117,21 @@ class TaskRouter {
     pack_shared(kernels, x_columns, {x_rows, false}, threads_);
 
     // A block of hidden units, whose du for all rows stays in a thread's L2 cache, is computed strip by strip, whose rows stay in L1.
-    const int64_t unit = first_kernels.lanes(forward.outer), most = std::max<int64_t>(most_lanes, kernels.l2 / std::max<int64_t>(1, rows * du_value));
-    const int64_t width = round_up(std::min({op_.hidden, p.outer_panels * kernels.lanes(p.outer), most}), unit), strip = std::min(width, round_up(256, unit));
-    const int64_t plans = std::max(forward.bytes(), p.bytes()), block_du = round_up(rows * width * du_value, 64), block_u = recompute ? round_up(rows * strip * value_, 64) : 0;
+    const int64_t unit = first_kernels.lanes(forward.outer),
+                  most = std::max<int64_t>(most_lanes, kernels.l2 / std::max<int64_t>(1, rows * du_value));
+    const int64_t width = round_up(std::min({op_.hidden, p.outer_panels * kernels.lanes(p.outer), most}), unit),
+                  strip = std::min(width, round_up(256, unit));
+    const int64_t plans = std::max(forward.bytes(), p.bytes()), block_du = round_up(rows * width * du_value, 64),
+                  block_u = recompute ? round_up(rows * strip * value_, 64) : 0;
     const ThreadScratch scratch(threads_, plans + block_du + block_u + (2 * op_.experts + 5 + groups) * strip * size);
     const int64_t units = (op_.hidden + unit - 1) / unit, step = width / unit;
     parallel(threads_, [&](int64_t thread) {
       char* const du_block = scratch[thread] + plans;
       char* const u_block = du_block + block_du;
       T* const w2 = reinterpret_cast<T*>(u_block + block_u);
-      T *const dw2 = w2 + op_.experts * strip, *const pre = dw2 + op_.experts * strip, *const h = pre + strip, *const slope = h + strip, *const dh = slope + strip;
-      T *const sums = dh + 2 * strip;
+      T *const dw2 = w2 + op_.experts * strip, *const pre = dw2 + op_.experts * strip, *const h = pre + strip, *const slope = h + strip,
+               *const dh = slope + strip;
+      T* const sums = dh + 2 * strip;
       const Share share(units, thread, threads_);
       for (int64_t at = share.first; at < share.last; at += step) {
         const int64_t block_first = at * unit, block_width = std::min(op_.hidden, std::min(share.last, at + step) * unit) - block_first;
@@ -162,7 +169,8 @@ class TaskRouter {
             const Matrix m{du_block + from * du_value, block_width * du_value, du_type};
             const Lanes part{0, std::min(lanes, block_width - from)};
             char* const dw1 = grads.dw1.data + ((block_first + from) * columns + op_.task_inputs) * size_of(grads.dw1.type);
-            WgradBlock<T>(kernels, p, x_columns, m, part, scratch[thread], grads.dw1.type, dw1, columns * size_of(grads.dw1.type)).compute();
+            WgradBlock<T>(kernels, p, x_columns, m, part, scratch[thread], grads.dw1.type, dw1, columns * size_of(grads.dw1.type))
+                .compute();
           }
         }
       }
@@ -174,7 +182,9 @@ class TaskRouter {
 
  private:
   int64_t group_of_row(int64_t row) const { return op_.task_inputs ? (op_.inputs ? op_.group(row) : row) : 0; }
-  const T* bias(int64_t token) const { return (op_.bias_rows ? op_.bias_rows : bias_.get()) + (op_.task_inputs || op_.bias_rows ? op_.group(token) * op_.hidden : 0); }
+  const T* bias(int64_t token) const {
+    return (op_.bias_rows ? op_.bias_rows : bias_.get()) + (op_.task_inputs || op_.bias_rows ? op_.group(token) * op_.hidden : 0);
+  }
   Plan first_plan() const { return plan(kernels_, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
 
   void load_w2(int64_t first, int64_t n, T* to) const {
@@ -194,13 +204,14 @@ class TaskRouter {
       const ThreadScratch scratch(threads_, p.bytes());
       parallel(threads_, [&](int64_t thread) {
         blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
-          multiply_block(kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
-                         [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-                           for (int r = 0; r < used; ++r) {
-                             f_.add(bias(token0 + r) + lanes.first, block + r * ld, n);
-                             std::copy(block + r * ld, block + r * ld + n, logits + (token0 + r) * op_.hidden + lanes.first);
-                           }
-                         });
+          multiply_block(
+              kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
+              [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
+                for (int r = 0; r < used; ++r) {
+                  f_.add(bias(token0 + r) + lanes.first, block + r * ld, n);
+                  std::copy(block + r * ld, block + r * ld + n, logits + (token0 + r) * op_.hidden + lanes.first);
+                }
+              });
         });
       });
       return;
@@ -247,18 +258,20 @@ class TaskRouter {
   // u of a block of hidden units for all rows, [rows, n], by one thread.
   void pre_activations(const Kernels<T>& kernels, const Plan& p, const Shared<T>& x, const Lanes& lanes, char* scratch, char* u) {
     if (!op_.inputs) {
-      for (int64_t g = 0; g < op_.groups; ++g) f_.store(op_.type, bias_.get() + g * op_.hidden + lanes.first, u + g * lanes.count * value_, lanes.count);
+      for (int64_t g = 0; g < op_.groups; ++g)
+        f_.store(op_.type, bias_.get() + g * op_.hidden + lanes.first, u + g * lanes.count * value_, lanes.count);
       return;
     }
     const int64_t width = kernels.lanes(p.outer), most = p.outer_panels * width;
     for (int64_t from = 0; from < lanes.count; from += most)
-      multiply_block(kernels, p, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
-                     [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-                       for (int r = 0; r < used; ++r) {
-                         pre_activation(kernels, block + r * ld, bias(token0 + r) + lanes.first + from, n);
-                         f_.store(op_.type, block + r * ld, u + ((token0 + r) * lanes.count + from) * value_, n);
-                       }
-                     });
+      multiply_block(
+          kernels, p, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
+          [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
+            for (int r = 0; r < used; ++r) {
+              pre_activation(kernels, block + r * ld, bias(token0 + r) + lanes.first + from, n);
+              f_.store(op_.type, block + r * ld, u + ((token0 + r) * lanes.count + from) * value_, n);
+            }
+          });
   }
 
   // What the first layer's bias gradients [G, R] give: db1, the task columns of dw1, the tasks' own gradient.
@@ -273,13 +286,15 @@ class TaskRouter {
     if (!op_.task_inputs) return;
     if (grads.dw1) {
       const Array<T> tasks(op_.groups * op_.task_inputs), rows(threads_ * op_.task_inputs);
-      for (int64_t g = 0; g < op_.groups; ++g) f_.load(op_.type, op_.task + g * op_.task_inputs * value_, tasks.get() + g * op_.task_inputs, op_.task_inputs);
+      for (int64_t g = 0; g < op_.groups; ++g)
+        f_.load(op_.type, op_.task + g * op_.task_inputs * value_, tasks.get() + g * op_.task_inputs, op_.task_inputs);
       parallel(threads_, [&](int64_t thread) {
         const Share share(op_.hidden, thread, threads_);
         T* const row = rows.get() + thread * op_.task_inputs;
         for (int64_t r = share.first; r < share.last; ++r) {
           std::fill(row, row + op_.task_inputs, T(0));
-          for (int64_t g = 0; g < op_.groups; ++g) f_.axpy(dbias[g * op_.hidden + r], tasks.get() + g * op_.task_inputs, row, op_.task_inputs);
+          for (int64_t g = 0; g < op_.groups; ++g)
+            f_.axpy(dbias[g * op_.hidden + r], tasks.get() + g * op_.task_inputs, row, op_.task_inputs);
           f_.store_block(grads.dw1.type, row, 0, grads.dw1.data + r * columns * size_of(grads.dw1.type), 0, 1, op_.task_inputs);
         }
       });
@@ -294,7 +309,8 @@ class TaskRouter {
         const Array<T> rows(threads_ * (op_.task_inputs + count));
         parallel(threads_, [&](int64_t thread) {
           const Share share(op_.hidden, thread, threads_);
-          T *const sum = sums.get() + thread * count, *const row = rows.get() + thread * (op_.task_inputs + count), *const part = row + op_.task_inputs;
+          T *const sum = sums.get() + thread * count, *const row = rows.get() + thread * (op_.task_inputs + count),
+                   *const part = row + op_.task_inputs;
           std::fill(sum, sum + count, T(0));
           const Matrix w = op_.w1_task.matrix(0);
           for (int64_t first = share.first; first < share.last; first += step) {
@@ -314,7 +330,8 @@ class TaskRouter {
         for (int64_t s = 0; s < op_.task_inputs; ++s) {
           f_.load(w.type, w.row(s), rows.get(), op_.hidden);
           f_.round(op_.type, rows.get(), op_.hidden);
-          for (int64_t g = 0; g < op_.groups; ++g) sums[g * op_.task_inputs + s] = f_.dot(dbias.get() + g * op_.hidden, rows.get(), op_.hidden);
+          for (int64_t g = 0; g < op_.groups; ++g)
+            sums[g * op_.task_inputs + s] = f_.dot(dbias.get() + g * op_.hidden, rows.get(), op_.hidden);
         }
       }
       grads.dtask.store(kernels_, 0, sums.get(), op_.groups * op_.task_inputs);
@@ -329,10 +346,11 @@ class TaskRouter {
     const ThreadScratch scratch(threads_, p.bytes());
     parallel(threads_, [&](int64_t thread) {
       blocks_of(kernels, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        multiply_block(kernels, p, shared, [&](int64_t) { return op_.w1.inputs(0); }, lanes, scratch[thread],
-                       [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-                         for (int r = 0; r < used; ++r) f_.store(op_.type, block + r * ld, dx + ((token0 + r) * op_.inputs + lanes.first) * value_, n);
-                       });
+        multiply_block(
+            kernels, p, shared, [&](int64_t) { return op_.w1.inputs(0); }, lanes, scratch[thread],
+            [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
+              for (int r = 0; r < used; ++r) f_.store(op_.type, block + r * ld, dx + ((token0 + r) * op_.inputs + lanes.first) * value_, n);
+            });
       });
     });
   }

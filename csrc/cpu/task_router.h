@@ -7,7 +7,7 @@ namespace cmoe::cpu {
 
 template <class T>
 struct Router {
-  Type type;  // of the rows
+  Type type;                                                     // of the rows
   int64_t tokens, inputs, groups, task_inputs, hidden, experts;  // inputs 0: no x; task_inputs 0: no task; hidden: R
   const char *x, *task;
   const int64_t* group_ids;
@@ -33,8 +33,8 @@ void task_router_bias(const Router<T>& op, T* bias);
 template <class T>
 struct RouterGradients {
   const T* dlogits;
-  const char* u;      // null: computed again
-  char *dx;           // wanted where given, as all of the following
+  const char* u;                       // null: computed again
+  char* dx;                            // wanted where given, as all of the following
   Gradient dtask, dw1, db1, dw2, db2;  // dw1 [R, task inputs + inputs]
 };
 template <class T>

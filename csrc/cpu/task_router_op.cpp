@@ -13,8 +13,8 @@ template <class T>
 struct RouterArguments : Router<T> {
   Tensor x_kept, task_kept, ids_kept, w1_kept, b1_kept, w2_kept, b2_kept;
 
-  RouterArguments(const std::optional<Tensor>& x_, const std::optional<Tensor>& task_, const Tensor& w1_, const std::optional<Tensor>& b1_, const std::optional<Tensor>& w2_,
-                  const std::optional<Tensor>& b2_, const std::optional<Tensor>& ids, Activation act)
+  RouterArguments(const std::optional<Tensor>& x_, const std::optional<Tensor>& task_, const Tensor& w1_, const std::optional<Tensor>& b1_,
+                  const std::optional<Tensor>& w2_, const std::optional<Tensor>& b2_, const std::optional<Tensor>& ids, Activation act)
       : Router<T>{} {
     const Tensor& rows = x_ ? *x_ : *task_;
     this->type = type_of("x", rows);
@@ -54,8 +54,9 @@ struct RouterArguments : Router<T> {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
-                                       std::optional<Tensor> group_ids, OwnedString activation, bool save) {
+std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
+                                       std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                       OwnedString activation, bool save) {
   const Activation act = activation_of(taken(activation));
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
@@ -69,17 +70,19 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
-                                                                                std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
-                                                                                OwnedString activation, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x,
+                                                                                std::optional<Tensor> task, Tensor w1,
+                                                                                std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                                                                std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                                                                Tensor u, OwnedString activation, std::vector<bool> needs) {
   const Activation act = activation_of(taken(activation));
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
     using T = decltype(zero);
     const RouterArguments<T> op(x, task, w1, b1, w2, b2, group_ids, act);
     const Tensor dl = contiguous(dlogits), u_kept = contiguous(u);
-    Tensor dx = gradient_like(x, needs[0], rows), dtask = gradient_like(task, needs[1], rows), dw1 = gradient_like(w1, needs[2], rows), db1 = gradient_like(b1, needs[3], rows),
-           dw2 = gradient_like(w2, needs[4], rows), db2 = gradient_like(b2, needs[5], rows);
+    Tensor dx = gradient_like(x, needs[0], rows), dtask = gradient_like(task, needs[1], rows), dw1 = gradient_like(w1, needs[2], rows),
+           db1 = gradient_like(b1, needs[3], rows), dw2 = gradient_like(w2, needs[4], rows), db2 = gradient_like(b2, needs[5], rows);
     RouterGradients<T> grads{};
     grads.dlogits = static_cast<const T*>(dl.const_data_ptr());
     grads.u = u.numel() ? bytes_of(u_kept) : nullptr;

@@ -38,7 +38,10 @@ inline Type type_of(const char* name, const Tensor& t) {
   Type type = Type::f32;
   dispatch_float(name, t, [&](auto zero) {
     using V = decltype(zero);
-    type = std::is_same_v<V, double> ? Type::f64 : std::is_same_v<V, float> ? Type::f32 : std::is_same_v<V, BFloat16> ? Type::bf16 : Type::f16;
+    type = std::is_same_v<V, double>     ? Type::f64
+           : std::is_same_v<V, float>    ? Type::f32
+           : std::is_same_v<V, BFloat16> ? Type::bf16
+                                         : Type::f16;
   });
   return type;
 }
@@ -50,7 +53,8 @@ auto computing(const Tensor& x, F&& f) {
   try {
     return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
   } catch (const std::bad_alloc&) {
-    STD_TORCH_CHECK(false, "not enough memory for the scratch of an operation on x of shape ", shape(x), "; fewer rows at a time need less");
+    STD_TORCH_CHECK(false, "not enough memory for the scratch of an operation on x of shape ", shape(x),
+                    "; fewer rows at a time need less");
   }
 }
 
@@ -88,7 +92,8 @@ inline Weight weight_of(const char* name, const Tensor& w, Tensor* kept) {
   const auto next = [&](const Tensor& t, int64_t d) { return t.size(d) == 1 || t.stride(d) == 1; };
   *kept = next(w, last) || next(w, last - 1) ? w : torch::stable::contiguous(w);
   // An empty tensor has no memory, and is a weight all the same.
-  Weight view{kept->numel() ? bytes_of(*kept) : "", type_of(name, w), last == 2 ? kept->stride(0) : 0, kept->stride(last - 1), kept->stride(last)};
+  Weight view{kept->numel() ? bytes_of(*kept) : "", type_of(name, w), last == 2 ? kept->stride(0) : 0, kept->stride(last - 1),
+              kept->stride(last)};
   if (next(*kept, last)) {
     view.input = 1;
   } else {
@@ -104,7 +109,9 @@ inline Bias bias_of(const char* name, const std::optional<Tensor>& b, Tensor* ke
 }
 
 // The gradient of a tensor where it is wanted.
-inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) { return t && wanted ? fresh_like(*t) : absent(like); }
+inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) {
+  return t && wanted ? fresh_like(*t) : absent(like);
+}
 inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool wanted) {
   if (!t || !wanted) return {};
   return {bytes_of(grad), type_of("gradient", grad)};
@@ -113,7 +120,8 @@ inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool w
 inline void require_range(const char* name, const Tensor& index, int64_t size, const char* what, int64_t least = 0) {
   const int64_t* const values = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t i = 0, n = index.numel(); i < n; ++i)
-    STD_TORCH_CHECK(values[i] >= least && values[i] < size, name, " holds ", values[i], ", must be in ", least, "..", size - 1, " (", what, ")");
+    STD_TORCH_CHECK(values[i] >= least && values[i] < size, name, " holds ", values[i], ", must be in ", least, "..", size - 1, " (", what,
+                    ")");
 }
 
 // Indices of experts: 0..experts - 1, or -1 or `experts` for no expert.
@@ -123,12 +131,15 @@ inline void require_experts(const Tensor& indices, int64_t experts) {
 }
 
 // A tensor that may be missing, without gaps.
-inline std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt; }
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
 
 template <class T>
 Gates<T> gates_of(const Tensor& gates, const std::optional<Tensor>& group_ids, const char* rows_of) {
   if (group_ids) require_range("group_ids", *group_ids, gates.size(0), rows_of);
-  return {static_cast<const T*>(gates.const_data_ptr()), gates.size(0), gates.size(1), group_ids ? static_cast<const int64_t*>(group_ids->const_data_ptr()) : nullptr};
+  return {static_cast<const T*>(gates.const_data_ptr()), gates.size(0), gates.size(1),
+          group_ids ? static_cast<const int64_t*>(group_ids->const_data_ptr()) : nullptr};
 }
 
 // Selections [T, K] in the order of their experts, by a counting sort: stable, "no expert" last.
@@ -137,7 +148,8 @@ class Sorted {
  public:
   Tensor gather_idx, offsets;
 
-  Sorted(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& indices, const std::optional<Tensor>& group_ids, int64_t tokens, int64_t experts)
+  Sorted(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& indices, const std::optional<Tensor>& group_ids,
+         int64_t tokens, int64_t experts)
       : k_(indices.size(1)), row_weights_(weights ? tokens * k_ : 0) {
     const int64_t rows = tokens * k_;
     STD_TORCH_CHECK(rows <= INT32_MAX, "x has ", tokens, " tokens of ", k_, " experts each, must make at most ", INT32_MAX, " rows");
@@ -145,7 +157,8 @@ class Sorted {
     const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
     require_experts(chosen, experts);
     if (ids) require_range("group_ids", *ids, indices.size(0), "rows of indices");
-    const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k_, ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
+    const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k_,
+                         ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
     const int64_t* const named = static_cast<const int64_t*>(chosen.const_data_ptr());
     const auto expert = [&](int64_t t, int64_t i) {
       const int64_t e = named[table.row(t) * k_ + i];
@@ -168,7 +181,9 @@ class Sorted {
       }
   }
 
-  Selection selection() const { return {static_cast<const int32_t*>(offsets.const_data_ptr()), static_cast<const int64_t*>(gather_idx.const_data_ptr()), k_}; }
+  Selection selection() const {
+    return {static_cast<const int32_t*>(offsets.const_data_ptr()), static_cast<const int64_t*>(gather_idx.const_data_ptr()), k_};
+  }
   const T* weights() const { return row_weights_.size() ? row_weights_.get() : nullptr; }
 
  private:

@@ -1,17 +1,17 @@
 // topk_gate on the CPU.
 //
-//     indices[t]       = the k experts that rank first in selection[t] (default: logits[t]); NaN is the greatest, as torch.sort has it, equals
-//                        rank by index, and a chosen -inf becomes the index E, "no expert"
+//     indices[t]       = the k experts that rank first in selection[t] (default: logits[t]); NaN is the greatest, as torch.sort has it,
+//                        equals rank by index, and a chosen -inf becomes the index E, "no expert"
 //     weights[t, i]    = scale * score(l[t, indices[t, i]]), divided by the sum over the chosen if renormalize
 //     dlogits          : with the weights before the scale and d = scale * dweights, total = sum_i d_i weights_i;
 //                        dpicked_i = weights_i (d_i - total) if renormalize else weights_i d_i;
 //                        sigmoid:      dpicked_i *= sigmoid(-l_i);  softmax over all:  dlogits_e = -softmax(l)_e * total, then + dpicked
 //
-// Memory plan: 16 rows are computed side by side, in a block that stays in the first-level cache; some blocks of [E, 16] and [K, 16] values per
-// thread are all the scratch. With a selection, choosing and weighing are two loops over the rows, each compiled for one dtype (selection and
-// logits may differ) and not for every pair of them. Choosing takes k scans of a block; for a large k a heap inside the row of the
-// output, O(E log k). Counts are integers per chunk of rows, summed at the end: no atomics, the same for any number of threads. Backward
-// recomputes the weights from logits and indices, so that these two are all it needs saved.
+// Memory plan: 16 rows are computed side by side, in a block that stays in the first-level cache; some blocks of [E, 16] and [K, 16] values
+// per thread are all the scratch. With a selection, choosing and weighing are two loops over the rows, each compiled for one dtype
+// (selection and logits may differ) and not for every pair of them. Choosing takes k scans of a block; for a large k a heap inside the row
+// of the output, O(E log k). Counts are integers per chunk of rows, summed at the end: no atomics, the same for any number of threads.
+// Backward recomputes the weights from logits and indices, so that these two are all it needs saved.
 
 #include <atomic>
 #include <limits>
@@ -107,7 +107,8 @@ struct Weighing {
 
   static int64_t size(int64_t experts, int64_t k) { return (3 * k + 2 * experts + 1) * lanes; }
   Weighing(const RowFunctions<A>& functions, Score s, bool divide, int64_t e, int64_t chosen, A* scratch)
-      : f(functions), score(s), renormalize(divide), experts(e), k(chosen), picked(scratch), weights(picked + k * lanes), all(weights + k * lanes), tails(all + experts * lanes) {}
+      : f(functions), score(s), renormalize(divide), experts(e), k(chosen), picked(scratch), weights(picked + k * lanes),
+        all(weights + k * lanes), tails(all + experts * lanes) {}
 
   // x [n, 16] to its softmax over n; zeros in the lanes of nothing but -inf.
   void softmax(const A* x, int64_t n, A* y) const {
@@ -137,7 +138,8 @@ struct Weighing {
     } else if (score == Score::sigmoid) {
       sigmoid_tails(f, picked, k, A(0), tails);
       each_vector<A>([&](int64_t lane) {
-        for (int64_t i = 0; i < k; ++i) V::store(weights + i * lanes + lane, 1 / (V::load(tails + k * lanes + lane) + V::load(tails + i * lanes + lane)));
+        for (int64_t i = 0; i < k; ++i)
+          V::store(weights + i * lanes + lane, 1 / (V::load(tails + k * lanes + lane) + V::load(tails + i * lanes + lane)));
       });
       divide(k, weights);
     } else if (renormalize) {
@@ -169,13 +171,15 @@ struct Weighing {
 void require_indices(const Tensor& indices, int64_t experts) {
   const auto* data = static_cast<const int64_t*>(indices.const_data_ptr());
   for (int64_t i = 0; i < indices.numel(); ++i) {
-    STD_TORCH_CHECK(data[i] >= 0 && data[i] <= experts, "indices holds ", data[i], ", must be in 0..", experts, " (", experts, " is no expert)");
+    STD_TORCH_CHECK(data[i] >= 0 && data[i] <= experts, "indices holds ", data[i], ", must be in 0..", experts, " (", experts,
+                    " is no expert)");
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedString score_name, bool renormalize, double scale, std::optional<Tensor> selection) {
+std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedString score_name, bool renormalize, double scale,
+                                             std::optional<Tensor> selection) {
   const Score score = take_score(score_name);
   require_2d("logits", logits, "[T, E]");
   const int64_t tokens = logits.size(0), experts = logits.size(1);
@@ -214,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedStri
   };
   if (selection) {
     dispatch_float("selection", *selection, [&](auto zero) {
-      chunks.run([&](int64_t chunk, int64_t first, int64_t last) { choose(zero, *selection, chunk, first, last, [](int64_t, int64_t) {}); });
+      chunks.run(
+          [&](int64_t chunk, int64_t first, int64_t last) { choose(zero, *selection, chunk, first, last, [](int64_t, int64_t) {}); });
     });
   }
   dispatch_float("logits", logits, [&](auto zero) {
@@ -251,7 +256,8 @@ Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedS
   require_2d("logits", logits, "[T, E]");
   require_2d("indices", indices, "[T, K]");
   const int64_t tokens = logits.size(0), experts = logits.size(1), k = indices.size(1);
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices must be int64, got ", torch::headeronly::toString(indices.scalar_type()));
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices must be int64, got ",
+                  torch::headeronly::toString(indices.scalar_type()));
   require_shape("indices", indices, tokens, k, "logits in its rows");
   require_shape("dweights", dweights, tokens, k, "indices");
 

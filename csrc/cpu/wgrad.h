@@ -1,9 +1,9 @@
 // The product for dW = dy^T x: columns of dy, the outer lanes, against columns of x, the shared lanes; k runs over tokens.
 //
-// The panels of a block of dy are packed once, for all of k. A block of sums stays in the L2 cache until k is done, and then its rows are stored.
-// Under AMX, finished sums are stored one product late, beside the products that follow: a gradient is written once and not read again here.
-// With tokens of one or two chunks its sums are finished in one run of k: they take a row of cells in L1 (one chunk: two cells), x's block
-// takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
+// The panels of a block of dy are packed once, for all of k. A block of sums stays in the L2 cache until k is done, and then its rows are
+// stored. Under AMX, finished sums are stored one product late, beside the products that follow: a gradient is written once and not read
+// again here. With tokens of one or two chunks its sums are finished in one run of k: they take a row of cells in L1 (one chunk: two
+// cells), x's block takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
 #pragma once
 
 #include "gemm.h"
@@ -14,13 +14,15 @@ namespace cmoe::cpu {
 constexpr int64_t most_packed_outer = 16 << 20;
 
 template <class T>
-Plan wgrad_plan(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_lanes, int64_t k, int64_t threads, int64_t most_packed = most_packed_outer) {
+Plan wgrad_plan(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_lanes, int64_t k, int64_t threads,
+                int64_t most_packed = most_packed_outer) {
   const Microkernel& gemm = *kernels.gemm;
   Plan p{};
   p.outer = Side::a;
   p.shared = Side::b;
   const int64_t ol = gemm.a_lanes, sl = gemm.b_lanes, cell = ol * sl * static_cast<int64_t>(sizeof(T)), element = kernels.element();
-  const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)), all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
+  const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
+                all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t depth = std::max<int64_t>(1, round_up(k, gemm.k_step)) * element;
   const bool beside = gemm.multiply_and_store;
   p.run = beside && k <= 2 * gemm.k_chunk ? 2 : 1;
@@ -39,8 +41,10 @@ Plan wgrad_plan(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_l
 template <class T>
 class WgradBlock {
  public:
-  WgradBlock(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Matrix& dy, const Lanes& lanes, char* scratch, Type type, char* to, int64_t stride)
-      : kernels_(kernels), gemm_(*kernels.gemm), p_(p), shared_(shared), chunks_(shared.chunks()), count_(static_cast<int64_t>(chunks_.size())), dy_(dy), lanes_(lanes), packed_(scratch),
+  WgradBlock(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Matrix& dy, const Lanes& lanes, char* scratch,
+             Type type, char* to, int64_t stride)
+      : kernels_(kernels), gemm_(*kernels.gemm), p_(p), shared_(shared), chunks_(shared.chunks()),
+        count_(static_cast<int64_t>(chunks_.size())), dy_(dy), lanes_(lanes), packed_(scratch),
         block_(reinterpret_cast<T*>(scratch + p.outer_bytes)), type_(type), to_(to), stride_(stride) {}
 
   void compute() {
@@ -65,7 +69,9 @@ class WgradBlock {
   }
 
  private:
-  char* panel(int64_t o, const Chunk& chunk) const { return packed_ + ((chunk.start - chunks_[packed_from_].start) * panels_ + o * chunk.padded) * ol_ * element_; }
+  char* panel(int64_t o, const Chunk& chunk) const {
+    return packed_ + ((chunk.start - chunks_[packed_from_].start) * panels_ + o * chunk.padded) * ol_ * element_;
+  }
   int used(int64_t o) const { return static_cast<int>(std::min(ol_, lanes_.count - o * ol_)); }
   T* sums(int64_t o, int64_t s) const { return block_ + (o * p_.shared_panels + s) * ol_ * sl_; }
   char* row(int64_t o, int64_t s) const { return to_ + o * ol_ * stride_ + s * sl_ * size_of(type_); }
@@ -74,7 +80,8 @@ class WgradBlock {
     packed_from_ = c0;
     char* const conversion = packed_ + p_.outer_bytes + p_.block_bytes + p_.row_bytes;
     for (int64_t c = c0; c < c1; ++c)
-      pack_panels(kernels_, Side::a, Operand{dy_, false}, lanes_.first, lanes_.count, chunks_[c].k0, chunks_[c].k, panel(0, chunks_[c]), chunks_[c].padded * ol_ * element_, conversion);
+      pack_panels(kernels_, Side::a, Operand{dy_, false}, lanes_.first, lanes_.count, chunks_[c].k0, chunks_[c].k, panel(0, chunks_[c]),
+                  chunks_[c].padded * ol_ * element_, conversion);
   }
 
   // One chunk; after the last one, rows as long as the block of shared lanes.
@@ -103,7 +110,8 @@ class WgradBlock {
     for (int64_t o = 0; o < panels_; ++o) {
       for (int64_t c = c0; c < c1; ++c) {
         const Chunk& chunk = chunks_[c];
-        const PrefetchShares next = o + 1 < panels_ ? PrefetchShares(panel(o + 1, chunk), chunk.padded * ol_ * element_, s1 - s0) : PrefetchShares();
+        const PrefetchShares next =
+            o + 1 < panels_ ? PrefetchShares(panel(o + 1, chunk), chunk.padded * ol_ * element_, s1 - s0) : PrefetchShares();
         for (int64_t s = s0; s < s1; ++s) {
           T* const to = count_ == 1 ? sums(0, turn_++ % 2) : sums(one_run ? 0 : o, s - s0);
           multiply_and_store(o, chunk, s, to, c > 0, next[s - s0]);
@@ -115,17 +123,22 @@ class WgradBlock {
   }
 
   void multiply_and_store(int64_t o, const Chunk& chunk, int64_t s, T* to, bool add, const Prefetch& prefetch) {
-    const bool lines = type_ == gemm_.panel && (reinterpret_cast<uintptr_t>(to_) | static_cast<uintptr_t>(stride_)) % 64 == 0;  // every cell begins one
+    const bool lines =
+        type_ == gemm_.panel && (reinterpret_cast<uintptr_t>(to_) | static_cast<uintptr_t>(stride_)) % 64 == 0;  // every cell begins one
     if (finished_.sums && lines && finished_.rows == ol_ && finished_.columns == sl_) {
-      gemm_.multiply_and_store(panel(o, chunk), packed_stride(kernels_), shared_.at(s, chunk), to, chunk.padded, used(o), add, prefetch, finished_);
+      gemm_.multiply_and_store(panel(o, chunk), packed_stride(kernels_), shared_.at(s, chunk), to, chunk.padded, used(o), add, prefetch,
+                               finished_);
       finished_.sums = nullptr;
     } else {
-      gemm_.multiply[static_cast<int>(Side::a)](panel(o, chunk), packed_stride(kernels_), shared_.at(s, chunk), to, chunk.padded, used(o), add, prefetch);
+      gemm_.multiply[static_cast<int>(Side::a)](panel(o, chunk), packed_stride(kernels_), shared_.at(s, chunk), to, chunk.padded, used(o),
+                                                add, prefetch);
       store_finished();
     }
   }
   void store_finished() {
-    if (finished_.sums) kernels_.rows->store_block(type_, static_cast<const T*>(finished_.sums), sl_, finished_.to, stride_, finished_.rows, finished_.columns);
+    if (finished_.sums)
+      kernels_.rows->store_block(type_, static_cast<const T*>(finished_.sums), sl_, finished_.to, stride_, finished_.rows,
+                                 finished_.columns);
     finished_.sums = nullptr;
   }
 

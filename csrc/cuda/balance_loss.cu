@@ -1,20 +1,21 @@
 // balance_loss on the GPU.
 //
-//     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count, f_e = share of the selections that went to e
+//     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count,
+//                                               f_e = share of the selections that went to e
 //     importance   E sum_e d_e^2                d_e = m_e / sum_j m_j - 1/E: zero where there is no mass
 //     z            sum_t logsumexp(scores[t])^2 / n
 //     the mean over the segments that hold a token that counts; without segments all tokens are one.
 //
 // d loss / d scores[t, e] is one slope per segment and expert for every token that counts (for "z" a factor on logsumexp times softmax).
 //
-// Without segments: each block sums a range of the tokens into a row of partials, one block adds the rows and makes the loss or the slopes of
-// them, and backward then writes the gradient in one pass. With segments, whose labels come sorted: block i serves every position i,
-// i + blocks ... at which a label begins, finds its end by bisection, and sums the segment alone, in token order; partials are a block's sum
-// of losses and how many segments it found. Backward does that first, since the mean needs their number, and then once more to write.
+// Without segments: each block sums a range of the tokens into a row of partials, one block adds the rows and makes the loss or the slopes
+// of them, and backward then writes the gradient in one pass. With segments, whose labels come sorted: block i serves every position i,
+// i + blocks ... at which a label begins, finds its end by bisection, and sums the segment alone, in token order; partials are a block's
+// sum of losses and how many segments it found. Backward does that first, since the mean needs their number, and then once more to write.
 // Blocks and ranges follow from the shape alone, and sums run in one order: the same bits on every GPU. No [segments, E], no one-hot.
 //
-// Sums over tokens: `width` lanes lie along a row, the other threads along the tokens; partial sums of a column meet by shuffles and in shared
-// memory. Selections are counted in shared memory by integer atomics. Shared memory: 2 E values.
+// Sums over tokens: `width` lanes lie along a row, the other threads along the tokens; partial sums of a column meet by shuffles and in
+// shared memory. Selections are counted in shared memory by integer atomics. Shared memory: 2 E values.
 
 #include "balance_loss.h"
 
@@ -176,7 +177,8 @@ struct Sums {
       float total = 0.0f, square = 0.0f;
       each([&](int64_t e) { total += mass[e]; });
       total = block_sum(total);
-      const float mean = total / experts, inverse = total == 0.0f ? 0.0f : 1.0f / total, slope = 2.0f * experts * (total == 0.0f ? 1.0f : inverse);
+      const float mean = total / experts, inverse = total == 0.0f ? 0.0f : 1.0f / total,
+                  slope = 2.0f * experts * (total == 0.0f ? 1.0f : inverse);
       // E sum p^2 - 1 in terms of d = p - 1/E: no difference of nearly equal numbers, and exactly zero at balance.
       const auto deviation = [&](int64_t e) { return (mass[e] - mean) * inverse; };
       each([&](int64_t e) { square += deviation(e) * deviation(e); });
@@ -203,13 +205,16 @@ __device__ Sums shared_sums(unsigned char* memory, const BalanceLoss& op) {
 
 // The gradient of the rows of a span: slopes [E] times a factor, zero for a token that does not count.
 template <class T>
-__device__ void spread(const BalanceLoss& op, const Rows<T>& scores, const Span& span, int width, const float* slopes, float factor, T* dscores) {
+__device__ void spread(const BalanceLoss& op, const Rows<T>& scores, const Span& span, int width, const float* slopes, float factor,
+                       T* dscores) {
   each_row(op, span, width, [&](const Place& p, bool counted) {
     T* const row = dscores + p.t * op.experts;
     if (op.kind == Kind::z) {
       const LogSumExp<T> sum(p, scores, op.experts);
       const float z = sum.value();
-      if (p.live) p.each(op.experts, [&](int64_t e) { row[e] = from_float<T>(counted ? slopes[e] * factor * z * sum.softmax(scores(p.t, e)) : 0.0f); });
+      if (p.live)
+        p.each(op.experts,
+               [&](int64_t e) { row[e] = from_float<T>(counted ? slopes[e] * factor * z * sum.softmax(scores(p.t, e)) : 0.0f); });
     } else if (p.live) {
       p.each(op.experts, [&](int64_t e) { row[e] = from_float<T>(counted ? slopes[e] * factor : 0.0f); });
     }
@@ -220,7 +225,8 @@ __device__ void spread(const BalanceLoss& op, const Rows<T>& scores, const Span&
 __host__ __device__ inline int64_t part_size(int64_t experts) { return 2 + 2 * experts; }
 
 template <class T>
-__global__ void __launch_bounds__(row_threads, row_residents) balance_loss_sums_kernel(BalanceLoss op, Rows<T> scores, float* parts, int64_t range, int width) {
+__global__ void __launch_bounds__(row_threads, row_residents)
+    balance_loss_sums_kernel(BalanceLoss op, Rows<T> scores, float* parts, int64_t range, int width) {
   CU_DYNAMIC_SHARED(memory);
   Sums sums = shared_sums(memory, op);
   const int64_t first = blockIdx.x * range;
@@ -238,7 +244,8 @@ __global__ void __launch_bounds__(row_threads, row_residents) balance_loss_sums_
 }
 
 // The loss, or the slopes [E] of the gradient where these are wanted.
-__global__ void __launch_bounds__(row_threads, row_residents) balance_loss_statistic_kernel(BalanceLoss op, const float* parts, int64_t count, float* loss, float* slopes, int width) {
+__global__ void __launch_bounds__(row_threads, row_residents)
+    balance_loss_statistic_kernel(BalanceLoss op, const float* parts, int64_t count, float* loss, float* slopes, int width) {
   CU_DYNAMIC_SHARED(memory);
   Sums sums = shared_sums(memory, op);
   const int64_t size = part_size(op.experts);
@@ -251,7 +258,9 @@ __global__ void __launch_bounds__(row_threads, row_residents) balance_loss_stati
   sums.tokens = block_sum(tokens);
   sums.squares = block_sum(squares);
   if (op.kind != Kind::z) column_sums(count, op.experts, width, sums.mass, [&](int64_t p, int64_t e) { return parts[p * size + 2 + e]; });
-  if (op.indices.data) column_sums(count, op.experts, width, sums.selected, [&](int64_t p, int64_t e) { return static_cast<int>(__float_as_uint(parts[p * size + 2 + op.experts + e])); });
+  if (op.indices.data)
+    column_sums(count, op.experts, width, sums.selected,
+                [&](int64_t p, int64_t e) { return static_cast<int>(__float_as_uint(parts[p * size + 2 + op.experts + e])); });
   const float value = sums.statistic(op);
   if (!slopes && threadIdx.x == 0) *loss = value;
   for (int64_t e = threadIdx.x; slopes && e < op.experts; e += row_threads) slopes[e] = sums.mass[e];
@@ -267,7 +276,8 @@ __global__ void __launch_bounds__(row_threads, row_residents)
 // Losses of this block's segments and how many they are, into parts; or the gradient, where dscores is given, with the mean's weight.
 template <class T>
 __global__ void __launch_bounds__(row_threads, row_residents)
-    balance_loss_segments_kernel(BalanceLoss op, Rows<T> scores, float* parts, const float* dloss, const float* weight, T* dscores, int width) {
+    balance_loss_segments_kernel(BalanceLoss op, Rows<T> scores, float* parts, const float* dloss, const float* weight, T* dscores,
+                                 int width) {
   CU_DYNAMIC_SHARED(memory);
   Sums sums = shared_sums(memory, op);
   float loss = 0.0f;
@@ -297,7 +307,8 @@ __global__ void __launch_bounds__(row_threads, row_residents)
 }
 
 // The mean loss, and what a segment weighs in it.
-__global__ void __launch_bounds__(row_threads, row_residents) balance_loss_mean_kernel(const float* parts, int64_t count, float* mean, float* weight) {
+__global__ void __launch_bounds__(row_threads, row_residents)
+    balance_loss_mean_kernel(const float* parts, int64_t count, float* mean, float* weight) {
   float loss = 0.0f;
   int filled = 0;
   for (int64_t p = threadIdx.x; p < count; p += row_threads) {
@@ -327,11 +338,14 @@ void sums(const char* name, const BalanceLoss& op, const Scratch& scratch, float
   const dim3 grid(static_cast<unsigned>(count));
   const Rows<T> scores(op.scores);
   if (op.labels) {
-    launch(name, balance_loss_segments_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.parts, nullptr, nullptr, nullptr, width);
+    launch(name, balance_loss_segments_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.parts, nullptr, nullptr,
+           nullptr, width);
     launch(name, balance_loss_mean_kernel, 1, row_threads, 0, stream, scratch.parts, count, loss ? loss : scratch.slopes, scratch.weight);
   } else {
-    launch(name, balance_loss_sums_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.parts, range_of(op.tokens), width);
-    launch(name, balance_loss_statistic_kernel, 1, row_threads, shared_bytes(op), stream, op, scratch.parts, count, loss, loss ? nullptr : scratch.slopes, width);
+    launch(name, balance_loss_sums_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.parts, range_of(op.tokens),
+           width);
+    launch(name, balance_loss_statistic_kernel, 1, row_threads, shared_bytes(op), stream, op, scratch.parts, count, loss,
+           loss ? nullptr : scratch.slopes, width);
   }
 }
 
@@ -340,7 +354,8 @@ void sums(const char* name, const BalanceLoss& op, const Scratch& scratch, float
 int64_t balance_loss_scratch(const BalanceLoss& op) { return 1 + op.experts + parts_of(op) * (op.labels ? 2 : part_size(op.experts)); }
 
 void balance_loss(const BalanceLoss& op, float* loss, float* scratch, Stream stream) {
-  dispatch("balance_loss", op.scores.type, [&](auto zero) { sums<decltype(zero)>("balance_loss", op, Scratch(op, scratch), loss, stream); });
+  dispatch("balance_loss", op.scores.type,
+           [&](auto zero) { sums<decltype(zero)>("balance_loss", op, Scratch(op, scratch), loss, stream); });
 }
 
 void balance_loss_backward(const BalanceLoss& op, const float* dloss, void* dscores, float* memory, Stream stream) {
@@ -354,9 +369,11 @@ void balance_loss_backward(const BalanceLoss& op, const float* dloss, void* dsco
     const Rows<T> scores(op.scores);
     T* const out = static_cast<T*>(dscores);
     if (op.labels) {
-      launch(name, balance_loss_segments_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, nullptr, dloss, scratch.weight, out, width);
+      launch(name, balance_loss_segments_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, nullptr, dloss, scratch.weight,
+             out, width);
     } else {
-      launch(name, balance_loss_bwd_kernel<T>, grid, row_threads, 0, stream, op, scores, scratch.slopes, dloss, out, range_of(op.tokens), width);
+      launch(name, balance_loss_bwd_kernel<T>, grid, row_threads, 0, stream, op, scores, scratch.slopes, dloss, out, range_of(op.tokens),
+             width);
     }
   });
 }

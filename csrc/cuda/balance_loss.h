@@ -12,9 +12,9 @@ struct BalanceLoss {
   Matrix scores;  // [T, E]
   int64_t tokens, experts;
   Kind kind;
-  Indices indices;              // [T, K], or none
+  Indices indices;  // [T, K], or none
   int64_t k = 1;
-  const bool* mask = nullptr;   // [T]
+  const bool* mask = nullptr;     // [T]
   const float* counts = nullptr;  // [E], in place of the indices
   const float* total = nullptr;   // [1], what counts are a share of; null: their sum
   // With segments: their labels [T], sorted, and the token of each.

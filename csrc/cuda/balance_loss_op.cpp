@@ -11,8 +11,8 @@ namespace {
 
 // torch.sort(labels, stable=True)
 std::pair<Tensor, Tensor> sorted(const Tensor& labels) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(labels), torch::stable::detail::from(std::optional<bool>(true)), torch::stable::detail::from(int64_t{0}),
-                                    torch::stable::detail::from(false)};
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(labels), torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
@@ -23,8 +23,8 @@ struct Call {
   std::optional<Tensor> mask, labels, order, counts, total;
   Tensor scratch;
 
-  Call(const Tensor& scores, const std::optional<Tensor>& indices, const std::optional<Tensor>& mask_, OwnedString kind_name, const std::optional<Tensor>& segments,
-       const std::optional<Tensor>& counts_, const std::optional<Tensor>& total_) {
+  Call(const Tensor& scores, const std::optional<Tensor>& indices, const std::optional<Tensor>& mask_, OwnedString kind_name,
+       const std::optional<Tensor>& segments, const std::optional<Tensor>& counts_, const std::optional<Tensor>& total_) {
     const std::string kind = taken(kind_name);
     STD_TORCH_CHECK(kind == "switch" || kind == "importance" || kind == "z", "kind is '", kind, "', must be one of switch, importance, z");
     require_2d("scores", scores, "[T, E]");
@@ -57,22 +57,25 @@ struct Call {
 
 }  // namespace
 
-Tensor balance_loss(Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind, std::optional<Tensor> segments, std::optional<Tensor> counts,
-                    std::optional<Tensor> total) {
+Tensor balance_loss(Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind,
+                    std::optional<Tensor> segments, std::optional<Tensor> counts, std::optional<Tensor> total) {
   const OnDevice on(scores);
   Call call(scores, indices, mask, kind, segments, counts, total);
-  Tensor loss = call.op.tokens ? torch::stable::new_empty(scores, {}, ScalarType::Float) : torch::stable::new_zeros(scores, {}, ScalarType::Float);
+  Tensor loss =
+      call.op.tokens ? torch::stable::new_empty(scores, {}, ScalarType::Float) : torch::stable::new_zeros(scores, {}, ScalarType::Float);
   if (call.op.tokens) balance_loss(call.op, data<float>(loss), data<float>(call.scratch), on.stream);
   return loss;
 }
 
-Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind, std::optional<Tensor> segments,
-                             std::optional<Tensor> counts, std::optional<Tensor> total) {
+Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> indices, std::optional<Tensor> mask, OwnedString kind,
+                             std::optional<Tensor> segments, std::optional<Tensor> counts, std::optional<Tensor> total) {
   const OnDevice on(scores);
   Call call(scores, indices, mask, kind, segments, counts, total);
   const Tensor exact = torch::stable::to(dloss, ScalarType::Float);
   Tensor dscores = torch::stable::new_empty(scores, {call.op.tokens, call.op.experts});
-  if (call.op.tokens) balance_loss_backward(call.op, static_cast<const float*>(exact.const_data_ptr()), dscores.mutable_data_ptr(), data<float>(call.scratch), on.stream);
+  if (call.op.tokens)
+    balance_loss_backward(call.op, static_cast<const float*>(exact.const_data_ptr()), dscores.mutable_data_ptr(), data<float>(call.scratch),
+                          on.stream);
   return dscores;
 }
 

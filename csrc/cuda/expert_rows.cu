@@ -29,7 +29,8 @@ __device__ inline float sum_of_warp(float v) {
 
 // out[i] = the table's element for selection (t, c) = order[i], or i itself.
 __global__ void __launch_bounds__(block)
-    per_token_kernel(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* ids, const int64_t* order, int64_t count, int64_t columns, float* out) {
+    per_token_kernel(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* ids, const int64_t* order,
+                     int64_t count, int64_t columns, float* out) {
   for (int64_t i = int64_t{blockIdx.x} * block + threadIdx.x; i < count; i += int64_t{gridDim.x} * block) {
     const int64_t selection = order ? order[i] : i, t = selection / columns;
     const int64_t g = ids ? ids[t] : groups == 1 ? 0 : t;
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(block)
   }
 }
 
-__global__ void __launch_bounds__(block) sum_per_group_kernel(const float* rows, const int64_t* ids, int64_t tokens, int64_t groups, int64_t columns, float* out) {
+__global__ void __launch_bounds__(block)
+    sum_per_group_kernel(const float* rows, const int64_t* ids, int64_t tokens, int64_t groups, int64_t columns, float* out) {
   CU_SHARED(float, sums, block / 32);
   for (int64_t i = blockIdx.x; i < groups * columns; i += gridDim.x) {
     const int64_t g = i / columns, c = i - g * columns;
@@ -78,7 +80,8 @@ __global__ void __launch_bounds__(block) scaled_rows_kernel(RowOperand x, Groups
 }
 
 template <class T>
-__global__ void __launch_bounds__(block) activation_gradient_kernel(RowOperand dy, const T* u, int64_t rows, int64_t width, Activation f, T* du) {
+__global__ void __launch_bounds__(block)
+    activation_gradient_kernel(RowOperand dy, const T* u, int64_t rows, int64_t width, Activation f, T* du) {
   const Elements<T> from{dy.data, dy.type == Type::f32};
   for_rows(rows, width, [&](int64_t r, int64_t n) {
     const int64_t source = source_row(dy.index, dy.divisor, r, rows), at = r * width + n;
@@ -88,7 +91,8 @@ __global__ void __launch_bounds__(block) activation_gradient_kernel(RowOperand d
 
 // A warp to a weight: its lanes share the row of dy.
 template <class T>
-__global__ void __launch_bounds__(block) weight_gradients_kernel(const float* parts, int64_t tiles, int64_t count, RowOperand dy, BiasTable<T> b, int64_t width, Groups groups, float* out) {
+__global__ void __launch_bounds__(block) weight_gradients_kernel(const float* parts, int64_t tiles, int64_t count, RowOperand dy,
+                                                                 BiasTable<T> b, int64_t width, Groups groups, float* out) {
   const Elements<T> from{dy.data, dy.type == Type::f32};
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int64_t i = int64_t{blockIdx.x} * (block / 32) + threadIdx.x / 32; i < count; i += int64_t{gridDim.x} * (block / 32)) {
@@ -125,25 +129,31 @@ __global__ void settled_offsets_kernel(const int32_t* offsets, int64_t stride, i
 
 }  // namespace
 
-void per_row(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, const int64_t* order, int64_t rows, int64_t k, float* out, Stream stream) {
+void per_row(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, const int64_t* order, int64_t rows,
+             int64_t k, float* out, Stream stream) {
   if (!rows) return;
-  launch("per_row", per_token_kernel, blocks_for((rows + block - 1) / block), block, 0, stream, table, row, column, groups, group_ids, order, rows, k, out);
+  launch("per_row", per_token_kernel, blocks_for((rows + block - 1) / block), block, 0, stream, table, row, column, groups, group_ids,
+         order, rows, k, out);
 }
 
-void per_token(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, int64_t tokens, int64_t columns, float* out, Stream stream) {
+void per_token(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, int64_t tokens, int64_t columns,
+               float* out, Stream stream) {
   per_row(table, row, column, groups, group_ids, nullptr, tokens * columns, columns, out, stream);
 }
 
-void sum_per_group(const float* rows, const int64_t* group_ids, int64_t tokens, int64_t groups, int64_t columns, float* out, Stream stream) {
+void sum_per_group(const float* rows, const int64_t* group_ids, int64_t tokens, int64_t groups, int64_t columns, float* out,
+                   Stream stream) {
   if (!groups || !columns) return;
-  launch("sum_per_group", sum_per_group_kernel, blocks_for(groups * columns), block, 0, stream, rows, group_ids, tokens, groups, columns, out);
+  launch("sum_per_group", sum_per_group_kernel, blocks_for(groups * columns), block, 0, stream, rows, group_ids, tokens, groups, columns,
+         out);
 }
 
 void sum_selections(Type type, const void* rows, int64_t tokens, int64_t k, int64_t width, void* y, Stream stream) {
   if (!tokens || !width) return;
   dispatch("sum_selections", type, [&](auto zero) {
     using T = decltype(zero);
-    launch("sum_selections", sum_selections_kernel<T>, blocks_for(tokens), block, 0, stream, static_cast<const T*>(rows), tokens, k, width, static_cast<T*>(y));
+    launch("sum_selections", sum_selections_kernel<T>, blocks_for(tokens), block, 0, stream, static_cast<const T*>(rows), tokens, k, width,
+           static_cast<T*>(y));
   });
 }
 
@@ -156,20 +166,24 @@ void scaled_rows(Type type, const RowOperand& x, const Groups& groups, const Sca
   });
 }
 
-void activation_gradient(Type type, const RowOperand& dy, const void* u, int64_t rows, int64_t width, Activation f, void* du, Stream stream) {
+void activation_gradient(Type type, const RowOperand& dy, const void* u, int64_t rows, int64_t width, Activation f, void* du,
+                         Stream stream) {
   if (!rows || !width) return;
   dispatch("activation_gradient", type, [&](auto zero) {
     using T = decltype(zero);
-    launch("activation_gradient", activation_gradient_kernel<T>, blocks_for(rows), block, 0, stream, dy, static_cast<const T*>(u), rows, width, f, static_cast<T*>(du));
+    launch("activation_gradient", activation_gradient_kernel<T>, blocks_for(rows), block, 0, stream, dy, static_cast<const T*>(u), rows,
+           width, f, static_cast<T*>(du));
   });
 }
 
-void weight_gradients(const float* parts, int64_t tiles, const RowOperand& dy, Type type, const Table& b, int64_t width, const Groups& groups, float* out, Stream stream) {
+void weight_gradients(const float* parts, int64_t tiles, const RowOperand& dy, Type type, const Table& b, int64_t width,
+                      const Groups& groups, float* out, Stream stream) {
   const int64_t count = groups.rows * (groups.offsets ? 1 : groups.experts);
   if (!count) return;
   dispatch("weight_gradients", type, [&](auto zero) {
     using T = decltype(zero);
-    launch("weight_gradients", weight_gradients_kernel<T>, blocks_for((count + block / 32 - 1) / (block / 32)), block, 0, stream, parts, tiles, count, dy, BiasTable<T>(b), width, groups, out);
+    launch("weight_gradients", weight_gradients_kernel<T>, blocks_for((count + block / 32 - 1) / (block / 32)), block, 0, stream, parts,
+           tiles, count, dy, BiasTable<T>(b), width, groups, out);
   });
 }
 

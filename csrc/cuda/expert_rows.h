@@ -8,10 +8,12 @@ namespace cmoe::cuda {
 
 // out [tokens, columns] = the row of the table that each token has: its group's, or its own where there are no ids; zeros for an id outside
 // 0..groups - 1.
-void per_token(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, int64_t tokens, int64_t columns, float* out, Stream stream);
+void per_token(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, int64_t tokens, int64_t columns,
+               float* out, Stream stream);
 
 // out [rows] = the weights of selections in the order of the experts: row i is selection order[i] % k of token order[i] / k.
-void per_row(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, const int64_t* order, int64_t rows, int64_t k, float* out, Stream stream);
+void per_row(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* group_ids, const int64_t* order, int64_t rows,
+             int64_t k, float* out, Stream stream);
 
 // out [groups, columns] = the sum over the tokens of each group of rows [tokens, columns]; without ids one group has all.
 void sum_per_group(const float* rows, const int64_t* group_ids, int64_t tokens, int64_t groups, int64_t columns, float* out, Stream stream);
@@ -23,11 +25,13 @@ void sum_selections(Type type, const void* rows, int64_t tokens, int64_t k, int6
 void scaled_rows(Type type, const RowOperand& x, const Groups& groups, const Scale& scale, int64_t width, void* out, Stream stream);
 
 // du [rows, width] = dy f'(u), u like du.
-void activation_gradient(Type type, const RowOperand& dy, const void* u, int64_t rows, int64_t width, Activation f, void* du, Stream stream);
+void activation_gradient(Type type, const RowOperand& dy, const void* u, int64_t rows, int64_t width, Activation f, void* du,
+                         Stream stream);
 
-// The gradient of the rows' weights: the sum of the `tiles` parts that hidden_product left, and dy . b. Dense: [tokens, experts]; else of row r at
-// index[r], zero where it is of no expert.
-void weight_gradients(const float* parts, int64_t tiles, const RowOperand& dy, Type type, const Table& b, int64_t width, const Groups& groups, float* out, Stream stream);
+// The gradient of the rows' weights: the sum of the `tiles` parts that hidden_product left, and dy . b. Dense: [tokens, experts]; else of
+// row r at index[r], zero where it is of no expert.
+void weight_gradients(const float* parts, int64_t tiles, const RowOperand& dy, Type type, const Table& b, int64_t width,
+                      const Groups& groups, float* out, Stream stream);
 
 // Offsets that start at 0, do not decrease and end at `rows` at most, whatever was given: then each row has one tile.
 void settled_offsets(const int32_t* offsets, int64_t stride, int64_t experts, int64_t rows, int32_t* out, Stream stream);

@@ -68,12 +68,13 @@ struct RowProduct {
   int64_t width = 0, depth = 0;
   RowOperand x;
   WeightOperand w;
-  bool sum = false;        // no offsets: experts are added, y and the scale's use are without them
-  bool gated = false;      // w has 2 width outputs, gate rows and then up rows
-  // Epilogue: v = W x + b (scale_bias: + scale b; sum: + sum_e scale_e b_e); u gets it, rounded; v = act(v) (gated: act(gate) up); v *= scale
-  // (not with scale_bias or sum); y gets it.
+  bool sum = false;    // no offsets: experts are added, y and the scale's use are without them
+  bool gated = false;  // w has 2 width outputs, gate rows and then up rows
+  // Epilogue: v = W x + b (scale_bias: + scale b; sum: + sum_e scale_e b_e); u gets it, rounded; v = act(v) (gated: act(gate) up); v *=
+  // scale (not with scale_bias or sum); y gets it.
   Table b;
-  const int64_t* bias_index = nullptr;  // the row of b for each row of the product, in place of its expert's; outside 0..bias_rows - 1: no bias
+  const int64_t* bias_index =
+      nullptr;  // the row of b for each row of the product, in place of its expert's; outside 0..bias_rows - 1: no bias
   int64_t bias_rows = 0;
   Scale scale;
   bool scale_bias = false;
@@ -87,14 +88,14 @@ struct HiddenProduct {
   Groups groups;
   int64_t width = 0, depth = 0;  // hidden units, outputs
   RowOperand dy;
-  WeightOperand w;               // [experts, width, depth] by strides: those of the layer, transposed
+  WeightOperand w;  // [experts, width, depth] by strides: those of the layer, transposed
   // u [rows (, experts), width], gated: [.., 2 width]; with Activation::none it is x, read as a row operand.
   RowOperand u;
   bool gated = false;
   Activation activation = Activation::none;
   Scale scale;
-  Target du, h;                  // scale dh f'(u), like u; scale f(u), [.., width]
-  float* parts = nullptr;        // [hidden_parts, rows (, experts)]: sums of dh f(u) over a part of the columns
+  Target du, h;            // scale dh f'(u), like u; scale f(u), [.., width]
+  float* parts = nullptr;  // [hidden_parts, rows (, experts)]: sums of dh f(u) over a part of the columns
 };
 void hidden_product(const char* operation, const HiddenProduct& p, Stream stream);
 // How many parts the columns are cut into: it depends on the sizes alone.
@@ -105,9 +106,9 @@ struct WeightProduct {
   Groups groups;
   int64_t height = 0, width = 0;  // of dW
   RowOperand p, q;
-  Target dw;                      // [experts, height, width]; the row is its stride along height
-  Target db;                      // [experts, height], sums of scale p
-  Scale scale;                    // of db alone
+  Target dw;    // [experts, height, width]; the row is its stride along height
+  Target db;    // [experts, height], sums of scale p
+  Scale scale;  // of db alone
 };
 void weight_product(const char* operation, const WeightProduct& p, Stream stream);
 

@@ -30,8 +30,9 @@ struct Stored {
   const int64_t* index;
 
   explicit Stored(const Target& t)
-      : data(t.data), wide(t.type == Type::f32), pairs(reinterpret_cast<uintptr_t>(t.data) % (2 * size_of(t.type)) == 0 && t.row % 2 == 0 && t.expert % 2 == 0), row(t.row), expert(t.expert),
-        index(t.index) {}
+      : data(t.data), wide(t.type == Type::f32),
+        pairs(reinterpret_cast<uintptr_t>(t.data) % (2 * size_of(t.type)) == 0 && t.row % 2 == 0 && t.expert % 2 == 0), row(t.row),
+        expert(t.expert), index(t.index) {}
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 
   // Where row r of an expert begins; -1: nowhere.
@@ -94,10 +95,12 @@ struct ForwardEpilogue {
   static constexpr int scratch_bytes = 0;
 
   explicit ForwardEpilogue(const RowProduct& p)
-      : b(p.b), bias_index(p.bias_index), bias_rows(p.bias_rows), scale(p.scale), scale_bias(p.scale_bias), activation(p.activation), u(p.u), y(p.y) {}
+      : b(p.b), bias_index(p.bias_index), bias_rows(p.bias_rows), scale(p.scale), scale_bias(p.scale_bias), activation(p.activation),
+        u(p.u), y(p.y) {}
 
   template <class Tile>
-  __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc, float*) const {
+  __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
+                        float*) const {
 #pragma unroll
     for (int i = 0; i < Tile::tiles_m; ++i) columns<Tile>(p, tile, known, place, acc, i);
   }
@@ -110,7 +113,8 @@ struct ForwardEpilogue {
   };
 
   template <class Tile>
-  __device__ void columns(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, const Accumulator<Tile>& acc, int i) const {
+  __device__ void columns(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place,
+                          const Accumulator<Tile>& acc, int i) const {
     const int64_t e = tile.expert, expert = p.sum ? 0 : e;
     const int halves = p.gated ? 2 : 1;  // gate (even j) and up (odd j) take turns
     Row rows[2];
@@ -194,10 +198,12 @@ struct HiddenEpilogue {
   template <class Tile>
   static constexpr int scratch_bytes = Tile::warps_n * Tile::m * static_cast<int>(sizeof(float));
 
-  explicit HiddenEpilogue(const HiddenProduct& p) : u(p.u), activation(p.activation), scale(p.scale), du(p.du), h(p.h), parts(p.parts), gated(p.gated), dense(!p.groups.offsets) {}
+  explicit HiddenEpilogue(const HiddenProduct& p)
+      : u(p.u), activation(p.activation), scale(p.scale), du(p.du), h(p.h), parts(p.parts), gated(p.gated), dense(!p.groups.offsets) {}
 
   template <class Tile>
-  __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc, float* sums) const {
+  __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
+                        float* sums) const {
     const int64_t e = tile.expert, rows = p.groups.rows;
     const int64_t column0 = int64_t{tile.column} * Tile::n + place.warp_n * Tile::warp_n + 2 * (place.lane % 4);
     const Elements<T> values{u.data, u.type == Type::f32};

@@ -11,7 +11,9 @@ RowArguments arguments(const HiddenProduct& p) { return {p.groups, p.width, p.de
 
 }  // namespace
 
-bool hidden_product_sm90(const char* operation, const HiddenProduct& p, Stream stream) { return run_rows_sm90<HiddenEpilogue>(operation, p.type, arguments(p), p, stream); }
+bool hidden_product_sm90(const char* operation, const HiddenProduct& p, Stream stream) {
+  return run_rows_sm90<HiddenEpilogue>(operation, p.type, arguments(p), p, stream);
+}
 
 int64_t hidden_parts_sm90(const HiddenProduct& p) {
   constexpr int64_t part = columns_at_once<HiddenEpilogue<bf16>>;

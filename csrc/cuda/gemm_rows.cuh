@@ -97,7 +97,8 @@ template <class T, class Tile, bool b_along_lanes>
 class RowLoader<T, Tile, Load::elements, b_along_lanes> {
  public:
   __device__ RowLoader(const RowArguments& p, const RowTile& tile)
-      : p_(p), x_{p.x.data, p.x.type == Type::f32}, w_{p.w.data, p.w.type == Type::f32}, x_at_(p.sum ? 0 : tile.expert * p.x.expert), w_at_(p.sum ? 0 : tile.expert * p.w.expert) {
+      : p_(p), x_{p.x.data, p.x.type == Type::f32}, w_{p.w.data, p.w.type == Type::f32}, x_at_(p.sum ? 0 : tile.expert * p.x.expert),
+        w_at_(p.sum ? 0 : tile.expert * p.w.expert) {
 #pragma unroll
     for (int i = 0; i < a_count; ++i) {
       const int64_t r = tile.first + lane(p.x.column == 1, i, Tile::m);
@@ -128,7 +129,8 @@ class RowLoader<T, Tile, Load::elements, b_along_lanes> {
   __device__ static int chunk(bool k_next, int i, int lanes) { return k_next ? id(i) % 4 : id(i) / lanes; }
   __device__ static int id(int i) { return static_cast<int>(threadIdx.x) + i * Tile::threads; }
 
-  __device__ void fill(const Elements<T>& from, int64_t at, int64_t row, int64_t stride, bool chunks, SharedAddress to, int i, int lanes) const {
+  __device__ void fill(const Elements<T>& from, int64_t at, int64_t row, int64_t stride, bool chunks, SharedAddress to, int i,
+                       int lanes) const {
     const int c = chunk(stride == 1, i, lanes);
     const int64_t k = k_ + per_chunk<T> * c, left = row < 0 ? 0 : p_.depth - k;
     uint4 bits;
@@ -149,18 +151,21 @@ class RowLoader<T, Tile, Load::elements, b_along_lanes> {
 };
 
 template <class T, class Tile, Load how, bool b_along_lanes, class Epilogue>
-__global__ void __launch_bounds__(Tile::threads, Tile::blocks) row_product_kernel(const __grid_constant__ RowArguments p, const __grid_constant__ Epilogue epilogue) {
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
+    row_product_kernel(const __grid_constant__ RowArguments p, const __grid_constant__ Epilogue epilogue) {
   CU_DYNAMIC_SHARED(memory);
   const SharedAddress ring = shared_address(memory);
   unsigned char* const scratch = memory + Tile::stages * Tile::stage_bytes;
   const WarpPlace<Tile> place;
-  const RowTiles<Tile::m, Tile::threads> tiles(p.groups, p.sum, p.columns, reinterpret_cast<int*>(scratch + Epilogue::template scratch_bytes<Tile>));
+  const RowTiles<Tile::m, Tile::threads> tiles(p.groups, p.sum, p.columns,
+                                               reinterpret_cast<int*>(scratch + Epilogue::template scratch_bytes<Tile>));
   const int steps = static_cast<int>((p.depth + k_step<T> - 1) / k_step<T>);
   tiles.each([&](const RowTile& tile) {
     const bool known = tile.expert < p.groups.experts;
     RowLoader<T, Tile, how, b_along_lanes> load(p, tile);
     Accumulator<Tile> acc = {};
-    accumulate<T, Tile, false, b_along_lanes && how == Load::async>(acc, place, ring, known ? p.sum ? steps * static_cast<int>(p.groups.experts) : steps : 0, load, [](SharedAddress, int) {});
+    accumulate<T, Tile, false, b_along_lanes && how == Load::async>(
+        acc, place, ring, known ? p.sum ? steps * static_cast<int>(p.groups.experts) : steps : 0, load, [](SharedAddress, int) {});
     // A loop, because code for all sums at once would be enormous; registers cannot be indexed, so each round picks its own among all.
 #pragma unroll 1
     for (int s = 0; s < Tile::tiles_m; ++s) {
@@ -172,13 +177,16 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) row_product_kerne
           for (int j = 0; j < Tile::tiles_n; ++j)
 #pragma unroll
             for (int c = 0; c < 4; ++c) sums[0][j][c] = acc[i][j][c];
-      epilogue.template store<Slice<Tile>>(p, {tile.expert, tile.first + 16 * s, tile.end, tile.column}, known, WarpPlace<Slice<Tile>>(), sums, reinterpret_cast<float*>(scratch));
+      epilogue.template store<Slice<Tile>>(p, {tile.expert, tile.first + 16 * s, tile.end, tile.column}, known, WarpPlace<Slice<Tile>>(),
+                                           sums, reinterpret_cast<float*>(scratch));
     }
   });
 }
 
 // Large tiles where experts have rows for them.
-inline bool takes_large_tiles(const Groups& g, int64_t width) { return width >= 96 && (g.offsets ? g.rows / (g.experts ? g.experts : 1) : g.rows) >= 96; }
+inline bool takes_large_tiles(const Groups& g, int64_t width) {
+  return width >= 96 && (g.offsets ? g.rows / (g.experts ? g.experts : 1) : g.rows) >= 96;
+}
 
 template <class T, class Tile, Load how, bool b_along_lanes, class Epilogue>
 void launch_rows(const char* operation, RowArguments p, const Epilogue& epilogue, Stream stream) {
@@ -186,8 +194,10 @@ void launch_rows(const char* operation, RowArguments p, const Epilogue& epilogue
   p.columns = static_cast<int>((p.width + wide - 1) / wide);
   const int64_t tiles = most_row_tiles(p.groups, p.sum, Tile::m) * p.columns;
   if (!tiles || !p.groups.rows) return;
-  const size_t shared = Tile::stages * Tile::stage_bytes + Epilogue::template scratch_bytes<Tile> + RowTiles<Tile::m, Tile::threads>::bytes(p.groups);
-  launch(operation, row_product_kernel<T, Tile, how, b_along_lanes, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared, stream, p, epilogue);
+  const size_t shared =
+      Tile::stages * Tile::stage_bytes + Epilogue::template scratch_bytes<Tile> + RowTiles<Tile::m, Tile::threads>::bytes(p.groups);
+  launch(operation, row_product_kernel<T, Tile, how, b_along_lanes, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared,
+         stream, p, epilogue);
 }
 
 // Whether an operand pair goes by cp.async, and how B then lies.
@@ -214,8 +224,10 @@ void run_rows_in(const char* operation, Type type, RowArguments p, const Descrip
     if (loads.how == Load::async) {
       const bool large = takes_large_tiles(p.groups, p.width);
       if (loads.b_along_lanes)
-        return large ? launch_rows<T, LargeTile, Load::async, true>(operation, p, epilogue, stream) : launch_rows<T, SmallTile, Load::async, true>(operation, p, epilogue, stream);
-      return large ? launch_rows<T, LargeTile, Load::async, false>(operation, p, epilogue, stream) : launch_rows<T, SmallTile, Load::async, false>(operation, p, epilogue, stream);
+        return large ? launch_rows<T, LargeTile, Load::async, true>(operation, p, epilogue, stream)
+                     : launch_rows<T, SmallTile, Load::async, true>(operation, p, epilogue, stream);
+      return large ? launch_rows<T, LargeTile, Load::async, false>(operation, p, epilogue, stream)
+                   : launch_rows<T, SmallTile, Load::async, false>(operation, p, epilogue, stream);
     }
   }
   launch_rows<T, ElementTile, Load::elements, false>(operation, p, epilogue, stream);

@@ -19,7 +19,8 @@ class RowTiles {
   static size_t bytes(const Groups& g) { return g.offsets ? (g.experts + 2) * sizeof(int) : 0; }
 
   // `before` is shared memory of that size.
-  __device__ RowTiles(const Groups& groups, bool sum, int columns, int* before) : groups_(groups), sum_(sum), before_(before), columns_(columns) {
+  __device__ RowTiles(const Groups& groups, bool sum, int columns, int* before)
+      : groups_(groups), sum_(sum), before_(before), columns_(columns) {
     const int experts = static_cast<int>(groups.experts);
     if (!groups.offsets) return;
     for (int e = static_cast<int>(threadIdx.x); e <= experts; e += threads) before_[e + 1] = (end(e) - start(e) + m - 1) / m;
@@ -42,7 +43,8 @@ class RowTiles {
     __syncthreads();
   }
 
-  // f(RowTile) for each tile of this block. Tiles go down 8 of rows and then along the columns, so that those at work together share operands in L2.
+  // f(RowTile) for each tile of this block. Tiles go down 8 of rows and then along the columns, so that those at work together share
+  // operands in L2.
   template <class F>
   __device__ void each(F&& f) const {
     constexpr int together = 8;
@@ -59,7 +61,9 @@ class RowTiles {
  private:
   // Counted again where they are asked for: registers are scarcer.
   __device__ int row_tiles_of_all() const { return static_cast<int>((groups_.rows + m - 1) / m); }
-  __device__ int row_tiles() const { return groups_.offsets ? before_[groups_.experts + 1] : row_tiles_of_all() * (sum_ ? 1 : static_cast<int>(groups_.experts)); }
+  __device__ int row_tiles() const {
+    return groups_.offsets ? before_[groups_.experts + 1] : row_tiles_of_all() * (sum_ ? 1 : static_cast<int>(groups_.experts));
+  }
   __device__ int start(int e) const { return groups_.offsets[e]; }
   __device__ int end(int e) const { return e < groups_.experts ? groups_.offsets[e + 1] : static_cast<int>(groups_.rows); }
 

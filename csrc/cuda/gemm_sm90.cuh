@@ -1,18 +1,18 @@
 // Products of rows on sm_90a: y[r] = W_e x[r], with the epilogues and the schedule of those of sm_80.
 //
 // Memory plan. A stage holds 64 of k, 128 bytes for each row of x and each output of W, swizzled as wgmma reads them (descriptor.h); four
-// stages are a ring, each with a barrier that says it is full and one that says it is empty. Two warpgroups multiply; a third one fills, and
-// leaves them most of its registers: one thread issues tensor copies of x and W. Rows that are gathered (an index, selections of a token)
-// have no box: all its threads copy them by cp.async to where a tensor copy would have put them. It runs ahead by the ring, over the end of
-// a tile: while results are stored, operands of the next tile arrive.
+// stages are a ring, each with a barrier that says it is full and one that says it is empty. Two warpgroups multiply; a third one fills,
+// and leaves them most of its registers: one thread issues tensor copies of x and W. Rows that are gathered (an index, selections of a
+// token) have no box: all its threads copy them by cp.async to where a tensor copy would have put them. It runs ahead by the ring, over the
+// end of a tile: while results are stored, operands of the next tile arrive.
 //
 // A large tile (128 x 256) is one for both warpgroups, 64 rows each. With few rows each warpgroup has tiles of its own (64 x 128) and they
-// alternate, so that one multiplies while the other stores; a warpgroup begins when the other has read its last stage, since a barrier tells
-// phases apart by their parity and nobody may be two of them behind. Accumulators lie as those of mma.sync do, 16 rows of a warp by all
-// columns of the tile, so the epilogues are the same.
+// alternate, so that one multiplies while the other stores; a warpgroup begins when the other has read its last stage, since a barrier
+// tells phases apart by their parity and nobody may be two of them behind. Accumulators lie as those of mma.sync do, 16 rows of a warp by
+// all columns of the tile, so the epilogues are the same.
 //
-// A box ends where the tensor ends, and not where an expert does: rows of the next expert are multiplied too, and not stored. Beyond the end
-// of k both operands are zeros.
+// A box ends where the tensor ends, and not where an expert does: rows of the next expert are multiplied too, and not stored. Beyond the
+// end of k both operands are zeros.
 #pragma once
 
 #include <cstdlib>
@@ -27,10 +27,10 @@ namespace cmoe::cuda {
 template <int m_, int n_>
 struct WarpgroupTile : Tile<m_, n_, m_ / 16, 1, 4, 1> {
   static constexpr int k = 64, consumers = 256, producers = 128, threads = consumers + producers;
-  static constexpr int few = 56, many = 224;           // registers, of 168 that each thread begins with
+  static constexpr int few = 56, many = 224;  // registers, of 168 that each thread begins with
   static constexpr int x_bytes = m_ * 128, w_bytes = n_ * 128, stage_bytes = x_bytes + w_bytes;
-  static constexpr bool common = m_ == 128;            // to both warpgroups
-  static constexpr int readers = (common ? 2 : 1) * 4; // warps that free a stage
+  static constexpr bool common = m_ == 128;             // to both warpgroups
+  static constexpr int readers = (common ? 2 : 1) * 4;  // warps that free a stage
 };
 // So many columns of a tile, which an epilogue gets at a time: as many as there are registers for.
 template <class Of, int columns>
@@ -43,7 +43,7 @@ using CommonTile = WarpgroupTile<128, 256>;
 using OwnTile = WarpgroupTile<64, 128>;
 
 struct Maps {
-  TensorMap x, w;       // x: unused where rows are gathered
+  TensorMap x, w;  // x: unused where rows are gathered
   bool x_alternates;
 };
 
@@ -55,7 +55,8 @@ struct Ring {
   SharedAddress tiles, full, empty, turns;
   uint32_t step = 0;  // so many stages were filled, or read, before
 
-  __device__ Ring(SharedAddress memory, SharedAddress at) : tiles(memory), full(at), empty(at + 8 * Tile::stages), turns(at + 16 * Tile::stages) {}
+  __device__ Ring(SharedAddress memory, SharedAddress at)
+      : tiles(memory), full(at), empty(at + 8 * Tile::stages), turns(at + 16 * Tile::stages) {}
   __device__ SharedAddress x() const { return tiles + step % Tile::stages * Tile::stage_bytes; }
   __device__ SharedAddress w() const { return x() + Tile::x_bytes; }
   __device__ SharedAddress filled() const { return full + step % Tile::stages * 8; }
@@ -85,7 +86,8 @@ __device__ void load_weights(const Ring<Tile>& ring, const TensorMap& w, bool ga
     if (gated) tma_load(ring.w() + n / 2 * 128, w, ring.filled(), k, width + column, expert);
   } else {
 #pragma unroll
-    for (int i = 0; i < n; i += 64) tma_load(ring.w() + i * 128, w, ring.filled(), column + i + (gated && i >= n / 2 ? width - n / 2 : 0), k, expert);
+    for (int i = 0; i < n; i += 64)
+      tma_load(ring.w() + i * 128, w, ring.filled(), column + i + (gated && i >= n / 2 ? width - n / 2 : 0), k, expert);
   }
 }
 
@@ -163,8 +165,8 @@ __device__ void multiply(Ring<Tile>& ring, float (&d)[Tile::n / 2], int n, int s
   if (steps > 0 && speaks) mbarrier_arrive(ring.freed(1));
 }
 
-// Results are stored some columns at a time, in a loop, because code for 128 sums at once would be enormous. Registers cannot be indexed, so each
-// round picks its own among all; gated: gate and up columns in turn, eight of each, as the epilogues expect them.
+// Results are stored some columns at a time, in a loop, because code for 128 sums at once would be enormous. Registers cannot be indexed,
+// so each round picks its own among all; gated: gate and up columns in turn, eight of each, as the epilogues expect them.
 template <class Tile, int columns>
 __device__ void pick(const float (&d)[Tile::n / 2], int part, bool gated, Accumulator<Part<Tile, columns>>& sums) {
   constexpr int tiles = columns / 8;
@@ -196,7 +198,9 @@ __device__ void store(const RowArguments& p, const RowTile& tile, bool known, co
 }
 
 template <class T, class Tile, Major major, class Epilogue>
-__global__ void __launch_bounds__(Tile::threads, 1) row_product_sm90_kernel(const __grid_constant__ Maps maps, const __grid_constant__ RowArguments p, const __grid_constant__ Epilogue epilogue) {
+__global__ void __launch_bounds__(Tile::threads, 1)
+    row_product_sm90_kernel(const __grid_constant__ Maps maps, const __grid_constant__ RowArguments p,
+                            const __grid_constant__ Epilogue epilogue) {
 #if defined(CMOE_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   CU_DYNAMIC_SHARED(memory);
   CU_SHARED(uint64_t, barriers, Ring<Tile>::barriers);
@@ -204,7 +208,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) row_product_sm90_kernel(cons
   const bool by_threads = gathers(p.x);
   Ring<Tile> ring(shared_address(memory), shared_address(barriers));
   ring.start(by_threads ? 1 + Tile::producers : 1);  // the thread that copies W, and all that copy rows of x
-  const RowTiles<Tile::m, Tile::threads> tiles(p.groups, p.sum, p.columns, reinterpret_cast<int*>(memory + Tile::stages * Tile::stage_bytes));
+  const RowTiles<Tile::m, Tile::threads> tiles(p.groups, p.sum, p.columns,
+                                               reinterpret_cast<int*>(memory + Tile::stages * Tile::stage_bytes));
   if (threadIdx.x >= Tile::consumers) {
     fewer_registers<Tile::few>();
     return fill<T, Tile, major>(ring, maps, p, tiles, source);
@@ -272,8 +277,10 @@ struct Mapped {
     const int64_t x_experts = p.x.expert ? experts : 1;
     major = p.w.input == 1 ? Major::k : Major::mn;
     x = {p.x.data, p.depth, p.groups.rows, x_experts, p.x.row, p.x.expert};
-    w = major == Major::k ? TensorView{p.w.data, p.depth, outputs, experts, p.w.output, p.w.expert} : TensorView{p.w.data, outputs, p.depth, experts, p.w.input, p.w.expert};
-    const bool along = p.x.column == 1 && (p.w.input == 1 || p.w.output == 1), narrow = type != Type::f32 && p.x.type == type && p.w.type == type;
+    w = major == Major::k ? TensorView{p.w.data, p.depth, outputs, experts, p.w.output, p.w.expert}
+                          : TensorView{p.w.data, outputs, p.depth, experts, p.w.input, p.w.expert};
+    const bool along = p.x.column == 1 && (p.w.input == 1 || p.w.output == 1),
+               narrow = type != Type::f32 && p.x.type == type && p.w.type == type;
     const bool rows = gathers(p.x) ? in_chunks(p.x.data, type, p.x.column, p.x.row, p.x.expert) : can_map(x);
     can = narrow && along && rows && can_map(w);
   }
@@ -289,7 +296,8 @@ void launch_rows_sm90(const char* operation, const Mapped& from, RowArguments p,
   const bool by_threads = gathers(p.x);
   const Maps maps{by_threads ? w : tensor_map(from.x, Tile::m), w, alternates(from.x)};
   const size_t shared = Tile::stages * Tile::stage_bytes + RowTiles<Tile::m, Tile::threads>::bytes(p.groups);
-  launch(operation, row_product_sm90_kernel<T, Tile, major, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared, stream, maps, p, epilogue);
+  launch(operation, row_product_sm90_kernel<T, Tile, major, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared, stream, maps,
+         p, epilogue);
 }
 
 template <class T, template <class> class Epilogue, class Description>
@@ -297,8 +305,10 @@ void run_rows_sm90_in(const char* operation, const Mapped& from, const RowArgume
   const Epilogue<T> epilogue(description);
   const bool large = takes_large_tiles(p.groups, p.width);
   if (from.major == Major::mn)
-    return large ? launch_rows_sm90<T, CommonTile, Major::mn>(operation, from, p, epilogue, stream) : launch_rows_sm90<T, OwnTile, Major::mn>(operation, from, p, epilogue, stream);
-  return large ? launch_rows_sm90<T, CommonTile, Major::k>(operation, from, p, epilogue, stream) : launch_rows_sm90<T, OwnTile, Major::k>(operation, from, p, epilogue, stream);
+    return large ? launch_rows_sm90<T, CommonTile, Major::mn>(operation, from, p, epilogue, stream)
+                 : launch_rows_sm90<T, OwnTile, Major::mn>(operation, from, p, epilogue, stream);
+  return large ? launch_rows_sm90<T, CommonTile, Major::k>(operation, from, p, epilogue, stream)
+               : launch_rows_sm90<T, OwnTile, Major::k>(operation, from, p, epilogue, stream);
 }
 
 template <template <class> class Epilogue, class Description>

@@ -1,9 +1,10 @@
 // A tile of a product: how operands lie in shared memory, how they get there, and how a warp multiplies them.
 //
-// A stage holds 64 bytes of the reduction for each lane (row of operand A or column of the result) of both operands: 32 halves or 16 floats.
-// Along k: lane by lane, 64 bytes each; the 16-byte chunk c of lane l lies at c ^ (l / 2 % 4), so that the eight rows that ldmatrix reads
-// at once, and the eight that a quarter warp writes, fall on all banks. Along lanes (an operand whose lanes lie next to each other in
-// memory): k by k, 2 bytes a lane; chunk c of row k lies at c ^ (k % 8), for ldmatrix.trans. No access has bank conflicts; the tests count them.
+// A stage holds 64 bytes of the reduction for each lane (row of operand A or column of the result) of both operands: 32 halves or 16
+// floats. Along k: lane by lane, 64 bytes each; the 16-byte chunk c of lane l lies at c ^ (l / 2 % 4), so that the eight rows that ldmatrix
+// reads at once, and the eight that a quarter warp writes, fall on all banks. Along lanes (an operand whose lanes lie next to each other in
+// memory): k by k, 2 bytes a lane; chunk c of row k lies at c ^ (k % 8), for ldmatrix.trans. No access has bank conflicts; the tests count
+// them.
 //
 // Halves whose rows start at multiples of 16 bytes come by cp.async; everything else (other strides, fp32 weights under half-precision
 // rows, fp32 products) through registers, element by element where need be, and lies along k.
@@ -44,7 +45,8 @@ struct Slice : Tile {
   static constexpr int tiles_m = 1;
 };
 
-// What one thread accumulates: [i][j] are the rows 16 i + lane / 4 (+ 8 for the last two) and columns 8 j + 2 (lane % 4) (+ 1) of its warp's part.
+// What one thread accumulates: [i][j] are the rows 16 i + lane / 4 (+ 8 for the last two) and columns 8 j + 2 (lane % 4) (+ 1) of its
+// warp's part.
 template <class Tile>
 using Accumulator = float[Tile::tiles_m][Tile::tiles_n][4];
 
@@ -133,7 +135,9 @@ struct Elements {
   const void* data;
   bool wide;  // fp32
 
-  __device__ T operator()(int64_t at) const { return sizeof(T) == 4 || !wide ? static_cast<const T*>(data)[at] : from_float<T>(static_cast<const float*>(data)[at]); }
+  __device__ T operator()(int64_t at) const {
+    return sizeof(T) == 4 || !wide ? static_cast<const T*>(data)[at] : from_float<T>(static_cast<const float*>(data)[at]);
+  }
 };
 
 template <class T>

@@ -33,7 +33,8 @@ template <class T, class Tile>
 class WeightLoader<T, Tile, Load::async> {
  public:
   __device__ WeightLoader(const WeightArguments& a, const WeightTile& tile)
-      : a_(a), tile_(tile), p_(static_cast<const T*>(a.p.data) + int64_t{tile.expert} * a.p.expert), q_(static_cast<const T*>(a.q.data) + int64_t{tile.expert} * a.q.expert), r_(tile.first) {
+      : a_(a), tile_(tile), p_(static_cast<const T*>(a.p.data) + int64_t{tile.expert} * a.p.expert),
+        q_(static_cast<const T*>(a.q.data) + int64_t{tile.expert} * a.q.expert), r_(tile.first) {
     prefetch();
   }
 
@@ -60,12 +61,14 @@ class WeightLoader<T, Tile, Load::async> {
   __device__ int source(const RowOperand& x, int r) const { return r < tile_.end ? source_row(x.index, x.divisor, r, a_.groups.rows) : -1; }
 
   template <int lanes>
-  __device__ void fill(const RowOperand& x, const T* data, int64_t left, int lane0, const int (&sources)[chunks_of<T, Tile, lanes>], SharedAddress to) const {
+  __device__ void fill(const RowOperand& x, const T* data, int64_t left, int lane0, const int (&sources)[chunks_of<T, Tile, lanes>],
+                       SharedAddress to) const {
 #pragma unroll
     for (int i = 0; i < chunks_of<T, Tile, lanes>; ++i) {
       const int chunk = (static_cast<int>(threadIdx.x) + i * Tile::threads) % (lanes / 8);
       const int bytes = sources[i] < 0 ? 0 : chunk_bytes<T>(left - 8 * chunk);
-      cp_async_16(to + along_lanes<lanes>(row<lanes>(i), chunk), bytes ? data + int64_t{sources[i]} * x.row + lane0 + 8 * chunk : data, bytes);
+      cp_async_16(to + along_lanes<lanes>(row<lanes>(i), chunk), bytes ? data + int64_t{sources[i]} * x.row + lane0 + 8 * chunk : data,
+                  bytes);
     }
   }
 
@@ -118,7 +121,8 @@ __device__ float element(const unsigned char* stage, int lane, int k) {
 
 template <class T, class Tile, Load how>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    weight_product_kernel(const __grid_constant__ WeightArguments a, const __grid_constant__ Stored<T> dw, const __grid_constant__ Stored<T> db, int tiles_m, int tiles_n) {
+    weight_product_kernel(const __grid_constant__ WeightArguments a, const __grid_constant__ Stored<T> dw,
+                          const __grid_constant__ Stored<T> db, int tiles_m, int tiles_n) {
   CU_DYNAMIC_SHARED(memory);
   const SharedAddress ring = shared_address(memory);
   float* const sums = reinterpret_cast<float*>(memory + Tile::stages * Tile::stage_bytes);
@@ -128,7 +132,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const int64_t each = int64_t{tiles_m} * tiles_n;
   for (int64_t t = blockIdx.x; t < each * a.groups.experts; t += gridDim.x) {
     const int e = static_cast<int>(t / each), in_expert = static_cast<int>(t - e * each);
-    const WeightTile tile{e, a.groups.offsets ? a.groups.offsets[e] : 0, a.groups.offsets ? a.groups.offsets[e + 1] : static_cast<int>(a.groups.rows), in_expert % tiles_m * Tile::m,
+    const WeightTile tile{e, a.groups.offsets ? a.groups.offsets[e] : 0,
+                          a.groups.offsets ? a.groups.offsets[e + 1] : static_cast<int>(a.groups.rows), in_expert % tiles_m * Tile::m,
                           in_expert / tiles_m * Tile::n};
     const int steps = static_cast<int>((tile.end - tile.first + k_step<T> - 1) / k_step<T>);
     const bool bias = db && tile.column == 0;
@@ -168,7 +173,9 @@ void launch_weights(const char* operation, const WeightArguments& a, const Store
   const int64_t tiles_m = (a.height + Tile::m - 1) / Tile::m, tiles_n = dw ? (a.width + Tile::n - 1) / Tile::n : 1;
   const int64_t tiles = tiles_m * tiles_n * a.groups.experts;
   if (!tiles) return;
-  launch(operation, weight_product_kernel<T, Tile, how>, persistent_blocks<Tile>(tiles), Tile::threads, Tile::stages * Tile::stage_bytes + Tile::m * sizeof(float), stream, a, dw, db, static_cast<int>(tiles_m), static_cast<int>(tiles_n));
+  launch(operation, weight_product_kernel<T, Tile, how>, persistent_blocks<Tile>(tiles), Tile::threads,
+         Tile::stages * Tile::stage_bytes + Tile::m * sizeof(float), stream, a, dw, db, static_cast<int>(tiles_m),
+         static_cast<int>(tiles_n));
 }
 
 template <class T>

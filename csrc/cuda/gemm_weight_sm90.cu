@@ -43,7 +43,8 @@ struct WeightTile {
 template <int lanes>
 __device__ void copy_boxes(SharedAddress to, SharedAddress filled, const TensorMap& map, bool alternates, int lane0, int row, int matrix) {
 #pragma unroll
-  for (int block = 0; block < lanes / 64; ++block) tma_load(to + block * 64 * 128, map, filled, lane0 + block * 64, alternates ? matrix : row, alternates ? row : matrix);
+  for (int block = 0; block < lanes / 64; ++block)
+    tma_load(to + block * 64 * 128, map, filled, lane0 + block * 64, alternates ? matrix : row, alternates ? row : matrix);
 }
 
 // The same by 128 threads: what is not a row of the expert, or beyond the operand's width, is zeros.
@@ -73,7 +74,8 @@ __device__ void fill(Ring<GradientTile>& ring, const WeightMaps& maps, const Wei
     if (leads) {
       mbarrier_arrive_expect(ring.filled(), (p_by_threads ? 0 : Tile::x_bytes) + (q_by_threads ? 0 : Tile::w_bytes));
       if (!p_by_threads) copy_boxes<Tile::m>(ring.x(), ring.filled(), maps.p, maps.p_alternates, tile.row, r, a.p.expert ? tile.expert : 0);
-      if (!q_by_threads) copy_boxes<Tile::n>(ring.w(), ring.filled(), maps.q, maps.q_alternates, tile.column, r, a.q.expert ? tile.expert : 0);
+      if (!q_by_threads)
+        copy_boxes<Tile::n>(ring.w(), ring.filled(), maps.q, maps.q_alternates, tile.column, r, a.q.expert ? tile.expert : 0);
     }
     if (p_by_threads) copy_rows<T, Tile::m>(ring.x(), a.p, tile.expert, a.height, tile.row, r, tile.end, a.groups.rows);
     if (q_by_threads) copy_rows<T, Tile::n>(ring.w(), a.q, tile.expert, a.width, tile.column, r, tile.end, a.groups.rows);
@@ -90,14 +92,16 @@ __device__ float bias_of_stage(const unsigned char* p, const WeightArguments& a,
   for (int k = first; k < first + 32; ++k) {
     if (r + k >= tile.end) break;
     const float s = a.scale.data ? a.scale.data[(r + k) * a.scale.row + tile.expert * a.scale.expert] : 1.0f;
-    sum += s * to_float(*reinterpret_cast<const T*>(p + lane / 64 * (64 * 128) + k * 128 + ((lane % 64 / 8 ^ (k & 7)) << 4) + lane % 8 * 2));
+    sum +=
+        s * to_float(*reinterpret_cast<const T*>(p + lane / 64 * (64 * 128) + k * 128 + ((lane % 64 / 8 ^ (k & 7)) << 4) + lane % 8 * 2));
   }
   return sum;
 }
 
 template <class T>
 __global__ void __launch_bounds__(GradientTile::threads, 1)
-    weight_product_sm90_kernel(const __grid_constant__ WeightMaps maps, const __grid_constant__ WeightArguments a, const __grid_constant__ Stored<T> dw, const __grid_constant__ Stored<T> db) {
+    weight_product_sm90_kernel(const __grid_constant__ WeightMaps maps, const __grid_constant__ WeightArguments a,
+                               const __grid_constant__ Stored<T> dw, const __grid_constant__ Stored<T> db) {
 #if defined(CMOE_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tile = GradientTile;
   constexpr int columns = 32;  // stored at a time
@@ -144,7 +148,8 @@ __global__ void __launch_bounds__(GradientTile::threads, 1)
       const int lane = static_cast<int>(threadIdx.x) % Tile::m;
       if (threadIdx.x >= Tile::m) sums[lane] = sum;
       barrier_sync(1, Tile::consumers);
-      if (threadIdx.x < Tile::m && tile.row + lane < a.height) db.write(tile.expert * db.expert + tile.row + lane, 1, sum + sums[lane], 0.0f);
+      if (threadIdx.x < Tile::m && tile.row + lane < a.height)
+        db.write(tile.expert * db.expert + tile.row + lane, 1, sum + sums[lane], 0.0f);
       barrier_sync(1, Tile::consumers);
     }
     if (!dw) continue;
@@ -169,15 +174,28 @@ __global__ void __launch_bounds__(GradientTile::threads, 1)
 template <class T>
 bool run(const char* operation, const WeightProduct& p, Stream stream) {
   using Tile = GradientTile;
-  WeightArguments a{p.groups, p.height, p.width, p.p, p.q, p.scale, static_cast<int>((p.height + Tile::m - 1) / Tile::m), p.dw.data ? static_cast<int>((p.width + Tile::n - 1) / Tile::n) : 1};
-  const auto view = [&](const RowOperand& x, int64_t width) { return TensorView{x.data, width, p.groups.rows, x.expert ? p.groups.experts : 1, x.row, x.expert}; };
+  WeightArguments a{p.groups,
+                    p.height,
+                    p.width,
+                    p.p,
+                    p.q,
+                    p.scale,
+                    static_cast<int>((p.height + Tile::m - 1) / Tile::m),
+                    p.dw.data ? static_cast<int>((p.width + Tile::n - 1) / Tile::n) : 1};
+  const auto view = [&](const RowOperand& x, int64_t width) {
+    return TensorView{x.data, width, p.groups.rows, x.expert ? p.groups.experts : 1, x.row, x.expert};
+  };
   const TensorView view_p = view(p.p, p.height), view_q = view(p.q, p.width);
-  const auto can = [&](const RowOperand& x, const TensorView& v) { return x.data && x.type == p.type && in_chunks(x.data, x.type, x.column, x.row, x.expert) && (gathers(x) || can_map(v)); };
+  const auto can = [&](const RowOperand& x, const TensorView& v) {
+    return x.data && x.type == p.type && in_chunks(x.data, x.type, x.column, x.row, x.expert) && (gathers(x) || can_map(v));
+  };
   if (!can(p.p, view_p) || !can(p.q, view_q)) return false;
   const int64_t tiles = int64_t{a.tiles_m} * a.tiles_n * p.groups.experts;
   if (!tiles) return true;
-  const WeightMaps maps{gathers(p.p) ? TensorMap{} : tensor_map(view_p, 64), gathers(p.q) ? TensorMap{} : tensor_map(view_q, 64), alternates(view_p), alternates(view_q)};
-  launch(operation, weight_product_sm90_kernel<T>, persistent_blocks<Tile>(tiles), Tile::threads, Tile::stages * Tile::stage_bytes, stream, maps, a, Stored<T>(p.dw), Stored<T>(p.db));
+  const WeightMaps maps{gathers(p.p) ? TensorMap{} : tensor_map(view_p, 64), gathers(p.q) ? TensorMap{} : tensor_map(view_q, 64),
+                        alternates(view_p), alternates(view_q)};
+  launch(operation, weight_product_sm90_kernel<T>, persistent_blocks<Tile>(tiles), Tile::threads, Tile::stages * Tile::stage_bytes, stream,
+         maps, a, Stored<T>(p.dw), Stored<T>(p.db));
   return true;
 }
 

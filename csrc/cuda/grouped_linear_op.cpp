@@ -1,6 +1,6 @@
-// grouped_linear on the GPU: one product, with gather on load, bias and activation in the epilogue, scatter on store. Backward reads dy where
-// forward stored y; without an activation it is the operand of both products as it lies, else du [T k, O] is made once, in row order. A
-// token's k rows of dx are stored side by side and added in their order.
+// grouped_linear on the GPU: one product, with gather on load, bias and activation in the epilogue, scatter on store. Backward reads dy
+// where forward stored y; without an activation it is the operand of both products as it lies, else du [T k, O] is made once, in row order.
+// A token's k rows of dx are stored side by side and added in their order.
 
 #include "layers.h"
 
@@ -9,10 +9,13 @@ namespace cmoe::cuda {
 namespace {
 
 // What lies in rows that an index, which is no permutation, leaves out is zero.
-Tensor rows_for(const Tensor& like, int64_t rows, int64_t width, bool indexed) { return indexed ? zeros(like, {rows, width}) : fresh(like, {rows, width}); }
+Tensor rows_for(const Tensor& like, int64_t rows, int64_t width, bool indexed) {
+  return indexed ? zeros(like, {rows, width}) : fresh(like, {rows, width});
+}
 
 Tensor settled(const Tensor& x, const Tensor& offsets, int64_t experts, int64_t rows, Stream stream) {
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == experts + 1, "offsets must be int32 of shape (", experts + 1, ",), got shape ", shape(offsets));
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == experts + 1,
+                  "offsets must be int32 of shape (", experts + 1, ",), got shape ", shape(offsets));
   require_rows(rows);
   Tensor ends = fresh(x, {experts + 1}, ScalarType::Int);
   settled_offsets(static_cast<const int32_t*>(offsets.const_data_ptr()), offsets.stride(0), experts, rows, data<int32_t>(ends), stream);
@@ -21,8 +24,8 @@ Tensor settled(const Tensor& x, const Tensor& offsets, int64_t experts, int64_t 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx, int64_t k, std::optional<Tensor> scatter_idx,
-                                          std::optional<OwnedString> activation, bool save) {
+std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
+                                          int64_t k, std::optional<Tensor> scatter_idx, std::optional<OwnedString> activation, bool save) {
   const Activation act = activation ? activation_of(taken(*activation)) : Activation::none;
   const OnDevice on(x);
   const int64_t rows = x.size(0) * k, experts = w.size(0);
@@ -30,7 +33,8 @@ std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tens
   const std::optional<Tensor> gather = dense(gather_idx), scatter = dense(scatter_idx);
   Tensor y = rows_for(x, rows, w.size(1), scatter.has_value()), u = save ? fresh(x, {rows, w.size(1)}) : absent(x);
   const Tensor w_rounded = rounded(w, x);
-  RowProduct p = row_product_of(type_of("x", x), {static_cast<const int32_t*>(ends.const_data_ptr()), rows, experts}, w.size(1), w.size(2), rows_of("x", x, indices_of(gather), k), weights_of("w", w_rounded));
+  RowProduct p = row_product_of(type_of("x", x), {static_cast<const int32_t*>(ends.const_data_ptr()), rows, experts}, w.size(1), w.size(2),
+                                rows_of("x", x, indices_of(gather), k), weights_of("w", w_rounded));
   p.b = table_of("b", b);
   p.activation = act;
   p.y = target_of(y, indices_of(scatter));
@@ -39,8 +43,9 @@ std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tens
   return {y, u};
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
-                                                           std::optional<Tensor> scatter_idx, Tensor u, int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
+                                                           std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
+                                                           int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
   const Activation act = activation ? activation_of(taken(*activation)) : Activation::none;
   const OnDevice on(x);
   const int64_t rows = x.size(0) * k, experts = w.size(0);

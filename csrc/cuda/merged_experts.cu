@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(block) dot_parts_kernel(Stack stack, const flo
     const int64_t part = t / pairs, g = t % pairs / stack.experts, e = t % stack.experts;
     float sum = 0.0f;
     for (int64_t i = part; i < stack.height; i += parts)
-      for (int64_t j = threadIdx.x; j < stack.width; j += block) sum += d[(g * stack.height + i) * stack.width + j] * value<T>(stack, e, i, j);
+      for (int64_t j = threadIdx.x; j < stack.width; j += block)
+        sum += d[(g * stack.height + i) * stack.width + j] * value<T>(stack, e, i, j);
     sum = sum_of_block(sum, sums);
     if (threadIdx.x == 0) scratch[t] = sum;
   }

@@ -1,5 +1,5 @@
-// Single linear experts whose gates are known before the tokens are: merged into one layer per row of gates, W_g = sum_e gates[g, e] W_e, and
-// what that layer's gradient gives each expert and each gate.
+// Single linear experts whose gates are known before the tokens are: merged into one layer per row of gates, W_g = sum_e gates[g, e] W_e,
+// and what that layer's gradient gives each expert and each gate.
 #pragma once
 
 #include "gemm.h"

@@ -1,5 +1,5 @@
-// What kernels over the rows of a small matrix [T, E] share: a row is served by `width` neighbouring lanes of a warp, a power of two, so that a
-// warp holds 32 / width rows and a reduction over a row is a few shuffles, in an order that the shape alone decides.
+// What kernels over the rows of a small matrix [T, E] share: a row is served by `width` neighbouring lanes of a warp, a power of two, so
+// that a warp holds 32 / width rows and a reduction over a row is a few shuffles, in an order that the shape alone decides.
 #pragma once
 
 #include "device/launch.h"
@@ -18,7 +18,9 @@ inline int row_width(int64_t n) {
   return width;
 }
 
-inline dim3 row_blocks(int64_t rows, int width) { return dim3(static_cast<unsigned>((rows + row_threads / width - 1) / (row_threads / width))); }
+inline dim3 row_blocks(int64_t rows, int width) {
+  return dim3(static_cast<unsigned>((rows + row_threads / width - 1) / (row_threads / width)));
+}
 
 template <class T>
 struct Rows {

@@ -27,8 +27,8 @@ struct Gates {
     if (group_ids) {
       const Tensor ids = torch::stable::contiguous(*group_ids);
       spread = fresh(gates, {tokens, gates.size(1)});
-      per_token(static_cast<const float*>(gates.const_data_ptr()), gates.stride(0), gates.stride(1), gates.size(0), static_cast<const int64_t*>(ids.const_data_ptr()), tokens, gates.size(1),
-                data<float>(spread), stream);
+      per_token(static_cast<const float*>(gates.const_data_ptr()), gates.stride(0), gates.stride(1), gates.size(0),
+                static_cast<const int64_t*>(ids.const_data_ptr()), tokens, gates.size(1), data<float>(spread), stream);
     } else {
       spread = gates;
     }
@@ -37,12 +37,16 @@ struct Gates {
 };
 
 void require(const Tensor& x, const Tensor& gates, const Tensor& w1, const std::optional<Tensor>& group_ids) {
-  STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float, "gates must be float32, got ", torch::headeronly::toString(gates.scalar_type()));
-  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) == w1.size(0) && (group_ids || gates.size(0) == 1 || gates.size(0) == x.size(0)), "gates has shape ", shape(gates), ", must have one row per token, one, or one per group, and ", w1.size(0), " columns");
+  STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float, "gates must be float32, got ",
+                  torch::headeronly::toString(gates.scalar_type()));
+  STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) == w1.size(0) && (group_ids || gates.size(0) == 1 || gates.size(0) == x.size(0)),
+                  "gates has shape ", shape(gates), ", must have one row per token, one, or one per group, and ", w1.size(0), " columns");
   require_rows(x.size(0));
 }
 
-bool merges(const Tensor& x, const Tensor& gates, const std::optional<Tensor>& w2) { return !w2 && gates.size(0) < x.size(0) && gates.size(0) <= gates.size(1); }
+bool merges(const Tensor& x, const Tensor& gates, const std::optional<Tensor>& w2) {
+  return !w2 && gates.size(0) < x.size(0) && gates.size(0) <= gates.size(1);
+}
 
 Stack stack_of(const char* name, const Tensor& t) {
   if (t.dim() == 3) return {t.const_data_ptr(), type_of(name, t), t.stride(0), t.stride(1), t.stride(2), t.size(0), t.size(1), t.size(2)};
@@ -53,7 +57,8 @@ Stack stack_of(const char* name, const Tensor& t) {
 Tensor mixed(const Tensor& t, const Tensor& gates, bool by_columns, ScalarType dtype, Stream stream) {
   const int64_t m = gates.size(by_columns ? 1 : 0);
   Tensor out = t.dim() == 3 ? fresh(t, {m, t.size(1), t.size(2)}, dtype) : fresh(t, {m, t.size(1)}, dtype);
-  mix(stack_of("w1", t), static_cast<const float*>(gates.const_data_ptr()), gates.stride(by_columns ? 1 : 0), gates.stride(by_columns ? 0 : 1), m, type_of("a result", out), out.mutable_data_ptr(), stream);
+  mix(stack_of("w1", t), static_cast<const float*>(gates.const_data_ptr()), gates.stride(by_columns ? 1 : 0),
+      gates.stride(by_columns ? 0 : 1), m, type_of("a result", out), out.mutable_data_ptr(), stream);
   return out;
 }
 
@@ -69,7 +74,8 @@ struct TokensByGroup {
     if (!group_ids) return;  // one group, which has every token
     order = fresh(x, {tokens}, ScalarType::Long);
     offsets = fresh(x, {count + 1}, ScalarType::Int);
-    const Selections s{{static_cast<const int64_t*>(group_ids->const_data_ptr()), group_ids->stride(0), 1}, tokens, nullptr, tokens, 1, count};
+    const Selections s{
+        {static_cast<const int64_t*>(group_ids->const_data_ptr()), group_ids->stride(0), 1}, tokens, nullptr, tokens, 1, count};
     Tensor scratch = fresh(x, {sort_scratch(s)}, ScalarType::Int);
     sort_by_expert(s, {}, data<int64_t>(order), data<int32_t>(offsets), nullptr, data<int32_t>(scratch), stream);
     groups.offsets = data<int32_t>(offsets);
@@ -77,7 +83,8 @@ struct TokensByGroup {
   }
 };
 
-Tensor merged(const Tensor& x, const Tensor& gates, const Tensor& w, const std::optional<Tensor>& b, const std::optional<Tensor>& group_ids, Stream stream) {
+Tensor merged(const Tensor& x, const Tensor& gates, const Tensor& w, const std::optional<Tensor>& b, const std::optional<Tensor>& group_ids,
+              Stream stream) {
   const TokensByGroup by(x, gates, group_ids, stream);
   const Tensor layer = mixed(w, gates, false, x.scalar_type(), stream);
   const std::optional<Tensor> bias = b ? std::optional<Tensor>(mixed(*b, gates, false, ScalarType::Float, stream)) : std::nullopt;
@@ -89,8 +96,9 @@ Tensor merged(const Tensor& x, const Tensor& gates, const Tensor& w, const std::
   return y;
 }
 
-void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, const Tensor& w, const std::optional<Tensor>& b, const std::optional<Tensor>& group_ids, const std::vector<bool>& needs,
-                     Tensor& dx, Tensor& dgates, Tensor& dw, Tensor& db, Stream stream) {
+void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, const Tensor& w, const std::optional<Tensor>& b,
+                     const std::optional<Tensor>& group_ids, const std::vector<bool>& needs, Tensor& dx, Tensor& dgates, Tensor& dw,
+                     Tensor& db, Stream stream) {
   const TokensByGroup by(x, gates, group_ids, stream);
   const Type type = type_of("x", x);
   const int64_t groups = gates.size(0);
@@ -103,7 +111,8 @@ void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, con
   const bool want_db = b && needs[3], by_bias = b && (needs[1] || needs[3]);
   if (!needs[1] && !needs[2] && !want_db) return;
   // What a merged layer gets is shared out to its experts by their gates.
-  Tensor dlayer = fresh(x, {groups, w.size(1), w.size(2)}, ScalarType::Float), dbias = by_bias ? fresh(x, {groups, w.size(1)}, ScalarType::Float) : absent(x);
+  Tensor dlayer = fresh(x, {groups, w.size(1), w.size(2)}, ScalarType::Float),
+         dbias = by_bias ? fresh(x, {groups, w.size(1)}, ScalarType::Float) : absent(x);
   WeightProduct p = weight_product_of(type, by.groups, w.size(1), w.size(2), rows_of("dy", dy, by.index), rows_of("x", x, by.index));
   if (needs[1] || needs[2]) p.dw = gradient_of(dlayer);
   if (by_bias) p.db = gradient_of(dbias);
@@ -120,8 +129,8 @@ void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, con
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
-                                        OwnedString activation, bool save) {
+std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                        std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool save) {
   const Activation act = activation_of(taken(activation));
   require(x, gates, w1, group_ids);
   const OnDevice on(x);
@@ -153,8 +162,10 @@ std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::
   return {y, u};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward(Tensor dy, Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
-                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, OwnedString activation,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward(Tensor dy, Tensor x, Tensor gates, Tensor w1,
+                                                                                 std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                                                                 Tensor u, OwnedString activation,
                                                                                  std::vector<bool> needs) {
   const Activation act = activation_of(taken(activation));
   require(x, gates, w1, group_ids);
@@ -166,19 +177,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
   const Tensor w1_rounded = rounded(w1, x), last = w2 ? rounded(*w2, x) : w1_rounded;
   const std::optional<Tensor>& last_bias = w2 ? b2 : b1;
   const RowOperand dy_rows = rows_of("dy", dy), x_rows = rows_of("x", x);
-  Tensor dx = gradient_like(x, needs[0], x), dgates = gradient_like(gates, needs[1], x), dw1 = gradient_like(w1, needs[2], x), db1 = gradient_like(b1, needs[3], x),
-         dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
+  Tensor dx = gradient_like(x, needs[0], x), dgates = gradient_like(gates, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
+         db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
   if (merges(x, gates, w2)) {
     merged_backward(dy, x, gates, w1, b1, group_ids, needs, dx, dgates, dw1, db1, on.stream);
     return {dx, dgates, dw1, db1, dw2, db2};
   }
   Tensor &dw_last = w2 ? dw2 : dw1, &db_last = w2 ? db2 : db1;
-  const bool want_dw_last = w2 ? needs[4] : needs[2], want_db_last = last_bias && (w2 ? needs[5] : needs[3]), want_db1 = w2 && b1 && needs[3];
+  const bool want_dw_last = w2 ? needs[4] : needs[2], want_db_last = last_bias && (w2 ? needs[5] : needs[3]),
+             want_db1 = w2 && b1 && needs[3];
   const bool want_du = w2 && (needs[0] || needs[2] || want_db1);
 
   HiddenProduct hidden = hidden_product_of(type, groups, last.size(2), last.size(1), dy_rows, weights_of("w2", last).transposed());
   hidden.scale = g.scale;
-  Tensor du = want_du ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x), a = w2 && want_dw_last ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x);
+  Tensor du = want_du ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x),
+         a = w2 && want_dw_last ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x);
   if (w2) {
     if (!u.numel() && tokens) {  // the first layer again, by the kernels of the forward pass
       u = fresh(x, {tokens, experts, w1.size(1)});
@@ -201,7 +214,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
   if (needs[1]) {
     const bool own = !group_ids && gates.size(0) == tokens;
     Tensor per_row = own ? dgates : fresh(x, {tokens, experts}, ScalarType::Float);
-    weight_gradients(hidden.parts, hidden_parts(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups, data<float>(per_row), on.stream);
+    weight_gradients(hidden.parts, hidden_parts(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups,
+                     data<float>(per_row), on.stream);
     if (!own) {
       const std::optional<Tensor> ids = dense(group_ids);
       sum_per_group(data<float>(per_row), indices_of(ids), tokens, gates.size(0), experts, data<float>(dgates), on.stream);
@@ -215,7 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
     scaled_rows(type, dy_rows, groups, g.scale, last.size(1), weighted.mutable_data_ptr(), on.stream);
   }
   if (needs[0]) {
-    RowProduct back = row_product_of(type, groups, w1.size(2), w1.size(1), expert_rows_of("du", w2 ? du : weighted), weights_of("w1", w1_rounded).transposed());
+    RowProduct back = row_product_of(type, groups, w1.size(2), w1.size(1), expert_rows_of("du", w2 ? du : weighted),
+                                     weights_of("w1", w1_rounded).transposed());
     back.sum = true;
     back.y = target_of(dx);
     row_product("soft_experts_backward", back, on.stream);
@@ -227,7 +242,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
     weight_product("soft_experts_backward", w, on.stream);
   }
   if (want_dw_last) {
-    WeightProduct w = weight_product_of(type, groups, last.size(1), last.size(2), w2 ? dy_rows : expert_rows_of("dy", weighted), w2 ? expert_rows_of("h", a) : x_rows);
+    WeightProduct w = weight_product_of(type, groups, last.size(1), last.size(2), w2 ? dy_rows : expert_rows_of("dy", weighted),
+                                        w2 ? expert_rows_of("h", a) : x_rows);
     w.dw = gradient_of(dw_last);
     if (w2 && want_db_last) w.db = gradient_of(db_last), w.scale = g.scale;
     weight_product("soft_experts_backward", w, on.stream);

@@ -6,8 +6,8 @@
 // With c = min(max_j l_j, 0), exp(-c) sigmoid(l) = 1 / (exp(c) + exp(c - l)): the factor cancels in the ratio and the largest term lies in
 // [1/2, 1], so a row whose sigmoids all underflow divides by a normal number, at one exponential per element.
 //
-// Memory plan: one pass for the maximum, one for the sums (backward: one before for the least gradient), one that writes. A row is read from
-// memory once and then from the first-level cache; nothing is kept in shared memory, and E has no limit. The op costs its bytes and a
+// Memory plan: one pass for the maximum, one for the sums (backward: one before for the least gradient), one that writes. A row is read
+// from memory once and then from the first-level cache; nothing is kept in shared memory, and E has no limit. The op costs its bytes and a
 // launch: backward recomputes the gates, since the logits (half precision as a rule) are the smaller thing to save.
 
 #include "soft_gate.h"
@@ -32,7 +32,8 @@ struct Scaled {
 };
 
 template <class T>
-__global__ void __launch_bounds__(row_threads, row_residents) soft_gate_fwd_kernel(Rows<T> logits, float* gates, int64_t tokens, int64_t experts, int width) {
+__global__ void __launch_bounds__(row_threads, row_residents)
+    soft_gate_fwd_kernel(Rows<T> logits, float* gates, int64_t tokens, int64_t experts, int width) {
   const Place p(tokens, width);
   const Scaled score(p, logits, experts);
   float sum = 0.0f;
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(row_threads, row_residents) soft_gate_fwd_kern
 }
 
 template <class T>
-__global__ void __launch_bounds__(row_threads, row_residents) soft_gate_bwd_kernel(Rows<float> dgates, Rows<T> logits, T* dlogits, int64_t tokens, int64_t experts, int width) {
+__global__ void __launch_bounds__(row_threads, row_residents)
+    soft_gate_bwd_kernel(Rows<float> dgates, Rows<T> logits, T* dlogits, int64_t tokens, int64_t experts, int width) {
   const Place p(tokens, width);
   const Scaled score(p, logits, experts);
   // What all gradients of a row have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing.
@@ -72,7 +74,8 @@ void soft_gate(const Matrix& logits, float* gates, int64_t tokens, int64_t exper
   const int width = row_width(experts);
   dispatch("soft_gate", logits.type, [&](auto zero) {
     using T = decltype(zero);
-    launch("soft_gate", soft_gate_fwd_kernel<T>, row_blocks(tokens, width), row_threads, 0, stream, Rows<T>(logits), gates, tokens, experts, width);
+    launch("soft_gate", soft_gate_fwd_kernel<T>, row_blocks(tokens, width), row_threads, 0, stream, Rows<T>(logits), gates, tokens, experts,
+           width);
   });
 }
 
@@ -81,8 +84,8 @@ void soft_gate_backward(const Matrix& dgates, const Matrix& logits, void* dlogit
   const int width = row_width(experts);
   dispatch("soft_gate_backward", logits.type, [&](auto zero) {
     using T = decltype(zero);
-    launch("soft_gate_backward", soft_gate_bwd_kernel<T>, row_blocks(tokens, width), row_threads, 0, stream, Rows<float>(dgates), Rows<T>(logits), static_cast<T*>(dlogits),
-           tokens, experts, width);
+    launch("soft_gate_backward", soft_gate_bwd_kernel<T>, row_blocks(tokens, width), row_threads, 0, stream, Rows<float>(dgates),
+           Rows<T>(logits), static_cast<T*>(dlogits), tokens, experts, width);
   });
 }
 

@@ -20,7 +20,8 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
   const OnDevice on(logits);
   const Tensor exact = torch::stable::to(dgates, ScalarType::Float);
   Tensor dlogits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  soft_gate_backward(matrix("dgates", exact), matrix("logits", logits), dlogits.mutable_data_ptr(), logits.size(0), logits.size(1), on.stream);
+  soft_gate_backward(matrix("dgates", exact), matrix("logits", logits), dlogits.mutable_data_ptr(), logits.size(0), logits.size(1),
+                     on.stream);
   return dlogits;
 }
 

@@ -8,7 +8,8 @@
 //           lies before its own range, counts per warp, and stores each selection at its place
 // With a single block the table is not needed and `order` does it all.
 //
-// Shared memory: (warps + 2) (E + 1) integers. Selections may be one row for all tokens, or one per group: the table is never spread out in memory.
+// Shared memory: (warps + 2) (E + 1) integers. Selections may be one row for all tokens, or one per group: the table is never spread out in
+// memory.
 
 #include "sort_by_expert.h"
 
@@ -24,7 +25,9 @@ constexpr int sort_threads = 256, sort_warps = sort_threads / 32;
 constexpr int64_t least_range = 2048, most_blocks = 256, most_experts = 4096;
 
 // Selections of a block, a multiple of what its threads read at once.
-int64_t range_of(int64_t n) { return std::max(least_range, (n + most_blocks * sort_threads - 1) / (most_blocks * sort_threads) * sort_threads); }
+int64_t range_of(int64_t n) {
+  return std::max(least_range, (n + most_blocks * sort_threads - 1) / (most_blocks * sort_threads) * sort_threads);
+}
 int64_t blocks_of(int64_t n) { return (n + range_of(n) - 1) / range_of(n); }
 
 // The place in indices and weights of selection i, by row and column; false where its group does not exist.
@@ -44,8 +47,8 @@ __device__ int expert_of(const Selections& s, int64_t i, int64_t end) {
   return static_cast<int>(e >= 0 && e < s.experts ? e : s.experts);
 }
 
-// Adds the selections first..last-1, which are this warp's, to counts [E + 1]; each(i, expert, place) first, where place is the count so far of that
-// expert and i's rank among its lanes.
+// Adds the selections first..last-1, which are this warp's, to counts [E + 1]; each(i, expert, place) first, where place is the count so
+// far of that expert and i's rank among its lanes.
 template <class F>
 __device__ void walk(const Selections& s, int64_t first, int64_t last, int* counts, F&& each) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
@@ -94,7 +97,8 @@ __global__ void __launch_bounds__(sort_threads, row_residents) sort_count_kernel
 }
 
 __global__ void __launch_bounds__(sort_threads, row_residents)
-    sort_order_kernel(Selections s, Rows<float> weights, const int* table, int64_t* gather_idx, int* offsets, float* row_weights, int64_t range) {
+    sort_order_kernel(Selections s, Rows<float> weights, const int* table, int64_t* gather_idx, int* offsets, float* row_weights,
+                      int64_t range) {
   CU_DYNAMIC_SHARED(memory);
   const int64_t columns = s.experts + 1;
   int *const counts = reinterpret_cast<int*>(memory), *const total = counts + sort_warps * columns, *const before = total + columns;
@@ -157,15 +161,17 @@ int64_t sort_scratch(const Selections& s) {
   return blocks > 1 ? blocks * (s.experts + 1) : 0;
 }
 
-void sort_by_expert(const Selections& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights, int32_t* scratch, Stream stream) {
+void sort_by_expert(const Selections& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights, int32_t* scratch,
+                    Stream stream) {
   const char* const name = "sort_by_expert";
   const int64_t n = s.tokens * s.k, range = range_of(n), blocks = std::max<int64_t>(1, blocks_of(n)), columns = s.experts + 1;
   if (n > INT32_MAX || s.experts > most_experts)
-    throw std::runtime_error(std::string(name) + ": " + std::to_string(n) + " selections among " + std::to_string(s.experts) + " experts, at most " + std::to_string(INT32_MAX) + " and " + std::to_string(most_experts));
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(n) + " selections among " + std::to_string(s.experts) +
+                             " experts, at most " + std::to_string(INT32_MAX) + " and " + std::to_string(most_experts));
   const dim3 grid(static_cast<unsigned>(blocks));
   if (blocks > 1) launch(name, sort_count_kernel, grid, sort_threads, sort_warps * columns * sizeof(int), stream, s, scratch, range);
-  launch(name, sort_order_kernel, grid, sort_threads, (sort_warps + 2) * columns * sizeof(int), stream, s, Rows<float>(weights), blocks > 1 ? scratch : nullptr, gather_idx, offsets,
-         row_weights, range);
+  launch(name, sort_order_kernel, grid, sort_threads, (sort_warps + 2) * columns * sizeof(int), stream, s, Rows<float>(weights),
+         blocks > 1 ? scratch : nullptr, gather_idx, offsets, row_weights, range);
 }
 
 }  // namespace cmoe::cuda

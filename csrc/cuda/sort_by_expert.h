@@ -17,8 +17,9 @@ struct Selections {
 // int32 elements of scratch that sorting so many needs.
 int64_t sort_scratch(const Selections& s);
 
-// gather_idx [T * K]: the selections in the order of their experts, stable, those of "no expert" last; offsets [E + 1]: where each expert begins,
-// and the last one ends. row_weights [T * K] fp32, unless null: weights (shaped as the indices), in that order.
-void sort_by_expert(const Selections& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights, int32_t* scratch, Stream stream);
+// gather_idx [T * K]: the selections in the order of their experts, stable, those of "no expert" last; offsets [E + 1]: where each expert
+// begins, and the last one ends. row_weights [T * K] fp32, unless null: weights (shaped as the indices), in that order.
+void sort_by_expert(const Selections& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights, int32_t* scratch,
+                    Stream stream);
 
 }  // namespace cmoe::cuda

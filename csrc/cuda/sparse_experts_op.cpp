@@ -18,7 +18,8 @@ namespace {
 struct Sorted {
   Tensor gather_idx, offsets, weights;
 
-  Sorted(const Tensor& x, const std::optional<Tensor>& w, const Tensor& indices, const std::optional<Tensor>& group_ids, int64_t experts, Stream stream) {
+  Sorted(const Tensor& x, const std::optional<Tensor>& w, const Tensor& indices, const std::optional<Tensor>& group_ids, int64_t experts,
+         Stream stream) {
     const int64_t tokens = x.size(0), k = indices.size(1);
     const std::optional<Tensor> ids = dense(group_ids);
     const Selections s{index_matrix("indices", indices), indices.size(0), indices_of(ids), tokens, k, experts};
@@ -26,14 +27,17 @@ struct Sorted {
     offsets = fresh(x, {experts + 1}, ScalarType::Int);
     weights = w ? fresh(x, {tokens * k}, ScalarType::Float) : absent(x);
     Tensor scratch = fresh(x, {sort_scratch(s)}, ScalarType::Int);
-    sort_by_expert(s, w ? matrix("weights", *w) : Matrix{}, data<int64_t>(gather_idx), data<int32_t>(offsets), w ? data<float>(weights) : nullptr, data<int32_t>(scratch), stream);
+    sort_by_expert(s, w ? matrix("weights", *w) : Matrix{}, data<int64_t>(gather_idx), data<int32_t>(offsets),
+                   w ? data<float>(weights) : nullptr, data<int32_t>(scratch), stream);
   }
 };
 
 void require(const Tensor& x, const std::optional<Tensor>& weights, const Tensor& indices, const std::optional<Tensor>& group_ids) {
-  STD_TORCH_CHECK(indices.dim() == 2 && (group_ids || indices.size(0) == 1 || indices.size(0) == x.size(0)), "indices has shape ", shape(indices), ", must have one row per token, one, or one per group");
+  STD_TORCH_CHECK(indices.dim() == 2 && (group_ids || indices.size(0) == 1 || indices.size(0) == x.size(0)), "indices has shape ",
+                  shape(indices), ", must have one row per token, one, or one per group");
   if (weights) {
-    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, "weights must be float32, got ", torch::headeronly::toString(weights->scalar_type()));
+    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, "weights must be float32, got ",
+                    torch::headeronly::toString(weights->scalar_type()));
     require_shape("weights", *weights, indices.size(0), indices.size(1), "indices");
   }
   require_rows(x.size(0) * indices.size(1));
@@ -41,8 +45,9 @@ void require(const Tensor& x, const std::optional<Tensor>& weights, const Tensor
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
-                                                          std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1,
+                                                          std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
+                                                          std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
   const Activation act = activation_of(taken(activation));
   require(x, weights, indices, group_ids);
   const OnDevice on(x);
@@ -55,7 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optiona
   Tensor y = fresh(x, {tokens, outputs}), u = save ? fresh(x, {rows, w1.size(1)}) : absent(x);
   Tensor by_selection = k == 1 ? y : fresh(x, {rows, outputs});
   const Tensor w1_rounded = rounded(w1, x);
-  RowProduct first = row_product_of(type, groups, w2 ? w2->size(2) : outputs, x.size(1), rows_of("x", x, order, k), weights_of("w1", w1_rounded));
+  RowProduct first =
+      row_product_of(type, groups, w2 ? w2->size(2) : outputs, x.size(1), rows_of("x", x, order, k), weights_of("w1", w1_rounded));
   first.gated = gated;
   first.b = table_of("b1", b1);
   first.scale = scale;
@@ -80,9 +86,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optiona
   return {y, u, sorted.gather_idx, sorted.offsets};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward(Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1,
-                                                                                   std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
-                                                                                   Tensor gather_idx, Tensor offsets, OwnedString activation, bool gated, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward(
+    Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
+    std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
+    bool gated, std::vector<bool> needs) {
   const Activation act = activation_of(taken(activation));
   require(x, weights, indices, group_ids);
   const OnDevice on(x);
@@ -94,12 +101,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
   Tensor row_weights = weights ? fresh(x, {rows}, ScalarType::Float) : absent(x);
   const Scale scale{weights ? data<float>(row_weights) : nullptr, 1, 0};
   if (weights)
-    per_row(static_cast<const float*>(weights->const_data_ptr()), weights->stride(0), weights->stride(1), weights->size(0), indices_of(ids), order, rows, k, data<float>(row_weights), on.stream);
+    per_row(static_cast<const float*>(weights->const_data_ptr()), weights->stride(0), weights->stride(1), weights->size(0), indices_of(ids),
+            order, rows, k, data<float>(row_weights), on.stream);
   const Tensor w1_rounded = rounded(w1, x), last = w2 ? rounded(*w2, x) : w1_rounded;
   const std::optional<Tensor>& last_bias = w2 ? b2 : b1;
   const RowOperand dy_rows = rows_of("dy", dy, order, k), x_rows = rows_of("x", x, order, k);
-  Tensor dx = gradient_like(x, needs[0], x), dweights = gradient_like(weights, needs[1], x), dw1 = gradient_like(w1, needs[2], x), db1 = gradient_like(b1, needs[3], x),
-         dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
+  Tensor dx = gradient_like(x, needs[0], x), dweights = gradient_like(weights, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
+         db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
   const bool want_weights = weights && needs[1], want_db1 = w2 && b1 && needs[3], want_du = w2 && (needs[0] || needs[2] || want_db1);
   Tensor &dw_last = w2 ? dw2 : dw1, &db_last = w2 ? db2 : db1;
   const bool want_dw_last = w2 ? needs[4] : needs[2], want_db_last = last_bias && (w2 ? needs[5] : needs[3]);
@@ -133,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
   if (want_weights) {
     const bool own = !group_ids && indices.size(0) == tokens;
     Tensor by_token = own ? dweights : fresh(x, {tokens, k}, ScalarType::Float);
-    weight_gradients(hidden.parts, hidden_parts(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups, data<float>(by_token), on.stream);
+    weight_gradients(hidden.parts, hidden_parts(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups,
+                     data<float>(by_token), on.stream);
     if (!own) sum_per_group(data<float>(by_token), indices_of(ids), tokens, indices.size(0), k, data<float>(dweights), on.stream);
   }
   if (w2 && needs[0]) {

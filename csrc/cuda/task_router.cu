@@ -2,10 +2,10 @@
 //
 //     u = W_task task[group] + W x + b1      logits = W2 act(u) + b2
 //
-// The task's part of the first layer is one row per task, [G, R] in fp32, and is the bias of the product over tokens. That product's epilogue
-// stores u where it is to be saved and multiplies act(u) by W2 at once, for up to 16 experts: a thread keeps the hidden units of its two
-// rows in registers, takes one expert after the other, and the four lanes and the warps along a row add up in shared memory. A tile leaves
-// [rows, E] sums for its columns; add_parts adds the tiles in their order. The hidden layer goes to memory only to be saved.
+// The task's part of the first layer is one row per task, [G, R] in fp32, and is the bias of the product over tokens. That product's
+// epilogue stores u where it is to be saved and multiplies act(u) by W2 at once, for up to 16 experts: a thread keeps the hidden units of
+// its two rows in registers, takes one expert after the other, and the four lanes and the warps along a row add up in shared memory. A tile
+// leaves [rows, E] sums for its columns; add_parts adds the tiles in their order. The hidden layer goes to memory only to be saved.
 //
 // Backward: du and act(u) both follow from u, which a thread reads for one hidden unit and a range of rows: du is stored for the products,
 // and summed per group as long as the group stays the same, into the range's own row of partials; dW2 likewise, 16 experts at a time.
@@ -34,10 +34,12 @@ struct RouterEpilogue {
   static constexpr int scratch_bytes = Tile::warps_n * Tile::warps_m * 16 * static_cast<int>(most_fused * sizeof(float));
 
   explicit RouterEpilogue(const RouterProduct& p)
-      : b(p.b), w2(p.w2), biases(p.biases), group_ids(p.group_ids), groups(p.groups), experts(p.experts), activation(p.activation), u(p.u), h(p.h), parts(p.parts) {}
+      : b(p.b), w2(p.w2), biases(p.biases), group_ids(p.group_ids), groups(p.groups), experts(p.experts), activation(p.activation), u(p.u),
+        h(p.h), parts(p.parts) {}
 
   template <class Tile>
-  __device__ void store(const RowArguments& p, const RowTile& tile, bool, const WarpPlace<Tile>& place, Accumulator<Tile>& acc, float* sums) const {
+  __device__ void store(const RowArguments& p, const RowTile& tile, bool, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
+                        float* sums) const {
     static_assert(Tile::tiles_m == 1);
     constexpr int rows = Tile::warps_m * 16;
     const int64_t column0 = int64_t{tile.column} * Tile::n + place.warp_n * Tile::warp_n + 2 * (place.lane % 4);
@@ -117,11 +119,21 @@ struct GradientArguments {
 
 GradientArguments arguments(const RouterGradient& g) {
   const int64_t ranges = std::max<int64_t>(1, router_ranges(g.rows));
-  return {g.rows, g.width, g.experts, (g.rows + ranges - 1) / ranges, static_cast<const float*>(g.dlogits.data), g.dlogits.row, g.dlogits.column, g.activation, g.group_ids, g.groups};
+  return {g.rows,
+          g.width,
+          g.experts,
+          (g.rows + ranges - 1) / ranges,
+          static_cast<const float*>(g.dlogits.data),
+          g.dlogits.row,
+          g.dlogits.column,
+          g.activation,
+          g.group_ids,
+          g.groups};
 }
 
 template <class T>
-__global__ void __launch_bounds__(column_threads) router_bwd_du_kernel(GradientArguments g, BiasTable<T> w2, const T* u, T* du, float* dbias) {
+__global__ void __launch_bounds__(column_threads)
+    router_bwd_du_kernel(GradientArguments g, BiasTable<T> w2, const T* u, T* du, float* dbias) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * column_threads + threadIdx.x;
   if (n >= g.width) return;
   int64_t group = -1;
@@ -163,7 +175,8 @@ __global__ void __launch_bounds__(column_threads) router_bwd_dw2_kernel(Gradient
 constexpr int adding_warps = 8;
 
 template <class Out>
-__global__ void __launch_bounds__(32 * adding_warps) add_parts_kernel(const float* parts, int64_t count, int64_t n, const float* b, int64_t columns, Out* out) {
+__global__ void __launch_bounds__(32 * adding_warps)
+    add_parts_kernel(const float* parts, int64_t count, int64_t n, const float* b, int64_t columns, Out* out) {
   CU_SHARED(float, sums, 32 * adding_warps);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + lane;
@@ -187,7 +200,8 @@ void dispatch_type(const char* operation, Type type, F&& f) {
 }
 
 dim3 column_grid(int64_t width, int64_t ranges, int64_t z) {
-  return dim3(static_cast<unsigned>((width + column_threads - 1) / column_threads), static_cast<unsigned>(ranges), static_cast<unsigned>(z));
+  return dim3(static_cast<unsigned>((width + column_threads - 1) / column_threads), static_cast<unsigned>(ranges),
+              static_cast<unsigned>(z));
 }
 
 }  // namespace
@@ -209,8 +223,8 @@ void router_hidden_gradient(const RouterGradient& g, void* du, float* dbias, Str
   if (!g.rows || !g.width) return;
   dispatch_type(name, g.type, [&](auto zero) {
     using T = decltype(zero);
-    launch(name, router_bwd_du_kernel<T>, column_grid(g.width, router_ranges(g.rows), 1), column_threads, 0, stream, arguments(g), BiasTable<T>(g.w2), static_cast<const T*>(g.u),
-           static_cast<T*>(du), dbias);
+    launch(name, router_bwd_du_kernel<T>, column_grid(g.width, router_ranges(g.rows), 1), column_threads, 0, stream, arguments(g),
+           BiasTable<T>(g.w2), static_cast<const T*>(g.u), static_cast<T*>(du), dbias);
   });
 }
 
@@ -219,8 +233,8 @@ void router_weight_gradient(const RouterGradient& g, float* parts, Stream stream
   if (!g.rows || !g.width || !g.experts) return;
   dispatch_type(name, g.type, [&](auto zero) {
     using T = decltype(zero);
-    launch(name, router_bwd_dw2_kernel<T>, column_grid(g.width, router_ranges(g.rows), (g.experts + most_fused - 1) / most_fused), column_threads, 0, stream, arguments(g),
-           static_cast<const T*>(g.u), parts);
+    launch(name, router_bwd_dw2_kernel<T>, column_grid(g.width, router_ranges(g.rows), (g.experts + most_fused - 1) / most_fused),
+           column_threads, 0, stream, arguments(g), static_cast<const T*>(g.u), parts);
   });
 }
 
@@ -228,7 +242,8 @@ void add_parts(const float* parts, int64_t count, int64_t n, const float* b, int
   if (!n) return;
   dispatch_type("task_router", out_type, [&](auto zero) {
     using Out = decltype(zero);
-    launch("task_router", add_parts_kernel<Out>, dim3(static_cast<unsigned>((n + 31) / 32)), 32 * adding_warps, 0, stream, parts, count, n, b, columns, static_cast<Out*>(out));
+    launch("task_router", add_parts_kernel<Out>, dim3(static_cast<unsigned>((n + 31) / 32)), 32 * adding_warps, 0, stream, parts, count, n,
+           b, columns, static_cast<Out*>(out));
   });
 }
 

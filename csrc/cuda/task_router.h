@@ -11,15 +11,15 @@ struct RouterProduct {
   int64_t rows = 0, width = 0, depth = 0;
   RowOperand x;
   WeightOperand w;
-  Table b;                              // [1, width]; or, of each row's group, biases [groups, width] in fp32:
+  Table b;  // [1, width]; or, of each row's group, biases [groups, width] in fp32:
   const float* biases = nullptr;
-  const int64_t* group_ids = nullptr;   // [rows]; without them the rows have one bias
+  const int64_t* group_ids = nullptr;  // [rows]; without them the rows have one bias
   int64_t groups = 0;
   Activation activation = Activation::none;
-  Target u, h;                          // [rows, width] before and after the activation; what has no place is not stored
-  Table w2;                             // [experts, width], experts <= most_fused
+  Target u, h;  // [rows, width] before and after the activation; what has no place is not stored
+  Table w2;     // [experts, width], experts <= most_fused
   int64_t experts = 0;
-  float* parts = nullptr;               // [router_parts, rows, experts]
+  float* parts = nullptr;  // [router_parts, rows, experts]
 };
 constexpr int64_t most_fused = 16;
 void router_product(const char* operation, const RouterProduct& p, Stream stream);
@@ -39,7 +39,8 @@ struct RouterGradient {
 };
 // Into how many ranges the rows are cut; each leaves a part of the sums over rows.
 int64_t router_ranges(int64_t rows);
-// du = (dlogits W2) act'(u), [rows, width]; and its sums over the rows of each group, added to dbias [router_ranges, groups, width], unless null.
+// du = (dlogits W2) act'(u), [rows, width]; and its sums over the rows of each group, added to dbias [router_ranges, groups, width], unless
+// null.
 void router_hidden_gradient(const RouterGradient& g, void* du, float* dbias, Stream stream);
 // dlogits^T act(u): parts [router_ranges, experts, width].
 void router_weight_gradient(const RouterGradient& g, float* parts, Stream stream);

@@ -1,6 +1,6 @@
-// task_router on the GPU: the task's part of the first layer once per task, then one product over the tokens whose epilogue is the rest, for up
-// to 16 experts; beyond, the hidden layer is stored and multiplied by W2. Backward makes du [T, R] once, in the products' type, and its sums
-// per task; dx and dW are products with it, and the task's gradients products with the sums. With one layer du is dlogits.
+// task_router on the GPU: the task's part of the first layer once per task, then one product over the tokens whose epilogue is the rest,
+// for up to 16 experts; beyond, the hidden layer is stored and multiplied by W2. Backward makes du [T, R] once, in the products' type, and
+// its sums per task; dx and dW are products with it, and the task's gradients products with the sums. With one layer du is dlogits.
 
 #include "layers.h"
 #include "task_router.h"
@@ -21,7 +21,8 @@ struct Router {
   int64_t split, hidden, rows;
 
   Router(const std::optional<Tensor>& x_, const std::optional<Tensor>& task_, const Tensor& w1_, const std::optional<Tensor>& ids)
-      : x(x_), task(task_), w1(w1_), group_ids(dense(ids)), type(type_of(x_ ? "x" : "task", x_ ? *x_ : *task_)), split(task_ ? task_->size(1) : 0), hidden(w1_.size(0)), rows(input().size(0)) {
+      : x(x_), task(task_), w1(w1_), group_ids(dense(ids)), type(type_of(x_ ? "x" : "task", x_ ? *x_ : *task_)),
+        split(task_ ? task_->size(1) : 0), hidden(w1_.size(0)), rows(input().size(0)) {
     require_rows(rows);
   }
 
@@ -62,12 +63,16 @@ struct Router {
 
 Table rows_table(const char* name, const Tensor& w) { return {w.const_data_ptr(), type_of(name, w), w.stride(0), w.stride(1)}; }
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-Target place(Tensor& t, int64_t column) { return {static_cast<char*>(t.mutable_data_ptr()) + column * static_cast<int64_t>(t.element_size()), type_of("a gradient", t), t.stride(0)}; }
+Target place(Tensor& t, int64_t column) {
+  return {static_cast<char*>(t.mutable_data_ptr()) + column * static_cast<int64_t>(t.element_size()), type_of("a gradient", t),
+          t.stride(0)};
+}
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
-                                       std::optional<Tensor> group_ids, OwnedString activation, bool save) {
+std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
+                                       std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                       OwnedString activation, bool save) {
   const Activation act = activation_of(taken(activation));
   const Router router(x, task, w1, group_ids);
   const Tensor& input = router.input();
@@ -82,7 +87,8 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
   }
   const int64_t experts = w2->size(0), rows = router.rows;
   Tensor logits = fresh(input, {rows, experts}, ScalarType::Float), u = save ? fresh(input, {rows, router.hidden}) : absent(input);
-  const std::optional<Tensor> exact = b2 ? std::optional<Tensor>(torch::stable::contiguous(torch::stable::to(*b2, ScalarType::Float))) : std::nullopt;
+  const std::optional<Tensor> exact =
+      b2 ? std::optional<Tensor>(torch::stable::contiguous(torch::stable::to(*b2, ScalarType::Float))) : std::nullopt;
   p.activation = act;
   if (save) p.u = target_of(u);
   if (experts <= most_fused) {
@@ -92,7 +98,8 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
     Tensor parts = fresh(input, {count, rows, experts}, ScalarType::Float);
     p.parts = data<float>(parts);
     router_product(forward_name, p, on.stream);
-    add_parts(floats(parts), count, rows * experts, exact ? floats(*exact) : nullptr, experts, logits.mutable_data_ptr(), Type::f32, on.stream);
+    add_parts(floats(parts), count, rows * experts, exact ? floats(*exact) : nullptr, experts, logits.mutable_data_ptr(), Type::f32,
+              on.stream);
     return {logits, u};
   }
   Tensor h = fresh(input, {rows, router.hidden});
@@ -106,17 +113,19 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
   return {logits, u};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
-                                                                                std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u,
-                                                                                OwnedString activation, std::vector<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x,
+                                                                                std::optional<Tensor> task, Tensor w1,
+                                                                                std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                                                                std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                                                                Tensor u, OwnedString activation, std::vector<bool> needs) {
   const Activation act = activation_of(taken(activation));
   const Router router(x, task, w1, group_ids);
   const Tensor& input = router.input();
   const OnDevice on(input);
   const int64_t rows = router.rows, hidden = router.hidden, groups = router.groups();
   const bool needs_b1 = b1 && needs[3], needs_task = task && (needs[1] || needs[2]);
-  Tensor dx = gradient_like(x, needs[0], input), dtask = gradient_like(task, needs[1], input), dw1 = gradient_like(w1, needs[2], input), db1 = absent(input),
-         dw2 = gradient_like(w2, needs[4], input), db2 = absent(input);
+  Tensor dx = gradient_like(x, needs[0], input), dtask = gradient_like(task, needs[1], input), dw1 = gradient_like(w1, needs[2], input),
+         db1 = absent(input), dw2 = gradient_like(w2, needs[4], input), db2 = absent(input);
   const Tensor exact = torch::stable::contiguous(torch::stable::to(dlogits, ScalarType::Float));
   const auto column_sums = [&](const Tensor& table, int64_t count, int64_t columns, ScalarType dtype) {
     Tensor sums = fresh(input, {columns}, ScalarType::Float);
@@ -136,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
       p.u = target_of(saved);
       router_product(backward_name, p, on.stream);
     }
-    RouterGradient g{router.type, rows, hidden, w2->size(0), matrix("dlogits", exact), rows_table("w2", *w2), saved.const_data_ptr(), act, nullptr, 1};
+    RouterGradient g{router.type, rows,    hidden, w2->size(0), matrix("dlogits", exact), rows_table("w2", *w2), saved.const_data_ptr(),
+                     act,         nullptr, 1};
     const int64_t ranges = router_ranges(rows);
     if (needs[4]) {
       Tensor parts = fresh(input, {ranges, g.experts, hidden}, ScalarType::Float);

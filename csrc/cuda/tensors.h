@@ -55,7 +55,9 @@ inline Type type_of(const char* name, const Tensor& t) {
     case ScalarType::Float: return Type::f32;
     case ScalarType::BFloat16: return Type::bf16;
     case ScalarType::Half: return Type::f16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the CUDA kernels, got ", torch::headeronly::toString(t.scalar_type()));
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the CUDA kernels, got ",
+                      torch::headeronly::toString(t.scalar_type()));
   }
 }
 

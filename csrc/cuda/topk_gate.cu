@@ -1,16 +1,17 @@
 // topk_gate on the GPU.
 //
-//     indices[t]    = the k experts that rank first (NaN is the greatest, as torch.sort has it; equals by index; -inf becomes E, "no expert")
+//     indices[t]    = the k experts that rank first (NaN is the greatest, as torch.sort has it; equals by index; -inf becomes E,
+//                     "no expert")
 //     weights[t, i] = scale * score(l[t, indices[t, i]]), divided by the sum over the chosen if renormalize
 //     dlogits       : with the weights before the scale and d = scale * dweights, total = sum_i d_i weights_i;
 //                     dpicked_i = weights_i (d_i - total) if renormalize else weights_i d_i;
 //                     sigmoid:      dpicked_i *= sigmoid(-l_i);  softmax over all:  dlogits_e = -softmax(l)_e * total, then + dpicked
 //
-// Choosing. Each value becomes an integer that compares as the value does, and the next choice is the greatest of those behind the last one in
-// the order (key, lower index first): nothing is marked as taken, so keys stay where they are, in registers for up to 256 experts (32
+// Choosing. Each value becomes an integer that compares as the value does, and the next choice is the greatest of those behind the last one
+// in the order (key, lower index first): nothing is marked as taken, so keys stay where they are, in registers for up to 256 experts (32
 // lanes of 8), and are computed again from memory beyond or where a selection ranks. A choice costs a scan of a lane's keys and log2(width)
-// shuffles. Choices are written as they are made and read back by the lanes that weigh them. Counts are summed per block in shared memory and
-// added to memory by an integer atomic, whose result does not depend on the order: one launch makes weights, indices and counts.
+// shuffles. Choices are written as they are made and read back by the lanes that weigh them. Counts are summed per block in shared memory
+// and added to memory by an integer atomic, whose result does not depend on the order: one launch makes weights, indices and counts.
 //
 // Backward writes a row of softmax's part (or zeros) and then, after the warp has met, the chosen elements over it, each by one lane: an
 // index outside 0..E-1 reads and receives nothing. The indices of a row differ, as the forward pass makes them.
@@ -125,7 +126,8 @@ struct Weights {
   bool sigmoid;
 
   template <class Chosen>
-  __device__ Weights(const Place& p, const Rows<T>& logits, int experts, int k, bool sigmoid_, bool renormalize, const Chosen& chosen) : sigmoid(sigmoid_) {
+  __device__ Weights(const Place& p, const Rows<T>& logits, int experts, int k, bool sigmoid_, bool renormalize, const Chosen& chosen)
+      : sigmoid(sigmoid_) {
     const auto each = [&](auto&& f) {
       if (renormalize) {
         for (int i = p.lane; i < k; i += p.width)
@@ -149,8 +151,8 @@ struct Weights {
 
 template <class T, class Keys>
 __global__ void __launch_bounds__(row_threads, row_residents)
-    topk_gate_fwd_kernel(Rows<T> logits, Matrix ranking, float* weights, int64_t* indices, int32_t* counts, int64_t tokens, int experts, int k, int width, bool sigmoid,
-                         bool renormalize, float scale) {
+    topk_gate_fwd_kernel(Rows<T> logits, Matrix ranking, float* weights, int64_t* indices, int32_t* counts, int64_t tokens, int experts,
+                         int k, int width, bool sigmoid, bool renormalize, float scale) {
   CU_DYNAMIC_SHARED(memory);
   const bool counted = experts <= most_counted;
   int* const held = reinterpret_cast<int*>(memory);
@@ -173,16 +175,16 @@ __global__ void __launch_bounds__(row_threads, row_residents)
 
 template <class T>
 __global__ void __launch_bounds__(row_threads, row_residents)
-    topk_gate_bwd_kernel(Rows<T> logits, Rows<float> dweights, Indices indices, T* dlogits, int64_t tokens, int experts, int k, int width, bool sigmoid, bool renormalize,
-                         float scale) {
+    topk_gate_bwd_kernel(Rows<T> logits, Rows<float> dweights, Indices indices, T* dlogits, int64_t tokens, int experts, int k, int width,
+                         bool sigmoid, bool renormalize, float scale) {
   const Place p(tokens, width);
   const auto chosen = [&](int i) {
     const int64_t e = indices.data[p.t * indices.row + i * indices.column];
     return e >= 0 && e < experts ? static_cast<int>(e) : experts;
   };
   const Weights<T> weight(p, logits, experts, k, sigmoid, renormalize, chosen);
-  // What all gradients of a row have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing. Each is rounded
-  // for itself: a fused multiply and subtract would leave what the rounding took.
+  // What all gradients of a row have in common cancels: taken away first, it leaves no rounding, and where all are equal nothing. Each is
+  // rounded for itself: a fused multiply and subtract would leave what the rounding took.
   const auto gradient = [&](int i) { return __fmul_rn(dweights(p.t, i), scale); };
   float total = 0.0f, common = infinity;
   for (int i = p.lane; i < k; i += p.width)
@@ -211,8 +213,9 @@ template <class T, class Keys>
 void forward(const TopkGate& op, float* weights, int64_t* indices, int32_t* counts, Stream stream) {
   const int width = row_width(op.experts);
   const size_t shared = op.experts <= most_counted ? op.experts * sizeof(int) : 0;
-  launch("topk_gate", topk_gate_fwd_kernel<T, Keys>, row_blocks(op.tokens, width), row_threads, shared, stream, Rows<T>(op.logits), op.ranking, weights, indices, counts, op.tokens,
-         static_cast<int>(op.experts), static_cast<int>(op.k), width, op.sigmoid, op.renormalize, op.scale);
+  launch("topk_gate", topk_gate_fwd_kernel<T, Keys>, row_blocks(op.tokens, width), row_threads, shared, stream, Rows<T>(op.logits),
+         op.ranking, weights, indices, counts, op.tokens, static_cast<int>(op.experts), static_cast<int>(op.k), width, op.sigmoid,
+         op.renormalize, op.scale);
 }
 
 }  // namespace
@@ -232,8 +235,9 @@ void topk_gate_backward(const TopkGate& op, const Matrix& dweights, const Indice
   const int width = row_width(op.experts);
   dispatch("topk_gate_backward", op.logits.type, [&](auto zero) {
     using T = decltype(zero);
-    launch("topk_gate_backward", topk_gate_bwd_kernel<T>, row_blocks(op.tokens, width), row_threads, 0, stream, Rows<T>(op.logits), Rows<float>(dweights), indices,
-           static_cast<T*>(dlogits), op.tokens, static_cast<int>(op.experts), static_cast<int>(op.k), width, op.sigmoid, op.renormalize, op.scale);
+    launch("topk_gate_backward", topk_gate_bwd_kernel<T>, row_blocks(op.tokens, width), row_threads, 0, stream, Rows<T>(op.logits),
+           Rows<float>(dweights), indices, static_cast<T*>(dlogits), op.tokens, static_cast<int>(op.experts), static_cast<int>(op.k), width,
+           op.sigmoid, op.renormalize, op.scale);
   });
 }
 

@@ -17,7 +17,8 @@ TopkGate operation(const Tensor& logits, int64_t k, OwnedString score_name, bool
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedString score, bool renormalize, double scale, std::optional<Tensor> selection) {
+std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedString score, bool renormalize, double scale,
+                                             std::optional<Tensor> selection) {
   TopkGate op = operation(logits, k, score, renormalize, scale);
   STD_TORCH_CHECK(k >= 1 && k <= op.experts, "k is ", k, ", must be in 1..", op.experts, " (the experts in logits)");
   if (selection) {

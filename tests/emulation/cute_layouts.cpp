@@ -25,7 +25,8 @@ int accumulators() {
   return wrong;
 }
 
-// A tile of `rows` by 64 of k, as the copies write it: what a descriptor finds in it, what the swizzle makes of a box, and the descriptor's bits.
+// A tile of `rows` by 64 of k, as the copies write it: what a descriptor finds in it, what the swizzle makes of a box, and the descriptor's
+// bits.
 template <int rows, bool k_major>
 int operands() {
   using T = cute::bfloat16_t;
@@ -39,7 +40,8 @@ int operands() {
     for (int k = 0; k < 64; ++k) {
       const uint32_t bytes = uint32_t(layout(m, k)) * 2;
       const uint32_t box = k_major ? emulator::swizzled(m * 128 + k * 2) : emulator::swizzled(m / 64 * 64 * 128 + k * 128 + m % 64 * 2);
-      const uint64_t descriptor = k_major ? cmoe::cuda::descriptor(0) + k / 16 * cmoe::cuda::k16_along_k : cmoe::cuda::descriptor(0, 64 * 128) + k / 16 * cmoe::cuda::k16_along_mn;
+      const uint64_t descriptor = k_major ? cmoe::cuda::descriptor(0) + k / 16 * cmoe::cuda::k16_along_k
+                                          : cmoe::cuda::descriptor(0, 64 * 128) + k / 16 * cmoe::cuda::k16_along_mn;
       wrong += bytes != box;
       wrong += bytes != emulator::operand_address(descriptor, k_major, m, k % 16);
     }

@@ -170,7 +170,8 @@ __global__ void collectives(uint32_t* out) {
   const int lane = threadIdx.x;
   bool good = __shfl_sync(~0u, lane, 5) == 5 && __shfl_sync(~0u, lane, 3, 8) == lane / 8 * 8 + 3;
   good = good && __shfl_xor_sync(~0u, lane, 3) == (lane ^ 3);
-  good = good && __shfl_up_sync(~0u, lane, 2) == (lane < 2 ? lane : lane - 2) && __shfl_down_sync(~0u, lane, 2) == (lane > 29 ? lane : lane + 2);
+  good = good && __shfl_up_sync(~0u, lane, 2) == (lane < 2 ? lane : lane - 2) &&
+         __shfl_down_sync(~0u, lane, 2) == (lane > 29 ? lane : lane + 2);
   good = good && __ballot_sync(~0u, lane % 3 == 0) == 0x49249249u && __any_sync(~0u, lane == 7) && !__all_sync(~0u, lane == 7);
   good = good && __match_any_sync(~0u, lane % 4) == 0x11111111u << lane % 4;
   if (lane < 8) good = good && __ballot_sync(0xffu, 1) == 0xffu;
@@ -194,7 +195,8 @@ __global__ void conflicts(float* out) {
 
 __global__ void turns(int* turn, int* order) {
   if (threadIdx.x) return;
-  while (atomicCAS(turn, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.x)) != static_cast<int>(blockIdx.x)) {}
+  while (atomicCAS(turn, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.x)) != static_cast<int>(blockIdx.x)) {
+  }
   order[blockIdx.x] = atomicAdd(turn, 1);
 }
 __global__ void exit_before_a_barrier(float* out) {
@@ -217,15 +219,19 @@ int half_roundings() {
   }
   // Between neighbours: down, up, and the even one of the two at the middle.
   const float one = 1.f, b = 0x1p-7f, h = 0x1p-10f;
-  wrong += to_float(from_float<bf16>(one + b / 2)) != one || to_float(from_float<bf16>(one + 1.5f * b)) != one + 2 * b || to_float(from_float<bf16>(one + 0.51f * b)) != one + b;
-  wrong += to_float(from_float<fp16>(one + h / 2)) != one || to_float(from_float<fp16>(one + 1.5f * h)) != one + 2 * h || to_float(from_float<fp16>(one + 0.51f * h)) != one + h;
-  wrong += !std::isinf(to_float(from_float<fp16>(65520.f))) || !std::isnan(to_float(from_float<bf16>(NAN))) || !std::isinf(to_float(from_float<bf16>(3.4e38f)));
+  wrong += to_float(from_float<bf16>(one + b / 2)) != one || to_float(from_float<bf16>(one + 1.5f * b)) != one + 2 * b ||
+           to_float(from_float<bf16>(one + 0.51f * b)) != one + b;
+  wrong += to_float(from_float<fp16>(one + h / 2)) != one || to_float(from_float<fp16>(one + 1.5f * h)) != one + 2 * h ||
+           to_float(from_float<fp16>(one + 0.51f * h)) != one + h;
+  wrong += !std::isinf(to_float(from_float<fp16>(65520.f))) || !std::isnan(to_float(from_float<bf16>(NAN))) ||
+           !std::isinf(to_float(from_float<bf16>(3.4e38f)));
   return wrong;
 }
 
 double difference(int first, int count, float factor, float shift) {
   double worst = 0;
-  for (int i = first; i < first + count; ++i) worst = std::max(worst, std::isnan(numbers[512 + i]) ? 1e9 : std::abs(numbers[512 + i] - (factor * static_cast<float>(i) + shift)));
+  for (int i = first; i < first + count; ++i)
+    worst = std::max(worst, std::isnan(numbers[512 + i]) ? 1e9 : std::abs(numbers[512 + i] - (factor * static_cast<float>(i) + shift)));
   return worst;
 }
 
@@ -244,33 +250,59 @@ int main(int argc, char** argv) {
   for (int i = 0; i < 1024; ++i) in[i] = static_cast<float>(i);
   float* const small = static_cast<float*>(malloc(32 * sizeof(float)));
   float* const out = numbers + 512;
-  const auto run = [&](auto kernel, unsigned blocks, unsigned threads, auto... arguments) { launch("test", kernel, blocks, threads, 0, nullptr, arguments...); };
+  const auto run = [&](auto kernel, unsigned blocks, unsigned threads, auto... arguments) {
+    launch("test", kernel, blocks, threads, 0, nullptr, arguments...);
+  };
   try {
-    if (which == "barrier_at_two_places") run(barrier_at_two_places, 1, 64, out);
-    else if (which == "barrier_not_reached") run(barrier_not_reached, 1, 64, out);
-    else if (which == "shuffle_in_a_branch") run(shuffle_in_a_branch, 1, 32, out);
-    else if (which == "two_collectives") run(two_collectives, 1, 32, out);
-    else if (which == "lane_not_in_mask") run(lane_not_in_mask, 1, 32, out);
-    else if (which == "too_much_shared") run(too_much_shared, 1, 32, out);
-    else if (which == "misaligned_copy") run(misaligned_copy, 1, 32, in);
-    else if (which == "misaligned_matrix") run(misaligned_matrix, 1, 32, out);
-    else if (which == "not_shared") run(not_shared, 1, 32, out);
-    else if (which == "empty_grid") run(stack_of_global, 0, 32, out);
-    else if (which == "too_many_threads") run(stack_of_global, 1, 1025, out);
-    else if (which == "stack_overrun") run(endless_recursion, 1, 32, out);
-    else if (which == "unwritten_shared") run(unwritten_shared, 1, 32, out), printf("%g %g\n", out[30], out[31]);
-    else if (which == "copy_without_wait") run(copy_and_read<false>, 1, 32, in, out), printf("%g\n", out[3]);
-    else if (which == "copy") run(copy_and_read<true>, 1, 32, in, out), printf("%g %g %g\n", difference(0, 126, 1, 0), out[126], out[127]);
-    else if (which == "copy_over_what_is_read") run(copy_over_what_is_read, 1, 32, in, out), printf("%g\n", out[0]);
-    else if (which == "order_dependent") run(order_dependent, 1, 64, out), printf("%g\n", out[0]);
-    else if (which == "race_in_shared") run(race_in_shared, 1, 64, out);
-    else if (which == "race_between_blocks") run(race_between_blocks, 2, 32, out);
-    else if (which == "race_with_a_copy") run(race_with_a_copy, 1, 32, in, out);
-    else if (which == "overrun_of_shared") run(overrun_of_shared, 1, 32, out);
-    else if (which == "overrun_of_global") run(overrun_of_global, 1, 32, small);
-    else if (which == "no_race") run(no_race, 3, 32, in, out), run(no_race, 3, 32, in, out), printf("%g\n", out[0]);
+    if (which == "barrier_at_two_places")
+      run(barrier_at_two_places, 1, 64, out);
+    else if (which == "barrier_not_reached")
+      run(barrier_not_reached, 1, 64, out);
+    else if (which == "shuffle_in_a_branch")
+      run(shuffle_in_a_branch, 1, 32, out);
+    else if (which == "two_collectives")
+      run(two_collectives, 1, 32, out);
+    else if (which == "lane_not_in_mask")
+      run(lane_not_in_mask, 1, 32, out);
+    else if (which == "too_much_shared")
+      run(too_much_shared, 1, 32, out);
+    else if (which == "misaligned_copy")
+      run(misaligned_copy, 1, 32, in);
+    else if (which == "misaligned_matrix")
+      run(misaligned_matrix, 1, 32, out);
+    else if (which == "not_shared")
+      run(not_shared, 1, 32, out);
+    else if (which == "empty_grid")
+      run(stack_of_global, 0, 32, out);
+    else if (which == "too_many_threads")
+      run(stack_of_global, 1, 1025, out);
+    else if (which == "stack_overrun")
+      run(endless_recursion, 1, 32, out);
+    else if (which == "unwritten_shared")
+      run(unwritten_shared, 1, 32, out), printf("%g %g\n", out[30], out[31]);
+    else if (which == "copy_without_wait")
+      run(copy_and_read<false>, 1, 32, in, out), printf("%g\n", out[3]);
+    else if (which == "copy")
+      run(copy_and_read<true>, 1, 32, in, out), printf("%g %g %g\n", difference(0, 126, 1, 0), out[126], out[127]);
+    else if (which == "copy_over_what_is_read")
+      run(copy_over_what_is_read, 1, 32, in, out), printf("%g\n", out[0]);
+    else if (which == "order_dependent")
+      run(order_dependent, 1, 64, out), printf("%g\n", out[0]);
+    else if (which == "race_in_shared")
+      run(race_in_shared, 1, 64, out);
+    else if (which == "race_between_blocks")
+      run(race_between_blocks, 2, 32, out);
+    else if (which == "race_with_a_copy")
+      run(race_with_a_copy, 1, 32, in, out);
+    else if (which == "overrun_of_shared")
+      run(overrun_of_shared, 1, 32, out);
+    else if (which == "overrun_of_global")
+      run(overrun_of_global, 1, 32, small);
+    else if (which == "no_race")
+      run(no_race, 3, 32, in, out), run(no_race, 3, 32, in, out), printf("%g\n", out[0]);
     else if (which == "products")
-      printf("%g %g %g %g\n", product_error<bf16, false>(), product_error<fp16, false>(), product_error<bf16, true>(), product_error<fp16, true>());
+      printf("%g %g %g %g\n", product_error<bf16, false>(), product_error<fp16, false>(), product_error<bf16, true>(),
+             product_error<fp16, true>());
     else if (which == "collectives") {
       uint32_t good[32];
       unsigned sum = 0;
@@ -290,9 +322,12 @@ int main(int argc, char** argv) {
       options.resident = 8;
       run(turns, 8, 32, &turn, order);
       printf("%d %d %d\n", turn, order[0], order[7]);
-    } else if (which == "exit_before_a_barrier") run(exit_before_a_barrier, 1, 64, out), printf("%g\n", out[31]);
-    else if (which == "halves") printf("%d\n", half_roundings());
-    else return fprintf(stderr, "no case %s\n", which.c_str()), 2;
+    } else if (which == "exit_before_a_barrier")
+      run(exit_before_a_barrier, 1, 64, out), printf("%g\n", out[31]);
+    else if (which == "halves")
+      printf("%d\n", half_roundings());
+    else
+      return fprintf(stderr, "no case %s\n", which.c_str()), 2;
     printf("done\n");
   } catch (const std::exception& error) {
     printf("fault: %s\n", error.what());

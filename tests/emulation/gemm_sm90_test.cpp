@@ -25,7 +25,8 @@ struct Sums {
     const int halves = p.gated ? 2 : 1;
     for (int j = 0; j < Tile::tiles_n; ++j)
       for (int i = 0; i < 4; ++i) {
-        const int row = tile.first + place.row(0, i / 2), column = tile.column * Tile::n / halves + j / halves * 8 + 2 * (place.lane % 4) + i % 2;
+        const int row = tile.first + place.row(0, i / 2),
+                  column = tile.column * Tile::n / halves + j / halves * 8 + 2 * (place.lane % 4) + i % 2;
         if (row >= tile.end || column >= p.width) continue;
         if (!known && sums[0][j][i] != 0) printf("rows of no expert are not zeros\n");
         to[((by_expert ? row * experts + tile.expert : row) * halves + j % halves) * p.width + column] = sums[0][j][i];
@@ -46,14 +47,16 @@ template <class T, class Tile, Major major>
 int wrong(const Case& c) {
   const int experts = c.counts.empty() ? c.experts : static_cast<int>(c.counts.size()), tokens = (c.rows + c.divisor - 1) / c.divisor;
   const int outputs = c.gated ? 2 * c.width : c.width, x_rows = c.sum ? tokens * experts : tokens;
-  const int ld_x = (c.depth + 7) / 8 * 8, ld_w = ((major == Major::k ? c.depth : outputs) + 7) / 8 * 8, w_rows = major == Major::k ? outputs : c.depth;
+  const int ld_x = (c.depth + 7) / 8 * 8, ld_w = ((major == Major::k ? c.depth : outputs) + 7) / 8 * 8,
+            w_rows = major == Major::k ? outputs : c.depth;
   std::mt19937 random(7);
   const auto number = [&] { return from_float<T>(static_cast<float>(static_cast<int>(random() % 9) - 4)); };
   T* const x = static_cast<T*>(std::aligned_alloc(16, sizeof(T) * x_rows * ld_x));
   T* const w = static_cast<T*>(std::aligned_alloc(16, sizeof(T) * experts * w_rows * ld_w));
   // What lies beyond the ends of rows is no operand.
   for (int i = 0; i < x_rows * ld_x; ++i) x[i] = i % ld_x < c.depth ? number() : from_float<T>(NAN);
-  for (int i = 0; i < experts * w_rows * ld_w; ++i) w[i] = i % ld_w < (major == Major::k ? c.depth : outputs) ? number() : from_float<T>(NAN);
+  for (int i = 0; i < experts * w_rows * ld_w; ++i)
+    w[i] = i % ld_w < (major == Major::k ? c.depth : outputs) ? number() : from_float<T>(NAN);
   std::vector<int32_t> offsets{0};
   for (const int n : c.counts) offsets.push_back(offsets.back() + n);
   std::vector<int64_t> index(c.rows);
@@ -65,7 +68,8 @@ int wrong(const Case& c) {
   const bool by_expert = c.counts.empty() && !c.sum;
   const int64_t cells = int64_t{c.rows} * (by_expert ? experts : 1) * outputs;
   std::vector<float> y(cells, -1000), expected(cells, 0);
-  RowOperand rows{x, Type::bf16, c.sum ? int64_t{ld_x} * experts : ld_x, 1, c.sum ? ld_x : 0, c.gathers ? index.data() : nullptr, c.divisor};
+  RowOperand rows{x,        Type::bf16, c.sum ? int64_t{ld_x} * experts : ld_x, 1, c.sum ? ld_x : 0, c.gathers ? index.data() : nullptr,
+                  c.divisor};
   const int64_t per_matrix = int64_t{ld_w} * w_rows;
   const WeightOperand weights{w, Type::bf16, per_matrix, major == Major::k ? ld_w : 1, major == Major::k ? 1 : ld_w};
   const RowArguments p{groups, c.width, c.depth, 0, c.sum, c.gated, rows, weights, false, false};
@@ -81,7 +85,8 @@ int wrong(const Case& c) {
       for (int n = 0; n < outputs; ++n) {
         float s = 0;
         for (int k = 0; k < c.depth; ++k)
-          s += to_float(x[source / c.divisor * rows.row + (c.sum ? e * ld_x : 0) + k]) * to_float(w[(int64_t{e} * w_rows + (major == Major::k ? n : k)) * ld_w + (major == Major::k ? k : n)]);
+          s += to_float(x[source / c.divisor * rows.row + (c.sum ? e * ld_x : 0) + k]) *
+               to_float(w[(int64_t{e} * w_rows + (major == Major::k ? n : k)) * ld_w + (major == Major::k ? k : n)]);
         expected[(by_expert ? int64_t{r} * experts + e : r) * outputs + n] += s;
       }
     }

@@ -2,8 +2,8 @@
 //
 //     gemm_test SCENARIO bf16|f16|f32 [forward|reverse|shuffled] [eager|early]
 //
-// prints, for each product, its worst error over the rounding that its type allows, then accesses to shared memory and the phases that served
-// them, then a hash of all results.
+// prints, for each product, its worst error over the rounding that its type allows, then accesses to shared memory and the phases that
+// served them, then a hash of all results.
 
 #include <cstdio>
 #include <cstdlib>
@@ -76,7 +76,9 @@ constexpr Type type_of(float) { return Type::f32; }
 constexpr Type type_of(bf16) { return Type::bf16; }
 constexpr Type type_of(fp16) { return Type::f16; }
 template <class T>
-constexpr double epsilon = sizeof(T) == 4 ? 0x1p-23 : type_of(T{}) == Type::bf16 ? 0x1p-8 : 0x1p-11;
+constexpr double epsilon = sizeof(T) == 4               ? 0x1p-23
+                           : type_of(T{}) == Type::bf16 ? 0x1p-8
+                                                        : 0x1p-11;
 
 // Worst error over eps max |expected|; f(i) is the expected value.
 template <class V, class F>
@@ -130,7 +132,9 @@ void run(const Scenario& s) {
   const Type type = type_of(T{});
   std::vector<float> wide(s.wide ? w.bits.size() : 0);  // between two halves, so that rounding shows
   for (size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(w.bits[i]) * (1 + static_cast<float>(epsilon<T>) / 5);
-  const WeightOperand weights = s.wide ? WeightOperand{wide.data(), Type::f32, halves * N * L, L, 1} : s.transposed ? WeightOperand{w.bits.data(), type, halves * N * L, 1, halves * N} : WeightOperand{w.bits.data(), type, halves * N * L, L, 1};
+  const WeightOperand weights = s.wide         ? WeightOperand{wide.data(), Type::f32, halves * N * L, L, 1}
+                                : s.transposed ? WeightOperand{w.bits.data(), type, halves * N * L, 1, halves * N}
+                                               : WeightOperand{w.bits.data(), type, halves * N * L, L, 1};
   const auto weight = [&](int64_t e, int64_t n, int64_t k) {
     const int64_t at = e * halves * N * L + (s.transposed ? k * halves * N + n : n * L + k);
     return s.wide ? double{to_float(from_float<T>(wide[at]))} : w[at];
@@ -178,7 +182,8 @@ void run(const Scenario& s) {
   double du_error = 0, h_error = 0, parts_error = 0;
   if (!s.sum) {
     HiddenProduct q;
-    q.type = type, q.groups = groups, q.width = N, q.depth = D, q.w = weights, q.gated = s.gated, q.activation = Activation::silu, q.scale = by;
+    q.type = type, q.groups = groups, q.width = N, q.depth = D, q.w = weights, q.gated = s.gated, q.activation = Activation::silu,
+    q.scale = by;
     q.dy = {dy.bits.data(), type, L, 1, 0, read, 1};
     q.u = {pre.bits.data(), type, each * halves * N, 1, s.dense ? halves * N : 0, nullptr, 1};
     Results<T> du(rows * each * halves * N), h(rows * each * N);
@@ -192,7 +197,9 @@ void run(const Scenario& s) {
       for (int64_t k = 0; k < D; ++k) sum += weight(e, n, k) * dy[source(r) * L + k];
       return sum;
     };
-    const auto at = [&](int64_t i, int64_t columns, int64_t& r, int64_t& e) { r = i / columns / each, e = s.dense ? i / columns % each : expert[r]; };
+    const auto at = [&](int64_t i, int64_t columns, int64_t& r, int64_t& e) {
+      r = i / columns / each, e = s.dense ? i / columns % each : expert[r];
+    };
     du_error = compare(du.bits, rows * each * halves * N, epsilon<T>, [&](int64_t i) {
       int64_t r, e;
       at(i, halves * N, r, e);
@@ -246,9 +253,11 @@ void run(const Scenario& s) {
     return over_rows(e, [&](int64_t r, int64_t base) { return scaled(r, e) * pre[base + n]; });
   });
 
-  printf("forward %.3g saved %.3g du %.3g h %.3g parts %.3g dw %.3g db %.3g\n", forward, saved, du_error, h_error, parts_error, dw_error, db_error);
+  printf("forward %.3g saved %.3g du %.3g h %.3g parts %.3g dw %.3g db %.3g\n", forward, saved, du_error, h_error, parts_error, dw_error,
+         db_error);
   const emulator::Counts& c = emulator::counts;
-  printf("copies %lu %lu ldmatrix %lu %lu vectors %lu %lu\n", c.copies, c.copy_phases, c.ldmatrix, c.ldmatrix_phases, c.vectors, c.vector_phases);
+  printf("copies %lu %lu ldmatrix %lu %lu vectors %lu %lu\n", c.copies, c.copy_phases, c.ldmatrix, c.ldmatrix_phases, c.vectors,
+         c.vector_phases);
   printf("hash %016lx\n", hash);
 }
 
@@ -267,9 +276,12 @@ int main(int argc, char** argv) {
   for (const Scenario& s : scenarios)
     if (which == s.name) {
       try {
-        if (type == "bf16") run<bf16>(s);
-        else if (type == "f16") run<fp16>(s);
-        else run<float>(s);
+        if (type == "bf16")
+          run<bf16>(s);
+        else if (type == "f16")
+          run<fp16>(s);
+        else
+          run<float>(s);
       } catch (const std::exception& error) {
         return printf("%s\n", error.what()), 1;
       }

@@ -24,7 +24,9 @@ void fill(T* to, int rows, int columns, int salt) {
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < columns; ++j) to[i * columns + j] = from_float<T>(small_integer(i, j, salt));
 }
-TensorView view(const void* data, int inner, int rows, int matrices = 1) { return {data, inner, rows, matrices, inner, int64_t{inner} * rows}; }
+TensorView view(const void* data, int inner, int rows, int matrices = 1) {
+  return {data, inner, rows, matrices, inner, int64_t{inner} * rows};
+}
 
 // --- products: d [64, N] = a [64, 64] b [N, 64]^T; an operand whose major is mn lies in memory as [64 of k, 64 or N]
 template <class T, int N, Major A, Major B>
@@ -61,24 +63,28 @@ float product_error(bool waits = true, bool fences = true) {
   T* const b = reinterpret_cast<T*>(b_host);
   A == Major::k ? fill(a, 64, 64, 1) : fill(a, 64, 64, 2);
   B == Major::k ? fill(b, N, 64, 3) : fill(b, 64, N, 4);
-  const TensorMap map_a = tensor_map(view(a, 64, 64), 64), map_b = B == Major::k ? tensor_map(view(b, 64, N), N) : tensor_map(view(b, N, 64), 64);
+  const TensorMap map_a = tensor_map(view(a, 64, 64), 64),
+                  map_b = B == Major::k ? tensor_map(view(b, 64, N), N) : tensor_map(view(b, N, 64), 64);
   launch("test", product<T, N, A, B>, 1, 128, tile_bytes + N * 128, nullptr, map_a, map_b, results, waits, fences);
   float worst = 0;
   for (int m = 0; m < 64; ++m)
     for (int n = 0; n < N; ++n) {
       float sum = 0;
-      for (int k = 0; k < 64; ++k) sum += to_float(A == Major::k ? a[m * 64 + k] : a[k * 64 + m]) * to_float(B == Major::k ? b[n * 64 + k] : b[k * N + n]);
+      for (int k = 0; k < 64; ++k)
+        sum += to_float(A == Major::k ? a[m * 64 + k] : a[k * 64 + m]) * to_float(B == Major::k ? b[n * 64 + k] : b[k * N + n]);
       worst = std::max(worst, std::fabs(sum - results[m * N + n]));
     }
   return worst;
 }
 template <class T, int N>
 float product_errors() {
-  return product_error<T, N, Major::k, Major::k>() + product_error<T, N, Major::k, Major::mn>() + product_error<T, N, Major::mn, Major::k>() + product_error<T, N, Major::mn, Major::mn>();
+  return product_error<T, N, Major::k, Major::k>() + product_error<T, N, Major::k, Major::mn>() +
+         product_error<T, N, Major::mn, Major::k>() + product_error<T, N, Major::mn, Major::mn>();
 }
 
 // --- copies: a box of [64, 64] at these coordinates of a [2, 100, 72], moved to the same place of another
-__global__ void through_shared(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, int c0, int c1, int c2, bool waits) {
+__global__ void through_shared(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, int c0, int c1, int c2,
+                               bool waits) {
   CU_DYNAMIC_SHARED(memory);
   CU_SHARED(uint64_t, barriers, 1);
   const SharedAddress tile = shared_address(memory), full = shared_address(barriers);
@@ -95,7 +101,8 @@ __global__ void through_shared(const __grid_constant__ TensorMap from, const __g
 int moved(int c0, int c1, int c2, bool waits = true) {
   fill(a_host, 200, 72, 5);
   for (bf16& x : b_host) x = from_float<bf16>(77);
-  launch("test", through_shared, 1, 32, tile_bytes, nullptr, tensor_map(view(a_host, 72, 100, 2), 64), tensor_map(view(b_host, 72, 100, 2), 64), c0, c1, c2, waits);
+  launch("test", through_shared, 1, 32, tile_bytes, nullptr, tensor_map(view(a_host, 72, 100, 2), 64),
+         tensor_map(view(b_host, 72, 100, 2), 64), c0, c1, c2, waits);
   int wrong = 0;
   for (int matrix = 0; matrix < 2; ++matrix)
     for (int r = 0; r < 100; ++r)
@@ -119,7 +126,8 @@ __global__ void outside(const __grid_constant__ TensorMap from, float* out) {
   }
   __syncthreads();
   mbarrier_wait(full, 0);
-  for (int c = 0; c < 64; ++c) out[threadIdx.x * 64 + c] = to_float(*reinterpret_cast<const bf16*>(memory + emulator::swizzled(threadIdx.x * 128 + c * 2)));
+  for (int c = 0; c < 64; ++c)
+    out[threadIdx.x * 64 + c] = to_float(*reinterpret_cast<const bf16*>(memory + emulator::swizzled(threadIdx.x * 128 + c * 2)));
 }
 
 // --- a ring of two stages: one thread copies, a warpgroup multiplies with the identity and hands the stage back
@@ -127,7 +135,8 @@ template <bool takes_turns, bool counts_bytes, bool flips>
 __global__ void ring(const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap identity, float* out, int steps) {
   CU_DYNAMIC_SHARED(memory);
   CU_SHARED(uint64_t, barriers, 5);
-  const SharedAddress tiles = shared_address(memory), one = tiles + 2 * tile_bytes, full = shared_address(barriers), empty = full + 16, ready = full + 32;
+  const SharedAddress tiles = shared_address(memory), one = tiles + 2 * tile_bytes, full = shared_address(barriers), empty = full + 16,
+                      ready = full + 32;
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2; ++s) mbarrier_init(full + 8 * s, 1), mbarrier_init(empty + 8 * s, 128);
     mbarrier_init(ready, 1);
@@ -152,7 +161,8 @@ __global__ void ring(const __grid_constant__ TensorMap rows, const __grid_consta
     const int s = t % 2;
     mbarrier_wait(full + 8 * s, flips ? t / 2 & 1 : 0);
     wgmma_fence();
-    for (int k = 0; k < 4; ++k) wgmma<bf16, 64, Major::k, Major::k>(d, descriptor(tiles + s * tile_bytes) + k * k16_along_k, descriptor(one) + k * k16_along_k);
+    for (int k = 0; k < 4; ++k)
+      wgmma<bf16, 64, Major::k, Major::k>(d, descriptor(tiles + s * tile_bytes) + k * k16_along_k, descriptor(one) + k * k16_along_k);
     wgmma_commit();
     wgmma_wait<0>();
     mbarrier_arrive(empty + 8 * s);
@@ -163,9 +173,11 @@ template <bool takes_turns, bool counts_bytes, bool flips>
 int ring_errors() {
   fill(a_host, 256, 64, 6);
   for (int i = 0; i < 64 * 64; ++i) b_host[i] = from_float<bf16>(i % 65 == 0);
-  launch("test", ring<takes_turns, counts_bytes, flips>, 1, 160, 3 * tile_bytes, nullptr, tensor_map(view(a_host, 64, 256), 64), tensor_map(view(b_host, 64, 64), 64), results, 4);
+  launch("test", ring<takes_turns, counts_bytes, flips>, 1, 160, 3 * tile_bytes, nullptr, tensor_map(view(a_host, 64, 256), 64),
+         tensor_map(view(b_host, 64, 64), 64), results, 4);
   int wrong = 0;
-  for (int i = 0; i < 64 * 64; ++i) wrong += results[i] != to_float(a_host[i]) + to_float(a_host[i + 4096]) + to_float(a_host[i + 8192]) + to_float(a_host[i + 12288]);
+  for (int i = 0; i < 64 * 64; ++i)
+    wrong += results[i] != to_float(a_host[i]) + to_float(a_host[i + 4096]) + to_float(a_host[i + 8192]) + to_float(a_host[i + 12288]);
   return wrong;
 }
 
@@ -275,21 +287,27 @@ int main(int count, char** arguments) {
     if (option == "eager") options.lazy = false;
     if (option == "early") options.early_copies = true;
   }
-  const auto run = [&](auto kernel, unsigned threads, auto... arguments) { launch("test", kernel, 1, threads, 2 * tile_bytes, nullptr, arguments...); };
+  const auto run = [&](auto kernel, unsigned threads, auto... arguments) {
+    launch("test", kernel, 1, threads, 2 * tile_bytes, nullptr, arguments...);
+  };
   float* const out = results;
   fill(a_host, 256, 64, 7);
   const TensorMap map = tensor_map(view(a_host, 64, 256), 64);
   try {
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     if (which == "products")
-      printf("%g %g %g %g %g %g\n", product_errors<bf16, 64>(), product_errors<bf16, 128>(), product_errors<bf16, 256>(), product_errors<fp16, 64>(), product_errors<fp16, 128>(),
-             product_errors<fp16, 256>());
+      printf("%g %g %g %g %g %g\n", product_errors<bf16, 64>(), product_errors<bf16, 128>(), product_errors<bf16, 256>(),
+             product_errors<fp16, 64>(), product_errors<fp16, 128>(), product_errors<fp16, 256>());
     else
 #endif
-    if (which == "product_without_wait") printf("%d\n", product_error<bf16, 64, Major::k, Major::k>(false) > 0);
-    else if (which == "product_without_fence") product_error<bf16, 64, Major::k, Major::k>(true, false);
-    else if (which == "copies") printf("%d %d %d %d\n", moved(0, 0, 0), moved(8, 36, 1), moved(64, 80, 0), moved(-16, -5, 1));
-    else if (which == "store_without_wait") printf("%d\n", moved(0, 0, 0, false));
+        if (which == "product_without_wait")
+      printf("%d\n", product_error<bf16, 64, Major::k, Major::k>(false) > 0);
+    else if (which == "product_without_fence")
+      product_error<bf16, 64, Major::k, Major::k>(true, false);
+    else if (which == "copies")
+      printf("%d %d %d %d\n", moved(0, 0, 0), moved(8, 36, 1), moved(64, 80, 0), moved(-16, -5, 1));
+    else if (which == "store_without_wait")
+      printf("%d\n", moved(0, 0, 0, false));
     else if (which == "outside") {
       fill(a_host, 100, 72, 5);
       run(outside, 64, tensor_map(view(a_host, 72, 100), 64), out);
@@ -297,32 +315,49 @@ int main(int count, char** arguments) {
       for (int r = 0; r < 64; ++r)
         for (int c = 0; c < 64; ++c) wrong += out[r * 64 + c] != (r < 50 && c < 32 ? to_float(a_host[(50 + r) * 72 + 40 + c]) : 0);
       printf("%d\n", wrong);
-    } else if (which == "ring") printf("%d\n", ring_errors<true, true, true>());
-    else if (which == "ring_without_turns") printf("%d\n", ring_errors<false, true, true>());
-    else if (which == "ring_of_wrong_bytes") ring_errors<true, false, true>();
-    else if (which == "ring_of_one_phase") printf("%d\n", ring_errors<true, true, false>() > 0);
+    } else if (which == "ring")
+      printf("%d\n", ring_errors<true, true, true>());
+    else if (which == "ring_without_turns")
+      printf("%d\n", ring_errors<false, true, true>());
+    else if (which == "ring_of_wrong_bytes")
+      ring_errors<true, false, true>();
+    else if (which == "ring_of_one_phase")
+      printf("%d\n", ring_errors<true, true, false>() > 0);
     else if (which == "early_hand_back") {
       for (int i = 0; i < 64 * 64; ++i) b_host[i] = from_float<bf16>(i % 65 == 0);
       run(early_hand_back, 128, map, tensor_map(view(b_host, 64, 64), 64), out);
       int wrong = 0;
-      for (int t = 0; t < 128; ++t) wrong += emulator::fragment_column(t, 0) < 16 && out[t] != to_float(a_host[emulator::fragment_row(t, 0) * 64 + emulator::fragment_column(t, 0)]);
+      for (int t = 0; t < 128; ++t)
+        wrong += emulator::fragment_column(t, 0) < 16 &&
+                 out[t] != to_float(a_host[emulator::fragment_row(t, 0) * 64 + emulator::fragment_column(t, 0)]);
       printf("%d\n", wrong > 0);
     } else if (which == "gathered" || which == "gathered_too_soon") {
       which == "gathered" ? run(gathered<true>, 32, a_host, out) : run(gathered<false>, 32, a_host, out);
       int wrong = 0;
       for (int t = 0; t < 32; ++t) wrong += out[t] != to_float(a_host[t * 8]);
       printf("%d\n", wrong > 0);
-    } else if (which == "handed_over") run(handed_over, 64, out), printf("%g %g\n", out[0], out[31]);
-    else if (which == "not_initialised") run(not_initialised, 32);
-    else if (which == "too_many_arrivals") run(too_many_arrivals, 32);
-    else if (which == "misaligned_tile") run(misaligned_tile, 32, map);
-    else if (which == "different_operands") run(different_operands, 128);
-    else if (which == "half_a_warpgroup") run(half_a_warpgroup, 64);
-    else if (which == "parted_warpgroup") run(parted_warpgroup, 128);
-    else if (which == "too_many_registers") run(too_many_registers, 384);
-    else if (which == "misaligned_map") tensor_map(view(a_host + 1, 64, 64), 64);
-    else if (which == "map_of_odd_rows") tensor_map(view(a_host, 60, 64), 64);
-    else return fprintf(stderr, "no case %s\n", which.c_str()), 2;
+    } else if (which == "handed_over")
+      run(handed_over, 64, out), printf("%g %g\n", out[0], out[31]);
+    else if (which == "not_initialised")
+      run(not_initialised, 32);
+    else if (which == "too_many_arrivals")
+      run(too_many_arrivals, 32);
+    else if (which == "misaligned_tile")
+      run(misaligned_tile, 32, map);
+    else if (which == "different_operands")
+      run(different_operands, 128);
+    else if (which == "half_a_warpgroup")
+      run(half_a_warpgroup, 64);
+    else if (which == "parted_warpgroup")
+      run(parted_warpgroup, 128);
+    else if (which == "too_many_registers")
+      run(too_many_registers, 384);
+    else if (which == "misaligned_map")
+      tensor_map(view(a_host + 1, 64, 64), 64);
+    else if (which == "map_of_odd_rows")
+      tensor_map(view(a_host, 60, 64), 64);
+    else
+      return fprintf(stderr, "no case %s\n", which.c_str()), 2;
     printf("done\n");
   } catch (const std::exception& error) {
     printf("fault: %s\n", error.what());

@@ -23,9 +23,11 @@ extern "C" {
   emulator::counts = {};
 }
 
-// Sizes: rows of indices and their strides, tokens, k, experts, and the strides of the weights. 0, or the scratch that is needed where there is none.
-[[gnu::visibility("default")]] int64_t sort_by_expert(const int64_t* indices, const int64_t* group_ids, const float* weights, const int64_t* sizes, int64_t* gather_idx, int32_t* offsets,
-                                                      float* row_weights, int32_t* scratch) {
+// Sizes: rows of indices and their strides, tokens, k, experts, and the strides of the weights. 0, or the scratch that is needed where
+// there is none.
+[[gnu::visibility("default")]] int64_t sort_by_expert(const int64_t* indices, const int64_t* group_ids, const float* weights,
+                                                      const int64_t* sizes, int64_t* gather_idx, int32_t* offsets, float* row_weights,
+                                                      int32_t* scratch) {
   using namespace cmoe::cuda;
   const Selections s{{indices, sizes[1], sizes[2]}, sizes[0], group_ids, sizes[3], sizes[4], sizes[5]};
   if (!scratch) return sort_scratch(s);

@@ -69,7 +69,8 @@ void sort(int64_t tokens, int64_t experts, int64_t k) {
   std::vector<float> row_weights(tokens * k);
   sort_by_expert(s, matrix(weights, k), order.data(), offsets.data(), row_weights.data(), scratch.data(), nullptr);
   for (int64_t e = 0; e < experts; ++e)
-    for (int32_t r = offsets[e]; r < offsets[e + 1]; ++r) expect(indices[order[r]] == e && row_weights[r] == weights[order[r]], "a row of another expert", tokens, experts);
+    for (int32_t r = offsets[e]; r < offsets[e + 1]; ++r)
+      expect(indices[order[r]] == e && row_weights[r] == weights[order[r]], "a row of another expert", tokens, experts);
 }
 
 void losses(int64_t tokens, int64_t experts, int64_t k) {

@@ -34,10 +34,10 @@ MUTANTS = [
     products(
         "wgrad.h", "alignment", "(reinterpret_cast<uintptr_t>(to_) | static_cast<uintptr_t>(stride_))", "reinterpret_cast<uintptr_t>(to_)"
     ),
-    products("wgrad.h", "dtype", "const bool lines = type_ == gemm_.panel && ", "const bool lines = "),
+    products("wgrad.h", "dtype", "type_ == gemm_.panel && (reinterpret_cast", "(reinterpret_cast"),
     products("wgrad.h", "no token", "std::memset(to_ + r * stride_, 0,", "std::memset(to_, 0,", "generic"),
     products("wgrad.h", "scratch", "cell * std::max<int64_t>(2, p.shared_panels", "cell * std::max<int64_t>(1, p.shared_panels"),
-    products("gemm.h", "in place", "m.stride != packed_stride(kernels) && ", ""),
+    products("gemm.h", "in place", " && m.stride != packed_stride(kernels)", ""),
     products("gemm.h", "in place", "lanes_in(o) == ol && chunk.k == chunk.padded", "chunk.k == chunk.padded && lanes_in(o) > 1"),
     products("gemm.h", "gated", "lanes.second + (o - per_range) * ol", "lanes.second + o * ol"),
     products("gemm.h", "run", "multiply(panel, o, s, s0, chunks[c], c > 0,", "multiply(panel, o, s, s0, chunks[c], c > c0,"),

@@ -1,5 +1,5 @@
-// An instruction set with a fault: SOUND is its table as the library has it, PLANTED the name by which dispatch.cpp knows it. The environment
-// chooses the fault, CMOE_PLANTED, and names a file that is made when the fault is reached, CMOE_PLANTED_REACHED.
+// An instruction set with a fault: SOUND is its table as the library has it, PLANTED the name by which dispatch.cpp knows it. The
+// environment chooses the fault, CMOE_PLANTED, and names a file that is made when the fault is reached, CMOE_PLANTED_REACHED.
 
 #include <unistd.h>
 

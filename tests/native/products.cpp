@@ -1,5 +1,5 @@
-// The products of the drivers, block by block: y = x W^T, dx = dy W, dW = dy^T x. Operands are small integers, so every way through a driver
-// gives the same bits. Memory behind the scratch, and around the rows of dW, is left as it was.
+// The products of the drivers, block by block: y = x W^T, dx = dy W, dW = dy^T x. Operands are small integers, so every way through a
+// driver gives the same bits. Memory behind the scratch, and around the rows of dW, is left as it was.
 
 #include <cstdio>
 #include <cstring>
@@ -61,8 +61,10 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
   const Shared<T> shared(kernels, p.shared, c.tokens, c.segments, c.k);
   const Buffer conversion(conversion_bytes(kernels)), scratch(p.bytes() + 64);
   for (int64_t s = 0; s < c.segments; ++s)
-    shared.pack(0, shared.panels(), s, {{x_bytes.data() + s * c.k * value, c.segments * c.k * value, kernels.type}, true}, conversion.get());
-  const int64_t width = kernels.lanes(p.outer), panels = (outputs + width - 1) / width, panel_bytes = packed_panel_bytes(kernels, p.outer, c.k);
+    shared.pack(0, shared.panels(), s, {{x_bytes.data() + s * c.k * value, c.segments * c.k * value, kernels.type}, true},
+                conversion.get());
+  const int64_t width = kernels.lanes(p.outer), panels = (outputs + width - 1) / width,
+                panel_bytes = packed_panel_bytes(kernels, p.outer, c.k);
   const auto weight = [&](int64_t s) { return Matrix{w_bytes.data() + s * segment * weight_value, c.stride * weight_value, weight_type}; };
   const Buffer packed(c.packed ? c.segments * panels * panel_bytes : 0);
   if (c.packed)
@@ -79,13 +81,18 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
   if (step == 0) return;
   for (int64_t first = 0; first < in_range; first += step) {
     const Lanes lanes{first, std::min(step, in_range - first), c.gated ? in_range + first : -1};
-    multiply_block(kernels, p, shared, [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr}; }, lanes, scratch.get(),
-                   [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-                     for (int r = 0; r < used; ++r) {
-                       std::copy(rows + r * ld, rows + r * ld + n, y.data() + (row0 + r) * outputs + first);
-                       if (c.gated) std::copy(rows + r * ld + round_up(n, width), rows + r * ld + round_up(n, width) + n, y.data() + (row0 + r) * outputs + in_range + first);
-                     }
-                   });
+    multiply_block(
+        kernels, p, shared,
+        [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr}; }, lanes,
+        scratch.get(),
+        [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
+          for (int r = 0; r < used; ++r) {
+            std::copy(rows + r * ld, rows + r * ld + n, y.data() + (row0 + r) * outputs + first);
+            if (c.gated)
+              std::copy(rows + r * ld + round_up(n, width), rows + r * ld + round_up(n, width) + n,
+                        y.data() + (row0 + r) * outputs + in_range + first);
+          }
+        });
   }
 
   bool right = is_untouched(scratch.get() + p.bytes(), 64);
@@ -93,14 +100,17 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
     for (int64_t o = 0; o < outputs; ++o) {
       int64_t sum = 0;
       for (int64_t s = 0; s < c.segments; ++s)
-        for (int64_t k = 0; k < c.k; ++k) sum += int64_t{x[(t * c.segments + s) * c.k + k]} * w[s * segment + (c.in_rows ? o * c.stride + k : k * c.stride + o)];
+        for (int64_t k = 0; k < c.k; ++k)
+          sum += int64_t{x[(t * c.segments + s) * c.k + k]} * w[s * segment + (c.in_rows ? o * c.stride + k : k * c.stride + o)];
       right &= y[t * outputs + o] == static_cast<T>(sum);
     }
   ++cases;
   if (right) return;
   ++wrong;
-  std::printf("WRONG: types %d and %d, %lld tokens, %lld outputs, %lld segments of %lld, stride %lld, in rows %d, packed %d, gated %d, l2 %lld\n", static_cast<int>(kernels.type),
-              static_cast<int>(weight_type), number(c.tokens), number(c.outputs), number(c.segments), number(c.k), number(c.stride), c.in_rows, c.packed, c.gated, number(c.l2));
+  std::printf(
+      "WRONG: types %d and %d, %lld tokens, %lld outputs, %lld segments of %lld, stride %lld, in rows %d, packed %d, gated %d, l2 %lld\n",
+      static_cast<int>(kernels.type), static_cast<int>(weight_type), number(c.tokens), number(c.outputs), number(c.segments), number(c.k),
+      number(c.stride), c.in_rows, c.packed, c.gated, number(c.l2));
 }
 
 struct Wgrad {
@@ -128,7 +138,9 @@ void run(Kernels<T> kernels, const Wgrad& c) {
   const Matrix rows{dy_bytes.data(), c.outputs * value, kernels.type, c.sorted ? index.data() : nullptr, 1};
   const int64_t most = p.outer_panels * kernels.lanes(p.outer);
   for (int64_t first = 0; first < c.outputs; first += most)
-    WgradBlock<T>(kernels, p, shared, rows, Lanes{first, std::min(most, c.outputs - first)}, scratch.get(), c.type, to + first * stride, stride).compute();
+    WgradBlock<T>(kernels, p, shared, rows, Lanes{first, std::min(most, c.outputs - first)}, scratch.get(), c.type, to + first * stride,
+                  stride)
+        .compute();
 
   bool right = is_untouched(scratch.get() + p.bytes(), 64) && is_untouched(dw.get(), c.offset) && is_untouched(to + c.outputs * stride, 64);
   std::vector<int> sums(c.inputs);
@@ -143,13 +155,15 @@ void run(Kernels<T> kernels, const Wgrad& c) {
       std::memcpy(expected.data(), wide.data(), expected.size());
     else
       isa_generic.rows->store(c.type, wide.data(), expected.data(), c.inputs);
-    right &= std::memcmp(to + o * stride, expected.data(), expected.size()) == 0 && is_untouched(to + o * stride + c.inputs * size_of(c.type), c.gap);
+    right &= std::memcmp(to + o * stride, expected.data(), expected.size()) == 0 &&
+             is_untouched(to + o * stride + c.inputs * size_of(c.type), c.gap);
   }
   ++cases;
   if (right) return;
   ++wrong;
-  std::printf("WRONG: dW of types %d and %d, %lld x %lld, %lld tokens, l2 %lld, packed %lld, offset %lld, gap %lld, sorted %d\n", static_cast<int>(kernels.type), static_cast<int>(c.type),
-              number(c.outputs), number(c.inputs), number(c.tokens), number(c.l2), number(c.most_packed), number(c.offset), number(c.gap), c.sorted);
+  std::printf("WRONG: dW of types %d and %d, %lld x %lld, %lld tokens, l2 %lld, packed %lld, offset %lld, gap %lld, sorted %d\n",
+              static_cast<int>(kernels.type), static_cast<int>(c.type), number(c.outputs), number(c.inputs), number(c.tokens), number(c.l2),
+              number(c.most_packed), number(c.offset), number(c.gap), c.sorted);
 }
 
 constexpr int64_t small = 1 << 15;  // an L2 cache in which every operand takes several blocks
@@ -189,7 +203,8 @@ void wgrad(Type type) {
         for (const int64_t most_packed : {most_packed_outer, int64_t{1}}) {
           const bool sorted = tokens % 2;
           // Rows of whole cache lines; rows without gaps, the first of which does or does not begin a cache line; dW in another type.
-          run(kernels, {outputs, inputs, tokens, l2, most_packed, 64, round_up(inputs * size_of(type), 64) - inputs * size_of(type), type, sorted});
+          run(kernels,
+              {outputs, inputs, tokens, l2, most_packed, 64, round_up(inputs * size_of(type), 64) - inputs * size_of(type), type, sorted});
           run(kernels, {outputs, inputs, tokens, l2, most_packed, 64, 0, type, sorted});
           run(kernels, {outputs, inputs, tokens, l2, most_packed, 32, 0, type, sorted});
           if (size_of(type) == 2) run(kernels, {outputs, inputs, tokens, l2, most_packed, 64, 0, Type::f32, sorted});

@@ -135,7 +135,8 @@ Outputs run(Type type, const Sizes& s, bool recompute) {
     const std::vector<T> weights = normal<T>(s.tokens * s.k);
     const std::vector<char> dy = random(type, s.tokens * s.outputs);
     char* const u = recompute ? nullptr : result(outputs, name + " u", type, live * op.first_outputs());
-    sparse_experts<T>(op, {rows.offsets.data(), rows.index.data(), s.k}, weights.data(), result(outputs, name, type, s.tokens * s.outputs), u);
+    sparse_experts<T>(op, {rows.offsets.data(), rows.index.data(), s.k}, weights.data(), result(outputs, name, type, s.tokens * s.outputs),
+                      u);
     ExpertsBackward<T> grads{};
     grads.offsets = rows.offsets.data();
     grads.index = grads.dy_index = rows.index.data();
@@ -176,13 +177,15 @@ Outputs run(Type type, const Sizes& s, bool recompute) {
   for (const bool two : {true, false}) {
     const std::string name = two ? "task_router" : "task_router of one layer";
     const int64_t task_inputs = 5, columns = task_inputs + s.inputs, hidden = two ? s.hidden : s.experts;
-    const std::vector<char> x = random(type, s.tokens * s.inputs), task = random(type, s.groups * task_inputs), w1 = random(type, hidden * columns), b1 = random(type, hidden),
-                            w2 = random(type, s.experts * hidden), b2 = random(type, s.experts);
+    const std::vector<char> x = random(type, s.tokens * s.inputs), task = random(type, s.groups * task_inputs),
+                            w1 = random(type, hidden * columns), b1 = random(type, hidden), w2 = random(type, s.experts * hidden),
+                            b2 = random(type, s.experts);
     std::vector<int64_t> ids(s.tokens);
     for (int64_t& id : ids) id = static_cast<int64_t>(generator() % s.groups);
     Router<T> op{};
     op.type = type;
-    op.tokens = s.tokens, op.inputs = s.inputs, op.groups = s.groups, op.task_inputs = task_inputs, op.hidden = hidden, op.experts = s.experts;
+    op.tokens = s.tokens, op.inputs = s.inputs, op.groups = s.groups, op.task_inputs = task_inputs, op.hidden = hidden,
+    op.experts = s.experts;
     op.x = x.data(), op.task = task.data(), op.group_ids = ids.data();
     op.w1_task = {w1.data(), type, 0, columns, 1};
     op.w1 = {w1.data() + task_inputs * size_of(type), type, 0, columns, 1};
@@ -199,7 +202,9 @@ Outputs run(Type type, const Sizes& s, bool recompute) {
     grads.dtask = {result(outputs, name + " dtask", type, s.groups * task_inputs), type};
     grads.dw1 = {result(outputs, name + " dw1", type, hidden * columns), type};
     grads.db1 = {result(outputs, name + " db1", type, hidden), type};
-    if (two) grads.dw2 = {result(outputs, name + " dw2", type, s.experts * hidden), type}, grads.db2 = {result(outputs, name + " db2", type, s.experts), type};
+    if (two)
+      grads.dw2 = {result(outputs, name + " dw2", type, s.experts * hidden), type},
+      grads.db2 = {result(outputs, name + " db2", type, s.experts), type};
     task_router_backward<T>(op, grads);
   }
   return outputs;
@@ -234,7 +239,8 @@ template <class T>
 int compare(Type type, const char* name, double allowed) {
   int wrong = 0;
   // Blocks that are part of a panel, whole panels, more threads than panels, more than one stretch of k, nearly nothing.
-  for (const Sizes& s : {Sizes{37, 40, 70, 33, 3, 2, 3}, Sizes{64, 300, 64, 64, 2, 1, 1}, Sizes{5, 3, 2, 1, 4, 4, 2}, Sizes{1, 1, 1, 1, 1, 1, 1}})
+  for (const Sizes& s :
+       {Sizes{37, 40, 70, 33, 3, 2, 3}, Sizes{64, 300, 64, 64, 2, 1, 1}, Sizes{5, 3, 2, 1, 4, 4, 2}, Sizes{1, 1, 1, 1, 1, 1, 1}})
     for (const bool recompute : {false, true}) {
       threads = 1;
       const Outputs alone = run<T>(type, s, recompute);
@@ -244,8 +250,9 @@ int compare(Type type, const char* name, double allowed) {
           const bool same = once[i].bytes == again[i].bytes;
           const double gap = difference(alone[i], once[i]);
           if (same && gap <= allowed) continue;
-          std::printf("%s %s T=%lld recompute=%d threads=%lld: %s, difference from one thread %.3g (allowed %.3g)\n", name, once[i].name.c_str(), static_cast<long long>(s.tokens), recompute,
-                      static_cast<long long>(threads), same ? "same bits again" : "OTHER BITS AGAIN", gap, allowed);
+          std::printf("%s %s T=%lld recompute=%d threads=%lld: %s, difference from one thread %.3g (allowed %.3g)\n", name,
+                      once[i].name.c_str(), static_cast<long long>(s.tokens), recompute, static_cast<long long>(threads),
+                      same ? "same bits again" : "OTHER BITS AGAIN", gap, allowed);
           ++wrong;
         }
       }
@@ -262,7 +269,8 @@ int main() {
   }
   std::printf("instruction set %s\n", isa_name());
   // Sums in another order, rounded to the type at the end and, for u and du, in between.
-  const int wrong = compare<float>(Type::f32, "fp32", 2e-5) + compare<float>(Type::bf16, "bf16", 3e-2) + compare<float>(Type::f16, "fp16", 4e-3) + compare<double>(Type::f64, "fp64", 1e-13);
+  const int wrong = compare<float>(Type::f32, "fp32", 2e-5) + compare<float>(Type::bf16, "bf16", 3e-2) +
+                    compare<float>(Type::f16, "fp16", 4e-3) + compare<double>(Type::f64, "fp64", 1e-13);
   std::printf("%d results differ\n", wrong);
   return wrong ? 1 : 0;
 }

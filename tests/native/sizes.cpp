@@ -24,7 +24,8 @@ void check(bool holds, const char* what, long long a = 0, long long b = 0, long 
 // Memory that reads as zeros and costs nothing until it is written to.
 template <class T>
 T* untouched(int64_t n) {
-  void* const p = mmap(nullptr, static_cast<size_t>(n) * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const p =
+      mmap(nullptr, static_cast<size_t>(n) * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     std::printf("SKIP: no address space of %lld bytes\n", static_cast<long long>(n * sizeof(T)));
     std::exit(77);
@@ -44,13 +45,15 @@ void plans(Type type) {
         for (const bool in_rows : {false, true})
           for (const int64_t ranges : {int64_t{1}, int64_t{2}}) {
             const Plan p = plan(kernels, in_rows, outer, shared, count, ranges);
-            check(p.outer_panels >= ranges && p.outer_panels % ranges == 0 && p.shared_panels >= 1, "panels of a plan", outer, shared, count);
+            check(p.outer_panels >= ranges && p.outer_panels % ranges == 0 && p.shared_panels >= 1, "panels of a plan", outer, shared,
+                  count);
             check(p.outer_bytes > 0 && p.block_bytes > 0 && p.row_bytes > 0 && p.conversion > 0, "parts of a plan", outer, shared, count);
             check(p.bytes() < int64_t{64} << 20, "bytes of a plan", p.bytes(), outer, shared);
           }
         for (const int64_t k : large) {
           const Plan p = wgrad_plan(kernels, outer, shared, k, count);
-          check(p.outer_panels >= 1 && p.shared_panels >= 1 && p.outer_bytes > 0 && p.block_bytes > 0 && p.conversion > 0, "parts of a wgrad plan", outer, shared, k);
+          check(p.outer_panels >= 1 && p.shared_panels >= 1 && p.outer_bytes > 0 && p.block_bytes > 0 && p.conversion > 0,
+                "parts of a wgrad plan", outer, shared, k);
           check(p.bytes() < int64_t{64} << 20, "bytes of a wgrad plan", p.bytes(), outer, shared);
         }
       }
@@ -69,7 +72,8 @@ void shared_operands(Type type) {
   for (const Chunk& chunk : shared.chunks()) bytes += static_cast<__int128>(chunk.padded) * shared.panels() * width * kernels.element();
   check(bytes == shared.bytes() && bytes > std::numeric_limits<int32_t>::max(), "bytes of a shared operand", shared.bytes(), lanes, k);
   const Chunk& last = shared.chunks().back();
-  check(shared.at(shared.panels() - 1, last) + last.padded * width * kernels.element() == shared.at(0, shared.chunks()[0]) + shared.bytes(), "the last panel's address");
+  check(shared.at(shared.panels() - 1, last) + last.padded * width * kernels.element() == shared.at(0, shared.chunks()[0]) + shared.bytes(),
+        "the last panel's address");
 
   // x is zero but for its last rows; W is ones: y of the last token is the sum of its row.
   char* const x = untouched<char>(lanes * k * value);
@@ -88,7 +92,8 @@ void shared_operands(Type type) {
   bool add = false;
   if (kernels.gemm->begin) kernels.gemm->begin();
   for (const Chunk& chunk : shared.chunks()) {
-    pack_panels(kernels, p.outer, Operand{rows_of<T>(w.data(), type, k), true}, 0, outer_lanes, chunk.k0, chunk.k, aligned, 0, conversion.data());
+    pack_panels(kernels, p.outer, Operand{rows_of<T>(w.data(), type, k), true}, 0, outer_lanes, chunk.k0, chunk.k, aligned, 0,
+                conversion.data());
     const char* const other = shared.at(shared.panels() - 1, chunk);
     const int resident = static_cast<int>(kernels.gemm->outer_resident ? p.outer : Side::b);
     const int64_t stride = (kernels.gemm->row_major[0] ? chunk.padded : kernels.gemm->k_step) * kernels.element();
@@ -137,7 +142,8 @@ void grouped() {
   grads.dy = reinterpret_cast<const char*>(dy.data());
   grads.dw1 = {reinterpret_cast<char*>(dw + (experts - 1) * inputs), type};
   experts_backward<float>(one, grads);
-  check(dw[experts * inputs - 1] == 3 && dw[(experts - 1) * inputs] == 3, "dW beyond int32", static_cast<long long>(dw[experts * inputs - 1]));
+  check(dw[experts * inputs - 1] == 3 && dw[(experts - 1) * inputs] == 3, "dW beyond int32",
+        static_cast<long long>(dw[experts * inputs - 1]));
   munmap(x, tokens * inputs * value), munmap(w, experts * inputs * value), munmap(dw, experts * inputs * value);
 }
 

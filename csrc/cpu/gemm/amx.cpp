@@ -1,11 +1,11 @@
 // AMX: bf16 by tiles of 16 rows of 32 values; everything else as on AVX-512.
 //
-// A block is 2 x 2 tiles of sums. A packed panel is whole tiles, so that a tile is 16 adjacent cache lines: operand A's are rows of k values,
-// [k / 32][32 lanes][32 values], operand B's are pairs along k, [k / 32][2 tiles][16 pairs][16 lanes]. Operand A is also read in place, at
-// the stride of a weight stored [out, in]. The outer operand's panel (32 KB at 512 values of k) stays in L1 for a sweep over the shared
-// operand, whose tiles are loaded with TILELOADDT1 so that they do not push it out; while a block is summed, the next one is fetched into
-// L1. The L2 cache is the limit: with one operand from L1 and one from L2 the tile multiplier is about half busy. So a few lines of what
-// the next products read are prefetched per k step, and in dW the rows of the finished block are stored per k step too.
+// A block is 2 x 2 tiles of sums. A packed panel is whole tiles, so that a tile is 16 adjacent cache lines: operand A's are rows of k
+// values, [k / 32][32 lanes][32 values], operand B's are pairs along k, [k / 32][2 tiles][16 pairs][16 lanes]. Operand A is also read in
+// place, at the stride of a weight stored [out, in]. The outer operand's panel (32 KB at 512 values of k) stays in L1 for a sweep over the
+// shared operand, whose tiles are loaded with TILELOADDT1 so that they do not push it out; while a block is summed, the next one is fetched
+// into L1. The L2 cache is the limit: with one operand from L1 and one from L2 the tile multiplier is about half busy. So a few lines of
+// what the next products read are prefetched per k step, and in dW the rows of the finished block are stored per k step too.
 // In y = x W^T the weight is operand A, so that block is [weights, tokens] and is transposed on its way to the epilogue.
 
 #include "bf16_panels.h"
@@ -22,10 +22,12 @@ static void pack_a_rows(const void* const* rows, int lanes, int64_t k, void* pan
   uint16_t* to = static_cast<uint16_t*>(panel);
   for (int64_t i = 0; i < k; i += tile_k)
     for (int lane = 0; lane < tile_lanes; ++lane, to += tile_k)
-      _mm512_storeu_si512(to, lane < lanes ? _mm512_maskz_loadu_epi16(low_halves(k - i), static_cast<const uint16_t*>(rows[lane]) + i) : _mm512_setzero_si512());
+      _mm512_storeu_si512(to, lane < lanes ? _mm512_maskz_loadu_epi16(low_halves(k - i), static_cast<const uint16_t*>(rows[lane]) + i)
+                                           : _mm512_setzero_si512());
 }
 
-// Pairs (2i, 2i + 1) of rows along lanes, for 32 lanes: the first 16 and the last. whole: no row and no lane is missing, and loads need no masks.
+// Pairs (2i, 2i + 1) of rows along lanes, for 32 lanes: the first 16 and the last. whole: no row and no lane is missing, and loads need no
+// masks.
 template <bool whole>
 INLINE void pairs_of(const void* const* rows, int64_t lane, __mmask32 mask, int64_t i, int64_t k, __m512i* low, __m512i* high) {
   const auto row = [&](int64_t r) {
@@ -101,13 +103,15 @@ static void pack_b_rows(const void* const* rows, int lanes, int64_t k, void* pan
 INLINE void store_rows(const Finished& finished, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; ++r) {
     const float* const sums = static_cast<const float*>(finished.sums) + r * tile_lanes;
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(finished.to + r * finished.stride), (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums)));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(finished.to + r * finished.stride),
+                        (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums)));
   }
 }
 
 // Tiles: 0..3 sums [A half][B half], 4 and 5 operand B, 6 and 7 operand A.
 template <bool a_resident, bool two>
-INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float* block, int64_t k, bool add, const Prefetch& prefetch, const Finished* finished) {
+INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float* block, int64_t k, bool add, const Prefetch& prefetch,
+                           const Finished* finished) {
   constexpr int64_t block_stride = tile_lanes * 4, b_step = 4 * tile_values;
   const int64_t a_step = a_stride == 2 * tile_k ? 4 * tile_values : 2 * tile_k;  // of a packed panel; of rows in place
   const char* const next = reinterpret_cast<const char*>(block + tile_lanes * tile_lanes);
@@ -165,7 +169,8 @@ INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float
 }
 
 template <bool a_resident>
-INLINE void multiply_used(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch, const Finished* finished) {
+INLINE void multiply_used(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                          const Prefetch& prefetch, const Finished* finished) {
   const char *const a_tiles = static_cast<const char*>(a), *const b_tiles = static_cast<const char*>(b);
   if (used > 16)
     multiply_tiles<a_resident, true>(a_tiles, a_stride, b_tiles, static_cast<float*>(block), k, add, prefetch, finished);
@@ -173,10 +178,12 @@ INLINE void multiply_used(const void* a, int64_t a_stride, const void* b, void* 
     multiply_tiles<a_resident, false>(a_tiles, a_stride, b_tiles, static_cast<float*>(block), k, add, prefetch, finished);
 }
 template <bool a_resident>
-static void multiply_amx(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+static void multiply_amx(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                         const Prefetch& prefetch) {
   multiply_used<a_resident>(a, a_stride, b, block, k, used, add, prefetch, nullptr);
 }
-static void multiply_and_store(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch, const Finished& finished) {
+static void multiply_and_store(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                               const Prefetch& prefetch, const Finished& finished) {
   multiply_used<true>(a, a_stride, b, block, k, used, add, prefetch, &finished);
 }
 
@@ -195,9 +202,21 @@ static void end_tiles() {
   _mm_sfence();  // other threads see what was stored past the caches
 }
 
-constexpr Microkernel bf16_tiles = {Type::bf16, tile_lanes, tile_lanes, tile_k, 512, Side::a, {false, false}, true, true,
-                                    {pack_a_rows, pack_b_rows}, {pack_columns<true>, pack_columns<false>}, begin_tiles, end_tiles,
-                                    {multiply_amx<true>, multiply_amx<false>}, multiply_and_store};
+constexpr Microkernel bf16_tiles = {Type::bf16,
+                                    tile_lanes,
+                                    tile_lanes,
+                                    tile_k,
+                                    512,
+                                    Side::a,
+                                    {false, false},
+                                    true,
+                                    true,
+                                    {pack_a_rows, pack_b_rows},
+                                    {pack_columns<true>, pack_columns<false>},
+                                    begin_tiles,
+                                    end_tiles,
+                                    {multiply_amx<true>, multiply_amx<false>},
+                                    multiply_and_store};
 
 }  // namespace
 

@@ -49,7 +49,8 @@ inline void emulated_multiply(int sums, int a, int b) {
       float sum;
       memcpy(&sum, tiles.data[sums][m] + 4 * n, 4);
       for (int k = 0; k < 16; ++k)
-        for (int half = 0; half < 2; ++half) sum += widened(tiles.data[a][m] + 4 * k + 2 * half) * widened(tiles.data[b][k] + 4 * n + 2 * half);
+        for (int half = 0; half < 2; ++half)
+          sum += widened(tiles.data[a][m] + 4 * k + 2 * half) * widened(tiles.data[b][k] + 4 * n + 2 * half);
       memcpy(tiles.data[sums][m] + 4 * n, &sum, 4);
     }
 }

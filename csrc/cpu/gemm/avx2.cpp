@@ -35,7 +35,8 @@ static void pack_rows_f32(const void* const* rows, int lanes, int64_t k, void* p
     for (int lane0 = 0; lane0 < lanes_of; lane0 += 8) {
       const int in_block = lanes_of - lane0 < 8 ? lanes_of - lane0 : 8;
       __m256 r[8];
-      for (int lane = 0; lane < 8; ++lane) r[lane] = lane < in_block ? _mm256_loadu_ps(static_cast<const float*>(rows[lane0 + lane]) + i) : _mm256_setzero_ps();
+      for (int lane = 0; lane < 8; ++lane)
+        r[lane] = lane < in_block ? _mm256_loadu_ps(static_cast<const float*>(rows[lane0 + lane]) + i) : _mm256_setzero_ps();
       transpose8(r);
       for (int j = 0; j < 8; ++j) {
         if (in_block == 8) {
@@ -54,9 +55,21 @@ static void pack_rows_f32(const void* const* rows, int lanes, int64_t k, void* p
 }
 
 constexpr int a_lanes = 6, b_vectors = 2, b_lanes = 16;
-constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, {false, false}, false, false,
-                             {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>}, {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>}, nullptr, nullptr,
-                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>}, nullptr};
+constexpr Microkernel f32 = {Type::f32,
+                             a_lanes,
+                             b_lanes,
+                             1,
+                             256,
+                             Side::b,
+                             {false, false},
+                             false,
+                             false,
+                             {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>},
+                             {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>},
+                             nullptr,
+                             nullptr,
+                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>},
+                             nullptr};
 
 }  // namespace
 

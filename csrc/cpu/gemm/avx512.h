@@ -48,7 +48,8 @@ INLINE void pack_double_words(const void* const* rows, int lanes, int64_t halves
       const __mmask32 mask = halves > 2 * i ? low_halves(halves - 2 * i) : 0;
 #pragma GCC unroll 16
       for (int lane = 0; lane < 16; ++lane)
-        r[lane] = lane0 + lane < lanes ? _mm512_maskz_loadu_epi16(mask, static_cast<const int32_t*>(rows[lane0 + lane]) + i) : _mm512_setzero_si512();
+        r[lane] = lane0 + lane < lanes ? _mm512_maskz_loadu_epi16(mask, static_cast<const int32_t*>(rows[lane0 + lane]) + i)
+                                       : _mm512_setzero_si512();
       transpose16(r);
       const int count = static_cast<int>(padded - i < 16 ? padded - i : 16);
       for (int j = 0; j < count; ++j) _mm512_mask_storeu_epi32(to + (i + j) * lanes_of + lane0, kept, r[j]);
@@ -72,8 +73,20 @@ static void transpose_avx512(const float* from, int64_t from_ld, float* to, int6
 
 constexpr int a_lanes = 14, b_vectors = 2, b_lanes = 32;
 
-constexpr Microkernel f32 = {Type::f32, a_lanes, b_lanes, 1, 256, Side::b, {false, false}, false, false,
-                             {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>}, {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>}, nullptr, nullptr,
-                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>}, nullptr};
+constexpr Microkernel f32 = {Type::f32,
+                             a_lanes,
+                             b_lanes,
+                             1,
+                             256,
+                             Side::b,
+                             {false, false},
+                             false,
+                             false,
+                             {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>},
+                             {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>},
+                             nullptr,
+                             nullptr,
+                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>},
+                             nullptr};
 
 }  // namespace

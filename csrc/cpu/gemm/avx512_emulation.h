@@ -163,7 +163,8 @@ EMULATED __m512 emulated_dot_pairs(__m512 sums, const V& a, const V& b) {
   auto s = elements_of<float>(sums);
   const auto x = elements_of<uint16_t>(a), y = elements_of<uint16_t>(b);
   for (int i = 0; i < s.count; ++i)
-    for (int half = 1; half >= 0; --half) s.at[i] = flushed(s.at[i] + emulated_wide(x.at[2 * i + half]) * emulated_wide(y.at[2 * i + half]));
+    for (int half = 1; half >= 0; --half)
+      s.at[i] = flushed(s.at[i] + emulated_wide(x.at[2 * i + half]) * emulated_wide(y.at[2 * i + half]));
   return vector_from<__m512>(s);
 }
 

@@ -7,7 +7,8 @@ namespace {
 
 // The pairs (a0 b0 a1 b1 ...) of two rows of 32.
 INLINE void interleave(__m512i a, __m512i b, __m512i* low, __m512i* high) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+                                         34, 2, 33, 1, 32, 0);
   *low = _mm512_permutex2var_epi16(a, first, b);
   *high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
 }
@@ -19,10 +20,13 @@ static void pack_rows_bf16(const void* const* rows, int lanes, int64_t k, void* 
 template <int lanes_of>
 static void pack_columns_bf16(const void* const* rows, int64_t lanes, int64_t k0, int64_t k, void* panels, int64_t panel_bytes) {
   static_assert(lanes_of <= 32);
-  constexpr __mmask16 kept_low = lanes_of >= 16 ? 0xffff : (1u << lanes_of) - 1, kept_high = lanes_of >= 32 ? 0xffff : lanes_of > 16 ? (1u << (lanes_of - 16)) - 1 : 0;
+  constexpr __mmask16 kept_low = lanes_of >= 16 ? 0xffff : (1u << lanes_of) - 1, kept_high = lanes_of >= 32  ? 0xffff
+                                                                                             : lanes_of > 16 ? (1u << (lanes_of - 16)) - 1
+                                                                                                             : 0;
   const __m512i zero = _mm512_setzero_si512();
   for (int64_t i = 0; i < k; i += 2) {
-    const uint16_t *const a = static_cast<const uint16_t*>(rows[i]), *const b = i + 1 < k ? static_cast<const uint16_t*>(rows[i + 1]) : nullptr;
+    const uint16_t *const a = static_cast<const uint16_t*>(rows[i]), *const b =
+                                                                         i + 1 < k ? static_cast<const uint16_t*>(rows[i + 1]) : nullptr;
     char* to = static_cast<char*>(panels) + (k0 + i) * lanes_of * 2;
     for (int64_t lane = 0; lane < lanes; lane += lanes_of, to += panel_bytes) {
       const __mmask32 mask = low_halves(lanes - lane < lanes_of ? lanes - lane : lanes_of);
@@ -59,7 +63,8 @@ INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int
 }
 
 template <int rows = a_lanes>
-static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                          const Prefetch& prefetch) {
   if constexpr (rows > 1) {
     if (used < rows) return multiply_bf16<rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
@@ -72,12 +77,36 @@ struct PairsOfBf16 {
   static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
   static void add_product(vfloat& sum, __m512i a, __m512i b) { sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 };
-constexpr Microkernel bf16_few = {Type::bf16, few_lanes, few_lanes, 32, 512, Side::a, {true, true}, true, true,
-                                  {pack_rows_few<2, 32>, pack_rows_few<2, 32>}, {nullptr, nullptr}, nullptr, nullptr,
-                                  {multiply_few<PairsOfBf16>, multiply_few<PairsOfBf16>}, nullptr};
+constexpr Microkernel bf16_few = {Type::bf16,
+                                  few_lanes,
+                                  few_lanes,
+                                  32,
+                                  512,
+                                  Side::a,
+                                  {true, true},
+                                  true,
+                                  true,
+                                  {pack_rows_few<2, 32>, pack_rows_few<2, 32>},
+                                  {nullptr, nullptr},
+                                  nullptr,
+                                  nullptr,
+                                  {multiply_few<PairsOfBf16>, multiply_few<PairsOfBf16>},
+                                  nullptr};
 
-constexpr Microkernel bf16_pairs = {Type::bf16, a_lanes, b_lanes, 2, 256, Side::b, {false, false}, false, false,
-                                    {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>}, {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>}, nullptr, nullptr,
-                                    {multiply_bf16<>, multiply_bf16<>}, nullptr};
+constexpr Microkernel bf16_pairs = {Type::bf16,
+                                    a_lanes,
+                                    b_lanes,
+                                    2,
+                                    256,
+                                    Side::b,
+                                    {false, false},
+                                    false,
+                                    false,
+                                    {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>},
+                                    {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>},
+                                    nullptr,
+                                    nullptr,
+                                    {multiply_bf16<>, multiply_bf16<>},
+                                    nullptr};
 
 }  // namespace

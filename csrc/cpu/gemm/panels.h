@@ -63,7 +63,8 @@ INLINE void multiply_rows(const T* a, int a_lanes, const T* b, T* block, int64_t
 
 // One instance per number of rows in use: a short panel costs no products with its padding.
 template <class T, int b_vectors, int a_lanes, int rows = a_lanes>
-static void multiply_plain(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+static void multiply_plain(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                           const Prefetch& prefetch) {
   if constexpr (rows > 1) {
     if (used < rows) return multiply_plain<T, b_vectors, a_lanes, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
@@ -114,9 +115,13 @@ INLINE void dot_products(const char* rows, int64_t stride, const char* others, f
     }
 }
 template <class Values>
-static void multiply_few(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+static void multiply_few(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                         const Prefetch& prefetch) {
   fetch(prefetch);
-  const auto products = used == 1 ? dot_products<Values, 1> : used == 2 ? dot_products<Values, 2> : used == 3 ? dot_products<Values, 3> : dot_products<Values, 4>;
+  const auto products = used == 1   ? dot_products<Values, 1>
+                        : used == 2 ? dot_products<Values, 2>
+                        : used == 3 ? dot_products<Values, 3>
+                                    : dot_products<Values, 4>;
   products(static_cast<const char*>(a), a_stride, static_cast<const char*>(b), static_cast<float*>(block), k, add);
 }
 
@@ -125,9 +130,21 @@ struct ValuesOfF32 {
   static vfloat load(const void* p) { return ::load<vfloat>(p); }
   static void add_product(vfloat& sum, vfloat a, vfloat b) { sum += a * b; }
 };
-[[maybe_unused]] constexpr Microkernel f32_few = {Type::f32, few_lanes, few_lanes, width, 512, Side::a, {true, true}, true, true,
-                                                  {pack_rows_few<4, width>, pack_rows_few<4, width>}, {nullptr, nullptr}, nullptr, nullptr,
-                                                  {multiply_few<ValuesOfF32>, multiply_few<ValuesOfF32>}, nullptr};
+[[maybe_unused]] constexpr Microkernel f32_few = {Type::f32,
+                                                  few_lanes,
+                                                  few_lanes,
+                                                  width,
+                                                  512,
+                                                  Side::a,
+                                                  {true, true},
+                                                  true,
+                                                  true,
+                                                  {pack_rows_few<4, width>, pack_rows_few<4, width>},
+                                                  {nullptr, nullptr},
+                                                  nullptr,
+                                                  nullptr,
+                                                  {multiply_few<ValuesOfF32>, multiply_few<ValuesOfF32>},
+                                                  nullptr};
 
 [[maybe_unused]] static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
   for (int r = 0; r < rows; ++r)
@@ -137,9 +154,21 @@ struct ValuesOfF32 {
 template <class T, int a_lanes, int b_vectors>
 constexpr Microkernel plain_microkernel(Type panel, int k_chunk) {
   constexpr int b_lanes = b_vectors * vector_bytes / sizeof(T);
-  return {panel, a_lanes, b_lanes, 1, k_chunk, Side::b, {false, false}, false, false,
-          {pack_rows_plain<T, a_lanes>, pack_rows_plain<T, b_lanes>}, {pack_columns_plain<T, a_lanes>, pack_columns_plain<T, b_lanes>},
-          nullptr, nullptr, {multiply_plain<T, b_vectors, a_lanes>, multiply_plain<T, b_vectors, a_lanes>}, nullptr};
+  return {panel,
+          a_lanes,
+          b_lanes,
+          1,
+          k_chunk,
+          Side::b,
+          {false, false},
+          false,
+          false,
+          {pack_rows_plain<T, a_lanes>, pack_rows_plain<T, b_lanes>},
+          {pack_columns_plain<T, a_lanes>, pack_columns_plain<T, b_lanes>},
+          nullptr,
+          nullptr,
+          {multiply_plain<T, b_vectors, a_lanes>, multiply_plain<T, b_vectors, a_lanes>},
+          nullptr};
 }
 
 }  // namespace

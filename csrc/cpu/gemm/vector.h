@@ -130,7 +130,8 @@ INLINE Value activated(vfloat u) {
     const Normal n = normal(u);
     // At minus infinity: 0 times infinity.
     const vfloat product = u * n.density;
-    return {select((vint)(n.below == splat(0.f)), splat(0.f), u * n.below), n.below + select((vint)(n.density == splat(0.f)), splat(0.f), product)};
+    return {select((vint)(n.below == splat(0.f)), splat(0.f), u * n.below),
+            n.below + select((vint)(n.density == splat(0.f)), splat(0.f), product)};
   } else if constexpr (f == Activation::gelu_tanh) {
     const float a = 0.7978845608f, b = 0.044715f;
     const vfloat inner = a * u * (1.f + b * u * u);
@@ -327,7 +328,8 @@ static void store_block(Type type, const float* from, int64_t from_ld, char* to,
     // Long rows go past the caches, by whole lines, so that nothing is read first.
     if (type == Type::bf16 && n >= 512 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
       for (; done + 32 <= n; done += 32)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * done), (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done)));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * done),
+                            (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done)));
       _mm_sfence();
     }
 #endif
@@ -335,7 +337,8 @@ static void store_block(Type type, const float* from, int64_t from_ld, char* to,
   }
 }
 
-constexpr RowFunctions<float> row_functions = {load_row,     store_row,  round_row, activate_row, activate_backward_row, add_row,
-                                               multiply_row, scale_row, axpy_row,  dot_row,            exp_row, store_block};
+constexpr RowFunctions<float> row_functions = {load_row, store_row,    round_row, activate_row, activate_backward_row,
+                                               add_row,  multiply_row, scale_row, axpy_row,     dot_row,
+                                               exp_row,  store_block};
 
 }  // namespace

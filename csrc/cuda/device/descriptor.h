@@ -1,7 +1,8 @@
-// The shared memory operand of a warpgroup's product, PTX ISA "Matrix Descriptor Format": every offset in units of 16 bytes. Tiles are rows of
-// 128 bytes, swizzled as the tensor copies swizzle them, at a multiple of 1024 bytes; 8 rows are an atom.
+// The shared memory operand of a warpgroup's product, PTX ISA "Matrix Descriptor Format": every offset in units of 16 bytes. Tiles are rows
+// of 128 bytes, swizzled as the tensor copies swizzle them, at a multiple of 1024 bytes; 8 rows are an atom.
 //   K-major: a row is 64 elements of k of one m (or n); atom follows atom along m. 16 elements of k further is 32 bytes further.
-//   MN-major: a row is 64 elements of m of one k; atom follows atom along k, and `blocks` bytes lie between 64 elements of m and the next 64.
+//   MN-major: a row is 64 elements of m of one k; atom follows atom along k,
+//             and `blocks` bytes lie between 64 elements of m and the next 64.
 //   16 elements of k further is two atoms further.
 #pragma once
 

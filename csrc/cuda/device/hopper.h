@@ -18,14 +18,18 @@ __device__ inline void mbarrier_init(SharedAddress barrier, uint32_t arrivals) {
 }
 // Makes initialised barriers known to the copies' unit ("membar/fence").
 __device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ inline void mbarrier_arrive(SharedAddress barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+__device__ inline void mbarrier_arrive(SharedAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ inline void mbarrier_arrive_expect(SharedAddress barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // Waits until the phase of this parity is over. try_wait sleeps for a while, so the loop around it is rarely taken twice.
 __device__ inline void mbarrier_wait(SharedAddress barrier, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@over bra done;\nbra again;\ndone:\n}" ::"r"(barrier), "r"(parity)
+      "{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@over bra done;\nbra again;\ndone:\n}" ::"r"(
+          barrier),
+      "r"(parity)
       : "memory");
 }
 // An arrival once all cp.async that this thread has issued are complete ("cp.async.mbarrier.arrive").
@@ -37,8 +41,12 @@ __device__ inline void cp_async_mbarrier_arrive(SharedAddress barrier) {
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // --- a barrier of some warps ("bar, barrier")
-__device__ inline void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ inline void barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void barrier_sync(uint32_t id, uint32_t threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void barrier_arrive(uint32_t id, uint32_t threads) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // --- registers per thread of a warpgroup ("setmaxnreg")
 template <int N>
@@ -54,12 +62,14 @@ __device__ inline void more_registers() {
 // the tensor is zeros, and is not stored.
 __device__ inline void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 __device__ inline void tma_load(SharedAddress to, const TensorMap& map, SharedAddress barrier, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to), "l"(&map), "r"(barrier),
-               "r"(c0), "r"(c1), "r"(c2)
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+               "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
                : "memory");
 }
 __device__ inline void tma_store(const TensorMap& map, SharedAddress from, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(from), "r"(c0), "r"(c1), "r"(c2) : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(from), "r"(c0), "r"(c1),
+               "r"(c2)
+               : "memory");
 }
 __device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until all but N groups of this thread's stores have read shared memory.
@@ -95,21 +105,24 @@ __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b);
 #define FIRST "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN(1) "," TEN(2) ","
 #define TO_31 FIRST "%30,%31"
 #define TO_63 FIRST TEN(3) "," TEN(4) "," TEN(5) ",%60,%61,%62,%63"
-#define TO_127 FIRST TEN(3) "," TEN(4) "," TEN(5) "," TEN(6) "," TEN(7) "," TEN(8) "," TEN(9) "," TEN(10) "," TEN(11) ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define TO_127                                                                                        \
+  FIRST TEN(3) "," TEN(4) "," TEN(5) "," TEN(6) "," TEN(7) "," TEN(8) "," TEN(9) "," TEN(10) "," TEN( \
+      11) ",%120,%121,%122,%123,%124,%125,%126,%127"
 // a and b are operands n and n + 1, their majors n + 2 and n + 3 (trans-a, trans-b); scale-d, scale-a and scale-b are 1.
-#define WGMMA(T, type, N, registers, a, b, tA, tB, ...)                                                                                             \
-  template <>                                                                                                                                       \
-  struct Wgmma<T, N> {                                                                                                                              \
-    template <Major A, Major B>                                                                                                                     \
-    __device__ static void run(float (&d)[N / 2], uint64_t da, uint64_t db) {                                                                       \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" registers "}, " a ", " b ", 1, 1, 1, " tA ", " tB ";"       \
-                   : __VA_ARGS__                                                                                                                    \
-                   : "l"(da), "l"(db), "n"(int(A)), "n"(int(B)));                                                                                   \
-    }                                                                                                                                               \
+#define WGMMA(T, type, N, registers, a, b, tA, tB, ...)                                                                                   \
+  template <>                                                                                                                             \
+  struct Wgmma<T, N> {                                                                                                                    \
+    template <Major A, Major B>                                                                                                           \
+    __device__ static void run(float (&d)[N / 2], uint64_t da, uint64_t db) {                                                             \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" registers "}, " a ", " b ", 1, 1, 1, " tA ", " tB \
+                   ";"                                                                                                                    \
+                   : __VA_ARGS__                                                                                                          \
+                   : "l"(da), "l"(db), "n"(int(A)), "n"(int(B)));                                                                         \
+    }                                                                                                                                     \
   };
-#define WGMMA_OF(T, type)                                                           \
-  WGMMA(T, type, 64, TO_31, "%32", "%33", "%34", "%35", D32(0))                     \
-  WGMMA(T, type, 128, TO_63, "%64", "%65", "%66", "%67", D32(0), D32(32))           \
+#define WGMMA_OF(T, type)                                                 \
+  WGMMA(T, type, 64, TO_31, "%32", "%33", "%34", "%35", D32(0))           \
+  WGMMA(T, type, 128, TO_63, "%64", "%65", "%66", "%67", D32(0), D32(32)) \
   WGMMA(T, type, 256, TO_127, "%128", "%129", "%130", "%131", D32(0), D32(32), D32(64), D32(96))
 
 template <class T, int N>

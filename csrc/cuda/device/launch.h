@@ -37,10 +37,14 @@ inline int multiprocessors() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, Arguments... arguments) {
+void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
+            Arguments... arguments) {
   // Beyond 48 KiB a kernel must be allowed what it asks for, on each device.
-  if (shared > 48 << 10) check(operation, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (shared > 48 << 10)
+    check(operation, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  // clang-format off
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+  // clang-format on
   check(operation, cudaGetLastError());
 }
 

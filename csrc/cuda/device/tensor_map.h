@@ -1,5 +1,5 @@
-// Maps of tensors in global memory, by which the copies of sm_90a find them: [matrices, rows, inner] of 2-byte elements, read and written in
-// boxes of 64 inner elements by some rows of one matrix, swizzled to where 128-byte rows of shared memory have no bank conflicts.
+// Maps of tensors in global memory, by which the copies of sm_90a find them: [matrices, rows, inner] of 2-byte elements, read and written
+// in boxes of 64 inner elements by some rows of one matrix, swizzled to where 128-byte rows of shared memory have no bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,8 @@ inline auto tensor_map_encoder() {
 #else
     const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
 #endif
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled: it is older than 12.0");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
   }();
   return encode;
@@ -65,11 +66,13 @@ inline TensorMap tensor_map(const TensorView& t, int box_rows) {
   cuuint64_t sizes[] = {cuuint64_t(t.inner), 0, 0}, strides[2];
   cuuint32_t box[] = {box_inner, 1, 1}, steps[] = {1, 1, 1};
   sizes[row] = cuuint64_t(t.rows), sizes[matrix] = cuuint64_t(t.matrices), box[row] = cuuint32_t(box_rows);
-  strides[row - 1] = cuuint64_t(t.row_stride) * 2, strides[matrix - 1] = cuuint64_t(t.matrices == 1 ? t.row_stride * t.rows : t.matrix_stride) * 2;
+  strides[row - 1] = cuuint64_t(t.row_stride) * 2,
+                strides[matrix - 1] = cuuint64_t(t.matrices == 1 ? t.row_stride * t.rows : t.matrix_stride) * 2;
   TensorMap map;
   // Any 2-byte type: elements are moved, and what lies outside is zero in all of them.
-  const CUresult error = tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult error = tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(t.data), sizes, strides, box,
+                                              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with error " + std::to_string(error));
   return map;
 }

@@ -20,7 +20,8 @@ inline void cp_async_16(SharedAddress to, const void* from, int bytes) {
   if (!emulator::options.lazy) copy.land();
   const emulator::Quiet quiet;
   unsigned phases;
-  if (emulator::warp().copies.add(self.copies++, self.lane(), to, &phases)) emulator::counts.copies += 4, emulator::counts.copy_phases += phases;
+  if (emulator::warp().copies.add(self.copies++, self.lane(), to, &phases))
+    emulator::counts.copies += 4, emulator::counts.copy_phases += phases;
   if (emulator::options.lazy) self.open.push_back(copy);
 }
 
@@ -75,8 +76,12 @@ struct Mma {
 
 }  // namespace detail
 
-inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row, emulator::Where where = emulator::Where::current()) { detail::ldmatrix_x4<false>(r, row, where); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row, emulator::Where where = emulator::Where::current()) { detail::ldmatrix_x4<true>(r, row, where); }
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row, emulator::Where where = emulator::Where::current()) {
+  detail::ldmatrix_x4<false>(r, row, where);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row, emulator::Where where = emulator::Where::current()) {
+  detail::ldmatrix_x4<true>(r, row, where);
+}
 
 // Sums in fp64, rounded once: what a tensor core would give at its best, not its bits.
 template <class T>
@@ -84,7 +89,9 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, 
   detail::Mma argument{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::collective(~0u, argument, "mma.m16n8k16", where, [](detail::Mma** lane) {
     double A[16][16], B[16][8];
-    const auto half = [](uint32_t pair, int which) { return static_cast<double>(to_float(T{static_cast<uint16_t>(pair >> (16 * which))})); };
+    const auto half = [](uint32_t pair, int which) {
+      return static_cast<double>(to_float(T{static_cast<uint16_t>(pair >> (16 * which))}));
+    };
     for (int t = 0; t < 32; ++t) {
       const int g = t / 4, c = t % 4 * 2;
       for (int h = 0; h < 2; ++h) {
@@ -112,7 +119,8 @@ inline char* vector_access(SharedAddress address) {
   const emulator::Quiet quiet;
   emulator::Fiber& self = emulator::self();
   unsigned phases;
-  if (emulator::warp().vectors.add(self.vectors++, self.lane(), address, &phases)) emulator::counts.vectors += 4, emulator::counts.vector_phases += phases;
+  if (emulator::warp().vectors.add(self.vectors++, self.lane(), address, &phases))
+    emulator::counts.vectors += 4, emulator::counts.vector_phases += phases;
   return emulator::shared_pointer(address, 16, "16-byte access");
 }
 

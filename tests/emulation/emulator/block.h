@@ -107,8 +107,8 @@ struct Grid : Loop {
   std::function<void()> body;
   std::exception_ptr fault;
 };
-// Fibers never leave their CPU thread, so its address may be kept across a switch. Not a pointer through the dynamic linker: this is read at
-// every access to threadIdx.
+// Fibers never leave their CPU thread, so its address may be kept across a switch. Not a pointer through the dynamic linker: this is read
+// at every access to threadIdx.
 inline thread_local Grid* grid [[gnu::tls_model("initial-exec")]] = nullptr;
 
 inline Fiber& self() { return *grid->current; }
@@ -212,7 +212,8 @@ inline char* allocate_shared(Block& own, std::size_t bytes) {
     __asan_poison_memory_region(own.shared, shared_capacity);
 #endif
   }
-  if (own.used + bytes > shared_capacity) throw Fault("shared memory: " + std::to_string(own.used + bytes) + " bytes in one block, at most " + std::to_string(shared_capacity));
+  if (own.used + bytes > shared_capacity)
+    throw Fault("shared memory: " + std::to_string(own.used + bytes) + " bytes in one block, at most " + std::to_string(shared_capacity));
   char* const p = own.shared + own.used;
   own.used = std::min(shared_capacity, own.used + (bytes + 32 + 127) / 128 * 128);
 #if defined(__SANITIZE_ADDRESS__)
@@ -238,7 +239,8 @@ inline uint32_t shared_address(const void* p) {
 
 inline char* shared_pointer(uint32_t address, unsigned bytes, const char* what) {
   if (address % bytes || address + bytes > shared_capacity)
-    throw Fault(std::string(what) + ": shared address " + std::to_string(address) + " is out of range or not aligned to " + std::to_string(bytes) + " bytes");
+    throw Fault(std::string(what) + ": shared address " + std::to_string(address) + " is out of range or not aligned to " +
+                std::to_string(bytes) + " bytes");
   return block().shared + address;
 }
 

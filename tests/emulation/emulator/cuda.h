@@ -79,15 +79,19 @@ T __shfl_sync(uint32_t mask, T value, int source, int width = 32, emulator::Wher
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, emulator::Where where = emulator::Where::current()) {
-  return emulator::shuffle(mask, value, "__shfl_xor_sync", where, [=](int lane) { return (lane ^ bits) < (lane & -width) + width ? lane ^ bits : lane; });
+  return emulator::shuffle(mask, value, "__shfl_xor_sync", where,
+                           [=](int lane) { return (lane ^ bits) < (lane & -width) + width ? lane ^ bits : lane; });
 }
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned by, int width = 32, emulator::Where where = emulator::Where::current()) {
-  return emulator::shuffle(mask, value, "__shfl_up_sync", where, [=](int lane) { return lane - static_cast<int>(by) >= (lane & -width) ? lane - static_cast<int>(by) : lane; });
+  return emulator::shuffle(mask, value, "__shfl_up_sync", where,
+                           [=](int lane) { return lane - static_cast<int>(by) >= (lane & -width) ? lane - static_cast<int>(by) : lane; });
 }
 template <class T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned by, int width = 32, emulator::Where where = emulator::Where::current()) {
-  return emulator::shuffle(mask, value, "__shfl_down_sync", where, [=](int lane) { return lane + static_cast<int>(by) < (lane & -width) + width ? lane + static_cast<int>(by) : lane; });
+  return emulator::shuffle(mask, value, "__shfl_down_sync", where, [=](int lane) {
+    return lane + static_cast<int>(by) < (lane & -width) + width ? lane + static_cast<int>(by) : lane;
+  });
 }
 
 namespace emulator {
@@ -149,7 +153,7 @@ inline int atomicCAS(int* p, int expected, int value) {
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
-#define CU_SHARED(T, name, n)  \
+#define CU_SHARED(T, name, n)       \
   static const char name##_key = 0; \
   T* const name = emulator::shared_array<T>(n, &name##_key)
 #define CU_DYNAMIC_SHARED(name) unsigned char* const name = reinterpret_cast<unsigned char*>(emulator::block().shared)

@@ -213,7 +213,7 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack + options.stack) & ~uintptr_t{15}) - 2;
   top[0] = reinterpret_cast<void*>(entry);  // where the first switch returns to; its slot is 16-byte aligned, as after a call
   top[1] = nullptr;
-  fiber.stack_pointer = top - 6;            // six registers, all zero
+  fiber.stack_pointer = top - 6;  // six registers, all zero
   memset(fiber.stack_pointer, 0, 6 * sizeof(void*));
 #if defined(__SANITIZE_THREAD__)
   fiber.thread = __tsan_create_fiber(0);
@@ -223,7 +223,8 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
 inline void dispose(Fiber& fiber, [[maybe_unused]] Loop& loop) {
 #if defined(__SANITIZE_THREAD__)
   if (fiber.state != Fiber::State::done) return;  // abandoned after a fault, its annotations still open
-  // The sanitizer gives a thread's number to another soon after its end, and then takes the two for one: the threads of a launch end with it.
+  // The sanitizer gives a thread's number to another soon after its end, and then takes the two for one: the threads of a launch end with
+  // it.
   loop.finished.push_back(fiber.thread);
   if (loop.finished.size() > 4096) loop.end();
 #endif

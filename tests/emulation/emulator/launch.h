@@ -52,7 +52,8 @@ inline std::string deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
   for (const auto& b : blocks)
     for (const Fiber& fiber : b->fibers)
       if (fiber.state == Fiber::State::waiting && text.size() < 600)
-        text += " block " + std::to_string(b->index.x) + "," + std::to_string(b->index.y) + " thread " + std::to_string(fiber.number) + " waits for " + fiber.awaited + " at " + text_of(fiber.where) + ";";
+        text += " block " + std::to_string(b->index.x) + "," + std::to_string(b->index.y) + " thread " + std::to_string(fiber.number) +
+                " waits for " + fiber.awaited + " at " + text_of(fiber.where) + ";";
   return text;
 }
 
@@ -79,7 +80,10 @@ inline void launch(uint3 size, uint3 block_size, std::size_t dynamic, std::funct
       live.push_back(std::make_unique<Block>());
       // The order of blocks is as free as that of threads.
       const uint64_t b = options.order == Order::reverse ? blocks - 1 - started : started;
-      start(*live.back(), {static_cast<unsigned>(b % size.x), static_cast<unsigned>(b / size.x % size.y), static_cast<unsigned>(b / (uint64_t{size.x} * size.y))}, dynamic);
+      start(*live.back(),
+            {static_cast<unsigned>(b % size.x), static_cast<unsigned>(b / size.x % size.y),
+             static_cast<unsigned>(b / (uint64_t{size.x} * size.y))},
+            dynamic);
     }
   };
   try {
@@ -89,7 +93,8 @@ inline void launch(uint3 size, uint3 block_size, std::size_t dynamic, std::funct
       round.swap(state.next);
       if (round.empty()) throw Fault(deadlock(live));
       // Not the list the other way round: what waits at a barrier is listed as it came, and would come out forward.
-      if (options.order == Order::reverse) std::stable_sort(round.begin(), round.end(), [](const Fiber* a, const Fiber* b) { return a->number > b->number; });
+      if (options.order == Order::reverse)
+        std::stable_sort(round.begin(), round.end(), [](const Fiber* a, const Fiber* b) { return a->number > b->number; });
       if (options.order == Order::shuffled) std::shuffle(round.begin(), round.end(), random);
       for (Fiber* const fiber : round) {
         to_fiber(state, *fiber);

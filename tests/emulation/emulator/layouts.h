@@ -20,7 +20,8 @@ constexpr bool known(uint64_t descriptor) { return descriptor >> 62 == 1 && (des
 // Where a descriptor finds element k (0 .. 15) of row (or column) m.
 constexpr uint32_t operand_address(uint64_t descriptor, bool k_major, int m, int k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t offset = k_major ? m / 8 * stride + m % 8 * row_bytes + k * 2 : m / 64 * leading + k / 8 * stride + k % 8 * row_bytes + m % 64 * 2;
+  const uint32_t offset =
+      k_major ? m / 8 * stride + m % 8 * row_bytes + k * 2 : m / 64 * leading + k / 8 * stride + k % 8 * row_bytes + m % 64 * 2;
   return swizzled(start + offset);
 }
 

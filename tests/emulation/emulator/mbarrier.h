@@ -67,14 +67,16 @@ using Registers = std::map<unsigned, int>;
 
 inline void set_registers(int n, bool more, const Where& where) {
   const Quiet quiet;
-  if (n % 8 || n < 24 || n > 256) throw Fault("setmaxnreg: " + std::to_string(n) + " registers, neither a multiple of 8 nor from 24 to 256");
+  if (n % 8 || n < 24 || n > 256)
+    throw Fault("setmaxnreg: " + std::to_string(n) + " registers, neither a multiple of 8 nor from 24 to 256");
   Registers& all = block().state<Registers>();
   const unsigned warpgroup = self().number / 128;
   const auto [at, first] = all.emplace(warpgroup, n);
   if (!first && at->second != n) throw Fault("setmaxnreg at " + text_of(where) + ": threads of one warpgroup differ");
   int total = 0;
   for (const auto& [group, registers] : all) total += 128 * registers;
-  if (more && total > 65536) throw Fault("setmaxnreg at " + text_of(where) + ": " + std::to_string(total) + " registers in one block, more than 65536");
+  if (more && total > 65536)
+    throw Fault("setmaxnreg at " + text_of(where) + ": " + std::to_string(total) + " registers in one block, more than 65536");
 }
 
 }  // namespace emulator
@@ -86,7 +88,8 @@ inline void mbarrier_init(SharedAddress barrier, uint32_t arrivals) {
   emulator::shared_pointer(barrier, 8, "mbarrier.init");
   if (!arrivals) throw emulator::Fault("mbarrier.init: a count of 0");
   emulator::Mbarriers& all = emulator::block().state<emulator::Mbarriers>();
-  if (!all.emplace(barrier, emulator::Mbarrier{arrivals, arrivals, 0, 0, {}, {}}).second) throw emulator::Fault("mbarrier.init: a barrier is there already");
+  if (!all.emplace(barrier, emulator::Mbarrier{arrivals, arrivals, 0, 0, {}, {}}).second)
+    throw emulator::Fault("mbarrier.init: a barrier is there already");
 }
 inline void fence_mbarrier_init() {}
 
@@ -147,11 +150,13 @@ inline void cp_async_mbarrier_arrive(SharedAddress barrier) {
 inline void fence_async_proxy() {}
 
 inline void barrier_sync(uint32_t id, uint32_t threads, emulator::Where where = emulator::Where::current()) {
-  if (id == 0 || id > 15 || threads == 0 || threads % 32) throw emulator::Fault("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
+  if (id == 0 || id > 15 || threads == 0 || threads % 32)
+    throw emulator::Fault("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
   emulator::barrier(static_cast<int>(id), threads, true, where);
 }
 inline void barrier_arrive(uint32_t id, uint32_t threads, emulator::Where where = emulator::Where::current()) {
-  if (id == 0 || id > 15 || threads == 0 || threads % 32) throw emulator::Fault("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
+  if (id == 0 || id > 15 || threads == 0 || threads % 32)
+    throw emulator::Fault("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
   emulator::barrier(static_cast<int>(id), threads, false, where);
 }
 

@@ -22,13 +22,13 @@ struct Options {
 };
 inline Options options;
 
-// A phase is what one pass over the 32 banks of shared memory serves: 8 lanes of 16 bytes. Without conflicts every access is as many phases as
-// it has rows of 128 bytes, so phases equal accesses.
+// A phase is what one pass over the 32 banks of shared memory serves: 8 lanes of 16 bytes. Without conflicts every access is as many phases
+// as it has rows of 128 bytes, so phases equal accesses.
 struct Counts {
   uint64_t launches = 0, mma = 0, barriers = 0;
-  uint64_t ldmatrix = 0, ldmatrix_phases = 0;      // 8 x 8 matrices
-  uint64_t copies = 0, copy_phases = 0;            // quarter warps of 16-byte cp.async
-  uint64_t vectors = 0, vector_phases = 0;         // quarter warps of 16-byte loads and stores of shared memory
+  uint64_t ldmatrix = 0, ldmatrix_phases = 0;  // 8 x 8 matrices
+  uint64_t copies = 0, copy_phases = 0;        // quarter warps of 16-byte cp.async
+  uint64_t vectors = 0, vector_phases = 0;     // quarter warps of 16-byte loads and stores of shared memory
 };
 inline Counts counts;
 

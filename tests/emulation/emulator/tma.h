@@ -16,12 +16,14 @@ void each_element(char* shared, uint32_t tile, const cmoe::cuda::TensorMap& map,
       const int64_t inner = int64_t{c0} + c, row = int64_t{c1} + r;
       const bool inside = inner >= 0 && inner < t.inner && row >= 0 && row < t.rows && c2 >= 0 && c2 < t.matrices;
       const auto* data = static_cast<const uint16_t*>(t.data);
-      f(reinterpret_cast<uint16_t*>(shared + swizzled(tile + r * row_bytes + c * 2)), inside ? data + c2 * t.matrix_stride + row * t.row_stride + inner : nullptr);
+      f(reinterpret_cast<uint16_t*>(shared + swizzled(tile + r * row_bytes + c * 2)),
+        inside ? data + c2 * t.matrix_stride + row * t.row_stride + inner : nullptr);
     }
 }
 
 inline void check_tile(uint32_t tile, const cmoe::cuda::TensorMap& map, const char* what) {
-  if (tile % 1024) throw Fault(std::string(what) + ": a swizzled tile at shared address " + std::to_string(tile) + ", not a multiple of 1024");
+  if (tile % 1024)
+    throw Fault(std::string(what) + ": a swizzled tile at shared address " + std::to_string(tile) + ", not a multiple of 1024");
   if (tile + map.box_rows * row_bytes > shared_capacity) throw Fault(std::string(what) + ": a tile beyond shared memory");
 }
 

@@ -25,7 +25,8 @@ void meet(A& argument, const char* what, const Where& where, F&& f) {
   Block& own = block();
   Warpgroup& group = own.state<Warpgroups>()[fiber.number / 128];
   if (own.fibers.size() < fiber.number / 128 * 128 + 128) throw Fault(std::string(what) + ": fewer than the 128 threads of a warpgroup");
-  if (group.arrived && strcmp(group.what, what) != 0) throw Fault(std::string(what) + " at " + text_of(where) + ": other threads of the warpgroup are at " + group.what);
+  if (group.arrived && strcmp(group.what, what) != 0)
+    throw Fault(std::string(what) + " at " + text_of(where) + ": other threads of the warpgroup are at " + group.what);
   group.what = what;
   group.argument[fiber.number % 128] = &argument;
   release(&group);
@@ -104,12 +105,16 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, emulator::Where where = em
   using Product = emulator::Product<N>;
   Product own{d, a, b};
   emulator::meet(own, "wgmma.mma_async", where, [&](emulator::Warpgroup& group, Product** of) {
-    if (!group.fenced) throw emulator::Fault("wgmma.mma_async at " + emulator::text_of(where) + ": no wgmma.fence since the accumulators were waited for");
+    if (!group.fenced)
+      throw emulator::Fault("wgmma.mma_async at " + emulator::text_of(where) + ": no wgmma.fence since the accumulators were waited for");
     std::vector<Product> products;
     for (int t = 0; t < 128; ++t) products.push_back(*of[t]);
-    if (!emulator::known(a) || !emulator::known(b)) throw emulator::Fault("wgmma.mma_async at " + emulator::text_of(where) + ": a descriptor of another swizzle than that of 128 bytes, or with a base offset");
+    if (!emulator::known(a) || !emulator::known(b))
+      throw emulator::Fault("wgmma.mma_async at " + emulator::text_of(where) +
+                            ": a descriptor of another swizzle than that of 128 bytes, or with a base offset");
     for (const Product& p : products)
-      if (p.a != a || p.b != b) throw emulator::Fault("wgmma.mma_async at " + emulator::text_of(where) + ": threads of one warpgroup differ in its operands");
+      if (p.a != a || p.b != b)
+        throw emulator::Fault("wgmma.mma_async at " + emulator::text_of(where) + ": threads of one warpgroup differ in its operands");
     char* const shared = emulator::block().shared;
     const auto product = [=, products = std::move(products)] { emulator::multiply<T, N>(shared, products, A == Major::k, B == Major::k); };
     if (emulator::options.lazy)
