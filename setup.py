@@ -122,9 +122,11 @@ class BuildPython(build_py):
 
 def compile_command(torch: Path) -> list[str]:
     # No -march: the library must run on every machine of its architecture. -isystem: warnings are for our own files. GCC 12's intrinsics
-    # and std::optional set off -Wmaybe-uninitialized.
+    # and std::optional set off -Wmaybe-uninitialized. Fused multiply-adds are where the source has them: else a moved line or another
+    # compiler could change how a sum is rounded.
     return [
-        *compiler(), "-c", "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
+        *compiler(), "-c", "-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+        "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}",
         "-isystem", str(torch / "include"), "-isystem", sysconfig.get_path("include"), f"-ffile-prefix-map={torch / 'include'}/=",
         *(WERROR if os.environ.get("CMOE_WERROR") == "1" else []), *shlex.split(os.environ.get("CXXFLAGS", "")),

@@ -27,3 +27,9 @@ def test_what_was_made_with_it_serves_without(tmp_path):
     assert log.read_text() == "x"
     build.run_if_stale([*command, "-O1"], target)
     assert log.read_text() == "xx"
+
+
+def test_nothing_is_contracted_but_what_the_source_says():
+    """A moved line cannot change how a sum is rounded: multiply_add names each fused product."""
+    need_compiler()
+    assert "-ffp-contract=off" in build_script().compile_command(Path("torch"))

@@ -53,7 +53,7 @@ INLINE void multiply_rows(const T* a, int a_lanes, const T* b, T* block, int64_t
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < b_vectors; ++v) sums[r][v] += a[r] * column[v];
+      for (int v = 0; v < b_vectors; ++v) sums[r][v] = multiply_add(a[r] - V{}, column[v], sums[r][v]);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -128,7 +128,7 @@ static void multiply_few(const void* a, int64_t a_stride, const void* b, void* b
 struct ValuesOfF32 {
   static constexpr int step = width, size = 4;
   static vfloat load(const void* p) { return ::load<vfloat>(p); }
-  static void add_product(vfloat& sum, vfloat a, vfloat b) { sum += a * b; }
+  static void add_product(vfloat& sum, vfloat a, vfloat b) { sum = multiply_add(a, b, sum); }
 };
 [[maybe_unused]] constexpr Microkernel f32_few = {Type::f32,
                                                   few_lanes,

@@ -68,6 +68,30 @@ INLINE void store(void* p, V v) {
 INLINE vfloat splat(float x) { return x - vfloat{}; }
 INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return (vfloat)((mask & (vint)yes) | (~mask & (vint)no)); }
 INLINE vfloat least(vfloat x, float high) { return select((vint)(x < splat(high)), x, splat(high)); }
+// a b + c, rounded once where the instruction set has such an instruction: nothing else is contracted (-ffp-contract=off), so that the
+// bits do not depend on how an expression is written.
+template <class V>
+INLINE V multiply_add(V a, V b, V c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(CMOE_EMULATE_AVX512)
+  if constexpr (sizeof(a[0]) == 4) {
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, sizeof a), memcpy(y, &b, sizeof b), memcpy(z, &c, sizeof c);
+    for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    return load<V>(z);
+  }
+#elif defined(__FMA__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+  for (unsigned i = 0; i < sizeof a / sizeof a[0]; ++i)
+    c[i] = sizeof a[0] == 4 ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
+  return c;
+#endif
+  return a * b + c;
+}
+INLINE vfloat multiply_add(vfloat a, vfloat b, float c) { return multiply_add(a, b, splat(c)); }
+INLINE vfloat multiply_add(float a, vfloat b, vfloat c) { return multiply_add(splat(a), b, c); }
 INLINE vfloat absolute(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 
 // Zero below `lowest`; from -104 on results are the subnormal numbers, which cost time where they are many.
@@ -75,16 +99,16 @@ INLINE vfloat exponential(vfloat x, float lowest = -87.3f) {
   // A NaN passes: every comparison with it is false.
   const vfloat clamped = least(select((vint)(x < splat(lowest)), splat(lowest), x), 88.72f);
   const vfloat shift = splat(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const vfloat shifted = clamped * 1.44269504f + shift;
+  const vfloat shifted = multiply_add(1.44269504f, clamped, shift);
   const vfloat n = shifted - shift;
-  const vfloat r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const vfloat r = multiply_add(2.12194440e-4f, n, multiply_add(-0.693359375f, n, clamped));
   vfloat p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  p = multiply_add(p, r * r, r) + 1.f;
   // 2^n in two factors: 2^128 is no float, and the largest results need it.
   const vint half = ((vint)shifted - (vint)shift) >> 1, rest = ((vint)shifted - (vint)shift) - half;
   const vfloat e = p * (vfloat)((half + 127) << 23) * (vfloat)((rest + 127) << 23);
@@ -106,17 +130,17 @@ struct Normal {
   vfloat below, density;
 };
 INLINE Normal normal(vfloat x) {
-  const vfloat z = absolute(x) * 0.70710678f, t = 1.f / (1.f + 0.3f * z);
+  const vfloat z = absolute(x) * 0.70710678f, t = 1.f / multiply_add(0.3f, z, splat(1.f));
   const vfloat e = exponential(-0.5f * x * x);
   vfloat p = splat(-0.129523620044717f);
-  p = p * t + 0.48556677546260796f;
-  p = p * t - 0.5122856527790435f;
-  p = p * t + 0.5477289268714516f;
-  p = p * t - 0.09465705583352903f;
-  p = p * t + 0.2149288384121407f;
-  p = p * t + 0.14833843647062805f;
-  p = p * t + 0.1707153330518198f;
-  p = p * t + 0.16918799880104737f;
+  p = multiply_add(p, t, 0.48556677546260796f);
+  p = multiply_add(p, t, -0.5122856527790435f);
+  p = multiply_add(p, t, 0.5477289268714516f);
+  p = multiply_add(p, t, -0.09465705583352903f);
+  p = multiply_add(p, t, 0.2149288384121407f);
+  p = multiply_add(p, t, 0.14833843647062805f);
+  p = multiply_add(p, t, 0.1707153330518198f);
+  p = multiply_add(p, t, 0.16918799880104737f);
   const vfloat tail = 0.5f * e * t * p;
   return {select((vint)(x < splat(0.f)), tail, 1.f - tail), e * 0.39894228f};
 }
@@ -134,14 +158,14 @@ INLINE Value activated(vfloat u) {
             n.below + select((vint)(n.density == splat(0.f)), splat(0.f), product)};
   } else if constexpr (f == Activation::gelu_tanh) {
     const float a = 0.7978845608f, b = 0.044715f;
-    const vfloat inner = a * u * (1.f + b * u * u);
+    const vfloat inner = a * u * multiply_add(b * u, u, 1.f);
     const auto [s, lacks] = sigmoid(2.f * inner);
-    const vfloat slope = s + 2.f * u * s * lacks * a * (1.f + 3.f * b * u * u);
+    const vfloat slope = multiply_add(2.f * u * s * lacks * a, multiply_add(3.f * b * u, u, 1.f), s);
     const vint saturated = (vint)(absolute(u) > splat(20.f));
     return {select((vint)(s == splat(0.f)), splat(0.f), u * s), select(saturated, s, slope)};
   } else if constexpr (f == Activation::silu) {
     const auto [s, lacks] = sigmoid(u);
-    const vfloat slope = s * (1.f + u * lacks);
+    const vfloat slope = s * multiply_add(u, lacks, 1.f);
     return {select((vint)(s == splat(0.f)), splat(0.f), u * s), select((vint)(absolute(u) > splat(100.f)), s, slope)};
   } else {
     const vint positive = (vint)(u > splat(0.f));
@@ -299,7 +323,7 @@ static void scale_row(float s, float* y, int64_t n) {
   each(n, [&](int64_t i, int count) { store_part(y + i, load_part(y + i, count) * s, count); });
 }
 static void axpy_row(float s, const float* x, float* y, int64_t n) {
-  each(n, [&](int64_t i, int count) { store_part(y + i, load_part(y + i, count) + s * load_part(x + i, count), count); });
+  each(n, [&](int64_t i, int count) { store_part(y + i, multiply_add(s, load_part(x + i, count), load_part(y + i, count)), count); });
 }
 INLINE float total(vfloat v) {
   float parts[width];
@@ -313,8 +337,8 @@ static float dot_row(const float* x, const float* y, int64_t n) {
   vfloat s[4] = {};
   int64_t i = 0;
   for (; i + 4 * width <= n; i += 4 * width)
-    for (int j = 0; j < 4; ++j) s[j] += load<vfloat>(x + i + j * width) * load<vfloat>(y + i + j * width);
-  each(n - i, [&](int64_t j, int count) { s[0] += load_part(x + i + j, count) * load_part(y + i + j, count); });
+    for (int j = 0; j < 4; ++j) s[j] = multiply_add(load<vfloat>(x + i + j * width), load<vfloat>(y + i + j * width), s[j]);
+  each(n - i, [&](int64_t j, int count) { s[0] = multiply_add(load_part(x + i + j, count), load_part(y + i + j, count), s[0]); });
   return total((s[0] + s[1]) + (s[2] + s[3]));
 }
 static void exp_row(const float* x, float* y, int64_t n) {
