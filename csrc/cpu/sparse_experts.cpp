@@ -5,7 +5,8 @@
 // Memory plan. Rows are sorted by expert; each expert's rows of x are packed once, straight out of x: no gathered copy. The epilogue of the
 // first product writes u where it is to be saved and h into the panels of the second product, whose epilogue adds the weighted row to an
 // fp32 y [T, O]. A thread has the same columns of y for all experts and takes them in order, so a token's rows are added in the order
-// of their experts, without locks. Scratch: the packed rows of x and of h, and y in fp32.
+// of their experts, without locks. Columns are shared out by the widest panels: experts of few rows have kernels with narrower ones.
+// Scratch: the packed rows of x and of h, and y in fp32.
 
 #include <memory>
 #include <vector>
@@ -27,7 +28,7 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     std::unique_ptr<Shared<T>> x, h;
   };
   std::vector<Expert> active;
-  int64_t bytes = 0, row_ld = 0;
+  int64_t bytes = 0, row_ld = 0, widest = 1;
   for (int64_t e = 0; e < op.experts; ++e) {
     const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
     if (n == 0) continue;
@@ -44,6 +45,7 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     if (op.w2) a.h = std::make_unique<Shared<T>>(kernels, a.out.shared, n, 1, op.hidden);
     bytes = std::max({bytes, conversion_bytes(kernels), a.in.bytes(), a.out.bytes()});
     row_ld = std::max({row_ld, a.in.row_ld, a.out.row_ld});
+    widest = std::max<int64_t>(widest, kernels.lanes(a.out.outer));
     active.push_back(std::move(a));
   }
   const ThreadScratch scratch(threads, bytes + row_ld * size);
@@ -96,8 +98,12 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
 
   parallel(threads, [&](int64_t thread) {
     T* const bias = reinterpret_cast<T*>(scratch[thread] + bytes);
-    for (const Expert& a : active)
-      blocks_of(a.kernels, a.out, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+    const Share share((op.outputs + widest - 1) / widest, thread, threads);
+    const int64_t end = std::min(op.outputs, share.last * widest);
+    for (const Expert& a : active) {
+      const int64_t step = a.out.outer_panels * a.kernels.lanes(a.out.outer);
+      for (int64_t first = share.first * widest; first < end; first += step) {
+        const Lanes lanes{first, std::min(end - first, step)};
         op.last_bias().load(a.kernels, a.e, lanes.first, lanes.count, bias);
         multiply_block(
             a.kernels, a.out, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
@@ -109,7 +115,8 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
                        n);
               }
             });
-      });
+      }
+    }
   });
 
   parallel(threads, [&](int64_t thread) {

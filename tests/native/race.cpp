@@ -238,9 +238,10 @@ double difference(const Output& a, const Output& b) {
 template <class T>
 int compare(Type type, const char* name, double allowed) {
   int wrong = 0;
-  // Blocks that are part of a panel, whole panels, more threads than panels, more than one stretch of k, nearly nothing.
-  for (const Sizes& s :
-       {Sizes{37, 40, 70, 33, 3, 2, 3}, Sizes{64, 300, 64, 64, 2, 1, 1}, Sizes{5, 3, 2, 1, 4, 4, 2}, Sizes{1, 1, 1, 1, 1, 1, 1}})
+  // Blocks that are part of a panel, whole panels, more threads than panels, more than one stretch of k, nearly nothing; experts of few
+  // rows, whose kernels have narrower panels, beside experts of more.
+  for (const Sizes& s : {Sizes{37, 40, 70, 33, 3, 2, 3}, Sizes{64, 300, 64, 64, 2, 1, 1}, Sizes{5, 3, 2, 1, 4, 4, 2},
+                         Sizes{1, 1, 1, 1, 1, 1, 1}, Sizes{11, 7, 9, 46, 5, 2, 3}})
     for (const bool recompute : {false, true}) {
       threads = 1;
       const Outputs alone = run<T>(type, s, recompute);
