@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and say what the compiler made of it.
 
-    python -m benchmarks.inspection.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels gemm_fwd_kernel,...] [--jobs 2] [--write]
+    python -m benchmarks.inspection.aot [--targets sm_80,sm_90,sm_100,gfx942] [--kernels grouped_gemm_fwd_kernel,...] [--jobs 2] [--write]
 
 No GPU and no driver is needed, and no kernel runs. The calls of tests/ops/cases.py are made at the sizes of a connector and at small odd
 ones, on tensors without memory (torch's meta device): the wrappers choose grids and configurations as they would on a GPU, and Triton's own

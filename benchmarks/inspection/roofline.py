@@ -92,11 +92,11 @@ class Step:
 # Kernels with matrix products, by how their names begin: the operands that each row is multiplied with. Longest first.
 PRODUCTS = {
     "task_router_fwd_kernel": ("w1", "w2"),
-    "gemm_sum_fwd": ("w",),
-    "gemm_fwd": ("w",),
-    "gemm_bwd_du": ("w",),
-    "gemm_bwd_mix": ("w",),
-    "gemm_bwd_dw": ("dw",),
+    "grouped_gemm_sum_fwd": ("w",),
+    "grouped_gemm_fwd": ("w",),
+    "dact_gemm_bwd": ("w",),
+    "dense_dgrad_bwd": ("w",),
+    "wgrad_bwd": ("dw",),
     "column_sums": ("out",),
 }
 
@@ -105,7 +105,7 @@ def of_launch(kernel: Any, args: tuple[Any, ...], settings: dict[str, Any], used
     """What a launch of a Triton kernel will do, from its arguments; ``used``: the share of experts that have a row."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | settings
     tensors = {name: tensor for name, value in values.items() if (tensor := _tensor(value)) is not None}
-    if kernel.__name__.startswith("gate_bwd") and "b" not in tensors:
+    if kernel.__name__.startswith("routing_weight_bwd") and "b" not in tensors:
         tensors.pop("dy")  # is there for its product with b
     if kernel.__name__.startswith("balance_loss_bwd") and values["KIND"] != "z":
         tensors.pop("scores")  # the other kinds are linear in them

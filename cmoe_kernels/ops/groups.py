@@ -1,4 +1,4 @@
-"""Tables with one row per group (task), read and summed per token or row; and the order of selections by expert."""
+"""Tables with one row per group (task), read and summed per token or row; and the order of assignments by expert."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def per_token(table: Tensor, group_ids: Tensor | None) -> Tensor:
 
 
 def per_row(table: Tensor, group_ids: Tensor | None, tokens: int, gather_idx: Tensor) -> Tensor:
-    """The weights of selections, one per row [T * K], in the order of the experts."""
+    """The weights of assignments, one per row [T * K], in the order of the experts."""
     return per_token(table, group_ids).expand(tokens, -1).reshape(-1)[gather_idx]
 
 
@@ -28,7 +28,7 @@ def sum_per_group(rows: Tensor, group_ids: Tensor | None, groups: int) -> Tensor
 
 
 def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Selections [T, K] in the order of their experts: gather_idx [T * K] int64 (stable; "no expert" last), offsets [E + 1] int32."""
+    """Assignments [T, K] in the order of their experts: gather_idx [T * K] int64 (stable; "no expert" last), offsets [E + 1] int32."""
     flat = indices.flatten()
     flat = flat.where((flat >= 0) & (flat < experts), experts)
     counts = torch.bincount(flat, minlength=experts + 1)[:experts]

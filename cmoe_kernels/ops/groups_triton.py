@@ -1,17 +1,17 @@
-"""The order of selections by expert, in Triton: what a grouped product needs before its first tile.
+"""The order of assignments by expert, in Triton: what a grouped product needs before its first tile.
 
-    gather_idx [T * K]  the selections sorted by expert, stable, those of "no expert" last      offsets [E + 1]  where each expert begins
+    gather_idx [T * K]  the assignments sorted by expert, stable, those of "no expert" last      offsets [E + 1]  where each expert begins
 
 Without a sort, for E + 1 <= LARGEST: a counting sort in three launches, whose one float-free intermediate is a table of counts
-[blocks, E + 1]. (1) Each program counts the experts among its BLOCK selections, as the column sums of a one-hot tile. (2) One
+[blocks, E + 1]. (1) Each program counts the experts among its BLOCK assignments, as the column sums of a one-hot tile. (2) One
 program turns the table into places: experts one after another, and within an expert the blocks in order; the same prefix sums give
-offsets. (3) Each program reads its selections again, ranks them among themselves by a running sum down the one-hot tile, and stores
+offsets. (3) Each program reads its assignments again, ranks them among themselves by a running sum down the one-hot tile, and stores
 each at its place. Every position is computed, none is drawn from an atomic counter, so the order is the same each time and stable.
 
 The one-hot tile has BLOCK rows of E + 1 columns (padded to a power of two) and stays in registers; BLOCK shrinks as E grows, and past
 LARGEST experts a stable sort on the device is cheaper. Neither waits for the host: sizes come from shapes alone.
 
-Selections may be given per token, as one row for all, or per group with group_ids [T]: the table is then never spread out in memory.
+Assignments may be given per token, as one row for all, or per group with group_ids [T]: the table is then never spread out in memory.
 An index outside 0..E-1, and every index of a group that does not exist, means "no expert".
 """
 
@@ -26,7 +26,7 @@ LARGEST = 64
 
 @triton.jit
 def _selected(indices, group_ids, i, N, K, E, G, stride_r, stride_k, GROUPED: tl.constexpr, SHARED: tl.constexpr):
-    """The expert of selections i; E for "no expert", and -1 past the end."""
+    """The expert of assignments i; E for "no expert", and -1 past the end."""
     token = i // K
     row = token
     valid = i < N
@@ -84,7 +84,7 @@ def expert_order_kernel(
 
 
 def sort_by_expert(indices: Tensor, experts: int, tokens: int, group_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Selections in the order of their experts: gather_idx [tokens * K] int64 (stable; "no expert" last), offsets [experts + 1] int32.
+    """Assignments in the order of their experts: gather_idx [tokens * K] int64 (stable; "no expert" last), offsets [experts + 1] int32.
 
     indices: [tokens, K], or [1, K] for all tokens, or [G, K] with group_ids [tokens].
     """
@@ -102,11 +102,11 @@ def sort_by_expert(indices: Tensor, experts: int, tokens: int, group_ids: Tensor
     places = torch.empty_like(table)
     offsets = indices.new_empty(experts + 1, dtype=torch.int32)
     gather_idx = indices.new_empty(n)
-    selections = (n, k, experts, rows, *indices.stride(), grouped, shared, block, block_e)
+    assignments = (n, k, experts, rows, *indices.stride(), grouped, shared, block, block_e)
     ids = indices if group_ids is None else group_ids.contiguous()
-    expert_counts_kernel[(blocks,)](indices, ids, table, *selections, num_warps=4)
+    expert_counts_kernel[(blocks,)](indices, ids, table, *assignments, num_warps=4)
     expert_places_kernel[(1,)](table, places, offsets, blocks, experts, 64, block_e, num_warps=4)
-    expert_order_kernel[(blocks,)](indices, ids, places, gather_idx, *selections, num_warps=4)
+    expert_order_kernel[(blocks,)](indices, ids, places, gather_idx, *assignments, num_warps=4)
     return gather_idx, offsets
 
 

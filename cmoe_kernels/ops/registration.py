@@ -59,14 +59,16 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def absent(like: Tensor) -> Tensor:
+def empty_placeholder(like: Tensor) -> Tensor:
     """What stands for a gradient that nobody asked for, and for a tensor that was not saved (``backends.run`` makes it)."""
     return like.new_empty(0, dtype=torch.float32)
 
 
 def fake_grads(tensors: tuple[Tensor | None, ...], needs: list[bool], like: Tensor) -> tuple[Tensor, ...]:
     """What a backward op returns: one gradient per tensor that needs it."""
-    return tuple(t.new_empty(t.shape) if need and t is not None else absent(like) for t, need in zip(tensors, needs, strict=True))
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else empty_placeholder(like) for t, need in zip(tensors, needs, strict=True)
+    )
 
 
 def needed(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:

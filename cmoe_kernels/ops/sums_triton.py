@@ -1,4 +1,4 @@
-"""Sums between the products: a token's selections, the gate's gradient, and columns weighted by a small matrix.
+"""Sums between the products: a token's assignments, the gate's gradient, and columns weighted by a small matrix.
 
 Each output belongs to one program, which adds in a fixed order in fp32: the same bits each time, no atomics. All three read their
 operands once and are bound by memory. ``column_sums_kernel`` is the transpose of "each token reads the row of its group": a product
@@ -15,7 +15,7 @@ from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, strides
 
 
 @triton.jit
-def selections_fwd_kernel(rows, y, tokens, k, width, BM: tl.constexpr, BN: tl.constexpr):
+def assignments_sum_kernel(rows, y, tokens, k, width, BM: tl.constexpr, BN: tl.constexpr):
     """y[t] = sum over i < k of rows[t * k + i]"""
     tiles_n = tl.cdiv(width, BN)
     t = (tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)).to(tl.int64)
@@ -28,12 +28,12 @@ def selections_fwd_kernel(rows, y, tokens, k, width, BM: tl.constexpr, BN: tl.co
 
 
 @triton.jit
-def gate_bwd_kernel(
-    parts, dy, b, dgates, offsets, gather,
+def routing_weight_bwd_kernel(
+    partials, dy, b, dgates, offsets, gather,
     count, tiles, width, experts, sd_t, sd_n, sb_e, sb_n,
     DIV: tl.constexpr, ROUND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dgates[i] = sum over column tiles of parts[:, i] + <dy[t], b[e]>; i is a row of an expert, or t * E + e without offsets."""
+    """dgates[i] = sum over column tiles of partials[:, i] + <dy[t], b[e]>; i is a row of an expert, or t * E + e without offsets."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = i < count
     if offsets is None:
@@ -47,7 +47,7 @@ def gate_bwd_kernel(
         token = target // DIV
     total = tl.zeros((BM,), tl.float32)
     for tile in range(tiles):
-        total += tl.load(parts + tl.cast(tile, tl.int64) * count + i, mask=live, other=0.0)
+        total += tl.load(partials + tl.cast(tile, tl.int64) * count + i, mask=live, other=0.0)
     if b is not None:
         n = tl.arange(0, BN).to(tl.int64)
         ds = dy + token[:, None] * sd_t + n[None, :] * sd_n
@@ -93,28 +93,28 @@ def column_sums_kernel(
     tl.store(out_at, total.to(out.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
 
 
-def sum_selections(rows: Tensor, k: int) -> Tensor:
+def sum_assignments(rows: Tensor, k: int) -> Tensor:
     """[T * k, N] -> [T, N]: a token's k rows in their order."""
     if k == 1:
         return rows
     y = rows.new_empty(rows.shape[0] // k, rows.shape[1])
     block = 16, 128
     programs = triton.cdiv(y.shape[0], block[0]) * triton.cdiv(y.shape[1], block[1])
-    launch(selections_fwd_kernel, programs, rows, y, *(y.shape[0], k, y.shape[1]), BM=block[0], BN=block[1])
+    launch(assignments_sum_kernel, programs, rows, y, *(y.shape[0], k, y.shape[1]), BM=block[0], BN=block[1])
     return y
 
 
-def gate_grads(
-    parts: Tensor, dy: Tensor, b: Tensor | None, experts: int, offsets: Tensor | None = None, gather: Tensor | None = None, k: int = 1
+def routing_weight_grad(
+    partials: Tensor, dy: Tensor, b: Tensor | None, experts: int, offsets: Tensor | None = None, gather: Tensor | None = None, k: int = 1
 ) -> Tensor:
     """Gradients of gates [T, E], or of the weights of rows [T * k] in the order of the tokens."""
-    tiles, count = parts.shape
+    tiles, count = partials.shape
     dgates = dy.new_empty(count, dtype=torch.float32)
     block = 16, 128
     launch(
-        gate_bwd_kernel,
+        routing_weight_bwd_kernel,
         triton.cdiv(count, block[0]),
-        *(parts, dy, b, dgates, offsets, gather),
+        *(partials, dy, b, dgates, offsets, gather),
         *(count, tiles, dy.shape[1], experts, *dy.stride(), *strides(b, 2)),
         DIV=k,
         ROUND=TL_DTYPES[dy.dtype],
@@ -149,7 +149,7 @@ def column_sums(
     return out
 
 
-def per_group(rows: Tensor, group_ids: Tensor | None, groups: int) -> Tensor:
+def sum_per_group(rows: Tensor, group_ids: Tensor | None, groups: int) -> Tensor:
     """[T, N] summed per group, [groups, N] in fp32; without ids one group has all, unless each token is its own."""
     if group_ids is None and groups == rows.shape[0]:
         return rows

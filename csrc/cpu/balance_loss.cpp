@@ -1,7 +1,7 @@
 // balance_loss on the CPU.
 //
 //     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count,
-//                                               f_e = share of the selections that went to e
+//                                               f_e = share of the assignments that went to e
 //     importance   E sum_e d_e^2                d_e = m_e / sum_j m_j - 1/E: zero where there is no mass
 //     z            sum_t logsumexp(scores[t])^2 / n
 //     softmax_switch, softmax_importance: of softmax(scores) in place of scores
@@ -36,7 +36,7 @@ struct Named {
   bool softmax;
 
   explicit Named(OwnedString handle) {
-    std::string name = taken(handle);
+    std::string name = consume_string(handle);
     softmax = name.starts_with("softmax_");
     if (softmax) name = name.substr(8);
     STD_TORCH_CHECK(name == "switch" || name == "importance" || (name == "z" && !softmax), "kind is '", name,
@@ -121,7 +121,7 @@ struct Pieces {
 // Sums over the tokens that count, one row per piece or per segment.
 struct Sums {
   std::vector<double> mass;       // [rows, E] scores
-  std::vector<int64_t> selected;  // [rows, E] selections
+  std::vector<int64_t> selected;  // [rows, E] assignments
   std::vector<int64_t> tokens;    // [rows]
   std::vector<double> squares;    // [rows] logsumexp^2
 

@@ -131,14 +131,14 @@ Kernels<float> kernels_for<float>(Type type) {
 }
 
 template <>
-Kernels<float> kernels_for_few<float>(Type type) {
+Kernels<float> kernels_for_small_m<float>(Type type) {
   const Isa& isa = *choice().isa;
   // Blocks of few lanes are transposed value by value.
   const auto transpose = [](const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];
   };
-  return {type == Type::bf16 && isa.bf16_few ? isa.bf16_few : isa.f32_few, isa.rows, isa.convert, transpose, type, l2_bytes()};
+  return {type == Type::bf16 && isa.bf16_small_m ? isa.bf16_small_m : isa.f32_small_m, isa.rows, isa.convert, transpose, type, l2_bytes()};
 }
 
 template <>
@@ -147,7 +147,7 @@ Kernels<double> kernels_for<double>(Type type) {
 }
 
 template <>
-Kernels<double> kernels_for_few<double>(Type type) {
+Kernels<double> kernels_for_small_m<double>(Type type) {
   return kernels_for<double>(type);
 }
 

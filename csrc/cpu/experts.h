@@ -41,8 +41,8 @@ struct Bias {
 // The kernels of a forward pass: dot products where tokens are few and every weight lies along its inputs, as it is stored.
 template <class T>
 Kernels<T> forward_kernels(Type type, int64_t tokens, const Weight& first, const Weight& last) {
-  const bool dots = tokens <= few_tokens && first.along_inputs() && last.along_inputs() && !first.packed_expert;
-  return dots ? kernels_for_few<T>(type) : kernels_for<T>(type);
+  const bool few = tokens <= small_m && first.along_inputs() && last.along_inputs() && !first.packed_expert;
+  return few ? kernels_for_small_m<T>(type) : kernels_for<T>(type);
 }
 
 // A gradient [experts, rows, columns], contiguous, in the dtype of what it belongs to; or not wanted.
@@ -86,7 +86,7 @@ struct Experts {
 };
 
 // Rows of x in the order of the experts they go to.
-struct Selection {
+struct Assignments {
   const int32_t* offsets;  // [experts + 1]
   const int64_t* index;    // row i is of token index[i] / divisor
   int64_t divisor;
@@ -96,9 +96,9 @@ struct Selection {
 template <class T>
 void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u);
 
-// sparse_experts.cpp: weights [rows] in the order of the experts, or null for ones; u [rows, first outputs] is written where given.
+// sparse_experts.cpp: routing_weights [rows] in the order of the experts, or null for ones; u [rows, first outputs] is written where given.
 template <class T>
-void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weights, char* y, char* u);
+void sparse_experts(const Experts<T>& op, const Assignments& rows, const T* routing_weights, char* y, char* u);
 
 // experts_backward.cpp, for all of them. Row i of expert e reads x at index[offsets[e] + i] / divisor, or at i where there is no index,
 // and dy likewise by an index of its own.
@@ -107,11 +107,11 @@ struct ExpertsBackward {
   const int32_t* offsets;  // null: every expert has every token
   const int64_t *index, *dy_index;
   int64_t divisor, dy_divisor;
-  const T* weights;         // [rows] in the order of the experts, or null for ones
-  const char *dy, *u;       // u null: computed again
-  int64_t u_expert, u_row;  // elements from expert to expert (with no offsets), and from row to row
-  char* dx;                 // wanted where given, as all of the following
-  T* dweights;              // [rows]
+  const T* routing_weights;  // [rows] in the order of the experts, or null for ones
+  const char *dy, *u;        // u null: computed again
+  int64_t u_expert, u_row;   // elements from expert to expert (with no offsets), and from row to row
+  char* dx;                  // wanted where given, as all of the following
+  T* routing_weight_grad;    // [rows]
   Gradient dw1, db1, dw2, db2;
 };
 template <class T>
@@ -144,7 +144,7 @@ void pre_activation(const Kernels<T>& kernels, T* row, const T* bias, int64_t n)
 
 // Packs a shared operand of one segment with all threads.
 template <class T>
-void pack_shared(const Kernels<T>& kernels, const Shared<T>& shared, const Operand& from, int64_t threads) {
+void pack_operand(const Kernels<T>& kernels, const PackedOperand<T>& shared, const Operand& from, int64_t threads) {
   const int64_t bytes = conversion_bytes(kernels);
   const ThreadScratch scratch(threads, bytes);
   parallel(threads, [&](int64_t thread) {
@@ -155,24 +155,24 @@ void pack_shared(const Kernels<T>& kernels, const Shared<T>& shared, const Opera
 
 // f(segment, Lanes) for the blocks of outer lanes that are a thread's: its part of all panels of all segments, in their order.
 template <class T, class F>
-void blocks_of(const Kernels<T>& kernels, const Plan& p, int64_t segments, int64_t lanes, int64_t thread, int64_t threads, F&& f) {
-  const int64_t width = kernels.lanes(p.outer), panels = (lanes + width - 1) / width;
+void blocks_of(const Kernels<T>& kernels, const Blocking& p, int64_t segments, int64_t lanes, int64_t thread, int64_t threads, F&& f) {
+  const int64_t width = kernels.panel_width(p.outer), panels = (lanes + width - 1) / width;
   const Share share(segments * panels, thread, threads);
   for (int64_t at = share.first; at < share.last;) {
     const int64_t segment = at / panels, panel = at % panels, count = std::min({p.outer_panels, panels - panel, share.last - at});
-    f(segment, Lanes{panel * width, std::min(lanes - panel * width, count * width)});
+    f(segment, OuterRange{panel * width, std::min(lanes - panel * width, count * width)});
     at += count;
   }
 }
 
 // dW = dy^T x of one expert: rows of `dy` and of `x` are the reduction. The shared operand is x, packed.
 template <class T>
-void weight_gradient(const Kernels<T>& kernels, const Shared<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw,
-                     int64_t dw_first, int64_t dw_stride, int64_t threads) {
-  const Plan p = wgrad_plan(kernels, outputs, inputs, x.segment_k(), threads);
+void wgrad(const Kernels<T>& kernels, const PackedOperand<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw,
+           int64_t dw_first, int64_t dw_stride, int64_t threads) {
+  const Blocking p = wgrad_blocking(kernels, outputs, inputs, x.segment_k(), threads);
   const ThreadScratch scratch(threads, p.bytes());
   parallel(threads, [&](int64_t thread) {
-    blocks_of(kernels, p, 1, outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+    blocks_of(kernels, p, 1, outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
       char* const rows = dw.data + (dw_first + lanes.first * dw_stride) * size_of(dw.type);
       WgradBlock<T>(kernels, p, x, dy, lanes, scratch[thread], dw.type, rows, dw_stride * size_of(dw.type)).compute();
     });

@@ -57,14 +57,15 @@ class Backward {
     return rows_of<T>(grads_.dy, op_.type, op_.outputs, grads_.dy_index ? grads_.dy_index + first_ : nullptr, grads_.dy_divisor);
   }
   int64_t token(int64_t row) const { return grads_.index ? grads_.index[first_ + row] / grads_.divisor : row; }
-  T weight(int64_t row) const { return grads_.weights ? grads_.weights[first_ + row] : T(1); }
+  T weight(int64_t row) const { return grads_.routing_weights ? grads_.routing_weights[first_ + row] : T(1); }
 
   void expert(int64_t e) {
     bias_of_last(e);
     const bool layers = static_cast<bool>(op_.w2);
-    const bool need_du = layers && (grads_.dx || grads_.dw1 || grads_.db1), need_dh = need_du || grads_.dweights || (!layers && grads_.dx);
+    const bool need_du = layers && (grads_.dx || grads_.dw1 || grads_.db1),
+               need_dh = need_du || grads_.routing_weight_grad || (!layers && grads_.dx);
     if (!need_dh && !dw_last_) return;
-    const bool weighted_inputs = layers || grads_.weights;  // else the last layer's inputs are x itself
+    const bool weighted_inputs = layers || grads_.routing_weights;  // else the last layer's inputs are x itself
     const Array<char> pre(layers && !grads_.u ? n_ * op_.first_outputs() * value_ : 0);
     const char* u = layers && grads_.u ? grads_.u + (grads_.offsets ? first_ * grads_.u_row : e * grads_.u_expert) * value_ : nullptr;
     int64_t u_row = grads_.u_row;
@@ -74,23 +75,23 @@ class Backward {
       u_row = op_.first_outputs();
     }
     const Array<char> du(need_du ? n_ * op_.first_outputs() * value_ : 0),
-        wh(dw_last_ && weighted_inputs ? n_ * op_.last_inputs() * value_ : 0);
+        weighted_hidden(dw_last_ && weighted_inputs ? n_ * op_.last_inputs() * value_ : 0);
     if (need_dh)
-      hidden(e, u, u_row, need_du ? du.get() : nullptr, wh.size() ? wh.get() : nullptr);
-    else if (wh.size())
-      weighted(u, u_row, wh.get());
+      dact_gemm(e, u, u_row, need_du ? du.get() : nullptr, weighted_hidden.size() ? weighted_hidden.get() : nullptr);
+    else if (weighted_hidden.size())
+      weighted(u, u_row, weighted_hidden.get());
     if (dw_last_)
-      weight_gradient(dy_rows(), op_.outputs, weighted_inputs ? rows_of<T>(wh.get(), op_.type, op_.last_inputs()) : x_rows(),
-                      op_.last_inputs(), dw_last_, e);
+      wgrad(dy_rows(), op_.outputs, weighted_inputs ? rows_of<T>(weighted_hidden.get(), op_.type, op_.last_inputs()) : x_rows(),
+            op_.last_inputs(), dw_last_, e);
     if (layers && grads_.dw1)
-      weight_gradient(rows_of<T>(du.get(), op_.type, op_.first_outputs()), op_.first_outputs(), x_rows(), op_.inputs, grads_.dw1, e);
+      wgrad(rows_of<T>(du.get(), op_.type, op_.first_outputs()), op_.first_outputs(), x_rows(), op_.inputs, grads_.dw1, e);
     if (layers && grads_.dx) inputs(e, du.get());
   }
 
   // db of the last layer, sums of weight dy; and dy . b, a part of the weights' gradient.
   void bias_of_last(int64_t e) {
-    const bool dot = grads_.dweights && op_.last_bias();
-    if (grads_.dweights) std::fill(grads_.dweights + first_, grads_.dweights + first_ + n_, T(0));
+    const bool dot = grads_.routing_weight_grad && op_.last_bias();
+    if (grads_.routing_weight_grad) std::fill(grads_.routing_weight_grad + first_, grads_.routing_weight_grad + first_ + n_, T(0));
     if (!db_last_ && !dot) return;
     const Matrix dy = dy_rows();
     const Array<T> sums(op_.outputs), bias(op_.outputs), rows(threads_ * op_.outputs);
@@ -101,7 +102,7 @@ class Backward {
         T* const row = rows.get() + thread * op_.outputs;
         for (int64_t r = share.first; r < share.last; ++r) {
           f_.load(op_.type, dy.row(r), row, op_.outputs);
-          grads_.dweights[first_ + r] = f_.dot(row, bias.get(), op_.outputs);
+          grads_.routing_weight_grad[first_ + r] = f_.dot(row, bias.get(), op_.outputs);
         }
       });
     if (db_last_)
@@ -121,15 +122,15 @@ class Backward {
   // u of one expert, computed again by the kernels of the forward pass: the same bits.
   void first_layer(int64_t e, char* u) {
     const Kernels<T> kernels = forward_kernels<T>(op_.type, n_, op_.w1, op_.last());
-    const Plan p = plan(kernels, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
-    const Shared<T> x(kernels, p.shared, n_, 1, op_.inputs);
-    pack_shared(kernels, x, {x_rows(), true}, threads_);
+    const Blocking p = blocking(kernels, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
+    const PackedOperand<T> x(kernels, p.shared, n_, 1, op_.inputs);
+    pack_operand(kernels, x, {x_rows(), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
     parallel(threads_, [&](int64_t thread) {
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
+      blocks_of(kernels, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const OuterRange& lanes) {
         op_.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(
+        grouped_gemm_block(
             kernels, p, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
             [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) {
@@ -142,26 +143,26 @@ class Backward {
   }
 
   // dh = dy W of the last layer, and all that follows from it row by row.
-  void hidden(int64_t e, const char* u, int64_t u_row, char* du, char* wh) {
+  void dact_gemm(int64_t e, const char* u, int64_t u_row, char* du, char* weighted_hidden) {
     const bool layers = static_cast<bool>(op_.w2);
     const Weight& last = op_.last();
-    const Plan p = plan(kernels_, !last.along_inputs(), op_.last_inputs(), n_, threads_);
-    const Shared<T> dy(kernels_, p.shared, n_, 1, op_.outputs);
-    pack_shared(kernels_, dy, {dy_rows(), true}, threads_);
+    const Blocking p = blocking(kernels_, !last.along_inputs(), op_.last_inputs(), n_, threads_);
+    const PackedOperand<T> dy(kernels_, p.shared, n_, 1, op_.outputs);
+    pack_operand(kernels_, dy, {dy_rows(), true}, threads_);
     const int64_t size = sizeof(T), ld_extra = p.row_ld;
     const ThreadScratch scratch(threads_, p.bytes() + 5 * ld_extra * size);
-    const Array<T> dots(grads_.dweights ? threads_ * n_ : 0), db(layers ? op_.first_outputs() : 0);
+    const Array<T> partials(grads_.routing_weight_grad ? threads_ * n_ : 0), db(layers ? op_.first_outputs() : 0);
     const Matrix x = x_rows();
     parallel(threads_, [&](int64_t thread) {
       T* const pre = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       T *const h = pre + ld_extra, *const slope = h + ld_extra, *const up = slope + ld_extra, *const dup = up + ld_extra;
-      T* const dot = dots.get() + thread * n_;
-      if (grads_.dweights) std::fill(dot, dot + n_, T(0));
-      blocks_of(kernels_, p, 1, op_.last_inputs(), thread, threads_, [&](int64_t, const Lanes& lanes) {
+      T* const dot = partials.get() + thread * n_;
+      if (grads_.routing_weight_grad) std::fill(dot, dot + n_, T(0));
+      blocks_of(kernels_, p, 1, op_.last_inputs(), thread, threads_, [&](int64_t, const OuterRange& lanes) {
         T *const db_gate = db.get() + lanes.first, *const db_up = db_gate + op_.hidden;
         if (du) std::fill(db_gate, db_gate + lanes.count, T(0));
         if (du && op_.gated) std::fill(db_up, db_up + lanes.count, T(0));
-        multiply_block(
+        grouped_gemm_block(
             kernels_, p, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
             [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) {
@@ -180,10 +181,10 @@ class Backward {
                     f_.multiply(up, h, n);
                   }
                 }
-                if (grads_.dweights) dot[row] += f_.dot(dh, h, n);
-                if (wh) {
+                if (grads_.routing_weight_grad) dot[row] += f_.dot(dh, h, n);
+                if (weighted_hidden) {
                   f_.scale(weight(row), h, n);
-                  f_.store(op_.type, h, wh + (row * op_.last_inputs() + lanes.first) * value_, n);
+                  f_.store(op_.type, h, weighted_hidden + (row * op_.last_inputs() + lanes.first) * value_, n);
                 }
                 f_.scale(weight(row), dh, n);
                 if (du) {
@@ -203,14 +204,14 @@ class Backward {
             });
       });
     });
-    if (grads_.dweights)
+    if (grads_.routing_weight_grad)
       for (int64_t thread = 0; thread < threads_; ++thread)
-        for (int64_t r = 0; r < n_; ++r) grads_.dweights[first_ + r] += dots[thread * n_ + r];
+        for (int64_t r = 0; r < n_; ++r) grads_.routing_weight_grad[first_ + r] += partials[thread * n_ + r];
     if (layers && grads_.db1) grads_.db1.store(kernels_, e * op_.first_outputs(), db.get(), op_.first_outputs());
   }
 
   // weight times the last layer's inputs, where its weights alone want a gradient.
-  void weighted(const char* u, int64_t u_row, char* wh) {
+  void weighted(const char* u, int64_t u_row, char* weighted_hidden) {
     const int64_t inputs = op_.last_inputs();
     const Array<T> buffers(threads_ * 2 * inputs);
     const Matrix x = x_rows();
@@ -225,27 +226,27 @@ class Backward {
           f_.multiply(up, h, inputs);
         }
         f_.scale(weight(row), h, inputs);
-        f_.store(op_.type, h, wh + row * inputs * value_, inputs);
+        f_.store(op_.type, h, weighted_hidden + row * inputs * value_, inputs);
       }
     });
   }
 
   // dW [outputs, inputs] of one expert.
-  void weight_gradient(const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, const Gradient& dw, int64_t e) {
-    const Shared<T> shared(kernels_, Side::b, inputs, 1, n_);
-    pack_shared(kernels_, shared, {x, false}, threads_);
-    cpu::weight_gradient(kernels_, shared, dy, outputs, inputs, dw, e * outputs * inputs, inputs, threads_);
+  void wgrad(const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, const Gradient& dw, int64_t e) {
+    const PackedOperand<T> shared(kernels_, Side::b, inputs, 1, n_);
+    pack_operand(kernels_, shared, {x, false}, threads_);
+    cpu::wgrad(kernels_, shared, dy, outputs, inputs, dw, e * outputs * inputs, inputs, threads_);
   }
 
   // dx += du W1.
   void inputs(int64_t e, const char* du) {
-    const Plan p = plan(kernels_, !op_.w1.along_inputs(), op_.inputs, n_, threads_);
-    const Shared<T> shared(kernels_, p.shared, n_, 1, op_.first_outputs());
-    pack_shared(kernels_, shared, {rows_of<T>(du, op_.type, op_.first_outputs()), true}, threads_);
+    const Blocking p = blocking(kernels_, !op_.w1.along_inputs(), op_.inputs, n_, threads_);
+    const PackedOperand<T> shared(kernels_, p.shared, n_, 1, op_.first_outputs());
+    pack_operand(kernels_, shared, {rows_of<T>(du, op_.type, op_.first_outputs()), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes());
     parallel(threads_, [&](int64_t thread) {
-      blocks_of(kernels_, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        multiply_block(
+      blocks_of(kernels_, p, 1, op_.inputs, thread, threads_, [&](int64_t, const OuterRange& lanes) {
+        grouped_gemm_block(
             kernels_, p, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
             [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) f_.add(rows + r * ld, dx_.get() + token(row0 + r) * op_.inputs + lanes.first, n);

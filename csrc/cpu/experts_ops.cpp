@@ -159,15 +159,15 @@ void sum_rows(const Gates<T>& table, int64_t tokens, int64_t columns, T* to, con
 
 std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
                                         std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool save) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, false);
     const Tensor g = contiguous(gates);
-    const std::optional<Tensor> ids = dense(group_ids);
+    const std::optional<Tensor> ids = contiguous_or_null(group_ids);
     const Gates<T> table = gates_of<T>(g, ids, "rows of gates");
-    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()),
-           u = save ? fresh(x, {op.tokens, op.experts, op.hidden}, x.scalar_type()) : absent(x);
+    Tensor y = empty_tensor(x, {op.tokens, op.outputs}, x.scalar_type()),
+           u = save ? empty_tensor(x, {op.tokens, op.experts, op.hidden}, x.scalar_type()) : empty_placeholder(x);
     if (!w2 && table.rows < op.tokens) {
       const Merged<T> merged(op, w1, table);
       grouped_linear(merged.layers(), {merged.offsets.data(), merged.order.get(), 1}, merged.order.get(), false, bytes_of(y), nullptr);
@@ -183,12 +183,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
                                                                                  std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                  Tensor u, OwnedString activation,
                                                                                  std::vector<bool> needs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, false);
     const Tensor g = contiguous(gates), dy_kept = contiguous(dy), u_kept = contiguous(u);
-    const std::optional<Tensor> ids = dense(group_ids);
+    const std::optional<Tensor> ids = contiguous_or_null(group_ids);
     const Gates<T> table = gates_of<T>(g, ids, "rows of gates");
     Tensor dx = gradient_like(x, needs[0], x), dgates = gradient_like(g, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
            db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
@@ -203,13 +203,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
         for (int64_t t = 0; t < op.tokens; ++t) weights[e * op.tokens + t] = table(t, e);
       ExpertsBackward<T> grads{};
       grads.divisor = grads.dy_divisor = 1;
-      grads.weights = weights.get();
+      grads.routing_weights = weights.get();
       grads.dy = bytes_of(dy_kept);
       grads.u = u.numel() ? bytes_of(u_kept) : nullptr;
       grads.u_expert = op.hidden;
       grads.u_row = op.experts * op.hidden;
       grads.dx = needs[0] ? bytes_of(dx) : nullptr;
-      grads.dweights = needs[1] ? dweights.get() : nullptr;
+      grads.routing_weight_grad = needs[1] ? dweights.get() : nullptr;
       grads.dw1 = gradient_of(dw1, w1, needs[2]);
       grads.db1 = gradient_of(db1, b1, needs[3]);
       grads.dw2 = gradient_of(dw2, w2, needs[4]);
@@ -224,17 +224,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1,
                                                           std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
                                                           std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, gated);
     Sorted<T> sorted(x, weights, indices, group_ids, op.tokens, op.experts);
-    const int64_t rows = op.tokens * indices.size(1), live = sorted.selection().offsets[op.experts],
+    const int64_t rows = op.tokens * indices.size(1), live = sorted.assignments().offsets[op.experts],
                   row_bytes = op.first_outputs() * size_of(op.type);
-    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type()),
-           u = save ? fresh(x, {rows, op.first_outputs()}, x.scalar_type()) : absent(x);
+    Tensor y = empty_tensor(x, {op.tokens, op.outputs}, x.scalar_type()),
+           u = save ? empty_tensor(x, {rows, op.first_outputs()}, x.scalar_type()) : empty_placeholder(x);
     if (save && live < rows) std::memset(bytes_of(u) + live * row_bytes, 0, (rows - live) * row_bytes);
-    sparse_experts<T>(op, sorted.selection(), sorted.weights(), bytes_of(y), save ? bytes_of(u) : nullptr);
+    sparse_experts<T>(op, sorted.assignments(), sorted.weights(), bytes_of(y), save ? bytes_of(u) : nullptr);
     return std::make_tuple(y, u, sorted.gather_idx, sorted.offsets);
   });
 }
@@ -243,12 +243,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
     std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
     bool gated, std::vector<bool> needs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, gated);
     const Tensor dy_kept = contiguous(dy), u_kept = contiguous(u);
-    const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
+    const std::optional<Tensor> ids = contiguous_or_null(group_ids), w = contiguous_or_null(weights);
     const int64_t k = indices.size(1), rows = op.tokens * k;
     const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k,
                          ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     Tensor dx = gradient_like(x, needs[0], x), dweights = gradient_like(w, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
            db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
     const bool need_weights = w && needs[1];
-    const Array<T> row_weights(w ? rows : 0), drows(need_weights ? rows : 0), by_selection(need_weights ? rows : 0);
+    const Array<T> row_weights(w ? rows : 0), drows(need_weights ? rows : 0), by_assignment(need_weights ? rows : 0);
     if (w)
       for (int64_t i = 0; i < rows; ++i) row_weights[i] = table.data[table.row(order[i] / k) * k + order[i] % k];
     std::fill(drows.get(), drows.get() + drows.size(), T(0));
@@ -264,21 +264,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     grads.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
     grads.index = grads.dy_index = order;
     grads.divisor = grads.dy_divisor = k;
-    grads.weights = w ? row_weights.get() : nullptr;
+    grads.routing_weights = w ? row_weights.get() : nullptr;
     grads.dy = bytes_of(dy_kept);
     grads.u = u.numel() ? bytes_of(u_kept) : nullptr;
     grads.u_row = op.first_outputs();
     grads.dx = needs[0] ? bytes_of(dx) : nullptr;
-    grads.dweights = need_weights ? drows.get() : nullptr;
+    grads.routing_weight_grad = need_weights ? drows.get() : nullptr;
     grads.dw1 = gradient_of(dw1, w1, needs[2]);
     grads.db1 = gradient_of(db1, b1, needs[3]);
     grads.dw2 = gradient_of(dw2, w2, needs[4]);
     grads.db2 = gradient_of(db2, b2, needs[5]);
     experts_backward<T>(op, grads);
     if (need_weights) {
-      for (int64_t i = 0; i < rows; ++i) by_selection[order[i]] = drows[i];
+      for (int64_t i = 0; i < rows; ++i) by_assignment[order[i]] = drows[i];
       sum_rows(table, op.tokens, k, static_cast<T*>(dweights.mutable_data_ptr()),
-               [&](int64_t t, int64_t i) { return by_selection[t * k + i]; });
+               [&](int64_t t, int64_t i) { return by_assignment[t * k + i]; });
     }
     return std::make_tuple(dx, dweights, dw1, db1, dw2, db2);
   });
@@ -323,13 +323,14 @@ struct GroupedRows {
 std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
                                           int64_t k, std::optional<Tensor> scatter_idx, std::optional<OwnedString> activation, bool save) {
   const bool activated = activation.has_value();
-  const Activation act = activated ? activation_of(taken(*activation)) : Activation::relu;
+  const Activation act = activated ? activation_of(consume_string(*activation)) : Activation::relu;
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w, b, std::nullopt, std::nullopt, act, false);
     const int64_t rows = op.tokens * k, row_bytes = op.outputs * size_of(op.type);
     const GroupedRows layout(offsets, rows, gather_idx, scatter_idx, true);
-    Tensor y = fresh(x, {rows, op.outputs}, x.scalar_type()), u = save ? fresh(x, {rows, op.outputs}, x.scalar_type()) : absent(x);
+    Tensor y = empty_tensor(x, {rows, op.outputs}, x.scalar_type()),
+           u = save ? empty_tensor(x, {rows, op.outputs}, x.scalar_type()) : empty_placeholder(x);
     const int64_t live = layout.ends()[op.experts];
     for (int64_t i = live; i < rows; ++i) {
       std::memset(bytes_of(y) + layout.scattered()[i] * row_bytes, 0, row_bytes);
@@ -344,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
                                                            std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
                                                            int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
   const bool activated = activation.has_value();
-  const Activation act = activated ? activation_of(taken(*activation)) : Activation::relu;
+  const Activation act = activated ? activation_of(consume_string(*activation)) : Activation::relu;
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w, b, std::nullopt, std::nullopt, act, false);

@@ -46,7 +46,7 @@ struct Kernels {
   Type type;   // of x: products are of values rounded to it
   int64_t l2;  // bytes of L2 cache a thread may fill
 
-  int lanes(Side side) const { return side == Side::a ? gemm->a_lanes : gemm->b_lanes; }
+  int panel_width(Side side) const { return side == Side::a ? gemm->mr : gemm->nr; }
   int64_t element() const { return size_of(gemm->panel); }
 };
 
@@ -54,9 +54,9 @@ template <class T>
 Kernels<T> kernels_for(Type type);  // dispatch.cpp
 
 // For products y = x W^T of few tokens with weights along k, where the instruction set has such a kernel.
-constexpr int64_t few_tokens = 4;
+constexpr int64_t small_m = 4;
 template <class T>
-Kernels<T> kernels_for_few(Type type);
+Kernels<T> kernels_for_small_m(Type type);
 
 constexpr int64_t longest_chunk = 512;
 constexpr int most_lanes = 32;
@@ -66,8 +66,7 @@ constexpr int64_t converted_rows = 32, most_columns = 1024;
 template <class T>
 int64_t conversion_bytes(const Kernels<T>& kernels) {
   return round_up(
-      std::max<int64_t>(most_lanes * kernels.gemm->k_chunk, converted_rows * most_columns) * 4 + std::max(longest_chunk, most_columns) * 4,
-      64);
+      std::max<int64_t>(most_lanes * kernels.gemm->kc, converted_rows * most_columns) * 4 + std::max(longest_chunk, most_columns) * 4, 64);
 }
 
 // Rows of an operand as the panels' type, rounded to the type of x on the way: pointers to where they are, or to their converted copies.
@@ -101,7 +100,7 @@ void pack_panels(const Kernels<T>& kernels, Side side, const Operand& operand, i
   const Matrix& m = operand.matrix;
   const void* pointers[longest_chunk];
   if (operand.lanes_are_rows) {
-    const int64_t width = kernels.lanes(side);
+    const int64_t width = kernels.panel_width(side);
     for (int64_t lane = 0; lane < lanes; lane += width, panels += panel_bytes) {
       const int64_t n = std::min(width, lanes - lane);
       converted(kernels, m, lane0 + lane, n, k0, k, pointers, conversion);
@@ -110,12 +109,14 @@ void pack_panels(const Kernels<T>& kernels, Side side, const Operand& operand, i
     return;
   }
   const bool whole = m.type == gemm.panel && (m.type == kernels.type || gemm.panel == kernels.type);  // nothing to convert
-  const int64_t rows = whole ? k : converted_rows, columns = whole ? lanes : most_columns / kernels.lanes(side) * kernels.lanes(side);
+  const int64_t rows = whole ? k : converted_rows,
+                columns = whole ? lanes : most_columns / kernels.panel_width(side) * kernels.panel_width(side);
   for (int64_t lane = 0; lane < lanes; lane += columns)
     for (int64_t i = 0; i < k; i += rows) {
       const int64_t n = std::min(rows, k - i), length = std::min(columns, lanes - lane);
       converted(kernels, m, k0 + i, n, lane0 + lane, length, pointers, conversion);
-      gemm.pack_columns[static_cast<int>(side)](pointers, length, i, n, panels + lane / kernels.lanes(side) * panel_bytes, panel_bytes);
+      gemm.pack_columns[static_cast<int>(side)](pointers, length, i, n, panels + lane / kernels.panel_width(side) * panel_bytes,
+                                                panel_bytes);
     }
 }
 
@@ -128,8 +129,8 @@ inline std::vector<Chunk> chunks_of(const Microkernel& gemm, int64_t segments, i
   std::vector<Chunk> chunks;
   int64_t start = 0;
   for (int64_t s = 0; s < segments; ++s)
-    for (int64_t k0 = 0; k0 < k; k0 += gemm.k_chunk) {
-      const int64_t length = std::min<int64_t>(gemm.k_chunk, k - k0), padded = round_up(length, gemm.k_step);
+    for (int64_t k0 = 0; k0 < k; k0 += gemm.kc) {
+      const int64_t length = std::min<int64_t>(gemm.kc, k - k0), padded = round_up(length, gemm.k_step);
       chunks.push_back({s, k0, length, padded, start});
       start += padded;
     }
@@ -145,22 +146,24 @@ int64_t packed_stride(const Kernels<T>& kernels) {
 // Bytes of one panel over all of k of a segment, chunk after chunk.
 template <class T>
 int64_t packed_panel_bytes(const Kernels<T>& kernels, Side side, int64_t k) {
-  return round_up(k, kernels.gemm->k_step) * kernels.lanes(side) * kernels.element();
+  return round_up(k, kernels.gemm->k_step) * kernels.panel_width(side) * kernels.element();
 }
 
 // The shared operand: [chunk][panel][padded k of the chunk][lanes of a panel].
 template <class T>
-class Shared {
+class PackedOperand {
  public:
-  Shared(const Kernels<T>& kernels, Side side, int64_t lanes, int64_t segments, int64_t k)
-      : kernels_(kernels), side_(side), lanes_(lanes), segment_k_(k), panels_((lanes + kernels.lanes(side) - 1) / kernels.lanes(side)),
-        chunks_(chunks_of(*kernels.gemm, segments, k)), buffer_(bytes()) {
+  PackedOperand(const Kernels<T>& kernels, Side side, int64_t lanes, int64_t segments, int64_t k)
+      : kernels_(kernels), side_(side), lanes_(lanes), segment_k_(k),
+        panels_((lanes + kernels.panel_width(side) - 1) / kernels.panel_width(side)), chunks_(chunks_of(*kernels.gemm, segments, k)),
+        buffer_(bytes()) {
     // Such panels are written in part: what pads them must be zero before.
     if (kernels.gemm->row_major[static_cast<int>(side)]) std::memset(buffer_.get(), 0, bytes());
   }
 
   int64_t bytes() const {
-    return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.lanes(side_) * kernels_.element();
+    return (chunks_.empty() ? 0 : chunks_.back().start + chunks_.back().padded) * panels_ * kernels_.panel_width(side_) *
+           kernels_.element();
   }
   int64_t lanes() const { return lanes_; }
   int64_t panels() const { return panels_; }
@@ -168,15 +171,15 @@ class Shared {
   Side side() const { return side_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
   int in_panel(int64_t panel) const {
-    return static_cast<int>(std::min<int64_t>(kernels_.lanes(side_), lanes_ - panel * kernels_.lanes(side_)));
+    return static_cast<int>(std::min<int64_t>(kernels_.panel_width(side_), lanes_ - panel * kernels_.panel_width(side_)));
   }
   char* at(int64_t panel, const Chunk& chunk) const {
-    return buffer_.get() + (chunk.start * panels_ + panel * chunk.padded) * kernels_.lanes(side_) * kernels_.element();
+    return buffer_.get() + (chunk.start * panels_ + panel * chunk.padded) * kernels_.panel_width(side_) * kernels_.element();
   }
 
   // Panels [first, last), all of k of one segment, out of memory.
   void pack(int64_t first, int64_t last, int64_t segment, const Operand& from, char* conversion) const {
-    const int64_t width = kernels_.lanes(side_);
+    const int64_t width = kernels_.panel_width(side_);
     for (const Chunk& chunk : chunks_)
       if (chunk.segment == segment && first < last)
         pack_panels(kernels_, side_, from, first * width, std::min(lanes_, last * width) - first * width, chunk.k0, chunk.k,
@@ -197,7 +200,7 @@ class Shared {
                            at(panel, chunk) + (lane * chunk.padded + begin - chunk.k0) * kernels_.element(), end - begin);
         continue;
       }
-      char* const to = at(panel, chunk) + (begin - chunk.k0) * kernels_.lanes(side_) * kernels_.element();
+      char* const to = at(panel, chunk) + (begin - chunk.k0) * kernels_.panel_width(side_) * kernels_.element();
       pack_panels(kernels_, side_, from, 0, lanes, begin - first, end - begin, to, 0, conversion);
     }
   }
@@ -211,7 +214,7 @@ class Shared {
 };
 
 // The block of outer lanes that is worked on at a time, for one thread.
-struct Plan {
+struct Blocking {
   Side outer, shared;
   int64_t outer_panels, shared_panels;  // of a block
   int64_t run;                          // chunks of k that a panel of the outer operand is taken through before the next panel
@@ -223,22 +226,22 @@ struct Plan {
 // For y = x W^T and dx = dy W: outer lanes are a weight's, shared lanes are tokens. in_rows: the weight's rows lie along k (W in y = x
 // W^T). ranges: of lanes in a block.
 template <class T>
-Plan plan(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, int64_t shared_lanes, int64_t threads, int64_t ranges = 1) {
+Blocking blocking(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, int64_t shared_lanes, int64_t threads, int64_t ranges = 1) {
   const Microkernel& gemm = *kernels.gemm;
-  Plan p;
+  Blocking p;
   p.outer = in_rows ? gemm.weights : Side::b;
   p.shared = p.outer == Side::a ? Side::b : Side::a;
-  const int64_t ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = ol * sl * static_cast<int64_t>(sizeof(T));
+  const int64_t ol = kernels.panel_width(p.outer), sl = kernels.panel_width(p.shared), cell = ol * sl * static_cast<int64_t>(sizeof(T));
   const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
                 all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t cells = std::max<int64_t>(4, kernels.l2 / 2 / cell);
   p.shared_panels = std::min(all_shared, std::max<int64_t>(1, 512 / sl));
   p.outer_panels = round_up(std::min({all_outer, std::max<int64_t>(1, cells / p.shared_panels), std::max<int64_t>(1, 512 / ol)}), ranges);
-  const int64_t panel = ol * gemm.k_chunk * kernels.element();
+  const int64_t panel = ol * gemm.kc * kernels.element();
   // Rows along k are packed panel by panel, just before they are used; columns for all panels of the block at once.
   p.outer_bytes = round_up(panel * (in_rows ? 1 : p.outer_panels), 64);
   // A longer run reads longer stretches of a weight's rows, while the shared operand's chunks of the run stay in the L2 cache.
-  const int64_t chunk_bytes = p.shared_panels * sl * gemm.k_chunk * kernels.element();
+  const int64_t chunk_bytes = p.shared_panels * sl * gemm.kc * kernels.element();
   p.run = in_rows ? std::max<int64_t>(1, kernels.l2 / (gemm.outer_resident ? 4 : 2) / chunk_bytes) : 1;
   p.block_bytes = cell * p.outer_panels * p.shared_panels;
   p.row_ld = p.outer_panels * ol;
@@ -269,7 +272,7 @@ class PrefetchShares {
 };
 
 // The outer lanes of a block: a range, or two ranges of one length (the gate rows and the up rows of a gated layer), each in whole panels.
-struct Lanes {
+struct OuterRange {
   int64_t first, count, second = -1;
 };
 
@@ -277,10 +280,10 @@ struct Lanes {
 // epilogue(rows, ld, row0, rows in use, lanes): finished sums of some tokens from row0 on; their columns are the block's lanes (a second
 // range begins at a whole panel).
 template <class T, class Outer, class Epilogue>
-void multiply_block(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Outer& outer, const Lanes& lanes,
-                    char* scratch, Epilogue&& epilogue) {
+void grouped_gemm_block(const Kernels<T>& kernels, const Blocking& p, const PackedOperand<T>& shared, const Outer& outer,
+                        const OuterRange& lanes, char* scratch, Epilogue&& epilogue) {
   const Microkernel& gemm = *kernels.gemm;
-  const int ol = kernels.lanes(p.outer), sl = kernels.lanes(p.shared), cell = gemm.a_lanes * gemm.b_lanes;
+  const int ol = kernels.panel_width(p.outer), sl = kernels.panel_width(p.shared), cell = gemm.mr * gemm.nr;
   const int64_t per_range = (lanes.count + ol - 1) / ol, panels = lanes.second < 0 ? per_range : 2 * per_range;
   char* const packed = scratch;
   T* const block = reinterpret_cast<T*>(scratch + p.outer_bytes);

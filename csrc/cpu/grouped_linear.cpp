@@ -7,22 +7,22 @@
 namespace cmoe::cpu {
 
 template <class T>
-void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* scatter_idx, bool activated, char* y, char* u) {
+void grouped_linear(const Experts<T>& op, const Assignments& rows, const int64_t* scatter_idx, bool activated, char* y, char* u) {
   const int64_t threads = thread_count(), value = size_of(op.type);
   for (int64_t e = 0; e < op.experts; ++e) {
     const int64_t first = rows.offsets[e], n = rows.offsets[e + 1] - first;
     if (n == 0) continue;
     const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, op.w1);
     const RowFunctions<T>& f = *kernels.rows;
-    const Plan p = plan(kernels, op.w1.along_inputs(), op.outputs, n, threads);
-    const Shared<T> x(kernels, p.shared, n, 1, op.inputs);
-    pack_shared(kernels, x, {rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor), true}, threads);
+    const Blocking p = blocking(kernels, op.w1.along_inputs(), op.outputs, n, threads);
+    const PackedOperand<T> x(kernels, p.shared, n, 1, op.inputs);
+    pack_operand(kernels, x, {rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor), true}, threads);
     const ThreadScratch scratch(threads, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
     parallel(threads, [&](int64_t thread) {
       T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+      blocks_of(kernels, p, 1, op.outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
         op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(
+        grouped_gemm_block(
             kernels, p, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
             [&](T* block, int64_t ld, int64_t row0, int used, int64_t count) {
               for (int r = 0; r < used; ++r) {
@@ -63,8 +63,8 @@ void activation_backward(const Experts<T>& op, const char* dy, const int64_t* dy
   });
 }
 
-template void grouped_linear(const Experts<float>&, const Selection&, const int64_t*, bool, char*, char*);
-template void grouped_linear(const Experts<double>&, const Selection&, const int64_t*, bool, char*, char*);
+template void grouped_linear(const Experts<float>&, const Assignments&, const int64_t*, bool, char*, char*);
+template void grouped_linear(const Experts<double>&, const Assignments&, const int64_t*, bool, char*, char*);
 template void activation_backward(const Experts<float>&, const char*, const int64_t*, const char*, int64_t, char*);
 template void activation_backward(const Experts<double>&, const char*, const int64_t*, const char*, int64_t, char*);
 

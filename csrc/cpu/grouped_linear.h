@@ -7,7 +7,7 @@ namespace cmoe::cpu {
 
 // y [rows, outputs], at scatter_idx where given; u, the pre-activations in the order of the rows, is written where given.
 template <class T>
-void grouped_linear(const Experts<T>& op, const Selection& rows, const int64_t* scatter_idx, bool activated, char* y, char* u);
+void grouped_linear(const Experts<T>& op, const Assignments& rows, const int64_t* scatter_idx, bool activated, char* y, char* u);
 
 // du [rows, outputs] = dy act'(u), dy read through an index where given.
 template <class T>

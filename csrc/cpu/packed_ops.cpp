@@ -12,7 +12,7 @@ using torch::stable::contiguous;
 // Bytes of one expert's panels.
 template <class T>
 int64_t packed_bytes(const Kernels<T>& kernels, int64_t outputs, int64_t inputs) {
-  const int64_t width = kernels.lanes(kernels.gemm->weights);
+  const int64_t width = kernels.panel_width(kernels.gemm->weights);
   return (outputs + width - 1) / width * packed_panel_bytes(kernels, kernels.gemm->weights, inputs);
 }
 
@@ -45,9 +45,9 @@ Tensor prepack(Tensor w, Tensor like) {
     const Side side = kernels.gemm->weights;
     const int64_t last = w.dim() - 1, experts = w.dim() == 3 ? w.size(0) : 1, outputs = w.size(last - 1), inputs = w.size(last),
                   threads = thread_count();
-    const int64_t bytes = packed_bytes(kernels, outputs, inputs), width = kernels.lanes(side),
+    const int64_t bytes = packed_bytes(kernels, outputs, inputs), width = kernels.panel_width(side),
                   panel_bytes = packed_panel_bytes(kernels, side, inputs);
-    Tensor kept, packed = fresh(w, {experts * bytes}, ScalarType::Byte);
+    Tensor kept, packed = empty_tensor(w, {experts * bytes}, ScalarType::Byte);
     const Weight weight = weight_of("w", w, &kept);
     const std::vector<Chunk> chunks = chunks_of(*kernels.gemm, 1, inputs);
     const ThreadScratch scratch(threads, conversion_bytes(kernels));
@@ -80,7 +80,7 @@ Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1) {
     op.hidden = w1.size(0);
     op.w1_task = weight_of("w1", w1, &kept[0]);
     op.b1 = bias_of("b1", b1, &kept[1]);
-    Tensor bias = fresh(task, {op.groups, op.hidden}, accumulate_dtype(task.scalar_type()));
+    Tensor bias = empty_tensor(task, {op.groups, op.hidden}, accumulate_dtype(task.scalar_type()));
     task_router_bias<T>(op, static_cast<T*>(bias.mutable_data_ptr()));
     return bias;
   });
@@ -88,12 +88,12 @@ Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1) {
 
 Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                      OwnedString activation) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
     const Tensor x_kept = contiguous(x), bias_kept = contiguous(bias);
-    const std::optional<Tensor> ids = dense(group_ids);
+    const std::optional<Tensor> ids = contiguous_or_null(group_ids);
     Tensor kept[2];
     Router<T> op{};
     op.type = kernels.type;
@@ -115,7 +115,7 @@ Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2,
       op.b2 = bias_of("b2", b2, &kept[1]);
     }
     op.activation = act;
-    Tensor logits = fresh(x, {op.tokens, op.experts}, accumulate_dtype(x.scalar_type()));
+    Tensor logits = empty_tensor(x, {op.tokens, op.experts}, accumulate_dtype(x.scalar_type()));
     task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), nullptr);
     return logits;
   });
@@ -123,15 +123,15 @@ Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2,
 
 Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
                            std::optional<Tensor> group_ids, OwnedString activation, int64_t hidden, int64_t outputs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
     const Tensor x_kept = contiguous(x), table = contiguous(gates);
-    const std::optional<Tensor> ids = dense(group_ids);
+    const std::optional<Tensor> ids = contiguous_or_null(group_ids);
     Tensor kept[2];
     const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, table.size(1), hidden, outputs, act, kept);
-    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type());
+    Tensor y = empty_tensor(x, {op.tokens, op.outputs}, x.scalar_type());
     soft_experts<T>(op, gates_of<T>(table, ids, "rows of gates"), bytes_of(y), nullptr);
     return y;
   });
@@ -140,7 +140,7 @@ Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tens
 Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1,
                              std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation,
                              int64_t experts, int64_t hidden, int64_t outputs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
@@ -148,8 +148,8 @@ Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor ind
     Tensor kept[2];
     const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, experts, hidden, outputs, act, kept);
     const Sorted<T> rows(x, weights, indices, group_ids, op.tokens, op.experts);
-    Tensor y = fresh(x, {op.tokens, op.outputs}, x.scalar_type());
-    sparse_experts<T>(op, rows.selection(), rows.weights(), bytes_of(y), nullptr);
+    Tensor y = empty_tensor(x, {op.tokens, op.outputs}, x.scalar_type());
+    sparse_experts<T>(op, rows.assignments(), rows.weights(), bytes_of(y), nullptr);
     return y;
   });
 }

@@ -97,15 +97,14 @@ void pack(const Microkernel& gemm, Side side, Packing packing, const Integers<n>
 void product(const Microkernel& gemm, Packing packing, Side resident) {
   const int64_t value = size_of(gemm.panel);
   if (gemm.begin) gemm.begin();
-  for (int i = 0; i < lanes; i += gemm.a_lanes)
-    for (int j = 0; j < other_lanes; j += gemm.b_lanes) {
-      const int in_a = lanes - i < gemm.a_lanes ? lanes - i : gemm.a_lanes,
-                in_b = other_lanes - j < gemm.b_lanes ? other_lanes - j : gemm.b_lanes;
+  for (int i = 0; i < lanes; i += gemm.mr)
+    for (int j = 0; j < other_lanes; j += gemm.nr) {
+      const int in_a = lanes - i < gemm.mr ? lanes - i : gemm.mr, in_b = other_lanes - j < gemm.nr ? other_lanes - j : gemm.nr;
       for (const int k0 : {0, first_chunk}) {
         const int k = k0 ? depth - first_chunk : first_chunk, padded = (k + gemm.k_step - 1) / gemm.k_step * gemm.k_step;
         const char* a = memory.a_panel;
         int64_t stride = (gemm.row_major[0] ? padded : gemm.k_step) * value;
-        if (packing == Packing::in_place && gemm.in_place && in_a == gemm.a_lanes && k == padded) {
+        if (packing == Packing::in_place && gemm.in_place && in_a == gemm.mr && k == padded) {
           a = memory.a.row(gemm.panel, i, k0);
           stride = depth * value;
         } else {
@@ -115,7 +114,7 @@ void product(const Microkernel& gemm, Packing packing, Side resident) {
         gemm.multiply[static_cast<int>(resident)](a, stride, memory.b_panel, memory.block, padded, gemm.row_major[1] ? in_b : in_a, k0 > 0,
                                                   {memory.b_panel, line, 2, 1});
       }
-      for (int r = 0; r < in_a; ++r) std::memcpy(&memory.found[i + r][j], memory.block + r * gemm.b_lanes, in_b * sizeof(float));
+      for (int r = 0; r < in_a; ++r) std::memcpy(&memory.found[i + r][j], memory.block + r * gemm.nr, in_b * sizeof(float));
     }
   if (gemm.end) gemm.end();
 }
@@ -125,17 +124,17 @@ bool stored_beside(const Microkernel& gemm) {
   if (!gemm.multiply_and_store) return true;
   const int64_t stride = gemm.k_step * size_of(gemm.panel);
   if (gemm.begin) gemm.begin();
-  pack(gemm, Side::a, Packing::rows, memory.a, 0, gemm.a_lanes, 0, first_chunk, memory.a_panel);
-  pack(gemm, Side::b, Packing::rows, memory.b, 0, gemm.b_lanes, 0, first_chunk, memory.b_panel);
-  gemm.multiply[0](memory.a_panel, stride, memory.b_panel, memory.block, first_chunk, gemm.a_lanes, false, {});
-  gemm.multiply_and_store(memory.a_panel, stride, memory.b_panel, memory.next_block, first_chunk, gemm.a_lanes, false, {},
-                          {memory.block, reinterpret_cast<char*>(memory.stored), sizeof memory.stored[0], gemm.a_lanes, gemm.b_lanes});
+  pack(gemm, Side::a, Packing::rows, memory.a, 0, gemm.mr, 0, first_chunk, memory.a_panel);
+  pack(gemm, Side::b, Packing::rows, memory.b, 0, gemm.nr, 0, first_chunk, memory.b_panel);
+  gemm.multiply[0](memory.a_panel, stride, memory.b_panel, memory.block, first_chunk, gemm.mr, false, {});
+  gemm.multiply_and_store(memory.a_panel, stride, memory.b_panel, memory.next_block, first_chunk, gemm.mr, false, {},
+                          {memory.block, reinterpret_cast<char*>(memory.stored), sizeof memory.stored[0], gemm.mr, gemm.nr});
   if (gemm.end) gemm.end();
   bool right = std::memcmp(memory.block, memory.next_block, sizeof memory.block) == 0;
-  for (int r = 0; r < gemm.a_lanes; ++r) {
+  for (int r = 0; r < gemm.mr; ++r) {
     uint16_t row[most_lanes];
-    isa_generic.rows->store(gemm.panel, memory.block + r * gemm.b_lanes, row, gemm.b_lanes);
-    right &= std::memcmp(row, memory.stored[r], gemm.b_lanes * sizeof(uint16_t)) == 0;
+    isa_generic.rows->store(gemm.panel, memory.block + r * gemm.nr, row, gemm.nr);
+    right &= std::memcmp(row, memory.stored[r], gemm.nr * sizeof(uint16_t)) == 0;
   }
   return right;
 }
@@ -238,8 +237,8 @@ void run() {
     const Microkernel* gemm;
   } const kinds[] = {{"products of fp32", isa.f32},
                      {"products of bf16", isa.bf16},
-                     {"dot products of fp32", isa.f32_few},
-                     {"dot products of bf16", isa.bf16_few}};
+                     {"dot products of fp32", isa.f32_small_m},
+                     {"dot products of bf16", isa.bf16_small_m}};
   for (const auto& kind : kinds) {
     if (!kind.gemm) continue;
     part = kind.name;
@@ -267,7 +266,7 @@ void run() {
 
 // What a trap may have left set up.
 void release() {
-  for (const Microkernel* gemm : {tested->f32, tested->bf16, tested->f32_few, tested->bf16_few})
+  for (const Microkernel* gemm : {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m})
     if (gemm && gemm->end) gemm->end();
 }
 

@@ -15,8 +15,8 @@ namespace {
 
 // The gated input of the last layer, gate_e x, in the panels of the last product.
 template <class T>
-void gated_inputs(const Kernels<T>& kernels, const Experts<T>& op, const Gates<T>& gates, const Shared<T>& into, int64_t threads) {
-  const int64_t width = kernels.lanes(into.side()), row = round_up(op.inputs, 16), conversion = conversion_bytes(kernels);
+void gated_inputs(const Kernels<T>& kernels, const Experts<T>& op, const Gates<T>& gates, const PackedOperand<T>& into, int64_t threads) {
+  const int64_t width = kernels.panel_width(into.side()), row = round_up(op.inputs, 16), conversion = conversion_bytes(kernels);
   const ThreadScratch scratch(threads, conversion + width * row * static_cast<int64_t>(sizeof(T)));
   parallel(threads, [&](int64_t thread) {
     T* const rows = reinterpret_cast<T*>(scratch[thread] + conversion);
@@ -41,20 +41,20 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
   const int64_t threads = thread_count(), value = size_of(op.type);
   const Weight& last = op.last();
   const Bias& last_bias = op.last_bias();
-  const Plan second = plan(kernels, last.along_inputs(), op.outputs, op.tokens, threads);
-  const Shared<T> h(kernels, second.shared, op.tokens, op.experts, op.last_inputs());
+  const Blocking second = blocking(kernels, last.along_inputs(), op.outputs, op.tokens, threads);
+  const PackedOperand<T> h(kernels, second.shared, op.tokens, op.experts, op.last_inputs());
 
   if (op.w2) {
-    const Plan first = plan(kernels, op.w1.along_inputs(), op.hidden, op.tokens, threads);
-    const Shared<T> x(kernels, first.shared, op.tokens, 1, op.inputs);
-    pack_shared(kernels, x, {rows_of<T>(op.x, op.type, op.inputs), true}, threads);
+    const Blocking first = blocking(kernels, op.w1.along_inputs(), op.hidden, op.tokens, threads);
+    const PackedOperand<T> x(kernels, first.shared, op.tokens, 1, op.inputs);
+    pack_operand(kernels, x, {rows_of<T>(op.x, op.type, op.inputs), true}, threads);
     const ThreadScratch scratch(threads, first.bytes() + first.row_ld * static_cast<int64_t>(sizeof(T)));
     parallel(threads, [&](int64_t thread) {
       T* const bias = reinterpret_cast<T*>(scratch[thread] + first.bytes());
       char* const conversion = scratch[thread] + first.outer_bytes + first.block_bytes + first.row_bytes;
-      blocks_of(kernels, first, op.experts, op.hidden, thread, threads, [&](int64_t e, const Lanes& lanes) {
+      blocks_of(kernels, first, op.experts, op.hidden, thread, threads, [&](int64_t e, const OuterRange& lanes) {
         op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        multiply_block(
+        grouped_gemm_block(
             kernels, first, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
             [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) {
@@ -65,7 +65,7 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
                 kernels.rows->activate(op.activation, row, row, n);
                 kernels.rows->scale(gates(token, e), row, n);
               }
-              h.write(token0 / kernels.lanes(first.shared), e, lanes.first, n, rows, ld, used, conversion);
+              h.write(token0 / kernels.panel_width(first.shared), e, lanes.first, n, rows, ld, used, conversion);
             });
       });
     });
@@ -76,10 +76,10 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
   const ThreadScratch scratch(threads, second.bytes() + op.experts * second.row_ld * static_cast<int64_t>(sizeof(T)));
   parallel(threads, [&](int64_t thread) {
     T* const bias = reinterpret_cast<T*>(scratch[thread] + second.bytes());
-    blocks_of(kernels, second, 1, op.outputs, thread, threads, [&](int64_t, const Lanes& lanes) {
+    blocks_of(kernels, second, 1, op.outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
       if (last_bias)
         for (int64_t e = 0; e < op.experts; ++e) last_bias.load(kernels, e, lanes.first, lanes.count, bias + e * lanes.count);
-      multiply_block(
+      grouped_gemm_block(
           kernels, second, h, [&](int64_t e) { return last.outputs(e); }, lanes, scratch[thread],
           [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
             for (int r = 0; r < used; ++r) {

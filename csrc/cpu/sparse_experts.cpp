@@ -16,7 +16,7 @@
 namespace cmoe::cpu {
 
 template <class T>
-void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weights, char* y, char* u) {
+void sparse_experts(const Experts<T>& op, const Assignments& rows, const T* routing_weights, char* y, char* u) {
   const RowFunctions<T>& f = *kernels_for<T>(op.type).rows;
   const int64_t threads = thread_count(), value = size_of(op.type), size = sizeof(T);
   const Weight& last = op.last();
@@ -24,8 +24,8 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
   struct Expert {
     int64_t e, first, n;
     Kernels<T> kernels;
-    Plan in, out;
-    std::unique_ptr<Shared<T>> x, h;
+    Blocking in, out;
+    std::unique_ptr<PackedOperand<T>> x, h;
   };
   std::vector<Expert> active;
   int64_t bytes = 0, row_ld = 0, widest = 1;
@@ -37,15 +37,15 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
              first,
              n,
              kernels,
-             plan(kernels, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
-             plan(kernels, last.along_inputs(), op.outputs, n, threads),
+             blocking(kernels, op.w1.along_inputs(), op.first_outputs(), n, threads, op.gated ? 2 : 1),
+             blocking(kernels, last.along_inputs(), op.outputs, n, threads),
              nullptr,
              nullptr};
-    a.x = std::make_unique<Shared<T>>(kernels, op.w2 ? a.in.shared : a.out.shared, n, 1, op.inputs);
-    if (op.w2) a.h = std::make_unique<Shared<T>>(kernels, a.out.shared, n, 1, op.hidden);
+    a.x = std::make_unique<PackedOperand<T>>(kernels, op.w2 ? a.in.shared : a.out.shared, n, 1, op.inputs);
+    if (op.w2) a.h = std::make_unique<PackedOperand<T>>(kernels, a.out.shared, n, 1, op.hidden);
     bytes = std::max({bytes, conversion_bytes(kernels), a.in.bytes(), a.out.bytes()});
     row_ld = std::max({row_ld, a.in.row_ld, a.out.row_ld});
-    widest = std::max<int64_t>(widest, kernels.lanes(a.out.outer));
+    widest = std::max<int64_t>(widest, kernels.panel_width(a.out.outer));
     active.push_back(std::move(a));
   }
   const ThreadScratch scratch(threads, bytes + row_ld * size);
@@ -66,16 +66,16 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
       T* const bias = reinterpret_cast<T*>(scratch[thread] + bytes);
       for (const Expert& a : active) {
         char* const conversion = scratch[thread] + a.in.outer_bytes + a.in.block_bytes + a.in.row_bytes;
-        const int64_t width = a.kernels.lanes(a.in.outer), panels = (op.hidden + width - 1) / width,
+        const int64_t width = a.kernels.panel_width(a.in.outer), panels = (op.hidden + width - 1) / width,
                       step = op.gated ? a.in.outer_panels / 2 : a.in.outer_panels;
         const Share share(panels, thread, threads);
         for (int64_t at = share.first; at < share.last; at += step) {
-          Lanes lanes{at * width, std::min(op.hidden - at * width, std::min(step, share.last - at) * width)};
+          OuterRange lanes{at * width, std::min(op.hidden - at * width, std::min(step, share.last - at) * width)};
           const int64_t second = round_up(lanes.count, width);  // where the up part of a row begins
           if (op.gated) lanes.second = op.hidden + lanes.first;
           op.b1.load(a.kernels, a.e, lanes.first, lanes.count, bias);
           if (op.gated) op.b1.load(a.kernels, a.e, lanes.second, lanes.count, bias + second);
-          multiply_block(
+          grouped_gemm_block(
               a.kernels, a.in, *a.x, [&](int64_t) { return op.w1.outputs(a.e); }, lanes, scratch[thread],
               [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
                 for (int r = 0; r < used; ++r) {
@@ -90,7 +90,7 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
                     f.multiply(row + second, row, n);
                   }
                 }
-                a.h->write(row0 / a.kernels.lanes(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
+                a.h->write(row0 / a.kernels.panel_width(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
               });
         }
       }
@@ -101,18 +101,18 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
     const Share share((op.outputs + widest - 1) / widest, thread, threads);
     const int64_t end = std::min(op.outputs, share.last * widest);
     for (const Expert& a : active) {
-      const int64_t step = a.out.outer_panels * a.kernels.lanes(a.out.outer);
+      const int64_t step = a.out.outer_panels * a.kernels.panel_width(a.out.outer);
       for (int64_t first = share.first * widest; first < end; first += step) {
-        const Lanes lanes{first, std::min(end - first, step)};
+        const OuterRange lanes{first, std::min(end - first, step)};
         op.last_bias().load(a.kernels, a.e, lanes.first, lanes.count, bias);
-        multiply_block(
+        grouped_gemm_block(
             a.kernels, a.out, op.w2 ? *a.h : *a.x, [&](int64_t) { return last.outputs(a.e); }, lanes, scratch[thread],
             [&](T* block, int64_t ld, int64_t row0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) {
                 const int64_t i = a.first + row0 + r;
                 f.add(bias, block + r * ld, n);
-                f.axpy(weights ? weights[i] : T(1), block + r * ld, sums.get() + rows.index[i] / rows.divisor * op.outputs + lanes.first,
-                       n);
+                f.axpy(routing_weights ? routing_weights[i] : T(1), block + r * ld,
+                       sums.get() + rows.index[i] / rows.divisor * op.outputs + lanes.first, n);
               }
             });
       }
@@ -125,7 +125,7 @@ void sparse_experts(const Experts<T>& op, const Selection& rows, const T* weight
   });
 }
 
-template void sparse_experts(const Experts<float>&, const Selection&, const float*, char*, char*);
-template void sparse_experts(const Experts<double>&, const Selection&, const double*, char*, char*);
+template void sparse_experts(const Experts<float>&, const Assignments&, const float*, char*, char*);
+template void sparse_experts(const Experts<double>&, const Assignments&, const double*, char*, char*);
 
 }  // namespace cmoe::cpu

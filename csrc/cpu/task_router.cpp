@@ -31,15 +31,15 @@ class TaskRouter {
       return;
     }
     const Kernels<T> kernels = forward_kernels<T>(op_.type, op_.groups, op_.w1_task, op_.w1_task);
-    const Plan p = plan(kernels, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
-    const Shared<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
-    pack_shared(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
+    const Blocking p = blocking(kernels, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
+    const PackedOperand<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
+    pack_operand(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
     parallel(threads_, [&](int64_t thread) {
       T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
+      blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const OuterRange& lanes) {
         op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
-        multiply_block(
+        grouped_gemm_block(
             kernels, p, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
             [&](T* block, int64_t ld, int64_t group0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) {
@@ -58,18 +58,18 @@ class TaskRouter {
       single(logits, u);
       return;
     }
-    const Plan p = first_plan();
-    const Shared<T> x(kernels_, p.shared, rows, 1, op_.inputs);
-    pack_shared(kernels_, x, {rows_of<T>(op_.x, op_.type, op_.inputs), true}, threads_);
+    const Blocking p = first_plan();
+    const PackedOperand<T> x(kernels_, p.shared, rows, 1, op_.inputs);
+    pack_operand(kernels_, x, {rows_of<T>(op_.x, op_.type, op_.inputs), true}, threads_);
     const Array<T> sums(threads_ * rows * op_.experts);
     const ThreadScratch scratch(threads_, p.bytes() + op_.experts * p.row_ld * size);
     parallel(threads_, [&](int64_t thread) {
       T* const w2 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
       T* const sum = sums.get() + thread * rows * op_.experts;
       std::fill(sum, sum + rows * op_.experts, T(0));
-      blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
+      blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const OuterRange& lanes) {
         load_w2(lanes.first, lanes.count, w2);
-        multiply_block(
+        grouped_gemm_block(
             kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
             [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) {
@@ -108,18 +108,18 @@ class TaskRouter {
 
     // What is computed again is computed by the kernels of the forward pass: the same bits.
     const Kernels<T> first_kernels = forward_kernels<T>(op_.type, rows, op_.w1, op_.w1);
-    const Plan forward = plan(first_kernels, op_.w1.along_inputs(), op_.hidden, rows, threads_);
-    const Plan p = wgrad_plan(kernels, op_.hidden, op_.inputs, rows, threads_);
-    const Shared<T> x(first_kernels, forward.shared, recompute && op_.inputs ? rows : 0, 1, op_.inputs);
-    const Shared<T> x_columns(kernels, p.shared, grads.dw1 ? op_.inputs : 0, 1, rows);
+    const Blocking forward = blocking(first_kernels, op_.w1.along_inputs(), op_.hidden, rows, threads_);
+    const Blocking p = wgrad_blocking(kernels, op_.hidden, op_.inputs, rows, threads_);
+    const PackedOperand<T> x(first_kernels, forward.shared, recompute && op_.inputs ? rows : 0, 1, op_.inputs);
+    const PackedOperand<T> x_columns(kernels, p.shared, grads.dw1 ? op_.inputs : 0, 1, rows);
     const Matrix x_rows = rows_of<T>(op_.x, op_.type, op_.inputs);
-    pack_shared(first_kernels, x, {x_rows, true}, threads_);
-    pack_shared(kernels, x_columns, {x_rows, false}, threads_);
+    pack_operand(first_kernels, x, {x_rows, true}, threads_);
+    pack_operand(kernels, x_columns, {x_rows, false}, threads_);
 
     // A block of hidden units, whose du for all rows stays in a thread's L2 cache, is computed strip by strip, whose rows stay in L1.
-    const int64_t unit = first_kernels.lanes(forward.outer),
+    const int64_t unit = first_kernels.panel_width(forward.outer),
                   most = std::max<int64_t>(most_lanes, kernels.l2 / std::max<int64_t>(1, rows * du_value));
-    const int64_t width = round_up(std::min({op_.hidden, p.outer_panels * kernels.lanes(p.outer), most}), unit),
+    const int64_t width = round_up(std::min({op_.hidden, p.outer_panels * kernels.panel_width(p.outer), most}), unit),
                   strip = std::min(width, round_up(256, unit));
     const int64_t plans = std::max(forward.bytes(), p.bytes()), block_du = round_up(rows * width * du_value, 64),
                   block_u = recompute ? round_up(rows * strip * value_, 64) : 0;
@@ -164,10 +164,10 @@ class TaskRouter {
           for (int64_t g = 0; g < groups; ++g) std::copy(sums + g * n, sums + (g + 1) * n, dbias.get() + g * op_.hidden + first);
         }
         if (grads.dw1 && op_.inputs) {
-          const int64_t lanes = p.outer_panels * kernels.lanes(p.outer);
+          const int64_t lanes = p.outer_panels * kernels.panel_width(p.outer);
           for (int64_t from = 0; from < block_width; from += lanes) {
             const Matrix m{du_block + from * du_value, block_width * du_value, du_type};
-            const Lanes part{0, std::min(lanes, block_width - from)};
+            const OuterRange part{0, std::min(lanes, block_width - from)};
             char* const dw1 = grads.dw1.data + ((block_first + from) * columns + op_.task_inputs) * size_of(grads.dw1.type);
             WgradBlock<T>(kernels, p, x_columns, m, part, scratch[thread], grads.dw1.type, dw1, columns * size_of(grads.dw1.type))
                 .compute();
@@ -185,7 +185,7 @@ class TaskRouter {
   const T* bias(int64_t token) const {
     return (op_.bias_rows ? op_.bias_rows : bias_.get()) + (op_.task_inputs || op_.bias_rows ? op_.group(token) * op_.hidden : 0);
   }
-  Plan first_plan() const { return plan(kernels_, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
+  Blocking first_plan() const { return blocking(kernels_, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
 
   void load_w2(int64_t first, int64_t n, T* to) const {
     for (int64_t e = 0; e < op_.experts; ++e) {
@@ -198,13 +198,13 @@ class TaskRouter {
   void single(T* logits, char* u) {
     const int64_t rows = op_.rows();
     if (op_.inputs) {  // one layer: logits are the first layer's sums
-      const Plan p = first_plan();
-      const Shared<T> x(kernels_, p.shared, rows, 1, op_.inputs);
-      pack_shared(kernels_, x, {rows_of<T>(op_.x, op_.type, op_.inputs), true}, threads_);
+      const Blocking p = first_plan();
+      const PackedOperand<T> x(kernels_, p.shared, rows, 1, op_.inputs);
+      pack_operand(kernels_, x, {rows_of<T>(op_.x, op_.type, op_.inputs), true}, threads_);
       const ThreadScratch scratch(threads_, p.bytes());
       parallel(threads_, [&](int64_t thread) {
-        blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const Lanes& lanes) {
-          multiply_block(
+        blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const OuterRange& lanes) {
+          grouped_gemm_block(
               kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
               [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
                 for (int r = 0; r < used; ++r) {
@@ -256,16 +256,18 @@ class TaskRouter {
   }
 
   // u of a block of hidden units for all rows, [rows, n], by one thread.
-  void pre_activations(const Kernels<T>& kernels, const Plan& p, const Shared<T>& x, const Lanes& lanes, char* scratch, char* u) {
+  void pre_activations(const Kernels<T>& kernels, const Blocking& p, const PackedOperand<T>& x, const OuterRange& lanes, char* scratch,
+                       char* u) {
     if (!op_.inputs) {
       for (int64_t g = 0; g < op_.groups; ++g)
         f_.store(op_.type, bias_.get() + g * op_.hidden + lanes.first, u + g * lanes.count * value_, lanes.count);
       return;
     }
-    const int64_t width = kernels.lanes(p.outer), most = p.outer_panels * width;
+    const int64_t width = kernels.panel_width(p.outer), most = p.outer_panels * width;
     for (int64_t from = 0; from < lanes.count; from += most)
-      multiply_block(
-          kernels, p, x, [&](int64_t) { return op_.w1.outputs(0); }, Lanes{lanes.first + from, std::min(most, lanes.count - from)}, scratch,
+      grouped_gemm_block(
+          kernels, p, x, [&](int64_t) { return op_.w1.outputs(0); }, OuterRange{lanes.first + from, std::min(most, lanes.count - from)},
+          scratch,
           [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
             for (int r = 0; r < used; ++r) {
               pre_activation(kernels, block + r * ld, bias(token0 + r) + lanes.first + from, n);
@@ -340,13 +342,13 @@ class TaskRouter {
 
   void inputs_gradient(const Kernels<T>& kernels, const Matrix& du, char* dx) {
     const int64_t rows = op_.rows();
-    const Plan p = plan(kernels, !op_.w1.along_inputs(), op_.inputs, rows, threads_);
-    const Shared<T> shared(kernels, p.shared, rows, 1, op_.hidden);
-    pack_shared(kernels, shared, {du, true}, threads_);
+    const Blocking p = blocking(kernels, !op_.w1.along_inputs(), op_.inputs, rows, threads_);
+    const PackedOperand<T> shared(kernels, p.shared, rows, 1, op_.hidden);
+    pack_operand(kernels, shared, {du, true}, threads_);
     const ThreadScratch scratch(threads_, p.bytes());
     parallel(threads_, [&](int64_t thread) {
-      blocks_of(kernels, p, 1, op_.inputs, thread, threads_, [&](int64_t, const Lanes& lanes) {
-        multiply_block(
+      blocks_of(kernels, p, 1, op_.inputs, thread, threads_, [&](int64_t, const OuterRange& lanes) {
+        grouped_gemm_block(
             kernels, p, shared, [&](int64_t) { return op_.w1.inputs(0); }, lanes, scratch[thread],
             [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
               for (int r = 0; r < used; ++r) f_.store(op_.type, block + r * ld, dx + ((token0 + r) * op_.inputs + lanes.first) * value_, n);

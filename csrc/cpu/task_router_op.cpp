@@ -57,14 +57,14 @@ struct RouterArguments : Router<T> {
 std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
                                        std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                        OwnedString activation, bool save) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
     using T = decltype(zero);
     const RouterArguments<T> op(x, task, w1, b1, w2, b2, group_ids, act);
     const bool saves = save && w2;
-    Tensor logits = fresh(rows, {op.rows(), op.experts}, accumulate_dtype(rows.scalar_type()));
-    Tensor u = saves ? fresh(rows, {op.rows(), op.hidden}, rows.scalar_type()) : absent(rows);
+    Tensor logits = empty_tensor(rows, {op.rows(), op.experts}, accumulate_dtype(rows.scalar_type()));
+    Tensor u = saves ? empty_tensor(rows, {op.rows(), op.hidden}, rows.scalar_type()) : empty_placeholder(rows);
     task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), saves ? bytes_of(u) : nullptr);
     return std::make_tuple(logits, u);
   });
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
                                                                                 std::optional<Tensor> b1, std::optional<Tensor> w2,
                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                 Tensor u, OwnedString activation, std::vector<bool> needs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
     using T = decltype(zero);

@@ -15,7 +15,7 @@ namespace cmoe::cpu {
 
 constexpr int64_t large_output = 4 << 20;  // bytes from which fresh pages cost enough to ask for large ones
 
-inline std::string taken(OwnedString handle) {
+inline std::string consume_string(OwnedString handle) {
   const char* text = nullptr;
   size_t length = 0;
   TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
@@ -58,12 +58,12 @@ auto computing(const Tensor& x, F&& f) {
   }
 }
 
-inline Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
+inline Tensor empty_placeholder(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
 
 // A tensor in memory of the pool; none where the pool does not serve, or has no memory.
 std::optional<Tensor> pooled_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
-inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   if (std::optional<Tensor> t = pooled_tensor(sizes, dtype)) return *t;
   Tensor t;
   try {
@@ -80,7 +80,7 @@ inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType d
 inline Tensor fresh_like(const Tensor& t) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return fresh(t, sizes, t.scalar_type());
+  return empty_tensor(t, sizes, t.scalar_type());
 }
 
 inline const char* bytes_of(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
@@ -110,7 +110,7 @@ inline Bias bias_of(const char* name, const std::optional<Tensor>& b, Tensor* ke
 
 // The gradient of a tensor where it is wanted.
 inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) {
-  return t && wanted ? fresh_like(*t) : absent(like);
+  return t && wanted ? fresh_like(*t) : empty_placeholder(like);
 }
 inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool wanted) {
   if (!t || !wanted) return {};
@@ -131,7 +131,7 @@ inline void require_experts(const Tensor& indices, int64_t experts) {
 }
 
 // A tensor that may be missing, without gaps.
-inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
@@ -142,7 +142,7 @@ Gates<T> gates_of(const Tensor& gates, const std::optional<Tensor>& group_ids, c
           group_ids ? static_cast<const int64_t*>(group_ids->const_data_ptr()) : nullptr};
 }
 
-// Selections [T, K] in the order of their experts, by a counting sort: stable, "no expert" last.
+// Assignments [T, K] in the order of their experts, by a counting sort: stable, "no expert" last.
 template <class T>
 class Sorted {
  public:
@@ -154,7 +154,7 @@ class Sorted {
     const int64_t rows = tokens * k_;
     STD_TORCH_CHECK(rows <= INT32_MAX, "x has ", tokens, " tokens of ", k_, " experts each, must make at most ", INT32_MAX, " rows");
     const Tensor chosen = torch::stable::contiguous(indices);
-    const std::optional<Tensor> ids = dense(group_ids), w = dense(weights);
+    const std::optional<Tensor> ids = contiguous_or_null(group_ids), w = contiguous_or_null(weights);
     require_experts(chosen, experts);
     if (ids) require_range("group_ids", *ids, indices.size(0), "rows of indices");
     const Gates<T> table{w ? static_cast<const T*>(w->const_data_ptr()) : nullptr, indices.size(0), k_,
@@ -164,8 +164,8 @@ class Sorted {
       const int64_t e = named[table.row(t) * k_ + i];
       return e < 0 ? experts : e;
     };
-    gather_idx = fresh(x, {rows}, ScalarType::Long);
-    offsets = fresh(x, {experts + 1}, ScalarType::Int);
+    gather_idx = empty_tensor(x, {rows}, ScalarType::Long);
+    offsets = empty_tensor(x, {experts + 1}, ScalarType::Int);
     int64_t* const order = static_cast<int64_t*>(gather_idx.mutable_data_ptr());
     int32_t* const ends = static_cast<int32_t*>(offsets.mutable_data_ptr());
     std::vector<int64_t> at(experts + 2, 0);
@@ -181,7 +181,7 @@ class Sorted {
       }
   }
 
-  Selection selection() const {
+  Assignments assignments() const {
     return {static_cast<const int32_t*>(offsets.const_data_ptr()), static_cast<const int64_t*>(gather_idx.const_data_ptr()), k_};
   }
   const T* weights() const { return row_weights_.size() ? row_weights_.get() : nullptr; }

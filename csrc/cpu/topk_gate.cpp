@@ -29,7 +29,7 @@ namespace {
 enum class Score { softmax, sigmoid };
 
 Score take_score(OwnedString handle) {
-  const std::string name = taken(handle);
+  const std::string name = consume_string(handle);
   STD_TORCH_CHECK(name == "softmax" || name == "sigmoid", "score is '", name, "', must be one of softmax, sigmoid");
   return name == "softmax" ? Score::softmax : Score::sigmoid;
 }

@@ -14,22 +14,22 @@ namespace cmoe::cpu {
 constexpr int64_t most_packed_outer = 16 << 20;
 
 template <class T>
-Plan wgrad_plan(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_lanes, int64_t k, int64_t threads,
-                int64_t most_packed = most_packed_outer) {
+Blocking wgrad_blocking(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_lanes, int64_t k, int64_t threads,
+                        int64_t most_packed = most_packed_outer) {
   const Microkernel& gemm = *kernels.gemm;
-  Plan p{};
+  Blocking p{};
   p.outer = Side::a;
   p.shared = Side::b;
-  const int64_t ol = gemm.a_lanes, sl = gemm.b_lanes, cell = ol * sl * static_cast<int64_t>(sizeof(T)), element = kernels.element();
+  const int64_t ol = gemm.mr, sl = gemm.nr, cell = ol * sl * static_cast<int64_t>(sizeof(T)), element = kernels.element();
   const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
                 all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t depth = std::max<int64_t>(1, round_up(k, gemm.k_step)) * element;
   const bool beside = gemm.multiply_and_store;
-  p.run = beside && k <= 2 * gemm.k_chunk ? 2 : 1;
+  p.run = beside && k <= 2 * gemm.kc ? 2 : 1;
   p.outer_panels = std::min(all_outer, std::max<int64_t>(1, p.run > 1 ? 2 * kernels.l2 / (ol * depth) : (beside ? 512 : 224) / ol));
   p.shared_panels = std::min(all_shared, std::max<int64_t>(1, kernels.l2 / 2 / (p.run > 1 ? sl * depth : cell * p.outer_panels)));
   const int64_t packed = depth * ol * p.outer_panels;
-  p.outer_bytes = round_up(packed <= most_packed ? packed : std::min(depth, p.run * gemm.k_chunk * element) * ol * p.outer_panels, 64);
+  p.outer_bytes = round_up(packed <= most_packed ? packed : std::min(depth, p.run * gemm.kc * element) * ol * p.outer_panels, 64);
   p.block_bytes = cell * std::max<int64_t>(2, p.shared_panels * (p.run > 1 ? 1 : p.outer_panels));
   p.row_ld = beside ? 0 : p.shared_panels * sl;
   p.row_bytes = round_up(ol * p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
@@ -41,8 +41,8 @@ Plan wgrad_plan(const Kernels<T>& kernels, int64_t outer_lanes, int64_t shared_l
 template <class T>
 class WgradBlock {
  public:
-  WgradBlock(const Kernels<T>& kernels, const Plan& p, const Shared<T>& shared, const Matrix& dy, const Lanes& lanes, char* scratch,
-             Type type, char* to, int64_t stride)
+  WgradBlock(const Kernels<T>& kernels, const Blocking& p, const PackedOperand<T>& shared, const Matrix& dy, const OuterRange& lanes,
+             char* scratch, Type type, char* to, int64_t stride)
       : kernels_(kernels), gemm_(*kernels.gemm), p_(p), shared_(shared), chunks_(shared.chunks()),
         count_(static_cast<int64_t>(chunks_.size())), dy_(dy), lanes_(lanes), packed_(scratch),
         block_(reinterpret_cast<T*>(scratch + p.outer_bytes)), type_(type), to_(to), stride_(stride) {}
@@ -144,18 +144,18 @@ class WgradBlock {
 
   const Kernels<T>& kernels_;
   const Microkernel& gemm_;
-  const Plan& p_;
-  const Shared<T>& shared_;
+  const Blocking& p_;
+  const PackedOperand<T>& shared_;
   const std::vector<Chunk>& chunks_;
   const int64_t count_;  // of chunks
   const Matrix& dy_;
-  const Lanes& lanes_;
+  const OuterRange& lanes_;
   char* const packed_;
   T* const block_;
   const Type type_;
   char* const to_;
   const int64_t stride_;
-  const int64_t ol_ = gemm_.a_lanes, sl_ = gemm_.b_lanes, panels_ = (lanes_.count + ol_ - 1) / ol_, element_ = kernels_.element();
+  const int64_t ol_ = gemm_.mr, sl_ = gemm_.nr, panels_ = (lanes_.count + ol_ - 1) / ol_, element_ = kernels_.element();
   bool packed_once_ = false;
   int64_t packed_from_ = 0;  // the chunk whose panels come first
   Finished finished_{};

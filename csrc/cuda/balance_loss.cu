@@ -1,7 +1,7 @@
 // balance_loss on the GPU.
 //
 //     switch       E sum_e f_e m_e / n          m_e = sum of scores[:, e], n tokens that count,
-//                                               f_e = share of the selections that went to e
+//                                               f_e = share of the assignments that went to e
 //     importance   E sum_e d_e^2                d_e = m_e / sum_j m_j - 1/E: zero where there is no mass
 //     z            sum_t logsumexp(scores[t])^2 / n
 //     the mean over the segments that hold a token that counts; without segments all tokens are one.
@@ -15,7 +15,7 @@
 // Blocks and ranges follow from the shape alone, and sums run in one order: the same bits on every GPU. No [segments, E], no one-hot.
 //
 // Sums over tokens: `width` lanes lie along a row, the other threads along the tokens; partial sums of a column meet by shuffles and in
-// shared memory. Selections are counted in shared memory by integer atomics. Shared memory: 2 E values.
+// shared memory. Assignments are counted in shared memory by integer atomics. Shared memory: 2 E values.
 
 #include "balance_loss.h"
 
@@ -40,20 +40,20 @@ int64_t parts_of(const BalanceLoss& op) {
 // The same in all threads.
 template <class V>
 __device__ V block_sum(V x) {
-  CU_SHARED(V, parts, warps);
+  CU_SHARED(V, partials, warps);
   for (int by = 16; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  if (threadIdx.x % 32 == 0) partials[threadIdx.x / 32] = x;
   __syncthreads();
   V sum = 0;
-  for (int w = 0; w < warps; ++w) sum += parts[w];
+  for (int w = 0; w < warps; ++w) sum += partials[w];
   return sum;
 }
 
 // to[e] = sum of value(row, e) over rows 0..rows-1, in shared memory.
 template <class V, class Value>
 __device__ void column_sums(int64_t rows, int64_t columns, int width, V* to, const Value& value) {
-  CU_SHARED(V, parts, row_threads);
+  CU_SHARED(V, partials, row_threads);
   const int lane = static_cast<int>(threadIdx.x) & (width - 1), warp = static_cast<int>(threadIdx.x) / 32;
   for (int64_t first = 0; first < columns; first += width) {
     const int64_t e = first + lane;
@@ -61,11 +61,11 @@ __device__ void column_sums(int64_t rows, int64_t columns, int width, V* to, con
     for (int64_t row = static_cast<int>(threadIdx.x) / width; row < rows && e < columns; row += row_threads / width) sum += value(row, e);
     for (int by = width; by < 32; by *= 2) sum += __shfl_xor_sync(~0u, sum, by);
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) % 32 < width) parts[warp * width + lane] = sum;
+    if (static_cast<int>(threadIdx.x) % 32 < width) partials[warp * width + lane] = sum;
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < width && e < columns) {
       V whole = 0;
-      for (int w = 0; w < warps; ++w) whole += parts[w * width + lane];
+      for (int w = 0; w < warps; ++w) whole += partials[w * width + lane];
       to[e] = whole;
     }
   }
@@ -221,17 +221,17 @@ __device__ void spread(const BalanceLoss& op, const Rows<T>& scores, const Span&
   });
 }
 
-// Partials of a block: tokens and the sum of squares, then mass and selections per expert.
+// Partials of a block: tokens and the sum of squares, then mass and assignments per expert.
 __host__ __device__ inline int64_t part_size(int64_t experts) { return 2 + 2 * experts; }
 
 template <class T>
 __global__ void __launch_bounds__(row_threads, row_residents)
-    balance_loss_sums_kernel(BalanceLoss op, Rows<T> scores, float* parts, int64_t range, int width) {
+    balance_loss_sums_kernel(BalanceLoss op, Rows<T> scores, float* partials, int64_t range, int width) {
   CU_DYNAMIC_SHARED(memory);
   Sums sums = shared_sums(memory, op);
   const int64_t first = blockIdx.x * range;
   sums.add(op, scores, Span{first, min(first + range, op.tokens), nullptr}, width);
-  float* const part = parts + blockIdx.x * part_size(op.experts);
+  float* const part = partials + blockIdx.x * part_size(op.experts);
   if (threadIdx.x == 0) {
     part[0] = __int_as_float(sums.tokens);
     part[1] = sums.squares;
@@ -245,22 +245,23 @@ __global__ void __launch_bounds__(row_threads, row_residents)
 
 // The loss, or the slopes [E] of the gradient where these are wanted.
 __global__ void __launch_bounds__(row_threads, row_residents)
-    balance_loss_statistic_kernel(BalanceLoss op, const float* parts, int64_t count, float* loss, float* slopes, int width) {
+    balance_loss_statistic_kernel(BalanceLoss op, const float* partials, int64_t count, float* loss, float* slopes, int width) {
   CU_DYNAMIC_SHARED(memory);
   Sums sums = shared_sums(memory, op);
   const int64_t size = part_size(op.experts);
   int tokens = 0;
   float squares = 0.0f;
   for (int64_t p = threadIdx.x; p < count; p += row_threads) {
-    tokens += static_cast<int>(__float_as_uint(parts[p * size]));
-    squares += parts[p * size + 1];
+    tokens += static_cast<int>(__float_as_uint(partials[p * size]));
+    squares += partials[p * size + 1];
   }
   sums.tokens = block_sum(tokens);
   sums.squares = block_sum(squares);
-  if (op.kind != Kind::z) column_sums(count, op.experts, width, sums.mass, [&](int64_t p, int64_t e) { return parts[p * size + 2 + e]; });
+  if (op.kind != Kind::z)
+    column_sums(count, op.experts, width, sums.mass, [&](int64_t p, int64_t e) { return partials[p * size + 2 + e]; });
   if (op.indices.data)
     column_sums(count, op.experts, width, sums.selected,
-                [&](int64_t p, int64_t e) { return static_cast<int>(__float_as_uint(parts[p * size + 2 + op.experts + e])); });
+                [&](int64_t p, int64_t e) { return static_cast<int>(__float_as_uint(partials[p * size + 2 + op.experts + e])); });
   const float value = sums.statistic(op);
   if (!slopes && threadIdx.x == 0) *loss = value;
   for (int64_t e = threadIdx.x; slopes && e < op.experts; e += row_threads) slopes[e] = sums.mass[e];
@@ -273,10 +274,10 @@ __global__ void __launch_bounds__(row_threads, row_residents)
   spread(op, scores, Span{first, min(first + range, op.tokens), nullptr}, width, slopes, *dloss, dscores);
 }
 
-// Losses of this block's segments and how many they are, into parts; or the gradient, where dscores is given, with the mean's weight.
+// Losses of this block's segments and how many they are, into partials; or the gradient, where dscores is given, with the mean's weight.
 template <class T>
 __global__ void __launch_bounds__(row_threads, row_residents)
-    balance_loss_segments_kernel(BalanceLoss op, Rows<T> scores, float* parts, const float* dloss, const float* weight, T* dscores,
+    balance_loss_segments_kernel(BalanceLoss op, Rows<T> scores, float* partials, const float* dloss, const float* weight, T* dscores,
                                  int width) {
   CU_DYNAMIC_SHARED(memory);
   Sums sums = shared_sums(memory, op);
@@ -302,18 +303,18 @@ __global__ void __launch_bounds__(row_threads, row_residents)
     __syncthreads();
   }
   if (dscores || threadIdx.x != 0) return;
-  parts[2 * blockIdx.x] = loss;
-  parts[2 * blockIdx.x + 1] = __int_as_float(filled);
+  partials[2 * blockIdx.x] = loss;
+  partials[2 * blockIdx.x + 1] = __int_as_float(filled);
 }
 
 // The mean loss, and what a segment weighs in it.
 __global__ void __launch_bounds__(row_threads, row_residents)
-    balance_loss_mean_kernel(const float* parts, int64_t count, float* mean, float* weight) {
+    balance_loss_mean_kernel(const float* partials, int64_t count, float* mean, float* weight) {
   float loss = 0.0f;
   int filled = 0;
   for (int64_t p = threadIdx.x; p < count; p += row_threads) {
-    loss += parts[2 * p];
-    filled += static_cast<int>(__float_as_uint(parts[2 * p + 1]));
+    loss += partials[2 * p];
+    filled += static_cast<int>(__float_as_uint(partials[2 * p + 1]));
   }
   loss = block_sum(loss);
   filled = block_sum(filled);
@@ -326,8 +327,8 @@ size_t shared_bytes(const BalanceLoss& op) { return 2 * op.experts * sizeof(floa
 
 // Scratch: what a segment weighs, the slopes, the partials.
 struct Scratch {
-  float *weight, *slopes, *parts;
-  Scratch(const BalanceLoss& op, float* memory) : weight(memory), slopes(memory + 1), parts(slopes + op.experts) {}
+  float *weight, *slopes, *partials;
+  Scratch(const BalanceLoss& op, float* memory) : weight(memory), slopes(memory + 1), partials(slopes + op.experts) {}
 };
 
 // The loss, or without a place for it the slopes (with segments: the weight).
@@ -338,13 +339,14 @@ void sums(const char* name, const BalanceLoss& op, const Scratch& scratch, float
   const dim3 grid(static_cast<unsigned>(count));
   const Rows<T> scores(op.scores);
   if (op.labels) {
-    launch(name, balance_loss_segments_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.parts, nullptr, nullptr,
-           nullptr, width);
-    launch(name, balance_loss_mean_kernel, 1, row_threads, 0, stream, scratch.parts, count, loss ? loss : scratch.slopes, scratch.weight);
+    launch(name, balance_loss_segments_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.partials, nullptr,
+           nullptr, nullptr, width);
+    launch(name, balance_loss_mean_kernel, 1, row_threads, 0, stream, scratch.partials, count, loss ? loss : scratch.slopes,
+           scratch.weight);
   } else {
-    launch(name, balance_loss_sums_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.parts, range_of(op.tokens),
-           width);
-    launch(name, balance_loss_statistic_kernel, 1, row_threads, shared_bytes(op), stream, op, scratch.parts, count, loss,
+    launch(name, balance_loss_sums_kernel<T>, grid, row_threads, shared_bytes(op), stream, op, scores, scratch.partials,
+           range_of(op.tokens), width);
+    launch(name, balance_loss_statistic_kernel, 1, row_threads, shared_bytes(op), stream, op, scratch.partials, count, loss,
            loss ? nullptr : scratch.slopes, width);
   }
 }

@@ -25,7 +25,7 @@ struct Call {
 
   Call(const Tensor& scores, const std::optional<Tensor>& indices, const std::optional<Tensor>& mask_, OwnedString kind_name,
        const std::optional<Tensor>& segments, const std::optional<Tensor>& counts_, const std::optional<Tensor>& total_) {
-    const std::string kind = taken(kind_name);
+    const std::string kind = consume_string(kind_name);
     STD_TORCH_CHECK(kind == "switch" || kind == "importance" || kind == "z", "kind is '", kind, "', must be one of switch, importance, z");
     require_2d("scores", scores, "[T, E]");
     op.scores = matrix("scores", scores);

@@ -27,14 +27,14 @@ __device__ inline float sum_of_warp(float v) {
   return v;
 }
 
-// out[i] = the table's element for selection (t, c) = order[i], or i itself.
+// out[i] = the table's element for assignment (t, c) = order[i], or i itself.
 __global__ void __launch_bounds__(block)
     per_token_kernel(const float* table, int64_t row, int64_t column, int64_t groups, const int64_t* ids, const int64_t* order,
                      int64_t count, int64_t columns, float* out) {
   for (int64_t i = int64_t{blockIdx.x} * block + threadIdx.x; i < count; i += int64_t{gridDim.x} * block) {
-    const int64_t selection = order ? order[i] : i, t = selection / columns;
+    const int64_t assignment = order ? order[i] : i, t = assignment / columns;
     const int64_t g = ids ? ids[t] : groups == 1 ? 0 : t;
-    out[i] = g >= 0 && g < groups ? table[g * row + (selection - t * columns) * column] : 0.0f;
+    out[i] = g >= 0 && g < groups ? table[g * row + (assignment - t * columns) * column] : 0.0f;
   }
 }
 
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(block)
 }
 
 template <class T>
-__global__ void __launch_bounds__(block) sum_selections_kernel(const T* rows, int64_t tokens, int64_t k, int64_t width, T* y) {
+__global__ void __launch_bounds__(block) sum_assignments_kernel(const T* rows, int64_t tokens, int64_t k, int64_t width, T* y) {
   for_rows(tokens, width, [&](int64_t t, int64_t n) {
     float sum = 0.0f;
     for (int64_t i = 0; i < k; ++i) sum += to_float(rows[(t * k + i) * width + n]);
@@ -68,13 +68,14 @@ __global__ void __launch_bounds__(block) sum_selections_kernel(const T* rows, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(block) scaled_rows_kernel(RowOperand x, Groups groups, Scale scale, int64_t width, T* out) {
+__global__ void __launch_bounds__(block)
+    weighted_rows_kernel(RowOperand x, Groups groups, RoutingWeights routing_weights, int64_t width, T* out) {
   const Elements<T> from{x.data, x.type == Type::f32};
   const int64_t experts = groups.offsets ? 1 : groups.experts, live = groups.offsets ? groups.offsets[groups.experts] : groups.rows;
   for_rows(groups.rows * experts, width, [&](int64_t i, int64_t n) {
     const int64_t r = i / experts, e = i - r * experts;
     const int64_t source = r < live ? source_row(x.index, x.divisor, r, groups.rows) : -1;
-    const float s = scale.data ? scale.data[r * scale.row + e * scale.expert] : 1.0f;
+    const float s = routing_weights.data ? routing_weights.data[r * routing_weights.row + e * routing_weights.expert] : 1.0f;
     out[i * width + n] = from_float<T>(source < 0 ? 0.0f : s * to_float(from(source * x.row + n * x.column)));
   });
 }
@@ -91,8 +92,8 @@ __global__ void __launch_bounds__(block)
 
 // A warp to a weight: its lanes share the row of dy.
 template <class T>
-__global__ void __launch_bounds__(block) weight_gradients_kernel(const float* parts, int64_t tiles, int64_t count, RowOperand dy,
-                                                                 BiasTable<T> b, int64_t width, Groups groups, float* out) {
+__global__ void __launch_bounds__(block) routing_weight_grad_kernel(const float* partials, int64_t tiles, int64_t count, RowOperand dy,
+                                                                    BiasTable<T> b, int64_t width, Groups groups, float* out) {
   const Elements<T> from{dy.data, dy.type == Type::f32};
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int64_t i = int64_t{blockIdx.x} * (block / 32) + threadIdx.x / 32; i < count; i += int64_t{gridDim.x} * (block / 32)) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(block) weight_gradients_kernel(const float* pa
         for (int64_t n = lane; n < width && source >= 0; n += 32) sum += to_float(from(source * dy.row + n * dy.column)) * b(e, n);
       }
       sum = sum_of_warp(sum);
-      for (int64_t tile = 0; tile < tiles; ++tile) sum += parts[tile * count + i];
+      for (int64_t tile = 0; tile < tiles; ++tile) sum += partials[tile * count + i];
     }
     if (lane == 0) out[target] = sum;
   }
@@ -148,21 +149,23 @@ void sum_per_group(const float* rows, const int64_t* group_ids, int64_t tokens, 
          out);
 }
 
-void sum_selections(Type type, const void* rows, int64_t tokens, int64_t k, int64_t width, void* y, Stream stream) {
+void sum_assignments(Type type, const void* rows, int64_t tokens, int64_t k, int64_t width, void* y, Stream stream) {
   if (!tokens || !width) return;
-  dispatch("sum_selections", type, [&](auto zero) {
+  dispatch("sum_assignments", type, [&](auto zero) {
     using T = decltype(zero);
-    launch("sum_selections", sum_selections_kernel<T>, blocks_for(tokens), block, 0, stream, static_cast<const T*>(rows), tokens, k, width,
-           static_cast<T*>(y));
+    launch("sum_assignments", sum_assignments_kernel<T>, blocks_for(tokens), block, 0, stream, static_cast<const T*>(rows), tokens, k,
+           width, static_cast<T*>(y));
   });
 }
 
-void scaled_rows(Type type, const RowOperand& x, const Groups& groups, const Scale& scale, int64_t width, void* out, Stream stream) {
+void weighted_rows(Type type, const RowOperand& x, const Groups& groups, const RoutingWeights& routing_weights, int64_t width, void* out,
+                   Stream stream) {
   const int64_t rows = groups.rows * (groups.offsets ? 1 : groups.experts);
   if (!rows || !width) return;
-  dispatch("scaled_rows", type, [&](auto zero) {
+  dispatch("weighted_rows", type, [&](auto zero) {
     using T = decltype(zero);
-    launch("scaled_rows", scaled_rows_kernel<T>, blocks_for(rows), block, 0, stream, x, groups, scale, width, static_cast<T*>(out));
+    launch("weighted_rows", weighted_rows_kernel<T>, blocks_for(rows), block, 0, stream, x, groups, routing_weights, width,
+           static_cast<T*>(out));
   });
 }
 
@@ -176,14 +179,14 @@ void activation_gradient(Type type, const RowOperand& dy, const void* u, int64_t
   });
 }
 
-void weight_gradients(const float* parts, int64_t tiles, const RowOperand& dy, Type type, const Table& b, int64_t width,
-                      const Groups& groups, float* out, Stream stream) {
+void routing_weight_grad(const float* partials, int64_t tiles, const RowOperand& dy, Type type, const Table& b, int64_t width,
+                         const Groups& groups, float* out, Stream stream) {
   const int64_t count = groups.rows * (groups.offsets ? 1 : groups.experts);
   if (!count) return;
-  dispatch("weight_gradients", type, [&](auto zero) {
+  dispatch("routing_weight_grad", type, [&](auto zero) {
     using T = decltype(zero);
-    launch("weight_gradients", weight_gradients_kernel<T>, blocks_for((count + block / 32 - 1) / (block / 32)), block, 0, stream, parts,
-           tiles, count, dy, BiasTable<T>(b), width, groups, out);
+    launch("routing_weight_grad", routing_weight_grad_kernel<T>, blocks_for((count + block / 32 - 1) / (block / 32)), block, 0, stream,
+           partials, tiles, count, dy, BiasTable<T>(b), width, groups, out);
   });
 }
 

@@ -1,9 +1,9 @@
 // Products of expert layers on the GPU: what bindings and other operations call. No torch, no CUDA; strides and sizes in elements.
 //
-//     row_product       y[r]  = epilogue(W_e x[r])                    rows of their expert, or every row in every expert
-//     row_product, sum  y[r]  = epilogue(sum_e W_e x[r, e])           the sum over experts in the accumulator
-//     hidden_product    dh[r] = W_e^T dy[r], and all that hangs on it: du, the weighted h, the weights' own gradient
-//     weight_product    dW_e  = sum over the rows of e of p[r] q[r]^T, and db
+//     grouped_gemm       y[r]  = epilogue(W_e x[r])                    rows of their expert, or every row in every expert
+//     grouped_gemm, sum  y[r]  = epilogue(sum_e W_e x[r, e])           the sum over experts in the accumulator
+//     dact_gemm    dh[r] = W_e^T dy[r], with du, the weighted hidden and the routing weights' gradient in its epilogue
+//     wgrad    dW_e  = sum over the rows of e of p[r] q[r]^T, and db
 //
 // Rows lie in the order of their experts: offsets [experts + 1] on the device, rows past the last are of no expert and get zeros. Without
 // offsets every expert has every row. Operands are read through an index (gathered rows never exist) and results stored through one.
@@ -43,7 +43,7 @@ struct Table {
 };
 
 // A number of each row: [rows], or [rows, experts] without offsets.
-struct Scale {
+struct RoutingWeights {
   const float* data = nullptr;
   int64_t row = 0, expert = 0;
 };
@@ -62,28 +62,27 @@ struct Groups {
   int64_t rows = 0, experts = 0;
 };
 
-struct RowProduct {
+struct GroupedGemm {
   Type type = Type::f32;  // in which operands are multiplied
   Groups groups;
   int64_t width = 0, depth = 0;
   RowOperand x;
   WeightOperand w;
-  bool sum = false;    // no offsets: experts are added, y and the scale's use are without them
+  bool sum = false;    // no offsets: experts are added, y and the routing weights' use are without them
   bool gated = false;  // w has 2 width outputs, gate rows and then up rows
-  // Epilogue: v = W x + b (scale_bias: + scale b; sum: + sum_e scale_e b_e); u gets it, rounded; v = act(v) (gated: act(gate) up); v *=
-  // scale (not with scale_bias or sum); y gets it.
+  // Epilogue: v = W x + b (weigh_bias: + weight b; sum: + sum_e weight_e b_e); u gets it, rounded; v = act(v) (gated: act(gate)
+  // up); v *= weight (not with weigh_bias or sum); y gets it.
   Table b;
-  const int64_t* bias_index =
-      nullptr;  // the row of b for each row of the product, in place of its expert's; outside 0..bias_rows - 1: no bias
+  const int64_t* bias_index = nullptr;  // the row of b for each row, in place of its expert's; outside 0..bias_rows - 1: no bias
   int64_t bias_rows = 0;
-  Scale scale;
-  bool scale_bias = false;
+  RoutingWeights routing_weights;
+  bool weigh_bias = false;
   Activation activation = Activation::none;
   Target u, y;
 };
-void row_product(const char* operation, const RowProduct& p, Stream stream);
+void grouped_gemm(const char* operation, const GroupedGemm& p, Stream stream);
 
-struct HiddenProduct {
+struct DactGemm {
   Type type = Type::f32;
   Groups groups;
   int64_t width = 0, depth = 0;  // hidden units, outputs
@@ -93,23 +92,23 @@ struct HiddenProduct {
   RowOperand u;
   bool gated = false;
   Activation activation = Activation::none;
-  Scale scale;
-  Target du, h;            // scale dh f'(u), like u; scale f(u), [.., width]
-  float* parts = nullptr;  // [hidden_parts, rows (, experts)]: sums of dh f(u) over a part of the columns
+  RoutingWeights routing_weights;
+  Target du, weighted_hidden;  // weight dh f'(u), like u; weight f(u), [.., width]
+  float* partials = nullptr;   // [dact_partials, rows (, experts)]: sums of dh f(u) over a part of the columns
 };
-void hidden_product(const char* operation, const HiddenProduct& p, Stream stream);
-// How many parts the columns are cut into: it depends on the sizes alone.
-int64_t hidden_parts(const HiddenProduct& p);
+void dact_gemm(const char* operation, const DactGemm& p, Stream stream);
+// Partials per row, one for each part of the columns: their number depends on the sizes only.
+int64_t dact_partials(const DactGemm& p);
 
-struct WeightProduct {
+struct Wgrad {
   Type type = Type::f32;
   Groups groups;
   int64_t height = 0, width = 0;  // of dW
   RowOperand p, q;
-  Target dw;    // [experts, height, width]; the row is its stride along height
-  Target db;    // [experts, height], sums of scale p
-  Scale scale;  // of db alone
+  Target dw;                       // [experts, height, width]; the row is its stride along height
+  Target db;                       // [experts, height], sums of weight p
+  RoutingWeights routing_weights;  // of db only
 };
-void weight_product(const char* operation, const WeightProduct& p, Stream stream);
+void wgrad(const char* operation, const Wgrad& p, Stream stream);
 
 }  // namespace cmoe::cuda

@@ -80,23 +80,23 @@ __device__ void pick(const Accumulator<Tile>& acc, int i, int j, float (&sums)[2
       for (int c = 0; c < 4; ++c) sums[c / 2][c % 2] = acc[i][at][c];
 }
 
-// Bias, activation and weight of a layer's forward pass; see RowProduct.
+// Bias, activation and weight of a layer's forward pass; see GroupedGemm.
 template <class T>
 struct ForwardEpilogue {
   BiasTable<T> b;
   const int64_t* bias_index;
   int64_t bias_rows;
-  Scale scale;
-  bool scale_bias;
+  RoutingWeights routing_weights;
+  bool weigh_bias;
   Activation activation;
   Stored<T> u, y;
 
   template <class Tile>
   static constexpr int scratch_bytes = 0;
 
-  explicit ForwardEpilogue(const RowProduct& p)
-      : b(p.b), bias_index(p.bias_index), bias_rows(p.bias_rows), scale(p.scale), scale_bias(p.scale_bias), activation(p.activation),
-        u(p.u), y(p.y) {}
+  explicit ForwardEpilogue(const GroupedGemm& p)
+      : b(p.b), bias_index(p.bias_index), bias_rows(p.bias_rows), routing_weights(p.routing_weights), weigh_bias(p.weigh_bias),
+        activation(p.activation), u(p.u), y(p.y) {}
 
   template <class Tile>
   __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
@@ -108,7 +108,7 @@ struct ForwardEpilogue {
  private:
   struct Row {
     bool live, served;
-    float scale;
+    float routing_weight;
     int64_t u, y;  // where it is stored; -1: nowhere
   };
 
@@ -123,7 +123,9 @@ struct ForwardEpilogue {
       const int r = tile.first + place.row(i, h);
       rows[h].live = r < tile.end;
       rows[h].served = rows[h].live && known && source_row(p.x.index, p.x.divisor, r, p.groups.rows) >= 0;
-      rows[h].scale = scale.data && rows[h].served && !p.sum ? scale.data[r * scale.row + e * scale.expert] : 1.0f;
+      rows[h].routing_weight = routing_weights.data && rows[h].served && !p.sum
+                                   ? routing_weights.data[r * routing_weights.row + e * routing_weights.expert]
+                                   : 1.0f;
       rows[h].u = u && rows[h].live ? u.at(r, expert, p.groups.rows) : -1;
       rows[h].y = y && rows[h].live ? y.at(r, expert, p.groups.rows) : -1;
     }
@@ -149,7 +151,7 @@ struct ForwardEpilogue {
         float v[2], up[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          v[c] = sums[h][c] + (scale_bias ? row.scale * bias[c] : bias[c]);
+          v[c] = sums[h][c] + (weigh_bias ? row.routing_weight * bias[c] : bias[c]);
           if (b && !one_bias && row.served && c < left) v[c] += far_bias(p, tile.first + place.row(i, h), n + c);
           up[c] = ups[h][c] + up_bias[c];
         }
@@ -167,7 +169,7 @@ struct ForwardEpilogue {
 #pragma unroll
           for (int c = 0; c < 2; ++c) v[c] = activate(activation, v[c]) * (p.gated ? up[c] : 1.0f);
         }
-        const float by = scale_bias ? 1.0f : row.scale;
+        const float by = weigh_bias ? 1.0f : row.routing_weight;
         if (row.y >= 0) y.write(row.y + n, left, row.served ? v[0] * by : 0.0f, row.served ? v[1] * by : 0.0f);
       }
     }
@@ -180,26 +182,28 @@ struct ForwardEpilogue {
       return at >= 0 && at < bias_rows ? b(at, n) : 0.0f;
     }
     float total = 0.0f;
-    for (int64_t e = 0; e < p.groups.experts; ++e) total += (scale.data ? scale.data[r * scale.row + e * scale.expert] : 1.0f) * b(e, n);
+    for (int64_t e = 0; e < p.groups.experts; ++e)
+      total += (routing_weights.data ? routing_weights.data[r * routing_weights.row + e * routing_weights.expert] : 1.0f) * b(e, n);
     return total;
   }
 };
 
-// dh in the accumulator; see HiddenProduct.
+// dh in the accumulator; see DactGemm.
 template <class T>
-struct HiddenEpilogue {
+struct DactEpilogue {
   RowOperand u;
   Activation activation;
-  Scale scale;
-  Stored<T> du, h;
-  float* parts;
+  RoutingWeights routing_weights;
+  Stored<T> du, weighted_hidden;
+  float* partials;
   bool gated, dense;
 
   template <class Tile>
   static constexpr int scratch_bytes = Tile::warps_n * Tile::m * static_cast<int>(sizeof(float));
 
-  explicit HiddenEpilogue(const HiddenProduct& p)
-      : u(p.u), activation(p.activation), scale(p.scale), du(p.du), h(p.h), parts(p.parts), gated(p.gated), dense(!p.groups.offsets) {}
+  explicit DactEpilogue(const DactGemm& p)
+      : u(p.u), activation(p.activation), routing_weights(p.routing_weights), du(p.du), weighted_hidden(p.weighted_hidden),
+        partials(p.partials), gated(p.gated), dense(!p.groups.offsets) {}
 
   template <class Tile>
   __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
@@ -215,10 +219,11 @@ struct HiddenEpilogue {
         const int r = tile.first + place.row(i, k);
         const bool live = r < tile.end;
         at[k].served = live && known && source_row(p.x.index, p.x.divisor, r, rows) >= 0;
-        at[k].scale = at[k].served && scale.data ? scale.data[r * scale.row + e * scale.expert] : 1.0f;
+        at[k].routing_weight =
+            at[k].served && routing_weights.data ? routing_weights.data[r * routing_weights.row + e * routing_weights.expert] : 1.0f;
         at[k].u = at[k].served ? source_row(u.index, u.divisor, r, rows) * u.row + e * u.expert : 0;
         at[k].du = live && du ? du.at(r, e, rows) : -1;
-        at[k].h = live && h ? h.at(r, e, rows) : -1;
+        at[k].h = live && weighted_hidden ? weighted_hidden.at(r, e, rows) : -1;
         at[k].sum = 0.0f;
       }
 #pragma unroll 1
@@ -237,18 +242,18 @@ struct HiddenEpilogue {
             const Slope f = slope(activation, to_float(values(row.u + (n + c) * u.column)));
             const float up = gated ? to_float(values(row.u + (n + c + p.width) * u.column)) : 1.0f;
             row.sum += dh[k][c] * f.value * up;
-            all[c] = row.scale * f.value * up;
-            gate[c] = row.scale * dh[k][c] * up * f.derivative;
-            second[c] = row.scale * dh[k][c] * f.value;
+            all[c] = row.routing_weight * f.value * up;
+            gate[c] = row.routing_weight * dh[k][c] * up * f.derivative;
+            second[c] = row.routing_weight * dh[k][c] * f.value;
           }
-          if (row.h >= 0) h.write(row.h + n, left, all[0], all[1]);
+          if (row.h >= 0) weighted_hidden.write(row.h + n, left, all[0], all[1]);
           if (row.du >= 0) {
             du.write(row.du + n, left, gate[0], gate[1]);
             if (gated) du.write(row.du + p.width + n, left, second[0], second[1]);
           }
         }
       }
-      if (!parts) continue;
+      if (!partials) continue;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         float sum = at[k].sum;
@@ -259,16 +264,16 @@ struct HiddenEpilogue {
         if (Tile::warps_n > 1)
           sums[place.warp_n * Tile::m + place.row(i, k)] = sum;
         else if (r < tile.end)
-          parts[(tile.column * rows + r) * (dense ? p.groups.experts : 1) + (dense ? e : 0)] = sum;
+          partials[(tile.column * rows + r) * (dense ? p.groups.experts : 1) + (dense ? e : 0)] = sum;
       }
     }
-    if (!parts || Tile::warps_n == 1) return;
+    if (!partials || Tile::warps_n == 1) return;
     __syncthreads();
     const int row = static_cast<int>(threadIdx.x), r = tile.first + row;
     if (row < Tile::m && row % Tile::warp_m < 16 * Tile::tiles_m && r < tile.end) {
       float sum = 0.0f;
       for (int w = 0; w < Tile::warps_n; ++w) sum += sums[w * Tile::m + row];
-      parts[(tile.column * rows + r) * (dense ? p.groups.experts : 1) + (dense ? e : 0)] = sum;
+      partials[(tile.column * rows + r) * (dense ? p.groups.experts : 1) + (dense ? e : 0)] = sum;
     }
     __syncthreads();
   }
@@ -276,7 +281,7 @@ struct HiddenEpilogue {
  private:
   struct Row {
     bool served;
-    float scale, sum;
+    float routing_weight, sum;
     int64_t u, du, h;  // where it is read and stored; -1: nowhere
   };
 };

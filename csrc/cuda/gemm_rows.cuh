@@ -152,7 +152,7 @@ class RowLoader<T, Tile, Load::elements, b_along_lanes> {
 
 template <class T, class Tile, Load how, bool b_along_lanes, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    row_product_kernel(const __grid_constant__ RowArguments p, const __grid_constant__ Epilogue epilogue) {
+    grouped_gemm_kernel(const __grid_constant__ RowArguments p, const __grid_constant__ Epilogue epilogue) {
   CU_DYNAMIC_SHARED(memory);
   const SharedAddress ring = shared_address(memory);
   unsigned char* const scratch = memory + Tile::stages * Tile::stage_bytes;
@@ -196,7 +196,7 @@ void launch_rows(const char* operation, RowArguments p, const Epilogue& epilogue
   if (!tiles || !p.groups.rows) return;
   const size_t shared =
       Tile::stages * Tile::stage_bytes + Epilogue::template scratch_bytes<Tile> + RowTiles<Tile::m, Tile::threads>::bytes(p.groups);
-  launch(operation, row_product_kernel<T, Tile, how, b_along_lanes, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared,
+  launch(operation, grouped_gemm_kernel<T, Tile, how, b_along_lanes, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared,
          stream, p, epilogue);
 }
 

@@ -2,7 +2,7 @@
 //
 // Memory plan. A stage holds 64 of k, 128 bytes for each row of x and each output of W, swizzled as wgmma reads them (descriptor.h); four
 // stages are a ring, each with a barrier that says it is full and one that says it is empty. Two warpgroups multiply; a third one fills,
-// and leaves them most of its registers: one thread issues tensor copies of x and W. Rows that are gathered (an index, selections of a
+// and leaves them most of its registers: one thread issues tensor copies of x and W. Rows that are gathered (an index, assignments of a
 // token) have no box: all its threads copy them by cp.async to where a tensor copy would have put them. It runs ahead by the ring, over the
 // end of a tile: while results are stored, operands of the next tile arrive.
 //
@@ -38,7 +38,7 @@ using Part = Tile<Of::m, columns, Of::m / 16, 1, 4, 1>;
 template <class Epilogue>
 constexpr int columns_at_once = 16;
 template <class T>
-constexpr int columns_at_once<HiddenEpilogue<T>> = 32;
+constexpr int columns_at_once<DactEpilogue<T>> = 32;
 using CommonTile = WarpgroupTile<128, 256>;
 using OwnTile = WarpgroupTile<64, 128>;
 
@@ -199,8 +199,8 @@ __device__ void store(const RowArguments& p, const RowTile& tile, bool known, co
 
 template <class T, class Tile, Major major, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, 1)
-    row_product_sm90_kernel(const __grid_constant__ Maps maps, const __grid_constant__ RowArguments p,
-                            const __grid_constant__ Epilogue epilogue) {
+    grouped_gemm_sm90_kernel(const __grid_constant__ Maps maps, const __grid_constant__ RowArguments p,
+                             const __grid_constant__ Epilogue epilogue) {
 #if defined(CMOE_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   CU_DYNAMIC_SHARED(memory);
   CU_SHARED(uint64_t, barriers, Ring<Tile>::barriers);
@@ -296,7 +296,7 @@ void launch_rows_sm90(const char* operation, const Mapped& from, RowArguments p,
   const bool by_threads = gathers(p.x);
   const Maps maps{by_threads ? w : tensor_map(from.x, Tile::m), w, alternates(from.x)};
   const size_t shared = Tile::stages * Tile::stage_bytes + RowTiles<Tile::m, Tile::threads>::bytes(p.groups);
-  launch(operation, row_product_sm90_kernel<T, Tile, major, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared, stream, maps,
+  launch(operation, grouped_gemm_sm90_kernel<T, Tile, major, Epilogue>, persistent_blocks<Tile>(tiles), Tile::threads, shared, stream, maps,
          p, epilogue);
 }
 

@@ -6,10 +6,10 @@
 
 namespace cmoe::cuda {
 
-bool row_product_sm90(const char* operation, const RowProduct& p, Stream stream);
-bool hidden_product_sm90(const char* operation, const HiddenProduct& p, Stream stream);
-bool weight_product_sm90(const char* operation, const WeightProduct& p, Stream stream);
-// How many parts hidden_product_sm90 cuts the columns into; 0 where it does not serve.
-int64_t hidden_parts_sm90(const HiddenProduct& p);
+bool grouped_gemm_sm90(const char* operation, const GroupedGemm& p, Stream stream);
+bool dact_gemm_sm90(const char* operation, const DactGemm& p, Stream stream);
+bool wgrad_sm90(const char* operation, const Wgrad& p, Stream stream);
+// Partials per row that dact_gemm_sm90 leaves; 0 where it does not serve.
+int64_t dact_partials_sm90(const DactGemm& p);
 
 }  // namespace cmoe::cuda

@@ -10,14 +10,14 @@ namespace {
 
 // What lies in rows that an index, which is no permutation, leaves out is zero.
 Tensor rows_for(const Tensor& like, int64_t rows, int64_t width, bool indexed) {
-  return indexed ? zeros(like, {rows, width}) : fresh(like, {rows, width});
+  return indexed ? zeros(like, {rows, width}) : empty_tensor(like, {rows, width});
 }
 
 Tensor settled(const Tensor& x, const Tensor& offsets, int64_t experts, int64_t rows, Stream stream) {
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == experts + 1,
                   "offsets must be int32 of shape (", experts + 1, ",), got shape ", shape(offsets));
   require_rows(rows);
-  Tensor ends = fresh(x, {experts + 1}, ScalarType::Int);
+  Tensor ends = empty_tensor(x, {experts + 1}, ScalarType::Int);
   settled_offsets(static_cast<const int32_t*>(offsets.const_data_ptr()), offsets.stride(0), experts, rows, data<int32_t>(ends), stream);
   return ends;
 }
@@ -26,38 +26,38 @@ Tensor settled(const Tensor& x, const Tensor& offsets, int64_t experts, int64_t 
 
 std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
                                           int64_t k, std::optional<Tensor> scatter_idx, std::optional<OwnedString> activation, bool save) {
-  const Activation act = activation ? activation_of(taken(*activation)) : Activation::none;
+  const Activation act = activation ? activation_of(consume_string(*activation)) : Activation::none;
   const OnDevice on(x);
   const int64_t rows = x.size(0) * k, experts = w.size(0);
   const Tensor ends = settled(x, offsets, experts, rows, on.stream);
-  const std::optional<Tensor> gather = dense(gather_idx), scatter = dense(scatter_idx);
-  Tensor y = rows_for(x, rows, w.size(1), scatter.has_value()), u = save ? fresh(x, {rows, w.size(1)}) : absent(x);
+  const std::optional<Tensor> gather = contiguous_or_null(gather_idx), scatter = contiguous_or_null(scatter_idx);
+  Tensor y = rows_for(x, rows, w.size(1), scatter.has_value()), u = save ? empty_tensor(x, {rows, w.size(1)}) : empty_placeholder(x);
   const Tensor w_rounded = rounded(w, x);
-  RowProduct p = row_product_of(type_of("x", x), {static_cast<const int32_t*>(ends.const_data_ptr()), rows, experts}, w.size(1), w.size(2),
-                                rows_of("x", x, indices_of(gather), k), weights_of("w", w_rounded));
+  GroupedGemm p = grouped_gemm_of(type_of("x", x), {static_cast<const int32_t*>(ends.const_data_ptr()), rows, experts}, w.size(1),
+                                  w.size(2), rows_of("x", x, indices_of(gather), k), weights_of("w", w_rounded));
   p.b = table_of("b", b);
   p.activation = act;
   p.y = target_of(y, indices_of(scatter));
   if (save) p.u = target_of(u);
-  row_product("grouped_linear", p, on.stream);
+  grouped_gemm("grouped_linear", p, on.stream);
   return {y, u};
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
                                                            std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
                                                            int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
-  const Activation act = activation ? activation_of(taken(*activation)) : Activation::none;
+  const Activation act = activation ? activation_of(consume_string(*activation)) : Activation::none;
   const OnDevice on(x);
   const int64_t rows = x.size(0) * k, experts = w.size(0);
   const Type type = type_of("x", x);
   const Tensor ends = settled(x, offsets, experts, rows, on.stream);
   const Groups groups{static_cast<const int32_t*>(ends.const_data_ptr()), rows, experts};
-  const std::optional<Tensor> gather = dense(gather_idx), scatter = dense(scatter_idx);
+  const std::optional<Tensor> gather = contiguous_or_null(gather_idx), scatter = contiguous_or_null(scatter_idx);
   Tensor dx = gradient_like(x, needs[0], x), dw = gradient_like(w, needs[1], x), db = gradient_like(b, needs[2], x);
   RowOperand du = rows_of("dy", dy, indices_of(scatter));
-  Tensor du_rows = absent(x);
+  Tensor du_rows = empty_placeholder(x);
   if (act != Activation::none) {
-    du_rows = fresh(x, {rows, w.size(1)});
+    du_rows = empty_tensor(x, {rows, w.size(1)});
     const Tensor pre = torch::stable::contiguous(u);
     activation_gradient(type, du, pre.const_data_ptr(), rows, w.size(1), act, du_rows.mutable_data_ptr(), on.stream);
     du = rows_of("du", du_rows);
@@ -65,19 +65,19 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
   if (needs[0]) {
     Tensor drows = k == 1 && !gather ? dx : rows_for(x, rows, x.size(1), gather.has_value());
     const Tensor w_rounded = rounded(w, x);
-    RowProduct p = row_product_of(type, groups, w.size(2), w.size(1), du, weights_of("w", w_rounded).transposed());
+    GroupedGemm p = grouped_gemm_of(type, groups, w.size(2), w.size(1), du, weights_of("w", w_rounded).transposed());
     p.y = target_of(drows, indices_of(gather));
-    row_product("grouped_linear_backward", p, on.stream);
+    grouped_gemm("grouped_linear_backward", p, on.stream);
     if (k != 1)
-      sum_selections(type, drows.const_data_ptr(), x.size(0), k, x.size(1), dx.mutable_data_ptr(), on.stream);
+      sum_assignments(type, drows.const_data_ptr(), x.size(0), k, x.size(1), dx.mutable_data_ptr(), on.stream);
     else if (gather)
       dx = drows;
   }
   if (needs[1] || (b && needs[2])) {
-    WeightProduct p = weight_product_of(type, groups, w.size(1), w.size(2), du, rows_of("x", x, indices_of(gather), k));
+    Wgrad p = wgrad_of(type, groups, w.size(1), w.size(2), du, rows_of("x", x, indices_of(gather), k));
     if (needs[1]) p.dw = gradient_of(dw);
     if (b && needs[2]) p.db = gradient_of(db);
-    weight_product("grouped_linear_backward", p, on.stream);
+    wgrad("grouped_linear_backward", p, on.stream);
   }
   return {dx, dw, db};
 }

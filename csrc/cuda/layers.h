@@ -44,50 +44,50 @@ inline Target gradient_of(Tensor& t) {
   return {t.mutable_data_ptr(), type_of("a gradient", t), t.dim() == 3 ? t.stride(1) : 0, t.stride(0)};
 }
 
-inline RowProduct row_product_of(Type type, const Groups& groups, int64_t width, int64_t depth, const RowOperand& x,
-                                 const WeightOperand& w) {
-  RowProduct p;
+inline GroupedGemm grouped_gemm_of(Type type, const Groups& groups, int64_t width, int64_t depth, const RowOperand& x,
+                                   const WeightOperand& w) {
+  GroupedGemm p;
   p.type = type, p.groups = groups, p.width = width, p.depth = depth, p.x = x, p.w = w;
   return p;
 }
-inline HiddenProduct hidden_product_of(Type type, const Groups& groups, int64_t width, int64_t depth, const RowOperand& dy,
-                                       const WeightOperand& w) {
-  HiddenProduct p;
+inline DactGemm dact_gemm_of(Type type, const Groups& groups, int64_t width, int64_t depth, const RowOperand& dy, const WeightOperand& w) {
+  DactGemm p;
   p.type = type, p.groups = groups, p.width = width, p.depth = depth, p.dy = dy, p.w = w;
   return p;
 }
-inline WeightProduct weight_product_of(Type type, const Groups& groups, int64_t height, int64_t width, const RowOperand& p,
-                                       const RowOperand& q) {
-  WeightProduct w;
+inline Wgrad wgrad_of(Type type, const Groups& groups, int64_t height, int64_t width, const RowOperand& p, const RowOperand& q) {
+  Wgrad w;
   w.type = type, w.groups = groups, w.height = height, w.width = width, w.p = p, w.q = q;
   return w;
 }
 
-inline Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
-inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty_placeholder(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
+inline Tensor empty_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
-inline Tensor fresh(const Tensor& like, std::vector<int64_t> sizes) { return fresh(like, std::move(sizes), like.scalar_type()); }
+inline Tensor empty_tensor(const Tensor& like, std::vector<int64_t> sizes) {
+  return empty_tensor(like, std::move(sizes), like.scalar_type());
+}
 inline Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
   return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), like.scalar_type());
 }
 // The gradient of a tensor where it is wanted.
 inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) {
-  if (!t || !wanted) return absent(like);
+  if (!t || !wanted) return empty_placeholder(like);
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < t->dim(); ++d) sizes.push_back(t->size(d));
-  return fresh(*t, sizes);
+  return empty_tensor(*t, sizes);
 }
 
 inline const int64_t* indices_of(const std::optional<Tensor>& t) { return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr; }
-inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
 // Rows are counted in int32, also those of a tile that ends beyond the last.
 constexpr int64_t most_rows = INT32_MAX - 255;
 inline void require_rows(int64_t rows) {
-  STD_TORCH_CHECK(rows <= most_rows, "x has too many rows, ", rows, " with every selection; at most ", most_rows);
+  STD_TORCH_CHECK(rows <= most_rows, "x has too many rows, ", rows, " with every assignment; at most ", most_rows);
 }
 
 }  // namespace cmoe::cuda

@@ -36,15 +36,16 @@ __device__ inline float sum_of_block(float v, float* sums) {
   return total;
 }
 
-// scratch[part, g, e]: every `parts`-th row of the stack.
+// scratch[part, g, e]: every `partials`-th row of the stack.
 template <class T>
-__global__ void __launch_bounds__(block) dot_parts_kernel(Stack stack, const float* d, int64_t groups, int64_t parts, float* scratch) {
+__global__ void __launch_bounds__(block)
+    dot_partials_kernel(Stack stack, const float* d, int64_t groups, int64_t partials, float* scratch) {
   CU_SHARED(float, sums, block / 32);
   const int64_t pairs = groups * stack.experts;
-  for (int64_t t = blockIdx.x; t < parts * pairs; t += gridDim.x) {
+  for (int64_t t = blockIdx.x; t < partials * pairs; t += gridDim.x) {
     const int64_t part = t / pairs, g = t % pairs / stack.experts, e = t % stack.experts;
     float sum = 0.0f;
-    for (int64_t i = part; i < stack.height; i += parts)
+    for (int64_t i = part; i < stack.height; i += partials)
       for (int64_t j = threadIdx.x; j < stack.width; j += block)
         sum += d[(g * stack.height + i) * stack.width + j] * value<T>(stack, e, i, j);
     sum = sum_of_block(sum, sums);
@@ -52,10 +53,10 @@ __global__ void __launch_bounds__(block) dot_parts_kernel(Stack stack, const flo
   }
 }
 
-__global__ void __launch_bounds__(block) add_parts_kernel(const float* scratch, int64_t parts, int64_t pairs, bool add, float* out) {
+__global__ void __launch_bounds__(block) add_partials_kernel(const float* scratch, int64_t partials, int64_t pairs, bool add, float* out) {
   for (int64_t i = int64_t{blockIdx.x} * block + threadIdx.x; i < pairs; i += int64_t{gridDim.x} * block) {
     float sum = add ? out[i] : 0.0f;
-    for (int64_t part = 0; part < parts; ++part) sum += scratch[part * pairs + i];
+    for (int64_t part = 0; part < partials; ++part) sum += scratch[part * pairs + i];
     out[i] = sum;
   }
 }
@@ -78,17 +79,17 @@ void mix(const Stack& stack, const float* c, int64_t c_row, int64_t c_column, in
   });
 }
 
-int64_t dot_parts(const Stack& stack) { return stack.height < 64 ? stack.height : 64; }
+int64_t dot_partials(const Stack& stack) { return stack.height < 64 ? stack.height : 64; }
 
 void dots(const Stack& stack, const float* d, int64_t groups, bool add, float* scratch, float* out, Stream stream) {
-  const int64_t parts = dot_parts(stack), pairs = groups * stack.experts;
+  const int64_t partials = dot_partials(stack), pairs = groups * stack.experts;
   if (!pairs) return;
-  if (parts)
+  if (partials)
     dispatch("dots", stack.type, [&](auto from) {
       using T = decltype(from);
-      launch("dots", dot_parts_kernel<T>, blocks_for(parts * pairs), block, 0, stream, stack, d, groups, parts, scratch);
+      launch("dots", dot_partials_kernel<T>, blocks_for(partials * pairs), block, 0, stream, stack, d, groups, partials, scratch);
     });
-  launch("dots", add_parts_kernel, blocks_for((pairs + block - 1) / block), block, 0, stream, scratch, parts, pairs, add, out);
+  launch("dots", add_partials_kernel, blocks_for((pairs + block - 1) / block), block, 0, stream, scratch, partials, pairs, add, out);
 }
 
 }  // namespace cmoe::cuda

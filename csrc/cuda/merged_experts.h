@@ -18,7 +18,7 @@ struct Stack {
 void mix(const Stack& stack, const float* c, int64_t c_row, int64_t c_column, int64_t m, Type out_type, void* out, Stream stream);
 
 // out [groups, experts] (+)= <d[g], stack[e]>, d [groups, height, width] fp32 without gaps; in two steps, whose order is fixed.
-int64_t dot_parts(const Stack& stack);  // floats of scratch for each element of out
+int64_t dot_partials(const Stack& stack);  // floats of scratch for each element of out
 void dots(const Stack& stack, const float* d, int64_t groups, bool add, float* scratch, float* out, Stream stream);
 
 }  // namespace cmoe::cuda

@@ -21,18 +21,19 @@ namespace {
 // The gates of each token, spread out only where tokens share rows by group.
 struct Gates {
   Tensor spread;
-  Scale scale;
+  RoutingWeights routing_weights;
 
   Gates(const Tensor& gates, const std::optional<Tensor>& group_ids, int64_t tokens, Stream stream) {
     if (group_ids) {
       const Tensor ids = torch::stable::contiguous(*group_ids);
-      spread = fresh(gates, {tokens, gates.size(1)});
+      spread = empty_tensor(gates, {tokens, gates.size(1)});
       per_token(static_cast<const float*>(gates.const_data_ptr()), gates.stride(0), gates.stride(1), gates.size(0),
                 static_cast<const int64_t*>(ids.const_data_ptr()), tokens, gates.size(1), data<float>(spread), stream);
     } else {
       spread = gates;
     }
-    scale = {static_cast<const float*>(spread.const_data_ptr()), spread.size(0) == tokens ? spread.stride(0) : 0, spread.stride(1)};
+    routing_weights = {static_cast<const float*>(spread.const_data_ptr()), spread.size(0) == tokens ? spread.stride(0) : 0,
+                       spread.stride(1)};
   }
 };
 
@@ -56,7 +57,7 @@ Stack stack_of(const char* name, const Tensor& t) {
 // sum_e gates[m, e] t[e], or by the gates' columns.
 Tensor mixed(const Tensor& t, const Tensor& gates, bool by_columns, ScalarType dtype, Stream stream) {
   const int64_t m = gates.size(by_columns ? 1 : 0);
-  Tensor out = t.dim() == 3 ? fresh(t, {m, t.size(1), t.size(2)}, dtype) : fresh(t, {m, t.size(1)}, dtype);
+  Tensor out = t.dim() == 3 ? empty_tensor(t, {m, t.size(1), t.size(2)}, dtype) : empty_tensor(t, {m, t.size(1)}, dtype);
   mix(stack_of("w1", t), static_cast<const float*>(gates.const_data_ptr()), gates.stride(by_columns ? 1 : 0),
       gates.stride(by_columns ? 0 : 1), m, type_of("a result", out), out.mutable_data_ptr(), stream);
   return out;
@@ -72,11 +73,11 @@ struct TokensByGroup {
     const int64_t tokens = x.size(0), count = gates.size(0);
     groups = {nullptr, tokens, count};
     if (!group_ids) return;  // one group, which has every token
-    order = fresh(x, {tokens}, ScalarType::Long);
-    offsets = fresh(x, {count + 1}, ScalarType::Int);
-    const Selections s{
+    order = empty_tensor(x, {tokens}, ScalarType::Long);
+    offsets = empty_tensor(x, {count + 1}, ScalarType::Int);
+    const Assignments s{
         {static_cast<const int64_t*>(group_ids->const_data_ptr()), group_ids->stride(0), 1}, tokens, nullptr, tokens, 1, count};
-    Tensor scratch = fresh(x, {sort_scratch(s)}, ScalarType::Int);
+    Tensor scratch = empty_tensor(x, {sort_scratch(s)}, ScalarType::Int);
     sort_by_expert(s, {}, data<int64_t>(order), data<int32_t>(offsets), nullptr, data<int32_t>(scratch), stream);
     groups.offsets = data<int32_t>(offsets);
     index = data<int64_t>(order);
@@ -88,11 +89,11 @@ Tensor merged(const Tensor& x, const Tensor& gates, const Tensor& w, const std::
   const TokensByGroup by(x, gates, group_ids, stream);
   const Tensor layer = mixed(w, gates, false, x.scalar_type(), stream);
   const std::optional<Tensor> bias = b ? std::optional<Tensor>(mixed(*b, gates, false, ScalarType::Float, stream)) : std::nullopt;
-  Tensor y = fresh(x, {x.size(0), w.size(1)});
-  RowProduct p = row_product_of(type_of("x", x), by.groups, w.size(1), w.size(2), rows_of("x", x, by.index), weights_of("w1", layer));
+  Tensor y = empty_tensor(x, {x.size(0), w.size(1)});
+  GroupedGemm p = grouped_gemm_of(type_of("x", x), by.groups, w.size(1), w.size(2), rows_of("x", x, by.index), weights_of("w1", layer));
   p.b = table_of("b1", bias);
   p.y = target_of(y, by.index);
-  row_product("soft_experts", p, stream);
+  grouped_gemm("soft_experts", p, stream);
   return y;
 }
 
@@ -104,22 +105,23 @@ void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, con
   const int64_t groups = gates.size(0);
   if (needs[0]) {
     const Tensor layer = mixed(w, gates, false, x.scalar_type(), stream);
-    RowProduct p = row_product_of(type, by.groups, w.size(2), w.size(1), rows_of("dy", dy, by.index), weights_of("w1", layer).transposed());
+    GroupedGemm p =
+        grouped_gemm_of(type, by.groups, w.size(2), w.size(1), rows_of("dy", dy, by.index), weights_of("w1", layer).transposed());
     p.y = target_of(dx, by.index);
-    row_product("soft_experts_backward", p, stream);
+    grouped_gemm("soft_experts_backward", p, stream);
   }
   const bool want_db = b && needs[3], by_bias = b && (needs[1] || needs[3]);
   if (!needs[1] && !needs[2] && !want_db) return;
   // What a merged layer gets is shared out to its experts by their gates.
-  Tensor dlayer = fresh(x, {groups, w.size(1), w.size(2)}, ScalarType::Float),
-         dbias = by_bias ? fresh(x, {groups, w.size(1)}, ScalarType::Float) : absent(x);
-  WeightProduct p = weight_product_of(type, by.groups, w.size(1), w.size(2), rows_of("dy", dy, by.index), rows_of("x", x, by.index));
+  Tensor dlayer = empty_tensor(x, {groups, w.size(1), w.size(2)}, ScalarType::Float),
+         dbias = by_bias ? empty_tensor(x, {groups, w.size(1)}, ScalarType::Float) : empty_placeholder(x);
+  Wgrad p = wgrad_of(type, by.groups, w.size(1), w.size(2), rows_of("dy", dy, by.index), rows_of("x", x, by.index));
   if (needs[1] || needs[2]) p.dw = gradient_of(dlayer);
   if (by_bias) p.db = gradient_of(dbias);
-  weight_product("soft_experts_backward", p, stream);
+  wgrad("soft_experts_backward", p, stream);
   if (needs[1]) {
     const Stack stack = stack_of("w1", w);
-    Tensor scratch = fresh(x, {std::max<int64_t>(dot_parts(stack), 1) * groups * w.size(0)}, ScalarType::Float);
+    Tensor scratch = empty_tensor(x, {std::max<int64_t>(dot_partials(stack), 1) * groups * w.size(0)}, ScalarType::Float);
     dots(stack, data<float>(dlayer), groups, false, data<float>(scratch), data<float>(dgates), stream);
     if (b) dots(stack_of("b1", *b), data<float>(dbias), groups, true, data<float>(scratch), data<float>(dgates), stream);
   }
@@ -131,34 +133,35 @@ void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, con
 
 std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
                                         std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool save) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   require(x, gates, w1, group_ids);
   const OnDevice on(x);
-  if (merges(x, gates, w2)) return {merged(x, gates, w1, b1, group_ids, on.stream), absent(x)};
+  if (merges(x, gates, w2)) return {merged(x, gates, w1, b1, group_ids, on.stream), empty_placeholder(x)};
   const int64_t tokens = x.size(0), experts = w1.size(0), outputs = w2 ? w2->size(1) : w1.size(1);
   const Gates g(gates, group_ids, tokens, on.stream);
   const Type type = type_of("x", x);
   const Groups groups{nullptr, tokens, experts};
-  Tensor y = fresh(x, {tokens, outputs}), u = save ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x);
+  Tensor y = empty_tensor(x, {tokens, outputs}), u = save ? empty_tensor(x, {tokens, experts, w1.size(1)}) : empty_placeholder(x);
   const Tensor w1_rounded = rounded(w1, x), last = w2 ? rounded(*w2, x) : w1_rounded;
-  Tensor a = fresh(x, {tokens, experts, w2 ? w1.size(1) : w1.size(2)});
+  Tensor weighted_hidden = empty_tensor(x, {tokens, experts, w2 ? w1.size(1) : w1.size(2)});
   if (w2) {
-    RowProduct first = row_product_of(type, groups, w1.size(1), w1.size(2), rows_of("x", x), weights_of("w1", w1_rounded));
+    GroupedGemm first = grouped_gemm_of(type, groups, w1.size(1), w1.size(2), rows_of("x", x), weights_of("w1", w1_rounded));
     first.b = table_of("b1", b1);
     first.activation = act;
-    first.scale = g.scale;
-    first.y = target_of(a);
+    first.routing_weights = g.routing_weights;
+    first.y = target_of(weighted_hidden);
     if (save) first.u = target_of(u);
-    row_product("soft_experts", first, on.stream);
+    grouped_gemm("soft_experts", first, on.stream);
   } else {
-    scaled_rows(type, rows_of("x", x), groups, g.scale, x.size(1), a.mutable_data_ptr(), on.stream);
+    weighted_rows(type, rows_of("x", x), groups, g.routing_weights, x.size(1), weighted_hidden.mutable_data_ptr(), on.stream);
   }
-  RowProduct second = row_product_of(type, groups, outputs, last.size(2), expert_rows_of("a", a), weights_of("w2", last));
+  GroupedGemm second =
+      grouped_gemm_of(type, groups, outputs, last.size(2), expert_rows_of("weighted_hidden", weighted_hidden), weights_of("w2", last));
   second.sum = true;
   second.b = table_of("b2", w2 ? b2 : b1);
-  second.scale = g.scale;
+  second.routing_weights = g.routing_weights;
   second.y = target_of(y);
-  row_product("soft_experts", second, on.stream);
+  grouped_gemm("soft_experts", second, on.stream);
   return {y, u};
 }
 
@@ -167,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
                                                                                  std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                  Tensor u, OwnedString activation,
                                                                                  std::vector<bool> needs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   require(x, gates, w1, group_ids);
   const OnDevice on(x);
   const int64_t tokens = x.size(0), experts = w1.size(0);
@@ -188,70 +191,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
              want_db1 = w2 && b1 && needs[3];
   const bool want_du = w2 && (needs[0] || needs[2] || want_db1);
 
-  HiddenProduct hidden = hidden_product_of(type, groups, last.size(2), last.size(1), dy_rows, weights_of("w2", last).transposed());
-  hidden.scale = g.scale;
-  Tensor du = want_du ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x),
-         a = w2 && want_dw_last ? fresh(x, {tokens, experts, w1.size(1)}) : absent(x);
+  DactGemm hidden = dact_gemm_of(type, groups, last.size(2), last.size(1), dy_rows, weights_of("w2", last).transposed());
+  hidden.routing_weights = g.routing_weights;
+  Tensor du = want_du ? empty_tensor(x, {tokens, experts, w1.size(1)}) : empty_placeholder(x),
+         weighted_hidden = w2 && want_dw_last ? empty_tensor(x, {tokens, experts, w1.size(1)}) : empty_placeholder(x);
   if (w2) {
     if (!u.numel() && tokens) {  // the first layer again, by the kernels of the forward pass
-      u = fresh(x, {tokens, experts, w1.size(1)});
-      RowProduct first = row_product_of(type, groups, w1.size(1), w1.size(2), x_rows, weights_of("w1", w1_rounded));
+      u = empty_tensor(x, {tokens, experts, w1.size(1)});
+      GroupedGemm first = grouped_gemm_of(type, groups, w1.size(1), w1.size(2), x_rows, weights_of("w1", w1_rounded));
       first.b = table_of("b1", b1);
       first.activation = act;
       first.u = target_of(u);
-      row_product("soft_experts_backward", first, on.stream);
+      grouped_gemm("soft_experts_backward", first, on.stream);
     }
     hidden.activation = act;
     hidden.u = tokens ? expert_rows_of("u", u) : RowOperand{};
     if (want_du) hidden.du = target_of(du);
-    if (want_dw_last) hidden.h = target_of(a);
+    if (want_dw_last) hidden.weighted_hidden = target_of(weighted_hidden);
   } else {
     hidden.u = x_rows;
   }
-  Tensor parts = needs[1] ? fresh(x, {hidden_parts(hidden), tokens, experts}, ScalarType::Float) : absent(x);
-  if (needs[1]) hidden.parts = data<float>(parts);
-  if (want_du || (w2 && want_dw_last) || needs[1]) hidden_product("soft_experts_backward", hidden, on.stream);
+  Tensor partials = needs[1] ? empty_tensor(x, {dact_partials(hidden), tokens, experts}, ScalarType::Float) : empty_placeholder(x);
+  if (needs[1]) hidden.partials = data<float>(partials);
+  if (want_du || (w2 && want_dw_last) || needs[1]) dact_gemm("soft_experts_backward", hidden, on.stream);
   if (needs[1]) {
     const bool own = !group_ids && gates.size(0) == tokens;
-    Tensor per_row = own ? dgates : fresh(x, {tokens, experts}, ScalarType::Float);
-    weight_gradients(hidden.parts, hidden_parts(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups,
-                     data<float>(per_row), on.stream);
+    Tensor per_row = own ? dgates : empty_tensor(x, {tokens, experts}, ScalarType::Float);
+    routing_weight_grad(hidden.partials, dact_partials(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups,
+                        data<float>(per_row), on.stream);
     if (!own) {
-      const std::optional<Tensor> ids = dense(group_ids);
+      const std::optional<Tensor> ids = contiguous_or_null(group_ids);
       sum_per_group(data<float>(per_row), indices_of(ids), tokens, gates.size(0), experts, data<float>(dgates), on.stream);
     }
   }
 
   // Single linear experts: gate_e dy is what du is to two layers, and what their own weights multiply.
-  Tensor weighted = absent(x);
+  Tensor weighted = empty_placeholder(x);
   if (!w2 && (needs[0] || want_dw_last)) {
-    weighted = fresh(x, {tokens, experts, last.size(1)});
-    scaled_rows(type, dy_rows, groups, g.scale, last.size(1), weighted.mutable_data_ptr(), on.stream);
+    weighted = empty_tensor(x, {tokens, experts, last.size(1)});
+    weighted_rows(type, dy_rows, groups, g.routing_weights, last.size(1), weighted.mutable_data_ptr(), on.stream);
   }
   if (needs[0]) {
-    RowProduct back = row_product_of(type, groups, w1.size(2), w1.size(1), expert_rows_of("du", w2 ? du : weighted),
-                                     weights_of("w1", w1_rounded).transposed());
+    GroupedGemm back = grouped_gemm_of(type, groups, w1.size(2), w1.size(1), expert_rows_of("du", w2 ? du : weighted),
+                                       weights_of("w1", w1_rounded).transposed());
     back.sum = true;
     back.y = target_of(dx);
-    row_product("soft_experts_backward", back, on.stream);
+    grouped_gemm("soft_experts_backward", back, on.stream);
   }
   if (w2 && (needs[2] || want_db1)) {
-    WeightProduct w = weight_product_of(type, groups, w1.size(1), w1.size(2), expert_rows_of("du", du), x_rows);
+    Wgrad w = wgrad_of(type, groups, w1.size(1), w1.size(2), expert_rows_of("du", du), x_rows);
     if (needs[2]) w.dw = gradient_of(dw1);
     if (want_db1) w.db = gradient_of(db1);
-    weight_product("soft_experts_backward", w, on.stream);
+    wgrad("soft_experts_backward", w, on.stream);
   }
   if (want_dw_last) {
-    WeightProduct w = weight_product_of(type, groups, last.size(1), last.size(2), w2 ? dy_rows : expert_rows_of("dy", weighted),
-                                        w2 ? expert_rows_of("h", a) : x_rows);
+    Wgrad w = wgrad_of(type, groups, last.size(1), last.size(2), w2 ? dy_rows : expert_rows_of("dy", weighted),
+                       w2 ? expert_rows_of("weighted_hidden", weighted_hidden) : x_rows);
     w.dw = gradient_of(dw_last);
-    if (w2 && want_db_last) w.db = gradient_of(db_last), w.scale = g.scale;
-    weight_product("soft_experts_backward", w, on.stream);
+    if (w2 && want_db_last) w.db = gradient_of(db_last), w.routing_weights = g.routing_weights;
+    wgrad("soft_experts_backward", w, on.stream);
   }
   if (want_db_last && (!w2 || !want_dw_last)) {  // from dy itself, not from what was rounded for the product
-    WeightProduct w = weight_product_of(type, groups, last.size(1), 1, dy_rows, dy_rows);
-    w.db = gradient_of(db_last), w.scale = g.scale;
-    weight_product("soft_experts_backward", w, on.stream);
+    Wgrad w = wgrad_of(type, groups, last.size(1), 1, dy_rows, dy_rows);
+    w.db = gradient_of(db_last), w.routing_weights = g.routing_weights;
+    wgrad("soft_experts_backward", w, on.stream);
   }
   return {dx, dgates, dw1, db1, dw2, db2};
 }

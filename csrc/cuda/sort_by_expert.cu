@@ -1,15 +1,15 @@
-// The order of selections by expert, by counting: one launch for few selections, two for many, and none that waits for another block.
+// The order of assignments by expert, by counting: one launch for few assignments, two for many, and none that waits for another block.
 //
-// A block has a range of the selections, a warp a part of that, and a warp reads 32 at a time. Lanes with the same expert find each other
+// A block has a range of the assignments, a warp a part of that, and a warp reads 32 at a time. Lanes with the same expert find each other
 // (match), so a lane's rank among them is a population count, and the lowest of them alone writes their number: every place is computed,
 // none is drawn from a counter, and the order is stable and the same each time.
-//   count   each block counts its selections per expert, into a row of a table [blocks, E + 1]
+//   count   each block counts its assignments per expert, into a row of a table [blocks, E + 1]
 //   order   each block adds up the table (at most `most_blocks` rows, from the second-level cache) for where each expert begins and what
-//           lies before its own range, counts per warp, and stores each selection at its place
+//           lies before its own range, counts per warp, and stores each assignment at its place
 // With a single block the table is not needed and `order` does it all.
 //
-// Shared memory: (warps + 2) (E + 1) integers. Selections may be one row for all tokens, or one per group: the table is never spread out in
-// memory.
+// Shared memory: (warps + 2) (E + 1) integers. Assignments may be one row for all tokens, or one per group: the table is never spread out
+// in memory.
 
 #include "sort_by_expert.h"
 
@@ -24,22 +24,22 @@ namespace {
 constexpr int sort_threads = 256, sort_warps = sort_threads / 32;
 constexpr int64_t least_range = 2048, most_blocks = 256, most_experts = 4096;
 
-// Selections of a block, a multiple of what its threads read at once.
+// Assignments of a block, a multiple of what its threads read at once.
 int64_t range_of(int64_t n) {
   return std::max(least_range, (n + most_blocks * sort_threads - 1) / (most_blocks * sort_threads) * sort_threads);
 }
 int64_t blocks_of(int64_t n) { return (n + range_of(n) - 1) / range_of(n); }
 
-// The place in indices and weights of selection i, by row and column; false where its group does not exist.
-__device__ bool locate(const Selections& s, int64_t i, int64_t* row, int64_t* column) {
+// The place in indices and weights of assignment i, by row and column; false where its group does not exist.
+__device__ bool locate(const Assignments& s, int64_t i, int64_t* row, int64_t* column) {
   const int64_t token = static_cast<uint32_t>(i) / static_cast<uint32_t>(s.k);  // below 2^31, and division by 64 bits is a subroutine
   *column = i - token * s.k;
   *row = s.group_ids ? s.group_ids[token] : s.rows == 1 ? 0 : token;
   return *row >= 0 && *row < s.rows;
 }
 
-// The expert of selection i, E for "no expert" (as any index outside 0..E-1 is); -1 from `end` on.
-__device__ int expert_of(const Selections& s, int64_t i, int64_t end) {
+// The expert of assignment i, E for "no expert" (as any index outside 0..E-1 is); -1 from `end` on.
+__device__ int expert_of(const Assignments& s, int64_t i, int64_t end) {
   if (i >= end) return -1;
   int64_t row, column;
   if (!locate(s, i, &row, &column)) return static_cast<int>(s.experts);
@@ -47,10 +47,10 @@ __device__ int expert_of(const Selections& s, int64_t i, int64_t end) {
   return static_cast<int>(e >= 0 && e < s.experts ? e : s.experts);
 }
 
-// Adds the selections first..last-1, which are this warp's, to counts [E + 1]; each(i, expert, place) first, where place is the count so
+// Adds the assignments first..last-1, which are this warp's, to counts [E + 1]; each(i, expert, place) first, where place is the count so
 // far of that expert and i's rank among its lanes.
 template <class F>
-__device__ void walk(const Selections& s, int64_t first, int64_t last, int* counts, F&& each) {
+__device__ void walk(const Assignments& s, int64_t first, int64_t last, int* counts, F&& each) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
   for (int64_t at = first; at < last; at += 32) {
     const int expert = expert_of(s, at + lane, last);
@@ -77,14 +77,14 @@ struct Range {
 
 __device__ int* counts_of_warp(int* counts, int64_t columns) { return counts + threadIdx.x / 32 * columns; }
 
-__device__ void count_by_warp(const Selections& s, const Range& r, int* counts, int64_t columns) {
+__device__ void count_by_warp(const Assignments& s, const Range& r, int* counts, int64_t columns) {
   for (int64_t i = threadIdx.x; i < sort_warps * columns; i += sort_threads) counts[i] = 0;
   __syncthreads();
   walk(s, r.first, r.last, counts_of_warp(counts, columns), [](int64_t, int) {});
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(sort_threads, row_residents) sort_count_kernel(Selections s, int* table, int64_t range) {
+__global__ void __launch_bounds__(sort_threads, row_residents) sort_count_kernel(Assignments s, int* table, int64_t range) {
   CU_DYNAMIC_SHARED(memory);
   int* const counts = reinterpret_cast<int*>(memory);
   const int64_t columns = s.experts + 1;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(sort_threads, row_residents) sort_count_kernel
 }
 
 __global__ void __launch_bounds__(sort_threads, row_residents)
-    sort_order_kernel(Selections s, Rows<float> weights, const int* table, int64_t* gather_idx, int* offsets, float* row_weights,
+    sort_order_kernel(Assignments s, Rows<float> weights, const int* table, int64_t* gather_idx, int* offsets, float* row_weights,
                       int64_t range) {
   CU_DYNAMIC_SHARED(memory);
   const int64_t columns = s.experts + 1;
@@ -156,17 +156,17 @@ __global__ void __launch_bounds__(sort_threads, row_residents)
 
 }  // namespace
 
-int64_t sort_scratch(const Selections& s) {
+int64_t sort_scratch(const Assignments& s) {
   const int64_t blocks = blocks_of(s.tokens * s.k);
   return blocks > 1 ? blocks * (s.experts + 1) : 0;
 }
 
-void sort_by_expert(const Selections& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights, int32_t* scratch,
-                    Stream stream) {
+void sort_by_expert(const Assignments& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights,
+                    int32_t* scratch, Stream stream) {
   const char* const name = "sort_by_expert";
   const int64_t n = s.tokens * s.k, range = range_of(n), blocks = std::max<int64_t>(1, blocks_of(n)), columns = s.experts + 1;
   if (n > INT32_MAX || s.experts > most_experts)
-    throw std::runtime_error(std::string(name) + ": " + std::to_string(n) + " selections among " + std::to_string(s.experts) +
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(n) + " assignments among " + std::to_string(s.experts) +
                              " experts, at most " + std::to_string(INT32_MAX) + " and " + std::to_string(most_experts));
   const dim3 grid(static_cast<unsigned>(blocks));
   if (blocks > 1) launch(name, sort_count_kernel, grid, sort_threads, sort_warps * columns * sizeof(int), stream, s, scratch, range);

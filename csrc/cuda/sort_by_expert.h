@@ -1,4 +1,4 @@
-// The order of selections by expert: what a grouped product needs before its first tile.
+// The order of assignments by expert: what a grouped product needs before its first tile.
 #pragma once
 
 #include "device/stream.h"
@@ -7,7 +7,7 @@
 namespace cmoe::cuda {
 
 // What tokens select: indices [T, K]; or [1, K] for all of them; or [G, K] with group_ids [T].
-struct Selections {
+struct Assignments {
   Indices indices;
   int64_t rows = 0;
   const int64_t* group_ids = nullptr;
@@ -15,11 +15,11 @@ struct Selections {
 };
 
 // int32 elements of scratch that sorting so many needs.
-int64_t sort_scratch(const Selections& s);
+int64_t sort_scratch(const Assignments& s);
 
-// gather_idx [T * K]: the selections in the order of their experts, stable, those of "no expert" last; offsets [E + 1]: where each expert
+// gather_idx [T * K]: the assignments in the order of their experts, stable, those of "no expert" last; offsets [E + 1]: where each expert
 // begins, and the last one ends. row_weights [T * K] fp32, unless null: weights (shaped as the indices), in that order.
-void sort_by_expert(const Selections& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights, int32_t* scratch,
-                    Stream stream);
+void sort_by_expert(const Assignments& s, const Matrix& weights, int64_t* gather_idx, int32_t* offsets, float* row_weights,
+                    int32_t* scratch, Stream stream);
 
 }  // namespace cmoe::cuda

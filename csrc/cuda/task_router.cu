@@ -5,7 +5,7 @@
 // The task's part of the first layer is one row per task, [G, R] in fp32, and is the bias of the product over tokens. That product's
 // epilogue stores u where it is to be saved and multiplies act(u) by W2 at once, for up to 16 experts: a thread keeps the hidden units of
 // its two rows in registers, takes one expert after the other, and the four lanes and the warps along a row add up in shared memory. A tile
-// leaves [rows, E] sums for its columns; add_parts adds the tiles in their order. The hidden layer goes to memory only to be saved.
+// leaves [rows, E] sums for its columns; add_partials adds the tiles in their order. The hidden layer goes to memory only to be saved.
 //
 // Backward: du and act(u) both follow from u, which a thread reads for one hidden unit and a range of rows: du is stored for the products,
 // and summed per group as long as the group stays the same, into the range's own row of partials; dW2 likewise, 16 experts at a time.
@@ -27,7 +27,7 @@ struct RouterEpilogue {
   int64_t groups, experts;
   Activation activation;
   Stored<T> u, h;
-  float* parts;
+  float* partials;
 
   // 16 rows of each warp along m, for each warp along n, and an expert in each column.
   template <class Tile>
@@ -35,7 +35,7 @@ struct RouterEpilogue {
 
   explicit RouterEpilogue(const RouterProduct& p)
       : b(p.b), w2(p.w2), biases(p.biases), group_ids(p.group_ids), groups(p.groups), experts(p.experts), activation(p.activation), u(p.u),
-        h(p.h), parts(p.parts) {}
+        h(p.h), partials(p.partials) {}
 
   template <class Tile>
   __device__ void store(const RowArguments& p, const RowTile& tile, bool, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
@@ -67,7 +67,7 @@ struct RouterEpilogue {
         if (h_at >= 0) h.write(h_at + n, left, hidden[i][j][0], hidden[i][j][1]);
       }
     }
-    if (!parts) return;
+    if (!partials) return;
     for (int e = 0; e < experts; ++e) {
       float sum[2] = {};
 #pragma unroll
@@ -93,7 +93,7 @@ struct RouterEpilogue {
       if (r >= tile.end) continue;
       float sum = 0.0f;
       for (int w = 0; w < Tile::warps_n; ++w) sum += sums[(w * rows + row) * most_fused + e];
-      parts[(tile.column * p.groups.rows + r) * experts + e] = sum;
+      partials[(tile.column * p.groups.rows + r) * experts + e] = sum;
     }
     __syncthreads();
   }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(column_threads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(column_threads) router_bwd_dw2_kernel(GradientArguments g, const T* u, float* parts) {
+__global__ void __launch_bounds__(column_threads) router_bwd_dw2_kernel(GradientArguments g, const T* u, float* partials) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * column_threads + threadIdx.x, e0 = blockIdx.z * most_fused;
   if (n >= g.width) return;
   float sums[most_fused] = {};
@@ -168,20 +168,20 @@ __global__ void __launch_bounds__(column_threads) router_bwd_dw2_kernel(Gradient
   }
 #pragma unroll
   for (int i = 0; i < most_fused; ++i)
-    if (e0 + i < g.experts) parts[(blockIdx.y * g.experts + e0 + i) * g.width + n] = sums[i];
+    if (e0 + i < g.experts) partials[(blockIdx.y * g.experts + e0 + i) * g.width + n] = sums[i];
 }
 
-// A warp adds 32 neighbouring results; the warps of a block share the parts, and meet in shared memory.
+// A warp adds 32 neighbouring results; the warps of a block share the partials, and meet in shared memory.
 constexpr int adding_warps = 8;
 
 template <class Out>
 __global__ void __launch_bounds__(32 * adding_warps)
-    add_parts_kernel(const float* parts, int64_t count, int64_t n, const float* b, int64_t columns, Out* out) {
+    add_partials_kernel(const float* partials, int64_t count, int64_t n, const float* b, int64_t columns, Out* out) {
   CU_SHARED(float, sums, 32 * adding_warps);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   float sum = 0.0f;
-  for (int64_t p = warp; i < n && p < count; p += adding_warps) sum += parts[p * n + i];
+  for (int64_t p = warp; i < n && p < count; p += adding_warps) sum += partials[p * n + i];
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp || i >= n) return;
@@ -210,7 +210,7 @@ void router_product(const char* operation, const RouterProduct& p, Stream stream
   if (p.width) run_rows<RouterEpilogue>(operation, p.type, arguments(p), p, stream);
 }
 
-int64_t router_parts(const RouterProduct& p) {
+int64_t router_partials(const RouterProduct& p) {
   const bool large = RowLoads(p.type, arguments(p)).how == Load::async && takes_large_tiles(arguments(p).groups, p.width);
   const int64_t wide = large ? LargeTile::n : SmallTile::n;
   return (p.width + wide - 1) / wide;
@@ -228,22 +228,23 @@ void router_hidden_gradient(const RouterGradient& g, void* du, float* dbias, Str
   });
 }
 
-void router_weight_gradient(const RouterGradient& g, float* parts, Stream stream) {
+void router_weight_gradient(const RouterGradient& g, float* partials, Stream stream) {
   const char* const name = "task_router_backward";
   if (!g.rows || !g.width || !g.experts) return;
   dispatch_type(name, g.type, [&](auto zero) {
     using T = decltype(zero);
     launch(name, router_bwd_dw2_kernel<T>, column_grid(g.width, router_ranges(g.rows), (g.experts + most_fused - 1) / most_fused),
-           column_threads, 0, stream, arguments(g), static_cast<const T*>(g.u), parts);
+           column_threads, 0, stream, arguments(g), static_cast<const T*>(g.u), partials);
   });
 }
 
-void add_parts(const float* parts, int64_t count, int64_t n, const float* b, int64_t columns, void* out, Type out_type, Stream stream) {
+void add_partials(const float* partials, int64_t count, int64_t n, const float* b, int64_t columns, void* out, Type out_type,
+                  Stream stream) {
   if (!n) return;
   dispatch_type("task_router", out_type, [&](auto zero) {
     using Out = decltype(zero);
-    launch("task_router", add_parts_kernel<Out>, dim3(static_cast<unsigned>((n + 31) / 32)), 32 * adding_warps, 0, stream, parts, count, n,
-           b, columns, static_cast<Out*>(out));
+    launch("task_router", add_partials_kernel<Out>, dim3(static_cast<unsigned>((n + 31) / 32)), 32 * adding_warps, 0, stream, partials,
+           count, n, b, columns, static_cast<Out*>(out));
   });
 }
 

@@ -19,12 +19,12 @@ struct RouterProduct {
   Target u, h;  // [rows, width] before and after the activation; what has no place is not stored
   Table w2;     // [experts, width], experts <= most_fused
   int64_t experts = 0;
-  float* parts = nullptr;  // [router_parts, rows, experts]
+  float* partials = nullptr;  // [router_partials, rows, experts]
 };
 constexpr int64_t most_fused = 16;
 void router_product(const char* operation, const RouterProduct& p, Stream stream);
-// How many parts the columns are cut into: it depends on the sizes and on how operands lie.
-int64_t router_parts(const RouterProduct& p);
+// Partials per row, one for each part of the columns: their number depends on the sizes and on how operands lie.
+int64_t router_partials(const RouterProduct& p);
 
 // The hidden layer's gradients, from dlogits [rows, experts] and u [rows, width] without gaps.
 struct RouterGradient {
@@ -42,10 +42,11 @@ int64_t router_ranges(int64_t rows);
 // du = (dlogits W2) act'(u), [rows, width]; and its sums over the rows of each group, added to dbias [router_ranges, groups, width], unless
 // null.
 void router_hidden_gradient(const RouterGradient& g, void* du, float* dbias, Stream stream);
-// dlogits^T act(u): parts [router_ranges, experts, width].
-void router_weight_gradient(const RouterGradient& g, float* parts, Stream stream);
+// dlogits^T act(u): partials [router_ranges, experts, width].
+void router_weight_gradient(const RouterGradient& g, float* partials, Stream stream);
 
-// out [n] = the sum of parts [count, n], in their order, and of b [columns], which is repeated, unless it is null.
-void add_parts(const float* parts, int64_t count, int64_t n, const float* b, int64_t columns, void* out, Type out_type, Stream stream);
+// out [n] = the sum of partials [count, n], in their order, and of b [columns], which is repeated, unless it is null.
+void add_partials(const float* partials, int64_t count, int64_t n, const float* b, int64_t columns, void* out, Type out_type,
+                  Stream stream);
 
 }  // namespace cmoe::cuda

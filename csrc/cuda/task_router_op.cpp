@@ -21,7 +21,7 @@ struct Router {
   int64_t split, hidden, rows;
 
   Router(const std::optional<Tensor>& x_, const std::optional<Tensor>& task_, const Tensor& w1_, const std::optional<Tensor>& ids)
-      : x(x_), task(task_), w1(w1_), group_ids(dense(ids)), type(type_of(x_ ? "x" : "task", x_ ? *x_ : *task_)),
+      : x(x_), task(task_), w1(w1_), group_ids(contiguous_or_null(ids)), type(type_of(x_ ? "x" : "task", x_ ? *x_ : *task_)),
         split(task_ ? task_->size(1) : 0), hidden(w1_.size(0)), rows(input().size(0)) {
     require_rows(rows);
   }
@@ -49,7 +49,7 @@ struct Router {
       p.b = b;
       return p;
     }
-    *biases = fresh(*task, {groups(), hidden}, ScalarType::Float);
+    *biases = empty_tensor(*task, {groups(), hidden}, ScalarType::Float);
     RouterProduct per_task = product(*task, task_columns());
     per_task.b = b;
     per_task.h = target_of(**biases);
@@ -73,20 +73,21 @@ Target place(Tensor& t, int64_t column) {
 std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
                                        std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                        OwnedString activation, bool save) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   const Router router(x, task, w1, group_ids);
   const Tensor& input = router.input();
   const OnDevice on(input);
   std::optional<Tensor> biases;
   RouterProduct p = router.first_layer(b1, &biases, on.stream);
   if (!w2) {
-    Tensor logits = fresh(input, {router.rows, router.hidden}, ScalarType::Float);
+    Tensor logits = empty_tensor(input, {router.rows, router.hidden}, ScalarType::Float);
     p.h = target_of(logits);
     router_product(forward_name, p, on.stream);
-    return {logits, absent(input)};
+    return {logits, empty_placeholder(input)};
   }
   const int64_t experts = w2->size(0), rows = router.rows;
-  Tensor logits = fresh(input, {rows, experts}, ScalarType::Float), u = save ? fresh(input, {rows, router.hidden}) : absent(input);
+  Tensor logits = empty_tensor(input, {rows, experts}, ScalarType::Float),
+         u = save ? empty_tensor(input, {rows, router.hidden}) : empty_placeholder(input);
   const std::optional<Tensor> exact =
       b2 ? std::optional<Tensor>(torch::stable::contiguous(torch::stable::to(*b2, ScalarType::Float))) : std::nullopt;
   p.activation = act;
@@ -94,15 +95,15 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
   if (experts <= most_fused) {
     p.w2 = rows_table("w2", *w2);
     p.experts = experts;
-    const int64_t count = router_parts(p);
-    Tensor parts = fresh(input, {count, rows, experts}, ScalarType::Float);
-    p.parts = data<float>(parts);
+    const int64_t count = router_partials(p);
+    Tensor partials = empty_tensor(input, {count, rows, experts}, ScalarType::Float);
+    p.partials = data<float>(partials);
     router_product(forward_name, p, on.stream);
-    add_parts(floats(parts), count, rows * experts, exact ? floats(*exact) : nullptr, experts, logits.mutable_data_ptr(), Type::f32,
-              on.stream);
+    add_partials(floats(partials), count, rows * experts, exact ? floats(*exact) : nullptr, experts, logits.mutable_data_ptr(), Type::f32,
+                 on.stream);
     return {logits, u};
   }
-  Tensor h = fresh(input, {rows, router.hidden});
+  Tensor h = empty_tensor(input, {rows, router.hidden});
   p.h = target_of(h);
   router_product(forward_name, p, on.stream);
   RouterProduct second = router.product(h, {w2->const_data_ptr(), type_of("w2", *w2), 0, w2->stride(0), w2->stride(1)});
@@ -118,27 +119,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
                                                                                 std::optional<Tensor> b1, std::optional<Tensor> w2,
                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                 Tensor u, OwnedString activation, std::vector<bool> needs) {
-  const Activation act = activation_of(taken(activation));
+  const Activation act = activation_of(consume_string(activation));
   const Router router(x, task, w1, group_ids);
   const Tensor& input = router.input();
   const OnDevice on(input);
   const int64_t rows = router.rows, hidden = router.hidden, groups = router.groups();
   const bool needs_b1 = b1 && needs[3], needs_task = task && (needs[1] || needs[2]);
   Tensor dx = gradient_like(x, needs[0], input), dtask = gradient_like(task, needs[1], input), dw1 = gradient_like(w1, needs[2], input),
-         db1 = absent(input), dw2 = gradient_like(w2, needs[4], input), db2 = absent(input);
+         db1 = empty_placeholder(input), dw2 = gradient_like(w2, needs[4], input), db2 = empty_placeholder(input);
   const Tensor exact = torch::stable::contiguous(torch::stable::to(dlogits, ScalarType::Float));
   const auto column_sums = [&](const Tensor& table, int64_t count, int64_t columns, ScalarType dtype) {
-    Tensor sums = fresh(input, {columns}, ScalarType::Float);
+    Tensor sums = empty_tensor(input, {columns}, ScalarType::Float);
     sum_per_group(floats(table), nullptr, count, 1, columns, data<float>(sums), on.stream);
     return torch::stable::to(sums, dtype);
   };
 
   // What follows from the hidden layer: du, and its sums per task.
-  Tensor du = exact, dbias = absent(input), saved = u;
+  Tensor du = exact, dbias = empty_placeholder(input), saved = u;
   const bool summed = (router.both() && needs_task) || needs_b1;
   if (w2) {
     if (!u.numel()) {
-      saved = fresh(input, {rows, hidden});
+      saved = empty_tensor(input, {rows, hidden});
       std::optional<Tensor> biases;
       RouterProduct p = router.first_layer(b1, &biases, on.stream);
       p.activation = act;
@@ -149,38 +150,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
                      act,         nullptr, 1};
     const int64_t ranges = router_ranges(rows);
     if (needs[4]) {
-      Tensor parts = fresh(input, {ranges, g.experts, hidden}, ScalarType::Float);
-      router_weight_gradient(g, data<float>(parts), on.stream);
-      add_parts(floats(parts), ranges, g.experts * hidden, nullptr, 1, dw2.mutable_data_ptr(), type_of("w2", *w2), on.stream);
+      Tensor partials = empty_tensor(input, {ranges, g.experts, hidden}, ScalarType::Float);
+      router_weight_gradient(g, data<float>(partials), on.stream);
+      add_partials(floats(partials), ranges, g.experts * hidden, nullptr, 1, dw2.mutable_data_ptr(), type_of("w2", *w2), on.stream);
     }
     if (b2 && needs[5]) db2 = column_sums(exact, rows, g.experts, b2->scalar_type());
     if (needs[0] || needs[1] || needs[2] || needs[3]) {
-      du = fresh(input, {rows, hidden});
-      Tensor parts = absent(input);
+      du = empty_tensor(input, {rows, hidden});
+      Tensor partials = empty_placeholder(input);
       if (router.both()) g.group_ids = indices_of(router.group_ids), g.groups = groups;
-      if (summed) parts = torch::stable::new_zeros(input, {ranges, g.groups, hidden}, ScalarType::Float);
-      router_hidden_gradient(g, du.mutable_data_ptr(), summed ? data<float>(parts) : nullptr, on.stream);
+      if (summed) partials = torch::stable::new_zeros(input, {ranges, g.groups, hidden}, ScalarType::Float);
+      router_hidden_gradient(g, du.mutable_data_ptr(), summed ? data<float>(partials) : nullptr, on.stream);
       if (summed) {
-        dbias = fresh(input, {g.groups, hidden}, ScalarType::Float);
-        add_parts(floats(parts), ranges, g.groups * hidden, nullptr, 1, dbias.mutable_data_ptr(), Type::f32, on.stream);
+        dbias = empty_tensor(input, {g.groups, hidden}, ScalarType::Float);
+        add_partials(floats(partials), ranges, g.groups * hidden, nullptr, 1, dbias.mutable_data_ptr(), Type::f32, on.stream);
       }
     }
   } else if (summed) {
     const int64_t own = router.both() ? groups : 1;
-    dbias = fresh(input, {own, hidden}, ScalarType::Float);
+    dbias = empty_tensor(input, {own, hidden}, ScalarType::Float);
     sum_per_group(floats(exact), router.both() ? indices_of(router.group_ids) : nullptr, rows, own, hidden, data<float>(dbias), on.stream);
   }
 
   // d input = d W, into its gradient; dW = d^T input, into some columns of W's.
   const auto input_gradient = [&](const Tensor& d, const WeightOperand& w, Tensor& to) {
-    RowProduct p = row_product_of(router.type, {nullptr, d.size(0), 1}, to.size(1), hidden, rows_of("d", d), w.transposed());
+    GroupedGemm p = grouped_gemm_of(router.type, {nullptr, d.size(0), 1}, to.size(1), hidden, rows_of("d", d), w.transposed());
     p.y = target_of(to);
-    row_product(backward_name, p, on.stream);
+    grouped_gemm(backward_name, p, on.stream);
   };
   const auto weight_gradient = [&](const Tensor& d, const Tensor& of, int64_t column) {
-    WeightProduct p = weight_product_of(router.type, {nullptr, of.size(0), 1}, hidden, of.size(1), rows_of("d", d), rows_of("x", of));
+    Wgrad p = wgrad_of(router.type, {nullptr, of.size(0), 1}, hidden, of.size(1), rows_of("d", d), rows_of("x", of));
     p.dw = place(dw1, column);
-    weight_product(backward_name, p, on.stream);
+    wgrad(backward_name, p, on.stream);
   };
   if (x && needs[0]) input_gradient(du, router.input_columns(), dx);
   if (x && needs[2]) weight_gradient(du, *x, router.split);

@@ -40,7 +40,7 @@ class OnDevice {
 };
 
 // A string argument.
-inline std::string taken(OwnedString handle) {
+inline std::string consume_string(OwnedString handle) {
   const char* text = nullptr;
   size_t length = 0;
   TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));

@@ -8,7 +8,7 @@ namespace cmoe::cuda {
 namespace {
 
 TopkGate operation(const Tensor& logits, int64_t k, OwnedString score_name, bool renormalize, double scale) {
-  const std::string score = taken(score_name);
+  const std::string score = consume_string(score_name);
   STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", "score is '", score, "', must be one of softmax, sigmoid");
   require_2d("logits", logits, "[T, E]");
   const Matrix l = matrix("logits", logits);

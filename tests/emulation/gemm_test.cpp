@@ -128,7 +128,7 @@ void run(const Scenario& s) {
     for (std::vector<T>* v : {&x.bits, &w.bits, &dy.bits})
       for (size_t i = 0; i < v->size(); ++i)
         if (static_cast<int64_t>(i) % L >= D) memset(&(*v)[i], 0xff, sizeof(T));
-  Values<float> scale(rows * E);
+  Values<float> routing_weights(rows * E);
   const Type type = type_of(T{});
   std::vector<float> wide(s.wide ? w.bits.size() : 0);  // between two halves, so that rounding shows
   for (size_t i = 0; i < wide.size(); ++i) wide[i] = to_float(w.bits[i]) * (1 + static_cast<float>(epsilon<T>) / 5);
@@ -139,21 +139,21 @@ void run(const Scenario& s) {
     const int64_t at = e * halves * N * L + (s.transposed ? k * halves * N + n : n * L + k);
     return s.wide ? double{to_float(from_float<T>(wide[at]))} : w[at];
   };
-  const Scale by{scale.bits.data(), s.dense ? E : 1, s.dense ? 1 : 0};
-  const auto scaled = [&](int64_t r, int64_t e) { return scale[s.dense ? r * E + e : r]; };
+  const RoutingWeights by{routing_weights.bits.data(), s.dense ? E : 1, s.dense ? 1 : 0};
+  const auto scaled = [&](int64_t r, int64_t e) { return routing_weights[s.dense ? r * E + e : r]; };
 
-  // y = scale silu(W x + b), stored where the index says; the sum has no activation
-  RowProduct p;
+  // y = routing_weights silu(W x + b), stored where the index says; the sum has no activation
+  GroupedGemm p;
   p.type = type, p.groups = groups, p.width = N, p.depth = D, p.w = weights, p.sum = s.sum, p.gated = s.gated;
   p.x = {x.bits.data(), type, s.sum ? E * L : L, 1, s.sum ? L : 0, read, 1};
   p.b = {b.bits.data(), type, halves * N, 1};
-  p.scale = by;
+  p.routing_weights = by;
   p.activation = s.sum ? Activation::none : Activation::silu;
   const int64_t outputs = s.sum ? 1 : each;
   Results<T> y(rows * outputs * N), u(rows * each * halves * N);
   p.y = {y.bits.data(), type, outputs * N, s.dense && !s.sum ? N : 0, index};
   if (!s.sum) p.u = {u.bits.data(), type, each * halves * N, s.dense ? halves * N : 0, nullptr};
-  row_product("forward", p, nullptr);
+  grouped_gemm("forward", p, nullptr);
   std::vector<int64_t> inverse(rows);
   for (int64_t r = 0; r < rows; ++r) inverse[order[r]] = r;
   const auto product = [&](int64_t r, int64_t e, int64_t n) {
@@ -179,19 +179,19 @@ void run(const Scenario& s) {
   });
 
   // dh = W^T dy with the same W [N, D]: dy has D columns
-  double du_error = 0, h_error = 0, parts_error = 0;
+  double du_error = 0, h_error = 0, partials_error = 0;
   if (!s.sum) {
-    HiddenProduct q;
+    DactGemm q;
     q.type = type, q.groups = groups, q.width = N, q.depth = D, q.w = weights, q.gated = s.gated, q.activation = Activation::silu,
-    q.scale = by;
+    q.routing_weights = by;
     q.dy = {dy.bits.data(), type, L, 1, 0, read, 1};
     q.u = {pre.bits.data(), type, each * halves * N, 1, s.dense ? halves * N : 0, nullptr, 1};
     Results<T> du(rows * each * halves * N), h(rows * each * N);
     q.du = {du.bits.data(), type, each * halves * N, s.dense ? halves * N : 0, nullptr};
-    q.h = {h.bits.data(), type, each * N, s.dense ? N : 0, nullptr};
-    Results<float> parts(hidden_parts(q) * rows * each);
-    q.parts = parts.bits.data();
-    hidden_product("hidden", q, nullptr);
+    q.weighted_hidden = {h.bits.data(), type, each * N, s.dense ? N : 0, nullptr};
+    Results<float> partials(dact_partials(q) * rows * each);
+    q.partials = partials.bits.data();
+    dact_gemm("hidden", q, nullptr);
     const auto dh = [&](int64_t r, int64_t e, int64_t n) {
       double sum = 0;
       for (int64_t k = 0; k < D; ++k) sum += weight(e, n, k) * dy[source(r) * L + k];
@@ -216,8 +216,8 @@ void run(const Scenario& s) {
       return scaled(r, e) * silu(pre[base + n]) * (s.gated ? pre[base + N + n] : 1.0);
     });
     std::vector<float> sums(rows * each, 0.0f);
-    for (size_t i = 0; i < parts.bits.size(); ++i) sums[i % (rows * each)] += parts.bits[i];
-    parts_error = compare(sums, rows * each, 64 * 0x1p-23, [&](int64_t i) {
+    for (size_t i = 0; i < partials.bits.size(); ++i) sums[i % (rows * each)] += partials.bits[i];
+    partials_error = compare(sums, rows * each, 64 * 0x1p-23, [&](int64_t i) {
       int64_t r, e;
       at(i, 1, r, e);
       if (!served(r)) return 0.0;
@@ -227,17 +227,17 @@ void run(const Scenario& s) {
     });
   }
 
-  // dW[e] = sum of pre x^T, db = sum of scale pre
-  WeightProduct v;
+  // dW[e] = sum of pre x^T, db = sum of routing_weights pre
+  Wgrad v;
   v.type = type, v.groups = groups, v.height = halves * N, v.width = D;
   v.p = {pre.bits.data(), type, each * halves * N, 1, s.dense ? halves * N : 0, nullptr, 1};
   v.q = {x.bits.data(), type, L, 1, 0, read, 1};
-  v.scale = by;
+  v.routing_weights = by;
   Results<T> dw(E * halves * N * D);
   Results<float> db(E * halves * N);
   v.dw = {dw.bits.data(), type, D, halves * N * D, nullptr};
   v.db = {db.bits.data(), Type::f32, 0, halves * N, nullptr};
-  weight_product("weight", v, nullptr);
+  wgrad("weight", v, nullptr);
   const auto over_rows = [&](int64_t e, auto&& f) {
     double sum = 0;
     for (int64_t r = 0; r < rows; ++r)
@@ -253,8 +253,8 @@ void run(const Scenario& s) {
     return over_rows(e, [&](int64_t r, int64_t base) { return scaled(r, e) * pre[base + n]; });
   });
 
-  printf("forward %.3g saved %.3g du %.3g h %.3g parts %.3g dw %.3g db %.3g\n", forward, saved, du_error, h_error, parts_error, dw_error,
-         db_error);
+  printf("forward %.3g saved %.3g du %.3g h %.3g partials %.3g dw %.3g db %.3g\n", forward, saved, du_error, h_error, partials_error,
+         dw_error, db_error);
   const emulator::Counts& c = emulator::counts;
   printf("copies %lu %lu ldmatrix %lu %lu vectors %lu %lu\n", c.copies, c.copy_phases, c.ldmatrix, c.ldmatrix_phases, c.vectors,
          c.vector_phases);

@@ -29,7 +29,7 @@ extern "C" {
                                                       const int64_t* sizes, int64_t* gather_idx, int32_t* offsets, float* row_weights,
                                                       int32_t* scratch) {
   using namespace cmoe::cuda;
-  const Selections s{{indices, sizes[1], sizes[2]}, sizes[0], group_ids, sizes[3], sizes[4], sizes[5]};
+  const Assignments s{{indices, sizes[1], sizes[2]}, sizes[0], group_ids, sizes[3], sizes[4], sizes[5]};
   if (!scratch) return sort_scratch(s);
   sort_by_expert(s, Matrix{weights, Type::f32, sizes[6], sizes[7]}, gather_idx, offsets, row_weights, scratch, nullptr);
   return 0;

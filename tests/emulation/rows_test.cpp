@@ -54,16 +54,16 @@ void gates(int64_t tokens, int64_t experts, int64_t k) {
 }
 
 // Indices one below and one past what is an expert among them.
-std::vector<int64_t> selections(int64_t n, int64_t experts) {
+std::vector<int64_t> assignments(int64_t n, int64_t experts) {
   std::vector<int64_t> values(n);
   for (int64_t& v : values) v = static_cast<int64_t>((uniform() + 1) / 2 * static_cast<float>(experts + 2)) - 1;
   return values;
 }
 
 void sort(int64_t tokens, int64_t experts, int64_t k) {
-  const std::vector<int64_t> indices = selections(tokens * k, experts);
+  const std::vector<int64_t> indices = assignments(tokens * k, experts);
   const std::vector<float> weights = drawn(tokens * k);
-  const Selections s{{indices.data(), k, 1}, tokens, nullptr, tokens, k, experts};
+  const Assignments s{{indices.data(), k, 1}, tokens, nullptr, tokens, k, experts};
   std::vector<int64_t> order(tokens * k);
   std::vector<int32_t> offsets(experts + 1), scratch(sort_scratch(s));
   std::vector<float> row_weights(tokens * k);
@@ -76,7 +76,7 @@ void sort(int64_t tokens, int64_t experts, int64_t k) {
 void losses(int64_t tokens, int64_t experts, int64_t k) {
   using Kind = BalanceLoss::Kind;
   const std::vector<float> scores = drawn(tokens * experts), dloss{1.0f};
-  const std::vector<int64_t> indices = selections(tokens * k, experts);
+  const std::vector<int64_t> indices = assignments(tokens * k, experts);
   std::vector<int64_t> labels(tokens), order(tokens);
   for (int64_t t = 0; t < tokens; ++t) labels[t] = t / 3, order[t] = tokens - 1 - t;
   for (const Kind kind : {Kind::switch_, Kind::importance, Kind::z})

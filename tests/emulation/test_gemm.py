@@ -8,7 +8,7 @@ from tests.emulation.programs import compile_emulated, run_emulated
 from tests.emulation.test_emulator import pytestmark  # noqa: F401
 from tests.native.variants import runtime_of
 
-KERNELS = ("gemm_forward", "gemm_hidden", "gemm_weight", "without_sm90")
+KERNELS = ("grouped_gemm", "dact_gemm", "wgrad", "without_sm90")
 # By cp.async in small tiles, in large tiles, and element by element.
 SMALL = (
     "sparse",

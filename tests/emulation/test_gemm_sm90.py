@@ -1,4 +1,4 @@
-"""The products of sm_90a (csrc/cuda/gemm_*sm90.*) on the CPU: each sum of the main loop exactly, and what test_gemm.py asks of sm_80's."""
+"""The products of sm_90a (csrc/cuda/*_sm90.cu) on the CPU: each sum of the main loop exactly, and what test_gemm.py asks of sm_80's."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.emulation.test_gemm import BOUND, LARGE, SMALL, results
 from tests.native.variants import runtime_of
 
 # With those of sm_80, which serve where these do not.
-KERNELS = tuple(f"gemm_{product}{of}" for product in ("forward", "hidden", "weight") for of in ("", "_sm90"))
+KERNELS = tuple(f"{product}{of}" for product in ("grouped_gemm", "dact_gemm", "wgrad") for of in ("", "_sm90"))
 
 
 @pytest.fixture(scope="module")

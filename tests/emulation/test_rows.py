@@ -11,7 +11,7 @@ import torch
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close, grads
 from cmoe_kernels.ops import groups
-from cmoe_kernels.ops.sparse_experts.reference import _selections
+from cmoe_kernels.ops.sparse_experts.reference import _assignments
 from cmoe_kernels.ops.topk_gate import reference as topk_reference
 from tests.emulation import library
 from tests.ops import naive
@@ -166,7 +166,7 @@ def sort_by_expert(indices, experts, tokens, group_ids=None, weights=None):
 
 def check_sort(indices, experts, tokens, group_ids=None, weights=None):
     gather_idx, offsets, *row_weights = in_every_order(lambda: sort_by_expert(indices, experts, tokens, group_ids, weights))
-    order, ends = groups.sort_by_expert(_selections(indices, group_ids, tokens, experts), experts)
+    order, ends = groups.sort_by_expert(_assignments(indices, group_ids, tokens, experts), experts)
     assert torch.equal(gather_idx, order)
     assert torch.equal(offsets, ends)
     if weights is not None:

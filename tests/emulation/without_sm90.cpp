@@ -4,9 +4,9 @@
 
 namespace cmoe::cuda {
 
-bool row_product_sm90(const char*, const RowProduct&, Stream) { return false; }
-bool hidden_product_sm90(const char*, const HiddenProduct&, Stream) { return false; }
-bool weight_product_sm90(const char*, const WeightProduct&, Stream) { return false; }
-int64_t hidden_parts_sm90(const HiddenProduct&) { return 0; }
+bool grouped_gemm_sm90(const char*, const GroupedGemm&, Stream) { return false; }
+bool dact_gemm_sm90(const char*, const DactGemm&, Stream) { return false; }
+bool wgrad_sm90(const char*, const Wgrad&, Stream) { return false; }
+int64_t dact_partials_sm90(const DactGemm&) { return 0; }
 
 }  // namespace cmoe::cuda

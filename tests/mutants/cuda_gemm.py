@@ -4,7 +4,7 @@ import sys
 
 from tests.mutants import Mutant, Suite
 
-PRODUCTS = ("gemm_forward", "gemm_hidden", "gemm_weight")
+PRODUCTS = ("grouped_gemm", "dact_gemm", "wgrad")
 
 # Compiled before the tests, which would do it themselves: a mutant that does not compile is no bug that was caught.
 EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.programs", "gemm_test", *PRODUCTS, "without_sm90"),))
@@ -29,7 +29,7 @@ ring = _in("gemm_ring.cuh", _values("sparse"))
 schedule = _in("gemm_schedule.cuh", _values("sparse"))
 rows = _in("gemm_rows.cuh", _values("sparse"))
 epilogue = _in("gemm_epilogue.cuh", _values("sparse"))
-weight = _in("gemm_weight.cu", _values("sparse"))
+weight = _in("wgrad.cu", _values("sparse"))
 activation = _in("activation.cuh", _values("sparse"))
 
 MUTANTS = [

@@ -1,4 +1,4 @@
-"""Planted bugs of the CUDA kernels over rows (gates, losses, the order of selections) and of the router. Caught through the emulator."""
+"""Planted bugs of the CUDA kernels over rows (gates, losses, the order of assignments) and of the router. Caught through the emulator."""
 
 import sys
 
@@ -18,7 +18,7 @@ def _in(file: str, *tests: str):
 rows = _in("rows.cuh", "soft_gate[300-5-torch.float32]")
 soft_gate = _in("soft_gate.cu", "soft_gate[300-5-torch.float32]")
 topk_gate = _in("topk_gate.cu", "topk_gate[True-softmax-300-5-2]")
-sort = _in("sort_by_expert.cu", "order_of_selections[1500-5]")
+sort = _in("sort_by_expert.cu", "order_of_assignments[1500-5]")
 balance_loss = _in("balance_loss.cu", "balance_loss[400-5-switch-whole]")
 
 
@@ -47,7 +47,7 @@ MUTANTS = [
     equal("topk_gate.cu", "renormalize ? p.least(common) : 0.0f", "0.0f"),
     topk_gate("tie order", "(other == best && there < where)", "(other == best && there > where)"),
     topk_gate("tie order", "(key == last && e > at)", "key == last"),
-    topk_gate("order", "  x += Float(0);\n", "", "ranks_are_those_of_a_stable_sort[selection-torch.float32]"),
+    topk_gate("order", "  x += Float(0);\n", "", "ranks_are_those_of_a_stable_sort[assignment-torch.float32]"),
     topk_gate("order", "x != x ? greatest : bits", "bits", "ranks_are_those_of_a_stable_sort[logits-torch.float32]"),
     topk_gate(
         "index",
@@ -71,7 +71,7 @@ MUTANTS = [
     sort("order", "same & ((1u << lane) - 1)", "same & ~((2u << lane) - 1)"),
     sort("index", "e >= 0 && e < s.experts ? e : s.experts", "e < s.experts ? e & 255 : s.experts"),
     sort("edge", "return *row >= 0 && *row < s.rows;", "return *row >= 0;", "order_of_groups[5]"),
-    sort("carry", "base += __shfl_sync(~0u, sum, 31);", "base = __shfl_sync(~0u, sum, 31);", "order_of_selections[700-256]"),
+    sort("carry", "base += __shfl_sync(~0u, sum, 31);", "base = __shfl_sync(~0u, sum, 31);", "order_of_assignments[700-256]"),
     balance_loss("mask", "return counts(t) ? scores(t, e) : 0.0f;", "return scores(t, e);"),
     balance_loss("sync", "  __syncthreads();\n  V sum = 0;", "  V sum = 0;"),
     balance_loss(

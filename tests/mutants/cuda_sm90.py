@@ -28,8 +28,8 @@ def _in(file: str, *tests: str):
 
 
 rows = _in("gemm_sm90.cuh", _late)
-weight = _in("gemm_weight_sm90.cu", _values("large"))
-hidden = _in("gemm_hidden_sm90.cu", _values("large"))
+weight = _in("wgrad_sm90.cu", _values("large"))
+hidden = _in("dact_gemm_sm90.cu", _values("large"))
 descriptor = _in("device/descriptor.h", _late)
 maps = _in("device/tensor_map.h", _values("sum"))
 
@@ -74,7 +74,7 @@ MUTANTS = [
         "float d[Tile::n / 2] = {}, sum = 0.0f;",
         "float d[Tile::n / 2], sum = 0.0f;\n    if (tile.first < tile.end)\n      for (float& x : d) x = 0;",
     ),
-    hidden("parts", "(p.width + part - 1) / part", "p.width / part"),
+    hidden("partials", "(p.width + part - 1) / part", "p.width / part"),
     descriptor("index", "uint64_t{blocks >> 4} << 16", "uint64_t{blocks >> 5} << 16"),
     descriptor("index", "k16_along_mn = 2048 >> 4", "k16_along_mn = 1024 >> 4"),
     maps("index", "t.matrices > 1 && t.matrix_stride < t.row_stride", "false"),

@@ -39,11 +39,11 @@ groups = _in("groups_triton.py", f"{_groups}selections_of_tokens[700-5]")
 sums = _in("sums_triton.py", _many_tiles("sparse"))
 grouped = _in("grouped_linear/triton.py", _precision("grouped_linear-gather-scatter"))
 router = _in("task_router/triton.py", _many_tiles("router"))
-gemm = _in("gemm_triton.py", _many_tiles("sparse-gated"))
-backward = _in("gemm_backward_triton.py", _many_tiles("sparse-gated"))
+gemm = _in("grouped_gemm_triton.py", _many_tiles("sparse-gated"))
+backward = _in("dact_gemm_triton.py", _many_tiles("sparse-gated"))
 tiles = _in("tiles_triton.py", _many_tiles("sparse"))
-sum_of_experts = _in("gemm_sum_triton.py", f"{_tiles}a_loop_is_split_among_programs_without_a_tile[torch.float32]")
-weights = _in("gemm_weight_triton.py", _many_tiles("sparse"))
+sum_of_experts = _in("grouped_gemm_sum_triton.py", f"{_tiles}a_loop_is_split_among_programs_without_a_tile[torch.float32]")
+weights = _in("wgrad_triton.py", _many_tiles("sparse"))
 
 MUTANTS = [
     activation("epilogue", "0.134145 * u * u", "0.044715 * u * u", _precision("soft_experts-mlp-recompute")),
@@ -83,7 +83,7 @@ MUTANTS = [
     balance_loss("split sums", "range(program, tl.cdiv(T, BLOCK_T), tl.num_programs(0))", "range(program, tl.num_programs(0))"),
     balance_loss(
         "split sums",
-        "for start in range(0, parts, BLOCK_P):",
+        "for start in range(0, partials, BLOCK_P):",
         "for start in range(0, 1):",
         f"{_gates}balance_loss[40-64-40-importance-whole]",
     ),
@@ -123,7 +123,7 @@ MUTANTS = [
     router("tail", "(e < experts)[None, :] & columns[:, None]", "(e < experts)[None, :]"),
     router("index", "known = (group >= 0) & (group < groups)", "known = group < groups"),
     router("epilogue", "(dh * derivative(pre, ACT))", "dh"),
-    gemm("epilogue", "acc += s[:, None] * bias if SCALE_BIAS else bias", "acc += bias"),
+    gemm("epilogue", "acc += s[:, None] * bias if WEIGH_BIAS else bias", "acc += bias"),
     gemm("epilogue", "tl.store(us + width, up,", "tl.store(us + width, acc,"),
     gemm("empty group", "value = tl.where(served[:, None], acc, 0.0)", "value = acc", f"{_tiles}wrong_indices_are_no_rows"),
     backward("epilogue", "tl.sum(acc * act * up, 1)", "tl.sum(acc * act, 1)"),

@@ -55,6 +55,6 @@ const RowFunctions<float> rows = functions();
 }  // namespace
 
 extern const Isa PLANTED;
-const Isa PLANTED = {SOUND.name, &kernel, SOUND.bf16, SOUND.f32_few, SOUND.bf16_few, &rows, SOUND.convert, SOUND.transpose};
+const Isa PLANTED = {SOUND.name, &kernel, SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m, &rows, SOUND.convert, SOUND.transpose};
 
 }  // namespace cmoe::cpu

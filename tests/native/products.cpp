@@ -57,13 +57,13 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
   const std::vector<int> x = integers(c.tokens * c.segments * c.k), w = integers(c.segments * segment);
   const std::vector<char> x_bytes = as(kernels, kernels.type, x), w_bytes = as(kernels, weight_type, w);
 
-  const Plan p = plan(kernels, c.in_rows, outputs, c.tokens, 1, c.gated ? 2 : 1);
-  const Shared<T> shared(kernels, p.shared, c.tokens, c.segments, c.k);
+  const Blocking p = blocking(kernels, c.in_rows, outputs, c.tokens, 1, c.gated ? 2 : 1);
+  const PackedOperand<T> shared(kernels, p.shared, c.tokens, c.segments, c.k);
   const Buffer conversion(conversion_bytes(kernels)), scratch(p.bytes() + 64);
   for (int64_t s = 0; s < c.segments; ++s)
     shared.pack(0, shared.panels(), s, {{x_bytes.data() + s * c.k * value, c.segments * c.k * value, kernels.type}, true},
                 conversion.get());
-  const int64_t width = kernels.lanes(p.outer), panels = (outputs + width - 1) / width,
+  const int64_t width = kernels.panel_width(p.outer), panels = (outputs + width - 1) / width,
                 panel_bytes = packed_panel_bytes(kernels, p.outer, c.k);
   const auto weight = [&](int64_t s) { return Matrix{w_bytes.data() + s * segment * weight_value, c.stride * weight_value, weight_type}; };
   const Buffer packed(c.packed ? c.segments * panels * panel_bytes : 0);
@@ -80,8 +80,8 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
   const int64_t step = std::min(most, c.gated ? in_range / width * width : most);  // a second range begins at a whole panel
   if (step == 0) return;
   for (int64_t first = 0; first < in_range; first += step) {
-    const Lanes lanes{first, std::min(step, in_range - first), c.gated ? in_range + first : -1};
-    multiply_block(
+    const OuterRange lanes{first, std::min(step, in_range - first), c.gated ? in_range + first : -1};
+    grouped_gemm_block(
         kernels, p, shared,
         [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr}; }, lanes,
         scratch.get(),
@@ -128,18 +128,18 @@ void run(Kernels<T> kernels, const Wgrad& c) {
   std::vector<int64_t> index(c.tokens);
   for (int64_t t = 0; t < c.tokens; ++t) index[t] = c.sorted ? c.tokens - 1 - t : t;
 
-  const Plan p = wgrad_plan(kernels, c.outputs, c.inputs, c.tokens, 1, c.most_packed);
-  const Shared<T> shared(kernels, p.shared, c.inputs, 1, c.tokens);
+  const Blocking p = wgrad_blocking(kernels, c.outputs, c.inputs, c.tokens, 1, c.most_packed);
+  const PackedOperand<T> shared(kernels, p.shared, c.inputs, 1, c.tokens);
   const Buffer conversion(conversion_bytes(kernels)), scratch(p.bytes() + 64), dw(c.offset + c.outputs * stride + 64);
   shared.pack(0, shared.panels(), 0, {{x_bytes.data(), c.inputs * value, kernels.type}, false}, conversion.get());
   std::memset(scratch.get(), untouched, p.bytes() + 64);
   std::memset(dw.get(), untouched, c.offset + c.outputs * stride + 64);
   char* const to = dw.get() + c.offset;
   const Matrix rows{dy_bytes.data(), c.outputs * value, kernels.type, c.sorted ? index.data() : nullptr, 1};
-  const int64_t most = p.outer_panels * kernels.lanes(p.outer);
+  const int64_t most = p.outer_panels * kernels.panel_width(p.outer);
   for (int64_t first = 0; first < c.outputs; first += most)
-    WgradBlock<T>(kernels, p, shared, rows, Lanes{first, std::min(most, c.outputs - first)}, scratch.get(), c.type, to + first * stride,
-                  stride)
+    WgradBlock<T>(kernels, p, shared, rows, OuterRange{first, std::min(most, c.outputs - first)}, scratch.get(), c.type,
+                  to + first * stride, stride)
         .compute();
 
   bool right = is_untouched(scratch.get() + p.bytes(), 64) && is_untouched(dw.get(), c.offset) && is_untouched(to + c.outputs * stride, 64);
@@ -170,8 +170,8 @@ constexpr int64_t small = 1 << 15;  // an L2 cache in which every operand takes 
 
 template <class T>
 void weighted(Type type) {
-  const Kernels<T> kernels = kernels_for<T>(type), dots = kernels_for_few<T>(type);
-  const int64_t chunk = kernels.gemm->k_chunk;
+  const Kernels<T> kernels = kernels_for<T>(type), dots = kernels_for_small_m<T>(type);
+  const int64_t chunk = kernels.gemm->kc;
   for (const int64_t k : {int64_t{0}, int64_t{1}, int64_t{32}, int64_t{64}, chunk, 2 * chunk + 33})
     for (const auto& [tokens, outputs] : {std::pair<int64_t, int64_t>{1, 5}, {33, 64}, {70, 131}})
       for (const int64_t l2 : {kernels.l2, small}) {
@@ -187,14 +187,14 @@ void weighted(Type type) {
     for (const int64_t tokens : {33, 200}) run(kernels, type, {tokens, 70, 64, 1, 4096, in_rows, false, false, kernels.l2});
   }
   for (const int64_t stride : {0, 16, 32, 64}) run(kernels, type, {37, 70, 96, 1, stride, true, false, false, kernels.l2});
-  for (int64_t tokens = 1; tokens <= few_tokens; ++tokens)
+  for (int64_t tokens = 1; tokens <= small_m; ++tokens)
     for (const int64_t k : {1, 64, 1100}) run(dots, type, {tokens, 11, k, 1, k + 1, true, false, false, kernels.l2});
 }
 
 template <class T>
 void wgrad(Type type) {
   const Kernels<T> kernels = kernels_for<T>(type);
-  const int64_t chunk = kernels.gemm->k_chunk;
+  const int64_t chunk = kernels.gemm->kc;
   // No token, less than a k step, a few, one chunk, two (one run of AMX), more.
   for (const int64_t tokens : {int64_t{0}, int64_t{1}, int64_t{70}, chunk, chunk + 1, 2 * chunk, 2 * chunk + 1, 3 * chunk + 5})
     // A part of a panel; whole panels; several blocks of both operands.

@@ -74,7 +74,7 @@ struct Layers : Experts<T> {
 
   void wanted(Outputs& outputs, ExpertsBackward<T>& grads, const std::string& name, int64_t rows, Type exact) const {
     grads.dx = result(outputs, name + " dx", this->type, this->tokens * this->inputs);
-    grads.dweights = reinterpret_cast<T*>(result(outputs, name + " dweights", exact, rows));
+    grads.routing_weight_grad = reinterpret_cast<T*>(result(outputs, name + " dweights", exact, rows));
     grads.dw1 = {result(outputs, name + " dw1", this->type, w1_.size() / size_of(this->type)), this->type};
     grads.db1 = {result(outputs, name + " db1", this->type, b1_.size() / size_of(this->type)), this->type};
     if (!this->w2) return;
@@ -118,7 +118,7 @@ Outputs run(Type type, const Sizes& s, bool recompute) {
     for (int64_t t = 0; t < s.tokens; ++t)
       for (int64_t e = 0; e < s.experts; ++e) weights[e * s.tokens + t] = gates[t * s.experts + e];
     grads.divisor = grads.dy_divisor = 1;
-    grads.weights = weights.data();
+    grads.routing_weights = weights.data();
     grads.dy = dy.data();
     grads.u = u;
     grads.u_expert = s.hidden;
@@ -141,7 +141,7 @@ Outputs run(Type type, const Sizes& s, bool recompute) {
     grads.offsets = rows.offsets.data();
     grads.index = grads.dy_index = rows.index.data();
     grads.divisor = grads.dy_divisor = s.k;
-    grads.weights = weights.data();
+    grads.routing_weights = weights.data();
     grads.dy = dy.data();
     grads.u = u;
     grads.u_row = op.first_outputs();

@@ -44,14 +44,14 @@ void plans(Type type) {
       for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{256}}) {
         for (const bool in_rows : {false, true})
           for (const int64_t ranges : {int64_t{1}, int64_t{2}}) {
-            const Plan p = plan(kernels, in_rows, outer, shared, count, ranges);
+            const Blocking p = blocking(kernels, in_rows, outer, shared, count, ranges);
             check(p.outer_panels >= ranges && p.outer_panels % ranges == 0 && p.shared_panels >= 1, "panels of a plan", outer, shared,
                   count);
             check(p.outer_bytes > 0 && p.block_bytes > 0 && p.row_bytes > 0 && p.conversion > 0, "parts of a plan", outer, shared, count);
             check(p.bytes() < int64_t{64} << 20, "bytes of a plan", p.bytes(), outer, shared);
           }
         for (const int64_t k : large) {
-          const Plan p = wgrad_plan(kernels, outer, shared, k, count);
+          const Blocking p = wgrad_blocking(kernels, outer, shared, k, count);
           check(p.outer_panels >= 1 && p.shared_panels >= 1 && p.outer_bytes > 0 && p.block_bytes > 0 && p.conversion > 0,
                 "parts of a wgrad plan", outer, shared, k);
           check(p.bytes() < int64_t{64} << 20, "bytes of a wgrad plan", p.bytes(), outer, shared);
@@ -63,11 +63,11 @@ void plans(Type type) {
 template <class T>
 void shared_operands(Type type) {
   const Kernels<T> kernels = kernels_for<T>(type);
-  const Plan p = plan(kernels, true, 8, int64_t{1} << 20, 1);
-  const int64_t width = kernels.lanes(p.shared), value = size_of(type), k = 3000;
+  const Blocking p = blocking(kernels, true, 8, int64_t{1} << 20, 1);
+  const int64_t width = kernels.panel_width(p.shared), value = size_of(type), k = 3000;
   if (kernels.gemm->row_major[static_cast<int>(p.shared)]) return;  // such panels are filled with zeros first: 6 GB of them
   const int64_t lanes = ((int64_t{1} << 31) / k / width + 9) * width - 1;
-  const Shared<T> shared(kernels, p.shared, lanes, 1, k);
+  const PackedOperand<T> shared(kernels, p.shared, lanes, 1, k);
   __int128 bytes = 0;
   for (const Chunk& chunk : shared.chunks()) bytes += static_cast<__int128>(chunk.padded) * shared.panels() * width * kernels.element();
   check(bytes == shared.bytes() && bytes > std::numeric_limits<int32_t>::max(), "bytes of a shared operand", shared.bytes(), lanes, k);
@@ -86,9 +86,9 @@ void shared_operands(Type type) {
   const int used = shared.in_panel(shared.panels() - 1);
   check(used == width - 1, "lanes in the last panel", used, width);
   alignas(64) static T block[most_lanes * most_lanes * 4];
-  std::vector<char> panel(kernels.lanes(p.outer) * kernels.gemm->k_chunk * kernels.element() + 64);
+  std::vector<char> panel(kernels.panel_width(p.outer) * kernels.gemm->kc * kernels.element() + 64);
   char* const aligned = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(panel.data()), 64));
-  const int64_t outer_lanes = std::min<int64_t>(8, kernels.lanes(p.outer));
+  const int64_t outer_lanes = std::min<int64_t>(8, kernels.panel_width(p.outer));
   bool add = false;
   if (kernels.gemm->begin) kernels.gemm->begin();
   for (const Chunk& chunk : shared.chunks()) {
@@ -98,14 +98,14 @@ void shared_operands(Type type) {
     const int resident = static_cast<int>(kernels.gemm->outer_resident ? p.outer : Side::b);
     const int64_t stride = (kernels.gemm->row_major[0] ? chunk.padded : kernels.gemm->k_step) * kernels.element();
     if (p.outer == Side::a)
-      kernels.gemm->multiply[resident](aligned, stride, other, block, chunk.padded, kernels.lanes(p.outer), add, Prefetch());
+      kernels.gemm->multiply[resident](aligned, stride, other, block, chunk.padded, kernels.panel_width(p.outer), add, Prefetch());
     else
       kernels.gemm->multiply[resident](other, stride, aligned, block, chunk.padded, static_cast<int>(width), add, Prefetch());
     add = true;
   }
   if (kernels.gemm->end) kernels.gemm->end();
   const int64_t row = used - 1;  // the last token, against the first lane of W
-  const T got = p.outer == Side::a ? block[row] : block[row * kernels.gemm->b_lanes];
+  const T got = p.outer == Side::a ? block[row] : block[row * kernels.gemm->nr];
   check(got == T(0.75 * k), "the last token's sum", static_cast<long long>(got), static_cast<long long>(0.75 * k));
   munmap(x, lanes * k * value);
 }

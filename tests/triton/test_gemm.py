@@ -32,7 +32,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "tile_for", lambda *_: tuning.Tile(16, 16, 16, 4, 1))
     device(monkeypatch, "sm_80")
     monkeypatch.setattr(tuning, "LEAST_STEPS", 1)
-    for name in ("gemm_triton", "gemm_sum_triton", "gemm_backward_triton", "gemm_weight_triton", "task_router.triton"):
+    for name in ("grouped_gemm_triton", "grouped_gemm_sum_triton", "dact_gemm_triton", "wgrad_triton", "task_router.triton"):
         monkeypatch.setattr(importlib.import_module(f"cmoe_kernels.ops.{name}"), "GROUP", 2)
 
 
@@ -154,11 +154,11 @@ def test_many_tiles_through_descriptors(monkeypatch, descriptors, tf32, form, dt
 def test_a_loop_is_split_among_programs_without_a_tile(monkeypatch, dtype):
     """Six tiles of y on 24 multiprocessors: four programs for each, of whose six steps the last one has none."""
     device(monkeypatch, "sm_80", 24)
-    module, parts = importlib.import_module("cmoe_kernels.ops.gemm_sum_triton"), []
-    plain = module.sum_parts
-    monkeypatch.setattr(module, "sum_parts", lambda each, *others: parts.append(len(each)) or plain(each, *others))
+    module, partials = importlib.import_module("cmoe_kernels.ops.grouped_gemm_sum_triton"), []
+    plain = module.sum_partials
+    monkeypatch.setattr(module, "sum_partials", lambda each, *others: partials.append(len(each)) or plain(each, *others))
     check("soft", dtype)
-    assert 4 in parts
+    assert 4 in partials
 
 
 def check(form: str, dtype: torch.dtype) -> None:

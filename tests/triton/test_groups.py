@@ -5,7 +5,7 @@ import torch
 
 from cmoe_kernels import backends
 from cmoe_kernels.ops import groups
-from cmoe_kernels.ops.sparse_experts.reference import _selections
+from cmoe_kernels.ops.sparse_experts.reference import _assignments
 
 if not backends.INTERPRETED:
     pytest.skip("for the interpreter's process (TRITON_INTERPRET=1)", allow_module_level=True)
@@ -14,7 +14,7 @@ from cmoe_kernels.ops import groups_triton
 
 
 def expected(indices, experts, tokens, group_ids=None):
-    return groups.sort_by_expert(_selections(indices, group_ids, tokens, experts), experts)
+    return groups.sort_by_expert(_assignments(indices, group_ids, tokens, experts), experts)
 
 
 def check(indices, experts, tokens, group_ids=None):

@@ -1,6 +1,6 @@
 """Load-balancing losses of a router.
 
-switch      E * sum_e f_e p_e      p_e: mean of scores[:, e];  f_e: share of the selections that went to e
+switch      E * sum_e f_e p_e      p_e: mean of scores[:, e];  f_e: share of the assignments that went to e
 importance  E * sum_e (m_e / sum_j m_j)^2 - 1      m_e: sum of scores[:, e]
 z           mean_t logsumexp(scores[t])^2
 
@@ -39,8 +39,8 @@ def balance_loss(
             coefficient of variation of the gates' sums, Shazeer et al. 2017 eq. 7; 0 when even and for E = 1, with a zero gradient
             there), "z" (ST-MoE eq. 5).
         segments: [T] int64 labels: the statistic of each segment, then their mean. CuMo's loss is per image with indices[:, :1].
-        counts: [E], selections all-reduced over ranks, in place of ``indices``: f is then of the global batch.
-        total: the number of selections that counts belongs to; default their sum.
+        counts: [E], assignments all-reduced over ranks, in place of ``indices``: f is then of the global batch.
+        total: the number of assignments that counts belongs to; default their sum.
         from_logits: scores are logits, and the loss is of their softmax over the experts, in fp32 ("switch", "importance"). On the CPU the
             softmax and its gradient are computed inside, and no probabilities are stored.
 

@@ -21,7 +21,7 @@ def balance_loss(
     kind, s, live = _read(scores, mask, kind)
     seg = _segments(live, segments)
     if kind == "switch":
-        f = _selection_shares(seg, live, experts, indices, counts, total)
+        f = _assignment_shares(seg, live, experts, indices, counts, total)
         loss = experts * (f * _sum(s, seg) / seg.tokens).sum(-1)
     elif kind == "importance":
         deviation, _ = _deviation(_sum(s, seg))
@@ -46,7 +46,7 @@ def balance_loss_backward(
     kind, s, live = _read(scores, mask, kind)
     seg = _segments(live, segments)
     if kind == "switch":
-        slope = experts * _selection_shares(seg, live, experts, indices, counts, total) / seg.tokens
+        slope = experts * _assignment_shares(seg, live, experts, indices, counts, total) / seg.tokens
     elif kind == "importance":
         deviation, mass = _deviation(_sum(s, seg))
         # E * sum p^2 - 1 in terms of d = p - 1/E: no difference of nearly equal numbers, and exactly zero at balance.
@@ -106,10 +106,10 @@ def _of_token(table: Tensor, seg: _Segments) -> Tensor:
     return table if seg.ids is None else table[seg.ids]
 
 
-def _selection_shares(
+def _assignment_shares(
     seg: _Segments, live: Tensor, experts: int, indices: Tensor | None, counts: Tensor | None, total: Tensor | None
 ) -> Tensor:
-    """f [S, E]: the share of the selections that went to each expert."""
+    """f [S, E]: the share of the assignments that went to each expert."""
     if counts is not None:
         selected = counts.to(live.dtype)[None]
         whole = selected.sum(-1, keepdim=True) if total is None else total.to(live.dtype)

@@ -1,7 +1,7 @@
 """balance_loss in Triton: sums over tokens in a fixed order, in two stages, and no word from the host.
 
 Without segments. Stage 1: at most PROGRAMS programs each walk their share of the tokens with a tile [BLOCK_T, BLOCK_E] and keep, in
-registers, the mass of each expert, the selections of each expert (integers), the tokens that count and the sum of squared logsumexps;
+registers, the mass of each expert, the assignments of each expert (integers), the tokens that count and the sum of squared logsumexps;
 each writes one row of partials. Stage 2: one program adds the rows and turns them into the loss, and into what the gradient needs: one
 slope per expert, because d loss / d scores[t, e] is the same for every token that counts (for "z" a factor on logsumexp times softmax).
 Backward repeats both stages, then writes the gradient in one pass. The number of programs follows from the shape, not from the device,
@@ -11,7 +11,7 @@ With segments, which are labels and not ranges, how many there are is known to t
 program i serves the segment whose first sorted row is i and leaves at once where row i is not the first of its label. It walks on until
 the label changes, so a segment is summed by one program in token order: right for CuMo's images of some hundred tokens, slow for one
 segment of a million. Per-segment losses lie at the position of the first row; a last program adds them and counts the segments that
-hold a token. Memory: [T] for order, labels, losses; never [segments, E] or a one-hot of the selections.
+hold a token. Memory: [T] for order, labels, losses; never [segments, E] or a one-hot of the assignments.
 """
 
 import torch
@@ -32,7 +32,7 @@ def _scores(scores, row, e, live, E, stride_t, stride_e):
 
 @triton.jit
 def _tile(scores, indices, mask, row, live, e, E, K, stride_t, stride_e, stride_it, stride_ik, KIND: tl.constexpr, COUNT: tl.constexpr):
-    """Of the rows given: scores (0 where not live), live as 0 or 1, the selections of each expert, sum of squared logsumexps."""
+    """Of the rows given: scores (0 where not live), live as 0 or 1, the assignments of each expert, sum of squared logsumexps."""
     if mask is not None:
         live = live & (tl.load(mask + row, live, other=0) != 0)
     s = _scores(scores, row, e, live, E, stride_t, stride_e)
@@ -61,7 +61,7 @@ def _logsumexp(s, e, E):
 
 @triton.jit
 def _statistic(mass, selected, whole, tokens, squares, e, E, KIND: tl.constexpr):
-    """Loss of one segment and the slope of each expert, from its sums; ``whole`` is what the selections are a share of."""
+    """Loss of one segment and the slope of each expert, from its sums; ``whole`` is what the assignments are a share of."""
     held = tl.maximum(tokens, 1.0)
     if KIND == "switch":
         share = selected / whole
@@ -108,7 +108,7 @@ def balance_loss_sums_kernel(
 
 @triton.jit
 def balance_loss_fwd_kernel(
-    masses, counts, tokens, squares, given, total, loss, slopes, parts, E, K,
+    masses, counts, tokens, squares, given, total, loss, slopes, partials, E, K,
     KIND: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     e = tl.arange(0, BLOCK_E)
@@ -117,14 +117,14 @@ def balance_loss_fwd_kernel(
     count = tl.zeros((BLOCK_E,), tl.int32)
     held = tl.zeros((BLOCK_P,), tl.int32)
     square = tl.zeros((BLOCK_P,), tl.float32)
-    for start in range(0, parts, BLOCK_P):
+    for start in range(0, partials, BLOCK_P):
         at = (start + p)[:, None] * E + e[None, :]
-        inside = (start + p < parts)[:, None] & (e < E)[None, :]
+        inside = (start + p < partials)[:, None] & (e < E)[None, :]
         mass += tl.sum(tl.load(masses + at, inside, other=0.0), 0)
         if counts is not None:
             count += tl.sum(tl.load(counts + at, inside, other=0), 0)
-        held += tl.load(tokens + start + p, start + p < parts, other=0)
-        square += tl.load(squares + start + p, start + p < parts, other=0.0)
+        held += tl.load(tokens + start + p, start + p < partials, other=0)
+        square += tl.load(squares + start + p, start + p < partials, other=0.0)
     n = tl.sum(held, 0).to(tl.float32)
     selected = count.to(tl.float32)
     whole = tl.maximum(n, 1.0) * K
@@ -281,19 +281,19 @@ def _statistics(
     """The loss; or, into ``slopes``, what the gradient needs."""
     tokens, experts = scores.shape
     block_t, settings = _tiles(experts)
-    parts = min(PROGRAMS, triton.cdiv(tokens, block_t))
-    masses = scores.new_empty(parts, experts, dtype=torch.float32)
-    selected = None if indices is None else scores.new_empty(parts, experts, dtype=torch.int32)
-    held = scores.new_empty(parts, dtype=torch.int32)
-    squares = scores.new_empty(parts, dtype=torch.float32)
-    k, *strides = _selections(indices)
-    balance_loss_sums_kernel[(parts,)](
+    partials = min(PROGRAMS, triton.cdiv(tokens, block_t))
+    masses = scores.new_empty(partials, experts, dtype=torch.float32)
+    selected = None if indices is None else scores.new_empty(partials, experts, dtype=torch.int32)
+    held = scores.new_empty(partials, dtype=torch.int32)
+    squares = scores.new_empty(partials, dtype=torch.float32)
+    k, *strides = _assignments(indices)
+    balance_loss_sums_kernel[(partials,)](
         scores, indices, _contiguous(mask), masses, selected, held, squares, tokens, experts, k, *scores.stride(), *strides,
         kind, indices is not None, **settings,
     )  # fmt: skip
     loss = scores.new_empty((), dtype=torch.float32)
     balance_loss_fwd_kernel[(1,)](
-        masses, selected, held, squares, _contiguous(counts), total, loss, slopes, parts, experts, k,
+        masses, selected, held, squares, _contiguous(counts), total, loss, slopes, partials, experts, k,
         kind, max(1, 1024 // settings["BLOCK_E"]), settings["BLOCK_E"], num_warps=4,
     )  # fmt: skip
     return loss
@@ -314,7 +314,7 @@ def _by_segment(
     losses = scores.new_empty(tokens, dtype=torch.float32)
     filled = scores.new_empty(tokens, dtype=torch.int32)
     loss, weight = (scores.new_empty((), dtype=torch.float32) for _ in range(2))
-    k, *strides = _selections(indices)
+    k, *strides = _assignments(indices)
     inputs = (scores, indices, _contiguous(mask), order, labels)
     shape = (tokens, experts, k, *scores.stride(), *strides, kind, indices is not None)
     balance_loss_segments_kernel[(tokens,)](*inputs, losses, filled, None, None, None, *shape, **settings)
@@ -324,7 +324,7 @@ def _by_segment(
     return loss
 
 
-def _selections(indices: Tensor | None) -> tuple[int, ...]:
+def _assignments(indices: Tensor | None) -> tuple[int, ...]:
     return (1, 0, 0) if indices is None else (indices.shape[1], *indices.stride())
 
 

@@ -11,7 +11,7 @@ from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.grouped_linear import reference
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
 
 
 def grouped_linear(
@@ -88,7 +88,7 @@ def _grouped_linear(
 @_grouped_linear.register_fake
 def _(x, w, b, offsets, gather_idx, k, scatter_idx, activation, save, backend):
     shape = (x.shape[0] * k, w.shape[1])
-    return x.new_empty(shape), x.new_empty(shape) if save else absent(x)
+    return x.new_empty(shape), x.new_empty(shape) if save else empty_placeholder(x)
 
 
 @operator("grouped_linear_backward")

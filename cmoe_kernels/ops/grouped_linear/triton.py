@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cmoe_kernels.ops.activation_triton import derivative
-from cmoe_kernels.ops.gemm_triton import linear
-from cmoe_kernels.ops.gemm_weight_triton import weight_grads
-from cmoe_kernels.ops.sums_triton import sum_selections
+from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
+from cmoe_kernels.ops.sums_triton import sum_assignments
 from cmoe_kernels.ops.tiles_triton import launch, source_rows
+from cmoe_kernels.ops.wgrad_triton import wgrad
 
 
 @triton.jit
@@ -45,12 +45,12 @@ def grouped_linear(
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
     rows, width = x.shape[0] * k, w.shape[1]
-    offsets = _settled(offsets, rows)
+    offsets = _clamped(offsets, rows)
     # An index that is no permutation would leave rows unwritten.
     y = x.new_empty(rows, width) if scatter_idx is None else x.new_zeros(rows, width)
     u = x.new_empty(rows, width) if save else None
     gather = _repeat(x, gather_idx, k)
-    linear(x, w, b, offsets=offsets, gather=gather, k=k, scatter=scatter_idx, activation=activation, u=u, y=y)
+    grouped_gemm(x, w, b, offsets=offsets, gather=gather, k=k, scatter=scatter_idx, activation=activation, u=u, y=y)
     return y, u
 
 
@@ -68,7 +68,7 @@ def grouped_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rows = x.shape[0] * k
-    offsets = _settled(offsets, rows)
+    offsets = _clamped(offsets, rows)
     du, du_index = dy, scatter_idx
     if activation is not None:
         du, du_index = torch.empty_like(u), None
@@ -78,15 +78,15 @@ def grouped_linear_backward(
     dx = None
     if needs[0]:
         drows = x.new_empty(rows, x.shape[1]) if gather_idx is None else x.new_zeros(rows, x.shape[1])
-        linear(du, w.transpose(1, 2), offsets=offsets, gather=du_index, scatter=gather_idx, y=drows)
-        dx = sum_selections(drows, k)
+        grouped_gemm(du, w.transpose(1, 2), offsets=offsets, gather=du_index, scatter=gather_idx, y=drows)
+        dx = sum_assignments(drows, k)
     dw = w.new_empty(w.shape) if needs[1] else None
     db = b.new_empty(b.shape) if b is not None and needs[2] else None
-    weight_grads(du, x, dw, db, rows=rows, offsets=offsets, p_index=du_index, q_index=_repeat(x, gather_idx, k), q_k=k)
+    wgrad(du, x, dw, db, rows=rows, offsets=offsets, p_index=du_index, q_index=_repeat(x, gather_idx, k), q_k=k)
     return dx, dw, db
 
 
-def _settled(offsets: Tensor, rows: int) -> Tensor:
+def _clamped(offsets: Tensor, rows: int) -> Tensor:
     """Offsets that start at 0, do not decrease and stay within the rows, whatever was given: then each row has one tile."""
     ends = offsets[1:].clamp(0, rows).cummax(0).values.to(torch.int32)
     return torch.cat([ends.new_zeros(1), ends])

@@ -9,7 +9,7 @@ from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.soft_experts import reference
 
 
@@ -83,7 +83,7 @@ def _soft_experts(
 @_soft_experts.register_fake
 def _(x, gates, w1, b1, w2, b2, group_ids, activation, save, backend):
     y = x.new_empty(x.shape[0], (w1 if w2 is None else w2).shape[1])
-    return y, x.new_empty(x.shape[0], w1.shape[0], w1.shape[1]) if save else absent(x)
+    return y, x.new_empty(x.shape[0], w1.shape[0], w1.shape[1]) if save else empty_placeholder(x)
 
 
 @operator("soft_experts_backward")

@@ -5,7 +5,7 @@ when it is saved); the second with K = E * H, so the experts are added in its ac
 product makes dh in registers and leaves du, gate * act(u) and the gate's partial sums; dx is one product with K = E * H, the weights'
 gradients one each. Nothing of size [E, T, O] exists in either direction.
 
-Single linear experts scale x (dy) by the gate on load; their dx and the gates' gradient come from one product. Where their gates have
+Single linear experts multiply x (dy) by the gate on load; their dx and the gates' gradient come from one product. Where their gates have
 fewer rows than there are tokens (a row per task, or one), they merge into one linear layer per row of gates, [G, O, D]: E times fewer
 products over tokens. Tokens are then the rows of their group as sparse tokens are of their expert, and the merged weight's gradient
 is shared out by the gates. More groups than experts are not merged: their weights would outgrow the experts' own.
@@ -14,13 +14,13 @@ is shared out by the gates. More groups than experts are not merged: their weigh
 import torch
 from torch import Tensor
 
-from cmoe_kernels.ops.gemm_backward_triton import hidden_grads, mixed_grads
-from cmoe_kernels.ops.gemm_sum_triton import linear_sum
-from cmoe_kernels.ops.gemm_triton import linear
-from cmoe_kernels.ops.gemm_weight_triton import weight_grads
+from cmoe_kernels.ops.dact_gemm_triton import dact_gemm, dense_dgrad
+from cmoe_kernels.ops.grouped_gemm_sum_triton import grouped_gemm_sum
+from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
 from cmoe_kernels.ops.groups import per_token
 from cmoe_kernels.ops.groups_triton import sort_by_expert
-from cmoe_kernels.ops.sums_triton import column_sums, gate_grads, per_group
+from cmoe_kernels.ops.sums_triton import column_sums, routing_weight_grad, sum_per_group
+from cmoe_kernels.ops.wgrad_triton import wgrad
 
 
 def soft_experts(
@@ -39,12 +39,12 @@ def soft_experts(
     g = _gates(x, gates, group_ids)
     if w2 is None:
         y = x.new_empty(x.shape[0], w1.shape[1])
-        linear_sum(x, w1, y, b1, g, scale=True)
+        grouped_gemm_sum(x, w1, y, b1, g, weigh_x=True)
         return y, None
-    y, a = x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(x.shape[0], *w1.shape[:2])
-    u = torch.empty_like(a) if save else None
-    linear(x, w1, b1, scale=g, activation=activation, u=u, y=a)
-    linear_sum(a, w2, y, b2, g)
+    y, weighted_hidden = x.new_empty(x.shape[0], w2.shape[1]), x.new_empty(x.shape[0], *w1.shape[:2])
+    u = torch.empty_like(weighted_hidden) if save else None
+    grouped_gemm(x, w1, b1, routing_weights=g, activation=activation, u=u, y=weighted_hidden)
+    grouped_gemm_sum(weighted_hidden, w2, y, b2, g)
     return y, u
 
 
@@ -73,29 +73,29 @@ def soft_experts_backward(
     db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and needs[3] else None
 
     if w2 is None:
-        parts = mixed_grads(dy, w1, x, g, dx) if needs[1] else None
-        if dx is not None and parts is None:
-            linear_sum(dy, w1.transpose(1, 2), dx, gates=g, scale=True)
-        weight_grads(dy, x, dw1, db_out, rows=tokens, scale=g, scale_dw=True)
+        partials = dense_dgrad(dy, w1, x, g, dx) if needs[1] else None
+        if dx is not None and partials is None:
+            grouped_gemm_sum(dy, w1.transpose(1, 2), dx, gates=g, weigh_x=True)
+        wgrad(dy, x, dw1, db_out, rows=tokens, routing_weights=g, weigh_dw=True)
     else:
         shape = tokens, experts, w1.shape[1]
         if not u.numel():
             u = x.new_empty(shape)
-            linear(x, w1, b1, activation=activation, u=u)
+            grouped_gemm(x, w1, b1, activation=activation, u=u)
         du = x.new_empty(shape) if needs[0] or needs[2] or db1 is not None else None
-        a = x.new_empty(shape) if dw2 is not None else None
-        parts = None
-        if du is not None or a is not None or needs[1]:
-            parts = hidden_grads(dy, w2, u, du, a, needs[1], scale=g, activation=activation)
+        weighted_hidden = x.new_empty(shape) if dw2 is not None else None
+        partials = None
+        if du is not None or weighted_hidden is not None or needs[1]:
+            partials = dact_gemm(dy, w2, u, du, weighted_hidden, needs[1], routing_weights=g, activation=activation)
         if dx is not None and du is not None:
-            linear_sum(du, w1.transpose(1, 2), dx)
+            grouped_gemm_sum(du, w1.transpose(1, 2), dx)
         if du is not None:
-            weight_grads(du, x, dw1, db1, rows=tokens)
-        weight_grads(dy, x if a is None else a, dw2, db_out, rows=tokens, scale=g)
+            wgrad(du, x, dw1, db1, rows=tokens)
+        wgrad(dy, x if weighted_hidden is None else weighted_hidden, dw2, db_out, rows=tokens, routing_weights=g)
     dgates = None
-    if parts is not None:
-        per_row = gate_grads(parts, dy, b_out, experts).view(tokens, experts)
-        dgates = per_group(per_row, group_ids, gates.shape[0])
+    if partials is not None:
+        per_row = routing_weight_grad(partials, dy, b_out, experts).view(tokens, experts)
+        dgates = sum_per_group(per_row, group_ids, gates.shape[0])
     return (dx, dgates, dw1, db_out, None, None) if w2 is None else (dx, dgates, dw1, db1, dw2, db_out)
 
 
@@ -128,7 +128,7 @@ def _merged(x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Te
     y = x.new_empty(x.shape[0], w.shape[1])
     order, offsets = _tokens_by_group(x, gates, group_ids)
     bias = None if b is None else _merge(b, gates, torch.float32)
-    linear(x, _merge(w, gates, x.dtype), bias, offsets=offsets, gather=order, scatter=order, y=y)
+    grouped_gemm(x, _merge(w, gates, x.dtype), bias, offsets=offsets, gather=order, scatter=order, y=y)
     return y
 
 
@@ -140,17 +140,17 @@ def _merged_backward(
     dx = dgates = dw = db = None
     if needs[0]:
         dx = x.new_empty(x.shape)
-        linear(dy, _merge(w, gates, x.dtype).transpose(1, 2), offsets=offsets, gather=order, scatter=order, y=dx)
+        grouped_gemm(dy, _merge(w, gates, x.dtype).transpose(1, 2), offsets=offsets, gather=order, scatter=order, y=dx)
     dmerged = w.new_empty(groups, *w.shape[1:], dtype=torch.float32) if needs[1] or needs[2] else None
     dbias = w.new_empty(groups, w.shape[1], dtype=torch.float32) if b is not None and (needs[1] or needs[3]) else None
-    weight_grads(dy, x, dmerged, dbias, rows=x.shape[0], offsets=offsets, p_index=order, q_index=order)
+    wgrad(dy, x, dmerged, dbias, rows=x.shape[0], offsets=offsets, p_index=order, q_index=order)
     if needs[1] and dmerged is not None:
         # Few rows, a product over all elements of a layer: a split loop.
         dgates = gates.new_empty(gates.shape)
-        linear_sum(dmerged.view(groups, -1), w.reshape(1, experts, -1), dgates)
+        grouped_gemm_sum(dmerged.view(groups, -1), w.reshape(1, experts, -1), dgates)
         if b is not None and dbias is not None:
             by_bias = torch.empty_like(dgates)
-            linear_sum(dbias, b.reshape(1, experts, -1), by_bias)
+            grouped_gemm_sum(dbias, b.reshape(1, experts, -1), by_bias)
             dgates += by_bias
     if needs[2] and dmerged is not None:
         dw = _merge(dmerged, gates.T, w.dtype)

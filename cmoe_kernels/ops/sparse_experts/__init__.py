@@ -12,7 +12,7 @@ from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.sparse_experts import reference
 
 
@@ -50,7 +50,7 @@ def sparse_experts(
 
     Products run in the dtype of x and accumulate in fp32; fp32 weights are rounded to it and get fp32 gradients. Saves the inputs, the
     pre-activations [T * K, H] in the order of the experts, and that order; neither gathered rows of x nor expert outputs. An expert
-    without tokens gets zero gradients. Deterministic: a token's K rows are added in the order of its selections.
+    without tokens gets zero gradients. Deterministic: a token's K rows are added in the order of its assignments.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape; on the CPU also an index outside -1..E and a group id outside 0..G-1.
@@ -100,7 +100,7 @@ def _(x, weights, indices, w1, b1, w2, b2, group_ids, activation, gated, save, b
     rows = x.shape[0] * indices.shape[1]
     return (
         x.new_empty(x.shape[0], (w1 if w2 is None else w2).shape[1]),
-        x.new_empty(rows, w1.shape[1]) if save else absent(x),
+        x.new_empty(rows, w1.shape[1]) if save else empty_placeholder(x),
         x.new_empty(rows, dtype=torch.int64),
         x.new_empty(w1.shape[0] + 1, dtype=torch.int32),
     )

@@ -1,4 +1,4 @@
-"""sparse_experts in plain PyTorch: selections sorted by expert, one pair of products per expert, whose row ranges are read on the host."""
+"""sparse_experts in plain PyTorch: assignments sorted by expert, one pair of products per expert, whose row ranges are read on the host."""
 
 import itertools
 
@@ -24,8 +24,8 @@ def sparse_experts(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     experts, tokens, k = w1.shape[0], x.shape[0], indices.shape[1]
-    gather_idx, offsets = sort_by_expert(_selections(indices, group_ids, tokens, experts), experts)
-    row_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
+    gather_idx, offsets = sort_by_expert(_assignments(indices, group_ids, tokens, experts), experts)
+    routing_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
     rows = x[gather_idx // k]
     u = x.new_zeros(tokens * k, w1.shape[1]) if w2 is not None else None
     y = x.new_zeros(tokens * k, (w1 if w2 is None else w2).shape[1])
@@ -34,15 +34,15 @@ def sparse_experts(
         if b1 is not None:
             hidden += b1[e].to(x.dtype)
         if w2 is None or u is None:
-            product = hidden if row_weights is None else (row_weights[r] * hidden).to(x.dtype)
+            product = hidden if routing_weights is None else (routing_weights[r] * hidden).to(x.dtype)
         else:
             u[r] = hidden
             h = activate(activation, hidden, gated)
-            product = (h if row_weights is None else (row_weights[r] * h).to(x.dtype)) @ w2[e].to(x.dtype).T
+            product = (h if routing_weights is None else (routing_weights[r] * h).to(x.dtype)) @ w2[e].to(x.dtype).T
             if b2 is not None:
-                product += (b2[e] if row_weights is None else row_weights[r] * b2[e]).to(x.dtype)
+                product += (b2[e] if routing_weights is None else routing_weights[r] * b2[e]).to(x.dtype)
         y[r] = product
-    return _sum_selections(y, gather_idx, k), u if save else None, gather_idx, offsets
+    return _sum_assignments(y, gather_idx, k), u if save else None, gather_idx, offsets
 
 
 def sparse_experts_backward(
@@ -64,7 +64,7 @@ def sparse_experts_backward(
 ) -> tuple[Tensor | None, ...]:
     dtype, exact = x.dtype, accumulate_dtype(x.dtype)
     tokens, k = x.shape[0], indices.shape[1]
-    row_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
+    routing_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
     drows = x.new_zeros(tokens * k, x.shape[1]) if needs[0] else None
     dweights = x.new_zeros(tokens * k, dtype=exact) if weights is not None and needs[1] else None
     dw1 = w1.new_zeros(w1.shape) if needs[2] else None
@@ -75,7 +75,7 @@ def sparse_experts_backward(
     for e, r in _ranges(offsets):
         rows = x[gather_idx[r] // k]
         dout = dy[gather_idx[r] // k]
-        weighted = dout if row_weights is None else (row_weights[r] * dout).to(dtype)
+        weighted = dout if routing_weights is None else (routing_weights[r] * dout).to(dtype)
         if w2 is None:
             du = weighted
             if dweights is not None:
@@ -95,7 +95,7 @@ def sparse_experts_backward(
                 dw2[e] = weighted.T @ h
             if db2 is not None:
                 db2[e] = weighted.sum(0, dtype=exact)
-            du = activate_backward(activation, dh if row_weights is None else (row_weights[r] * dh).to(dtype), pre, gated)
+            du = activate_backward(activation, dh if routing_weights is None else (routing_weights[r] * dh).to(dtype), pre, gated)
         if drows is not None:
             drows[r] = du @ w1[e].to(dtype)
         if dw1 is not None:
@@ -106,10 +106,10 @@ def sparse_experts_backward(
     if dweights is not None and weights is not None:
         by_token = torch.empty_like(dweights).index_copy_(0, gather_idx, dweights).view(tokens, k)
         dweights = sum_per_group(by_token, group_ids, weights.shape[0])
-    return None if drows is None else _sum_selections(drows, gather_idx, k), dweights, dw1, db1, dw2, db2
+    return None if drows is None else _sum_assignments(drows, gather_idx, k), dweights, dw1, db1, dw2, db2
 
 
-def _selections(indices: Tensor, group_ids: Tensor | None, tokens: int, experts: int) -> Tensor:
+def _assignments(indices: Tensor, group_ids: Tensor | None, tokens: int, experts: int) -> Tensor:
     """indices [T, K]; on a GPU a group id out of range selects no expert."""
     if group_ids is None:
         return indices.expand(tokens, -1)
@@ -123,7 +123,7 @@ def _ranges(offsets: Tensor) -> list[tuple[int, slice]]:
     return [(e, slice(start, stop)) for e, (start, stop) in enumerate(itertools.pairwise(ends)) if stop > start]
 
 
-def _sum_selections(rows: Tensor, gather_idx: Tensor, k: int) -> Tensor:
-    """Sum of each token's K rows in the order of its selections, in fp32: the same bits each time."""
+def _sum_assignments(rows: Tensor, gather_idx: Tensor, k: int) -> Tensor:
+    """Sum of each token's K rows in the order of its assignments, in fp32: the same bits each time."""
     by_token = torch.empty_like(rows).index_copy_(0, gather_idx, rows).view(len(rows) // k, k, rows.shape[1])
     return by_token[:, 0] if k == 1 else by_token.sum(1, dtype=accumulate_dtype(rows.dtype)).to(rows.dtype)

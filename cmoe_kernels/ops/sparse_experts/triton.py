@@ -1,8 +1,8 @@
 """sparse_experts on Triton kernels.
 
-Rows are (token, selection) pairs in the order of their experts. Forward: the first product gathers x on load and writes
+Rows are assignments (a token and an expert) in the order of their experts. Forward: the first product gathers x on load and writes
 weight * act(u) [T * K, H] (and u when it is saved); the second adds weight * b2 and scatters on store to [T, K, O], whose K rows are added
-in the order of the selections; with K = 1 it stores y itself. Backward: one product makes dh in registers and leaves du,
+in the order of the assignments; with K = 1 it stores y itself. Backward: one product makes dh in registers and leaves du,
 weight * act(u) and the weight's partial sums; dx scatters as y does. Neither gathered rows of x nor expert outputs are saved.
 Rows of no expert lie past offsets[E]: their tiles read no weights and write zeros.
 """
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmoe_kernels.ops.gemm_backward_triton import hidden_grads
-from cmoe_kernels.ops.gemm_triton import linear
-from cmoe_kernels.ops.gemm_weight_triton import weight_grads
+from cmoe_kernels.ops.dact_gemm_triton import dact_gemm
+from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
 from cmoe_kernels.ops.groups import per_row
 from cmoe_kernels.ops.groups_triton import sort_by_expert
-from cmoe_kernels.ops.sums_triton import gate_grads, per_group, sum_selections
+from cmoe_kernels.ops.sums_triton import routing_weight_grad, sum_assignments, sum_per_group
+from cmoe_kernels.ops.wgrad_triton import wgrad
 
 
 def sparse_experts(
@@ -35,18 +35,39 @@ def sparse_experts(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     experts, tokens, k = w1.shape[0], x.shape[0], indices.shape[1]
     gather_idx, offsets = sort_by_expert(indices, experts, tokens, group_ids)
-    scale = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
+    routing_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
     w_out = w1 if w2 is None else w2
     rows = x.new_empty(tokens * k, w_out.shape[1])
     u = None
     if w2 is None:
-        linear(x, w1, b1, offsets=offsets, gather=gather_idx, k=k, scatter=gather_idx, scale=scale, y=rows)
+        grouped_gemm(x, w1, b1, offsets=offsets, gather=gather_idx, k=k, scatter=gather_idx, routing_weights=routing_weights, y=rows)
     else:
         u = x.new_empty(tokens * k, w1.shape[1]) if save else None
-        a = x.new_empty(tokens * k, w2.shape[2])
-        linear(x, w1, b1, offsets=offsets, gather=gather_idx, k=k, scale=scale, activation=activation, gated=gated, u=u, y=a)
-        linear(a, w2, b2, offsets=offsets, scatter=gather_idx, scale=scale, scale_bias=scale is not None, y=rows)
-    return sum_selections(rows, k), u, gather_idx, offsets
+        weighted_hidden = x.new_empty(tokens * k, w2.shape[2])
+        grouped_gemm(
+            x,
+            w1,
+            b1,
+            offsets=offsets,
+            gather=gather_idx,
+            k=k,
+            routing_weights=routing_weights,
+            activation=activation,
+            gated=gated,
+            u=u,
+            y=weighted_hidden,
+        )
+        grouped_gemm(
+            weighted_hidden,
+            w2,
+            b2,
+            offsets=offsets,
+            scatter=gather_idx,
+            routing_weights=routing_weights,
+            weigh_bias=routing_weights is not None,
+            y=rows,
+        )
+    return sum_assignments(rows, k), u, gather_idx, offsets
 
 
 def sparse_experts_backward(
@@ -67,7 +88,7 @@ def sparse_experts_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     experts, tokens, k = w1.shape[0], x.shape[0], indices.shape[1]
-    scale = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
+    routing_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
     want_weights = weights is not None and needs[1]
     drows = x.new_empty(tokens * k, x.shape[1]) if needs[0] else None
     dw1 = w1.new_empty(w1.shape) if needs[2] else None
@@ -75,31 +96,52 @@ def sparse_experts_backward(
     dw2 = w2.new_empty(w2.shape) if w2 is not None and needs[4] else None
     db2 = b2.new_empty(b2.shape) if b2 is not None and needs[5] else None
     gathered: dict[str, Any] = {"offsets": offsets, "gather": gather_idx, "k": k}
-    parts = None
+    partials = None
 
     if w2 is None:
         # One product gives both: its rows are dx, and their products with x are the gradients of the weights.
         if drows is not None or want_weights:
-            parts = hidden_grads(dy, w1, x, drows, None, want_weights, **gathered, scatter=gather_idx, scale=scale)
-        weight_grads(
+            partials = dact_gemm(dy, w1, x, drows, None, want_weights, **gathered, scatter=gather_idx, routing_weights=routing_weights)
+        wgrad(
             dy, x, dw1, db1, rows=tokens * k, offsets=offsets, p_index=gather_idx, p_k=k, q_index=gather_idx, q_k=k,
-            scale=scale, scale_dw=scale is not None,
+            routing_weights=routing_weights, weigh_dw=routing_weights is not None,
         )  # fmt: skip
     else:
         if not u.numel():
             u = x.new_empty(tokens * k, w1.shape[1])
-            linear(x, w1, b1, **gathered, activation=activation, gated=gated, u=u)
+            grouped_gemm(x, w1, b1, **gathered, activation=activation, gated=gated, u=u)
         du = torch.empty_like(u) if drows is not None or dw1 is not None or db1 is not None else None
-        a = x.new_empty(tokens * k, w2.shape[2]) if dw2 is not None else None
-        if du is not None or a is not None or want_weights:
-            parts = hidden_grads(dy, w2, u, du, a, want_weights, **gathered, scale=scale, activation=activation, gated=gated)
+        weighted_hidden = x.new_empty(tokens * k, w2.shape[2]) if dw2 is not None else None
+        if du is not None or weighted_hidden is not None or want_weights:
+            partials = dact_gemm(
+                dy,
+                w2,
+                u,
+                du,
+                weighted_hidden,
+                want_weights,
+                **gathered,
+                routing_weights=routing_weights,
+                activation=activation,
+                gated=gated,
+            )
         if du is not None:
             if drows is not None:
-                linear(du, w1.transpose(1, 2), offsets=offsets, scatter=gather_idx, y=drows)
-            weight_grads(du, x, dw1, db1, rows=tokens * k, offsets=offsets, q_index=gather_idx, q_k=k)
-        weight_grads(dy, dy if a is None else a, dw2, db2, rows=tokens * k, offsets=offsets, p_index=gather_idx, p_k=k, scale=scale)
+                grouped_gemm(du, w1.transpose(1, 2), offsets=offsets, scatter=gather_idx, y=drows)
+            wgrad(du, x, dw1, db1, rows=tokens * k, offsets=offsets, q_index=gather_idx, q_k=k)
+        wgrad(
+            dy,
+            dy if weighted_hidden is None else weighted_hidden,
+            dw2,
+            db2,
+            rows=tokens * k,
+            offsets=offsets,
+            p_index=gather_idx,
+            p_k=k,
+            routing_weights=routing_weights,
+        )
     dweights = None
-    if parts is not None and weights is not None:
-        by_token = gate_grads(parts, dy, b1 if w2 is None else b2, experts, **gathered).view(tokens, k)
-        dweights = per_group(by_token, group_ids, weights.shape[0])
-    return None if drows is None else sum_selections(drows, k), dweights, dw1, db1, dw2, db2
+    if partials is not None and weights is not None:
+        by_token = routing_weight_grad(partials, dy, b1 if w2 is None else b2, experts, **gathered).view(tokens, k)
+        dweights = sum_per_group(by_token, group_ids, weights.shape[0])
+    return None if drows is None else sum_assignments(drows, k), dweights, dw1, db1, dw2, db2

@@ -10,7 +10,7 @@ from cmoe_kernels import backends
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
-from cmoe_kernels.ops.registration import absent, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.task_router import reference
 
 ROUTER_INPUTS = ("task_token", "token", "task")
@@ -120,7 +120,7 @@ def _task_router(
 def _(x, task, w1, b1, w2, b2, group_ids, activation, save, backend):
     rows = task if x is None else x
     logits = rows.new_empty(rows.shape[0], (w1 if w2 is None else w2).shape[0], dtype=accumulate_dtype(rows.dtype))
-    return logits, rows.new_empty(rows.shape[0], w1.shape[0]) if save and w2 is not None else absent(rows)
+    return logits, rows.new_empty(rows.shape[0], w1.shape[0]) if save and w2 is not None else empty_placeholder(rows)
 
 
 @operator("task_router_backward")

@@ -16,27 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from cmoe_kernels.ops.activation_triton import activate, derivative
-from cmoe_kernels.ops.gemm_sum_triton import linear_sum, sum_parts
-from cmoe_kernels.ops.gemm_triton import linear
-from cmoe_kernels.ops.gemm_weight_triton import weight_grads
+from cmoe_kernels.ops.grouped_gemm_sum_triton import grouped_gemm_sum, sum_partials
+from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
 from cmoe_kernels.ops.groups import per_token
-from cmoe_kernels.ops.sums_triton import column_sums, per_group
+from cmoe_kernels.ops.sums_triton import column_sums, sum_per_group
 from cmoe_kernels.ops.task_router.reference import input_rows
 from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
 from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
+from cmoe_kernels.ops.wgrad_triton import wgrad
 
 MOST = 16
 
 
 @triton.jit
 def task_router_fwd_kernel(
-    x, w1, bias, ids, w2, u, h, parts,
+    x, w1, bias, ids, w2, u, h, partials,
     rows, width, depth, groups, experts,
     sx_r, sx_k, sw_n, sw_k, sb_g, sb_n, sv_e, sv_n,
     ACT: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """u = x @ w1^T + bias[ids]; parts[tile] = act(u) @ w2^T over the tile's columns, or h = act(u)."""
+    """u = x @ w1^T + bias[ids]; partials[tile] = act(u) @ w2^T over the tile's columns, or h = act(u)."""
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -65,13 +65,13 @@ def task_router_fwd_kernel(
         act = activate(pre.to(tl.float32), ACT).to(ROUND)
         if h is not None:
             tl.store(h + r[:, None] * width + n[None, :], act, mask=inside)
-        if parts is not None:
+        if partials is not None:
             # Columns past the end are act(0) times a weight of zero.
             e = tl.arange(0, EP)
             v = tl.load(w2 + e.to(tl.int64)[None, :] * sv_e + n[:, None] * sv_n, mask=(e < experts)[None, :] & columns[:, None], other=0.0)
             logits = tl.dot(act, v.to(ROUND), input_precision=PRECISION)
             place = (tile_n.to(tl.int64) * rows + r)[:, None] * experts + e[None, :]
-            tl.store(parts + place, logits, mask=live[:, None] & (e < experts)[None, :])
+            tl.store(partials + place, logits, mask=live[:, None] & (e < experts)[None, :])
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def task_router(
     h = rows.new_empty(rows.shape[0], w1.shape[0])
     _hidden_layer(x, task, w1, b1, None, None, group_ids, activation, u, h)
     logits = rows.new_empty(rows.shape[0], w2.shape[0], dtype=torch.float32)
-    linear_sum(h, w2[None], logits, None if b2 is None else b2[None])
+    grouped_gemm_sum(h, w2[None], logits, None if b2 is None else b2[None])
     return logits, u
 
 
@@ -154,15 +154,15 @@ def task_router_backward(
     split = 0 if task is None else task.shape[1]
     if x is not None:
         if dx is not None:
-            linear(du, w1[:, split:].T[None], y=dx, round_to=x.dtype)
+            grouped_gemm(du, w1[:, split:].T[None], y=dx, round_to=x.dtype)
         if dw1 is not None:
-            weight_grads(du, x, dw1[None, :, split:], None, rows=x.shape[0], round_to=x.dtype)
+            wgrad(du, x, dw1[None, :, split:], None, rows=x.shape[0], round_to=x.dtype)
     if (task is not None and (dtask is not None or dw1 is not None)) or want_db1:
-        dbias = per_group(du, group_ids, 1 if task is None else task.shape[0])
+        dbias = sum_per_group(du, group_ids, 1 if task is None else task.shape[0])
         if dtask is not None:
-            linear_sum(dbias, w1[:, :split].T[None], dtask, round_to=rows.dtype)
+            grouped_gemm_sum(dbias, w1[:, :split].T[None], dtask, round_to=rows.dtype)
         if task is not None and dw1 is not None:
-            weight_grads(dbias, task, dw1[None, :, :split], None, rows=task.shape[0], round_to=rows.dtype)
+            wgrad(dbias, task, dw1[None, :, :split], None, rows=task.shape[0], round_to=rows.dtype)
         if b1 is not None and want_db1:
             db1 = column_sums(dbias, 1, b1.dtype)[0]
     return dx, dtask, dw1, db1, dw2, db2
@@ -171,7 +171,7 @@ def task_router_backward(
 def _task_bias(task: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
     """What the first layer adds per task: [G, R], fp32."""
     bias = task.new_empty(task.shape[0], w1.shape[0], dtype=torch.float32)
-    linear(task, w1[None, :, : task.shape[1]], None if b1 is None else b1[None], y=bias)
+    grouped_gemm(task, w1[None, :, : task.shape[1]], None if b1 is None else b1[None], y=bias)
     return bias
 
 
@@ -180,11 +180,11 @@ def _one_layer(x: Tensor | None, task: Tensor | None, w1: Tensor, b1: Tensor | N
     if x is None or task is None:
         rows = input_rows(x, task)
         logits = rows.new_empty(rows.shape[0], w1.shape[0], dtype=torch.float32)
-        linear_sum(rows, w1[None], logits, None if b1 is None else b1[None])
+        grouped_gemm_sum(rows, w1[None], logits, None if b1 is None else b1[None])
         return logits
     bias = _task_bias(task, w1, b1)
     logits = torch.empty(x.shape[0], w1.shape[0], dtype=torch.float32, device=x.device)
-    linear_sum(x, w1[None, :, task.shape[1] :], logits)
+    grouped_gemm_sum(x, w1[None, :, task.shape[1] :], logits)
     return logits.add_(per_token(bias, group_ids))
 
 
@@ -212,14 +212,14 @@ def _hidden_layer(
 
     def run(tile: Tile) -> None:
         tiles_n = triton.cdiv(width, tile.n)
-        parts = None if w2 is None else rows.new_empty(tiles_n, tokens, experts, dtype=torch.float32)
+        partials = None if w2 is None else rows.new_empty(tiles_n, tokens, experts, dtype=torch.float32)
         tma = reads_by_tma(rows)
         x_operand, x_tma = operand(rows, (tile.m, tile.k), tma)
         w_operand, w_tma = operand(w1, (tile.n, tile.k), tma)
         launch(
             task_router_fwd_kernel,
             programs(triton.cdiv(tokens, tile.m) * tiles_n, tile, rows),
-            *(x_operand, w_operand, bias, None if group_ids is None else group_ids.contiguous(), w2, u, h, parts),
+            *(x_operand, w_operand, bias, None if group_ids is None else group_ids.contiguous(), w2, u, h, partials),
             *(tokens, width, w1.shape[1], 0 if bias is None else bias.shape[0], experts),
             *(*rows.stride(), *w1.stride(), *strides(bias, 2), *strides(w2, 2)),
             ACT=activation,
@@ -235,8 +235,8 @@ def _hidden_layer(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        if parts is not None:
-            sum_parts(parts, logits, None if b2 is None else b2[None], None, rows.dtype)
+        if partials is not None:
+            sum_partials(partials, logits, None if b2 is None else b2[None], None, rows.dtype)
 
     tuned("task_router", tokens, rows, w1, run)
     return logits

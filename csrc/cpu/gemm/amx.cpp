@@ -222,6 +222,6 @@ constexpr Microkernel bf16_tiles = {Type::bf16,
 
 namespace cmoe::cpu {
 
-const Isa isa_amx = {"amx", &f32, &bf16_tiles, &f32_few, &bf16_few, &row_functions, convert, transpose_avx512};
+const Isa isa_amx = {"amx", &f32, &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512};
 
 }  // namespace cmoe::cpu

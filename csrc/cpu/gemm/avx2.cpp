@@ -54,27 +54,27 @@ static void pack_rows_f32(const void* const* rows, int lanes, int64_t k, void* p
   pack_rows_plain<float, lanes_of>(rest, lanes, k - whole, to + whole * lanes_of);
 }
 
-constexpr int a_lanes = 6, b_vectors = 2, b_lanes = 16;
+constexpr int mr = 6, b_vectors = 2, nr = 16;
 constexpr Microkernel f32 = {Type::f32,
-                             a_lanes,
-                             b_lanes,
+                             mr,
+                             nr,
                              1,
                              256,
                              Side::b,
                              {false, false},
                              false,
                              false,
-                             {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>},
-                             {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>},
+                             {pack_rows_f32<mr>, pack_rows_f32<nr>},
+                             {pack_columns_plain<float, mr>, pack_columns_plain<float, nr>},
                              nullptr,
                              nullptr,
-                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>},
+                             {multiply_plain<float, b_vectors, mr>, multiply_plain<float, b_vectors, mr>},
                              nullptr};
 
 }  // namespace
 
 namespace cmoe::cpu {
 
-const Isa isa_avx2 = {"avx2", &f32, nullptr, &f32_few, nullptr, &row_functions, convert, transpose_plain};
+const Isa isa_avx2 = {"avx2", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_plain};
 
 }  // namespace cmoe::cpu

@@ -71,22 +71,22 @@ static void transpose_avx512(const float* from, int64_t from_ld, float* to, int6
     }
 }
 
-constexpr int a_lanes = 14, b_vectors = 2, b_lanes = 32;
+constexpr int mr = 14, b_vectors = 2, nr = 32;
 
 constexpr Microkernel f32 = {Type::f32,
-                             a_lanes,
-                             b_lanes,
+                             mr,
+                             nr,
                              1,
                              256,
                              Side::b,
                              {false, false},
                              false,
                              false,
-                             {pack_rows_f32<a_lanes>, pack_rows_f32<b_lanes>},
-                             {pack_columns_plain<float, a_lanes>, pack_columns_plain<float, b_lanes>},
+                             {pack_rows_f32<mr>, pack_rows_f32<nr>},
+                             {pack_columns_plain<float, mr>, pack_columns_plain<float, nr>},
                              nullptr,
                              nullptr,
-                             {multiply_plain<float, b_vectors, a_lanes>, multiply_plain<float, b_vectors, a_lanes>},
+                             {multiply_plain<float, b_vectors, mr>, multiply_plain<float, b_vectors, mr>},
                              nullptr};
 
 }  // namespace

@@ -4,6 +4,6 @@
 
 namespace cmoe::cpu {
 
-const Isa isa_avx512_bf16 = {"avx512_bf16", &f32, &bf16_pairs, &f32_few, &bf16_few, &row_functions, convert, transpose_avx512};
+const Isa isa_avx512_bf16 = {"avx512_bf16", &f32, &bf16_pairs, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512};
 
 }  // namespace cmoe::cpu

@@ -44,8 +44,8 @@ INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? _mm512_loadu_ps(block + r * b_lanes + v * 16) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < pairs; ++i, a += a_lanes, b += b_lanes) {
+    for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? _mm512_loadu_ps(block + r * nr + v * 16) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < pairs; ++i, a += mr, b += nr) {
     __m512i column[b_vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) column[v] = _mm512_loadu_si512(b + v * 16);
@@ -59,10 +59,10 @@ INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) _mm512_storeu_ps(block + r * b_lanes + v * 16, sums[r][v]);
+    for (int v = 0; v < b_vectors; ++v) _mm512_storeu_ps(block + r * nr + v * 16, sums[r][v]);
 }
 
-template <int rows = a_lanes>
+template <int rows = mr>
 static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
                           const Prefetch& prefetch) {
   if constexpr (rows > 1) {
@@ -77,33 +77,33 @@ struct PairsOfBf16 {
   static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
   static void add_product(vfloat& sum, __m512i a, __m512i b) { sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 };
-constexpr Microkernel bf16_few = {Type::bf16,
-                                  few_lanes,
-                                  few_lanes,
-                                  32,
-                                  512,
-                                  Side::a,
-                                  {true, true},
-                                  true,
-                                  true,
-                                  {pack_rows_few<2, 32>, pack_rows_few<2, 32>},
-                                  {nullptr, nullptr},
-                                  nullptr,
-                                  nullptr,
-                                  {multiply_few<PairsOfBf16>, multiply_few<PairsOfBf16>},
-                                  nullptr};
+constexpr Microkernel bf16_small_m = {Type::bf16,
+                                      small_m_width,
+                                      small_m_width,
+                                      32,
+                                      512,
+                                      Side::a,
+                                      {true, true},
+                                      true,
+                                      true,
+                                      {pack_rows_small_m<2, 32>, pack_rows_small_m<2, 32>},
+                                      {nullptr, nullptr},
+                                      nullptr,
+                                      nullptr,
+                                      {multiply_small_m<PairsOfBf16>, multiply_small_m<PairsOfBf16>},
+                                      nullptr};
 
 constexpr Microkernel bf16_pairs = {Type::bf16,
-                                    a_lanes,
-                                    b_lanes,
+                                    mr,
+                                    nr,
                                     2,
                                     256,
                                     Side::b,
                                     {false, false},
                                     false,
                                     false,
-                                    {pack_rows_bf16<a_lanes>, pack_rows_bf16<b_lanes>},
-                                    {pack_columns_bf16<a_lanes>, pack_columns_bf16<b_lanes>},
+                                    {pack_rows_bf16<mr>, pack_rows_bf16<nr>},
+                                    {pack_columns_bf16<mr>, pack_columns_bf16<nr>},
                                     nullptr,
                                     nullptr,
                                     {multiply_bf16<>, multiply_bf16<>},

@@ -3,7 +3,7 @@
 //
 // A panel holds some lanes (rows or columns of a matrix) over a stretch of the reduction index k, padded with zeros to the kernel's
 // lanes and to a multiple of its k step, in the order in which the kernel reads it. Operand A's lanes become the rows of the block of
-// products, operand B's its columns: block[i, j] = sum_k A[i, k] B[j, k], stored [a_lanes, b_lanes] without gaps.
+// products, operand B's its columns: block[i, j] = sum_k A[i, k] B[j, k], stored [mr, nr] without gaps.
 //
 // The files of this folder that are compiled for one instruction set include C headers and intrinsics only, and define everything
 // but their table in an unnamed namespace: an inline function of theirs, merged by the linker with its namesake elsewhere, would
@@ -40,9 +40,9 @@ struct Finished {
 
 struct Microkernel {
   Type panel;  // type of a panel's elements
-  int a_lanes, b_lanes;
+  int mr, nr;
   int k_step;         // depths of panels are multiples of this
-  int k_chunk;        // depth at which a resident panel fills its share of the L1 cache
+  int kc;             // depth at which a resident panel fills its share of the L1 cache
   Side weights;       // the operand that weights are in y = x W^T; b: the block is [tokens, weights]
   bool row_major[2];  // by side: a panel is rows of all its k values; else the values of all lanes lie together, k step by k step
   bool in_place;  // operand A's rows may lie at any stride but that of a packed panel: a matrix whose rows lie along k is read where it is
@@ -87,9 +87,9 @@ struct RowFunctions {
 
 struct Isa {
   const char* name;
-  const Microkernel* f32;                 // for fp32, and for half-precision types that have no kernel of their own
-  const Microkernel* bf16;                // null: bf16 runs as fp32
-  const Microkernel *f32_few, *bf16_few;  // for few tokens, y = x W^T alone, W along k: dot products, W read once where it is
+  const Microkernel* f32;                         // for fp32, and for half-precision types that have no kernel of their own
+  const Microkernel* bf16;                        // null: bf16 runs as fp32
+  const Microkernel *f32_small_m, *bf16_small_m;  // for few tokens, y = x W^T alone, W along k: dot products, W read once where it is
   const RowFunctions<float>* rows;
   void (*convert)(Type from, const void* source, Type to, void* target, int64_t n);  // fp32, bf16 and fp16
   void (*transpose)(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns);

@@ -38,7 +38,7 @@ INLINE void fetch(const Prefetch& prefetch) {
 }
 
 template <class T, int b_vectors, int rows>
-INLINE void multiply_rows(const T* a, int a_lanes, const T* b, T* block, int64_t k, bool add) {
+INLINE void multiply_rows(const T* a, int mr, const T* b, T* block, int64_t k, bool add) {
   using V = typename vector_of<T>::type;
   constexpr int n = vector_bytes / sizeof(T);
   V sums[rows][b_vectors];
@@ -46,7 +46,7 @@ INLINE void multiply_rows(const T* a, int a_lanes, const T* b, T* block, int64_t
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? load<V>(block + (r * b_vectors + v) * n) : V{};
-  for (int64_t i = 0; i < k; ++i, a += a_lanes, b += b_vectors * n) {
+  for (int64_t i = 0; i < k; ++i, a += mr, b += b_vectors * n) {
     V column[b_vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) column[v] = load<V>(b + v * n);
@@ -62,25 +62,25 @@ INLINE void multiply_rows(const T* a, int a_lanes, const T* b, T* block, int64_t
 }
 
 // One instance per number of rows in use: a short panel costs no products with its padding.
-template <class T, int b_vectors, int a_lanes, int rows = a_lanes>
+template <class T, int b_vectors, int mr, int rows = mr>
 static void multiply_plain(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
                            const Prefetch& prefetch) {
   if constexpr (rows > 1) {
-    if (used < rows) return multiply_plain<T, b_vectors, a_lanes, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
+    if (used < rows) return multiply_plain<T, b_vectors, mr, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
   fetch(prefetch);
-  multiply_rows<T, b_vectors, rows>(static_cast<const T*>(a), a_lanes, static_cast<const T*>(b), static_cast<T*>(block), k, add);
+  multiply_rows<T, b_vectors, rows>(static_cast<const T*>(a), mr, static_cast<const T*>(b), static_cast<T*>(block), k, add);
 }
 
 // --- few tokens: dot products of rows ---------------------------------------------------------------------------------------------------
-constexpr int few_lanes = 4;
+constexpr int small_m_width = 4;
 
 // Rows of `size` bytes a value, padded with zeros to a multiple of `step` values.
 template <int size, int step>
-static void pack_rows_few(const void* const* rows, int lanes, int64_t k, void* panel) {
+static void pack_rows_small_m(const void* const* rows, int lanes, int64_t k, void* panel) {
   const int64_t stride = (k + step - 1) / step * step * size;
   char* to = static_cast<char*>(panel);
-  for (int lane = 0; lane < few_lanes; ++lane, to += stride) {
+  for (int lane = 0; lane < small_m_width; ++lane, to += stride) {
     const int64_t used = lane < lanes ? k * size : 0;
     if (used) memcpy(to, rows[lane], used);
     memset(to + used, 0, stride - used);
@@ -92,7 +92,7 @@ static void pack_rows_few(const void* const* rows, int lanes, int64_t k, void* p
 template <class Values, int columns>
 INLINE void dot_products(const char* rows, int64_t stride, const char* others, float* to, int64_t k, bool add) {
   constexpr int sets = columns > 2 ? 1 : 2;
-  vfloat sums[sets][few_lanes][columns] = {};
+  vfloat sums[sets][small_m_width][columns] = {};
   for (int64_t i = 0; i < k; i += Values::step * sets)
 #pragma GCC unroll 2
     for (int set = 0; set < sets; ++set) {
@@ -102,21 +102,21 @@ INLINE void dot_products(const char* rows, int64_t stride, const char* others, f
 #pragma GCC unroll 4
       for (int c = 0; c < columns; ++c) column[c] = Values::load(others + (c * k + at) * Values::size);
 #pragma GCC unroll 4
-      for (int r = 0; r < few_lanes; ++r) {
+      for (int r = 0; r < small_m_width; ++r) {
         const auto row = Values::load(rows + r * stride + at * Values::size);
 #pragma GCC unroll 4
         for (int c = 0; c < columns; ++c) Values::add_product(sums[set][r][c], row, column[c]);
       }
     }
-  for (int r = 0; r < few_lanes; ++r)
+  for (int r = 0; r < small_m_width; ++r)
     for (int c = 0; c < columns; ++c) {
       const vfloat sum = sets > 1 ? sums[0][r][c] + sums[sets - 1][r][c] : sums[0][r][c];
-      to[r * few_lanes + c] = total(sum) + (add ? to[r * few_lanes + c] : 0.f);
+      to[r * small_m_width + c] = total(sum) + (add ? to[r * small_m_width + c] : 0.f);
     }
 }
 template <class Values>
-static void multiply_few(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
-                         const Prefetch& prefetch) {
+static void multiply_small_m(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                             const Prefetch& prefetch) {
   fetch(prefetch);
   const auto products = used == 1   ? dot_products<Values, 1>
                         : used == 2 ? dot_products<Values, 2>
@@ -130,44 +130,44 @@ struct ValuesOfF32 {
   static vfloat load(const void* p) { return ::load<vfloat>(p); }
   static void add_product(vfloat& sum, vfloat a, vfloat b) { sum = multiply_add(a, b, sum); }
 };
-[[maybe_unused]] constexpr Microkernel f32_few = {Type::f32,
-                                                  few_lanes,
-                                                  few_lanes,
-                                                  width,
-                                                  512,
-                                                  Side::a,
-                                                  {true, true},
-                                                  true,
-                                                  true,
-                                                  {pack_rows_few<4, width>, pack_rows_few<4, width>},
-                                                  {nullptr, nullptr},
-                                                  nullptr,
-                                                  nullptr,
-                                                  {multiply_few<ValuesOfF32>, multiply_few<ValuesOfF32>},
-                                                  nullptr};
+[[maybe_unused]] constexpr Microkernel f32_small_m = {Type::f32,
+                                                      small_m_width,
+                                                      small_m_width,
+                                                      width,
+                                                      512,
+                                                      Side::a,
+                                                      {true, true},
+                                                      true,
+                                                      true,
+                                                      {pack_rows_small_m<4, width>, pack_rows_small_m<4, width>},
+                                                      {nullptr, nullptr},
+                                                      nullptr,
+                                                      nullptr,
+                                                      {multiply_small_m<ValuesOfF32>, multiply_small_m<ValuesOfF32>},
+                                                      nullptr};
 
 [[maybe_unused]] static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];
 }
 
-template <class T, int a_lanes, int b_vectors>
-constexpr Microkernel plain_microkernel(Type panel, int k_chunk) {
-  constexpr int b_lanes = b_vectors * vector_bytes / sizeof(T);
+template <class T, int mr, int b_vectors>
+constexpr Microkernel plain_microkernel(Type panel, int kc) {
+  constexpr int nr = b_vectors * vector_bytes / sizeof(T);
   return {panel,
-          a_lanes,
-          b_lanes,
+          mr,
+          nr,
           1,
-          k_chunk,
+          kc,
           Side::b,
           {false, false},
           false,
           false,
-          {pack_rows_plain<T, a_lanes>, pack_rows_plain<T, b_lanes>},
-          {pack_columns_plain<T, a_lanes>, pack_columns_plain<T, b_lanes>},
+          {pack_rows_plain<T, mr>, pack_rows_plain<T, nr>},
+          {pack_columns_plain<T, mr>, pack_columns_plain<T, nr>},
           nullptr,
           nullptr,
-          {multiply_plain<T, b_vectors, a_lanes>, multiply_plain<T, b_vectors, a_lanes>},
+          {multiply_plain<T, b_vectors, mr>, multiply_plain<T, b_vectors, mr>},
           nullptr};
 }
 

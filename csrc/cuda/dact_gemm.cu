@@ -8,17 +8,17 @@ namespace cmoe::cuda {
 
 namespace {
 
-RowArguments arguments(const HiddenProduct& p) { return {p.groups, p.width, p.depth, 0, false, false, p.dy, p.w, false, false}; }
+RowArguments arguments(const DactGemm& p) { return {p.groups, p.width, p.depth, 0, false, false, p.dy, p.w, false, false}; }
 
 }  // namespace
 
-void hidden_product(const char* operation, const HiddenProduct& p, Stream stream) {
-  if (hidden_product_sm90(operation, p, stream)) return;
-  run_rows<HiddenEpilogue>(operation, p.type, arguments(p), p, stream);
+void dact_gemm(const char* operation, const DactGemm& p, Stream stream) {
+  if (dact_gemm_sm90(operation, p, stream)) return;
+  run_rows<DactEpilogue>(operation, p.type, arguments(p), p, stream);
 }
 
-int64_t hidden_parts(const HiddenProduct& p) {
-  if (const int64_t parts = hidden_parts_sm90(p)) return parts;
+int64_t dact_partials(const DactGemm& p) {
+  if (const int64_t partials = dact_partials_sm90(p)) return partials;
   const bool large = RowLoads(p.type, arguments(p)).how == Load::async && takes_large_tiles(p.groups, p.width);
   const int64_t wide = large ? LargeTile::n : SmallTile::n;
   static_assert(SmallTile::n == ElementTile::n);

@@ -1,4 +1,4 @@
-// Gradients of weights: dW_e = sum over the rows of e of p[r] q[r]^T, and db_e = sum of scale[r] p[r] in the same pass.
+// Gradients of weights: dW_e = sum over the rows of e of p[r] q[r]^T, and db_e = sum of routing_weights[r] p[r] in the same pass.
 //
 // The reduction runs over rows, which lie across the memory of both operands: stages hold row after row, and ldmatrix transposes. An expert
 // without rows has no steps and its gradients are zeros. db is summed from the stages of p by the blocks that hold the first columns of
@@ -11,11 +11,11 @@ namespace cmoe::cuda {
 
 namespace {
 
-struct WeightArguments {
+struct WgradArguments {
   Groups groups;
   int64_t height, width;
   RowOperand p, q;
-  Scale scale;
+  RoutingWeights routing_weights;
 };
 
 struct WeightTile {
@@ -32,7 +32,7 @@ class WeightLoader;
 template <class T, class Tile>
 class WeightLoader<T, Tile, Load::async> {
  public:
-  __device__ WeightLoader(const WeightArguments& a, const WeightTile& tile)
+  __device__ WeightLoader(const WgradArguments& a, const WeightTile& tile)
       : a_(a), tile_(tile), p_(static_cast<const T*>(a.p.data) + int64_t{tile.expert} * a.p.expert),
         q_(static_cast<const T*>(a.q.data) + int64_t{tile.expert} * a.q.expert), r_(tile.first) {
     prefetch();
@@ -72,7 +72,7 @@ class WeightLoader<T, Tile, Load::async> {
     }
   }
 
-  const WeightArguments& a_;
+  const WgradArguments& a_;
   const WeightTile& tile_;
   const T *p_, *q_;
   int r_, p_source_[chunks_of<T, Tile, Tile::m>], q_source_[chunks_of<T, Tile, Tile::n>];
@@ -81,7 +81,7 @@ class WeightLoader<T, Tile, Load::async> {
 template <class T, class Tile>
 class WeightLoader<T, Tile, Load::elements> {
  public:
-  __device__ WeightLoader(const WeightArguments& a, const WeightTile& tile) : a_(a), tile_(tile), r_(tile.first) {}
+  __device__ WeightLoader(const WgradArguments& a, const WeightTile& tile) : a_(a), tile_(tile), r_(tile.first) {}
 
   __device__ void operator()(SharedAddress stage) {
     fill<Tile::m>(a_.p, a_.height, tile_.row, stage);
@@ -106,7 +106,7 @@ class WeightLoader<T, Tile, Load::elements> {
     }
   }
 
-  const WeightArguments& a_;
+  const WgradArguments& a_;
   const WeightTile& tile_;
   int r_;
 };
@@ -121,8 +121,8 @@ __device__ float element(const unsigned char* stage, int lane, int k) {
 
 template <class T, class Tile, Load how>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
-    weight_product_kernel(const __grid_constant__ WeightArguments a, const __grid_constant__ Stored<T> dw,
-                          const __grid_constant__ Stored<T> db, int tiles_m, int tiles_n) {
+    wgrad_kernel(const __grid_constant__ WgradArguments a, const __grid_constant__ Stored<T> dw, const __grid_constant__ Stored<T> db,
+                 int tiles_m, int tiles_n) {
   CU_DYNAMIC_SHARED(memory);
   const SharedAddress ring = shared_address(memory);
   float* const sums = reinterpret_cast<float*>(memory + Tile::stages * Tile::stage_bytes);
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
       const int r = tile.first + step * k_step<T> + half * (k_step<T> / 2);
       for (int k = 0; k < k_step<T> / 2; ++k) {
         if (r + k >= tile.end) break;
-        const float s = a.scale.data ? a.scale.data[int64_t{r + k} * a.scale.row + e * a.scale.expert] : 1.0f;
+        const float s =
+            a.routing_weights.data ? a.routing_weights.data[int64_t{r + k} * a.routing_weights.row + e * a.routing_weights.expert] : 1.0f;
         sum += s * element<T, Tile, how>(memory + (stage - ring), lane, half * (k_step<T> / 2) + k);
       }
     });
@@ -169,18 +170,18 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
 }
 
 template <class T, class Tile, Load how>
-void launch_weights(const char* operation, const WeightArguments& a, const Stored<T>& dw, const Stored<T>& db, Stream stream) {
+void launch_weights(const char* operation, const WgradArguments& a, const Stored<T>& dw, const Stored<T>& db, Stream stream) {
   const int64_t tiles_m = (a.height + Tile::m - 1) / Tile::m, tiles_n = dw ? (a.width + Tile::n - 1) / Tile::n : 1;
   const int64_t tiles = tiles_m * tiles_n * a.groups.experts;
   if (!tiles) return;
-  launch(operation, weight_product_kernel<T, Tile, how>, persistent_blocks<Tile>(tiles), Tile::threads,
+  launch(operation, wgrad_kernel<T, Tile, how>, persistent_blocks<Tile>(tiles), Tile::threads,
          Tile::stages * Tile::stage_bytes + Tile::m * sizeof(float), stream, a, dw, db, static_cast<int>(tiles_m),
          static_cast<int>(tiles_n));
 }
 
 template <class T>
-void run(const char* operation, const WeightProduct& p, Stream stream) {
-  const WeightArguments a{p.groups, p.height, p.width, p.p, p.q, p.scale};
+void run(const char* operation, const Wgrad& p, Stream stream) {
+  const WgradArguments a{p.groups, p.height, p.width, p.p, p.q, p.routing_weights};
   const Stored<T> dw(p.dw), db(p.db);
   if constexpr (sizeof(T) == 2) {
     const auto chunks = [&](const RowOperand& x) { return x.type == p.type && in_chunks(x.data, x.type, x.column, x.row, x.expert); };
@@ -194,8 +195,8 @@ void run(const char* operation, const WeightProduct& p, Stream stream) {
 
 }  // namespace
 
-void weight_product(const char* operation, const WeightProduct& p, Stream stream) {
-  if (weight_product_sm90(operation, p, stream)) return;
+void wgrad(const char* operation, const Wgrad& p, Stream stream) {
+  if (wgrad_sm90(operation, p, stream)) return;
   switch (p.type) {
     case Type::f32: return run<float>(operation, p, stream);
     case Type::bf16: return run<bf16>(operation, p, stream);

@@ -1,6 +1,6 @@
 """The weights' gradients of expert layers.
 
-``gemm_bwd_dw_kernel`` gives each expert's weight gradient to tiles of [BM, BN] that loop over the expert's rows, gathered by the loads:
+``wgrad_bwd_kernel`` gives each expert's weight gradient to tiles of [BM, BN] that loop over the expert's rows, gathered by the loads:
 no row is copied, no two programs meet, and an expert without rows writes zeros. Rows are what the product sums over, so those past an
 expert's end must be zeros on both sides: through descriptors, whole steps run without a mask and the last one is masked in registers.
 The bias's gradient is summed with the first column tile in a loop of its own, so that the loop of products stays free of reductions.
@@ -53,15 +53,15 @@ def _step(
 
 
 @triton.jit
-def gemm_bwd_dw_kernel(
-    p, q, p_bias, scale, dw, db, offsets, p_index, q_index,
+def wgrad_bwd_kernel(
+    p, q, p_bias, routing_weights, dw, db, offsets, p_index, q_index,
     rows, height, width, experts,
     sp_r, sp_e, sp_m, sq_r, sq_e, sq_n, ss_r, ss_e, sw_e, sw_m, sw_n, sb_e,
-    P_DIV: tl.constexpr, Q_DIV: tl.constexpr, SCALE: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    P_DIV: tl.constexpr, Q_DIV: tl.constexpr, WEIGH_DW: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     P_TMA: tl.constexpr, Q_TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] = sum over rows of p[r]^T q[r]; db[e] = sum of scale[r] * p_bias[r]; SCALE: scale[r] * p[r] in dw too."""
+    """dw[e] = sum over rows of p[r]^T q[r]; db[e] = sum of s[r] * p_bias[r], s the routing weight; WEIGH_DW: s[r] * p[r] in dw too."""
     tiles_m, tiles_n = tl.cdiv(height, BM), 1 if dw is None else tl.cdiv(width, BN)
     for tile in range(tl.program_id(0), experts * tiles_m * tiles_n, tl.num_programs(0)):
         e = tile // (tiles_m * tiles_n)
@@ -74,8 +74,8 @@ def gemm_bwd_dw_kernel(
         m = tile_m * BM + tl.arange(0, BM)
         n = tile_n * BN + tl.arange(0, BN)
         in_m, in_n = m < height, n < width
-        weights = None if scale is None else scale + expert * ss_e
-        factor = weights if SCALE else None
+        weights = None if routing_weights is None else routing_weights + expert * ss_e
+        factor = weights if WEIGH_DW else None
         if dw is not None:
             ps = None if P_TMA is not None else p + expert * sp_e + m.to(tl.int64) * sp_m
             qs = None if Q_TMA is not None else q + expert * sq_e + n.to(tl.int64) * sq_n
@@ -112,7 +112,7 @@ def gemm_bwd_dw_kernel(
                 tl.store(db + expert * sb_e + m, total.to(db.dtype.element_ty), mask=in_m)
 
 
-def weight_grads(
+def wgrad(
     p: Tensor,
     q: Tensor,
     dw: Tensor | None,
@@ -124,16 +124,16 @@ def weight_grads(
     p_k: int = 1,
     q_index: Tensor | None = None,
     q_k: int = 1,
-    scale: Tensor | None = None,
-    scale_dw: bool = False,
+    routing_weights: Tensor | None = None,
+    weigh_dw: bool = False,
     round_to: torch.dtype | None = None,
 ) -> None:
-    """dw[e] = p^T q and db[e] = scale @ p over the rows of each expert, written in place.
+    """dw[e] = p^T q and db[e] = routing_weights @ p over the rows of each expert, written in place.
 
     Args:
         p, q: [T, M], [T, N], read at index[r] // k; or [T, E, M], [T, E, N].
         dw: [E, M, N] by strides, db: [E, M].
-        scale: [rows], or [T, E] without offsets: weighs p in db, and with ``scale_dw`` in dw.
+        routing_weights: [rows], or [T, E] without offsets: weighs p in db, and with ``weigh_dw`` in dw.
     """
     target = db if dw is None else dw
     if target is None:
@@ -147,14 +147,14 @@ def weight_grads(
         p_operand, p_tma = _operand(p, tile.k, tile.m, tma, p_index, p_k)
         q_operand, q_tma = _operand(q, tile.k, tile.n, tma, q_index, q_k)
         launch(
-            gemm_bwd_dw_kernel,
+            wgrad_bwd_kernel,
             programs(experts * triton.cdiv(height, tile.m) * columns, tile, p),
-            *(p_operand, q_operand, p, scale, dw, db, offsets, p_index, q_index),
+            *(p_operand, q_operand, p, routing_weights, dw, db, offsets, p_index, q_index),
             *(rows, height, width, experts),
-            *(*strides(p, 3), *strides(q, 3), *strides(scale, 2), *strides(dw, 3), strides(db, 2)[0]),
+            *(*strides(p, 3), *strides(q, 3), *strides(routing_weights, 2), *strides(dw, 3), strides(db, 2)[0]),
             P_DIV=p_k,
             Q_DIV=q_k,
-            SCALE=scale_dw,
+            WEIGH_DW=weigh_dw,
             ROUND=TL_DTYPES[round_to or p.dtype],
             OPERAND=TL_DTYPES[p.dtype],
             PRECISION=precision(),

@@ -1,8 +1,8 @@
 """The sum of the experts' products, in the accumulator: the dense second layer, dx of the first, and products of few rows.
 
-``gemm_sum_fwd_kernel`` is one loop over E * K. Where its tiles would leave multiprocessors idle (few rows, a long loop), the loop is
-split among programs: each stores its part in fp32, and ``parts_sum_kernel`` adds the parts in their order, so the bits are the same each
-time. The biases, weighted by the gates, are added where the sum is complete.
+``grouped_gemm_sum_fwd_kernel`` is one loop over E * K. Where its tiles would leave multiprocessors idle (few rows, a long loop), the
+loop is split among programs (split-K): each stores its partials in fp32, and ``partials_sum_kernel`` adds them in their order, so the
+bits are the same each time. The biases, weighted by the gates, are added where the sum is complete.
 """
 
 import torch
@@ -28,14 +28,14 @@ def _add_bias(acc, b, gates, r, n, live, columns, experts, sb_e, sb_n, sg_r, sg_
 
 
 @triton.jit
-def gemm_sum_fwd_kernel(
-    x, w, b, gates, y, parts,
+def grouped_gemm_sum_fwd_kernel(
+    x, w, b, gates, y, partials,
     rows, width, depth, experts, splits,
     sx_r, sx_e, sx_k, sw_e, sw_n, sw_k, sb_e, sb_n, sg_r, sg_e, sy_r,
-    SCALE: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    WEIGH_X: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y[r] = sum_e w[e] @ x[r, e] + gates[r, e] * b[e], or its parts; SCALE: gates[r, e] * x[r, e] in place of x[r, e]."""
+    """y[r] = sum_e w[e] @ x[r, e] + gates[r, e] * b[e], or its partials; WEIGH_X: gates[r, e] * x[r, e] in place of x[r, e]."""
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK).to(tl.int64)
     steps = tl.cdiv(depth, BK)
@@ -55,13 +55,13 @@ def gemm_sum_fwd_kernel(
             xs = None if X_TMA is not None else x + (r[:, None] * sx_r + k[None, :] * sx_k) + far * sx_e
             ws = None if W_TMA is not None else w + (n[None, :] * sw_n + k[:, None] * sw_k) + far * sw_e
             a = load_rows(x, xs, tl.where(sx_e == 0, 0, e), first, start, live, depth, sx_k, BM, BK, X_TMA)
-            if SCALE:
+            if WEIGH_X:
                 a = a.to(tl.float32) * tl.load(gates + r * sg_r + far * sg_e, mask=live, other=0.0)[:, None]
             v = load_weights(w, ws, e, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
             acc = tl.dot(a.to(OPERAND), v.to(ROUND).to(OPERAND), acc, input_precision=PRECISION)
         inside = live[:, None] & columns[None, :]
-        if parts is not None:
-            tl.store(parts + (tl.cast(part, tl.int64) * rows + r)[:, None] * width + n[None, :], acc, mask=inside)
+        if partials is not None:
+            tl.store(partials + (tl.cast(part, tl.int64) * rows + r)[:, None] * width + n[None, :], acc, mask=inside)
         else:
             if b is not None:
                 acc = _add_bias(acc, b, gates, r, n, live, columns, experts, sb_e, sb_n, sg_r, sg_e, ROUND)
@@ -69,11 +69,11 @@ def gemm_sum_fwd_kernel(
 
 
 @triton.jit
-def parts_sum_kernel(
-    parts, b, gates, y, rows, width, experts, splits, sb_e, sb_n, sg_r, sg_e, sy_r,
+def partials_sum_kernel(
+    partials, b, gates, y, rows, width, experts, splits, sb_e, sb_n, sg_r, sg_e, sy_r,
     ROUND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y[r] = sum of parts[:, r] in their order + sum_e gates[r, e] * b[e]"""
+    """y[r] = sum of partials[:, r] in their order + sum_e gates[r, e] * b[e]"""
     tiles_n = tl.cdiv(width, BN)
     r = (tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)).to(tl.int64)
     n = (tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)).to(tl.int64)
@@ -81,34 +81,34 @@ def parts_sum_kernel(
     inside = live[:, None] & columns[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     for part in range(splits):
-        total += tl.load(parts + (tl.cast(part, tl.int64) * rows + r)[:, None] * width + n[None, :], mask=inside, other=0.0)
+        total += tl.load(partials + (tl.cast(part, tl.int64) * rows + r)[:, None] * width + n[None, :], mask=inside, other=0.0)
     if b is not None:
         total = _add_bias(total, b, gates, r, n, live, columns, experts, sb_e, sb_n, sg_r, sg_e, ROUND)
     tl.store(y + r[:, None] * sy_r + n[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-def sum_parts(parts: Tensor, y: Tensor, b: Tensor | None, gates: Tensor | None, round_to: torch.dtype) -> None:
-    """y [T, N] = parts [splits, T, N] added in their order, plus b [E, N] weighted by gates [T, E], or by ones."""
-    count, rows, width = parts.shape
+def sum_partials(partials: Tensor, y: Tensor, b: Tensor | None, gates: Tensor | None, round_to: torch.dtype) -> None:
+    """y [T, N] = partials [splits, T, N] added in their order, plus b [E, N] weighted by gates [T, E], or by ones."""
+    count, rows, width = partials.shape
     bn = min(128, max(16, triton.next_power_of_2(width)))
     bm = 1024 // bn
     launch(
-        parts_sum_kernel,
+        partials_sum_kernel,
         triton.cdiv(rows, bm) * triton.cdiv(width, bn),
-        *(parts, b, gates, y, rows, width, 0 if b is None else b.shape[0], count, *strides(b, 2), *strides(gates, 2), y.stride(0)),
+        *(partials, b, gates, y, rows, width, 0 if b is None else b.shape[0], count, *strides(b, 2), *strides(gates, 2), y.stride(0)),
         ROUND=TL_DTYPES[round_to],
         BM=bm,
         BN=bn,
     )
 
 
-def linear_sum(
+def grouped_gemm_sum(
     x: Tensor,
     w: Tensor,
     y: Tensor,
     b: Tensor | None = None,
     gates: Tensor | None = None,
-    scale: bool = False,
+    weigh_x: bool = False,
     round_to: torch.dtype | None = None,
 ) -> None:
     """The sum of the experts' linear layers, into ``y`` [T, N].
@@ -116,7 +116,7 @@ def linear_sum(
     Args:
         x: [T, E, K], or [T, K] for all experts.
         w: [E, N, K] by strides; rounded to ``round_to`` (default x's dtype), multiplied in the dtype of x.
-        gates: [T, E], the weights of b [E, N]; with ``scale`` also of x.
+        gates: [T, E], the weights of b [E, N]; with ``weigh_x`` also of x.
     """
     experts, width, depth = w.shape
     rows = x.shape[0]
@@ -129,14 +129,14 @@ def linear_sum(
         w_operand, w_tma = operand(w, (tile.n, tile.k), tma)
         tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
         count = splits(tiles, experts * triton.cdiv(depth, tile.k), tile, x)
-        parts = None if count == 1 else x.new_empty(count, rows, width, dtype=torch.float32)
+        partials = None if count == 1 else x.new_empty(count, rows, width, dtype=torch.float32)
         launch(
-            gemm_sum_fwd_kernel,
+            grouped_gemm_sum_fwd_kernel,
             programs(tiles * count, tile, x),
-            *(x_operand, w_operand, b, gates, y, parts),
+            *(x_operand, w_operand, b, gates, y, partials),
             *(rows, width, depth, experts, count),
             *(sx_r, sx_e, sx_k, *w.stride(), *strides(b, 2), *strides(gates, 2), y.stride(0)),
-            SCALE=scale,
+            WEIGH_X=weigh_x,
             ROUND=TL_DTYPES[rounded],
             OPERAND=TL_DTYPES[x.dtype],
             PRECISION=precision(),
@@ -149,7 +149,7 @@ def linear_sum(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        if parts is not None:
-            sum_parts(parts, y, b, gates, rounded)
+        if partials is not None:
+            sum_partials(partials, y, b, gates, rounded)
 
-    tuned("gemm_sum_scaled" if scale else "gemm_sum", rows, x, w, run)
+    tuned("gemm_sum_scaled" if weigh_x else "gemm_sum", rows, x, w, run)

@@ -1,4 +1,4 @@
-// Gradients of weights on sm_90a: dW_e = sum over the rows of e of p[r] q[r]^T, and db_e = sum of scale[r] p[r] in the same pass.
+// Gradients of weights on sm_90a: dW_e = sum over the rows of e of p[r] q[r]^T, and db_e = sum of routing_weights[r] p[r] in the same pass.
 //
 // Memory plan. As gemm_sm90.cuh, but the reduction runs over rows, so both operands are MN-major: a stage is 64 rows, in blocks of 64 lanes
 // (128 bytes a row). A box ends where the tensor ends, and not where an expert does: its last rows, if they do not fill a stage, and rows
@@ -15,11 +15,11 @@ namespace {
 
 using GradientTile = WarpgroupTile<128, 256>;
 
-struct WeightArguments {
+struct WgradArguments {
   Groups groups;
   int64_t height, width;
   RowOperand p, q;
-  Scale scale;
+  RoutingWeights routing_weights;
   int tiles_m, tiles_n;
 };
 struct WeightMaps {
@@ -29,7 +29,7 @@ struct WeightMaps {
 struct WeightTile {
   int expert, first, end, row, column;  // rows of the reduction; where the tile of dW begins
 
-  __device__ WeightTile(const WeightArguments& a, int64_t t) {
+  __device__ WeightTile(const WgradArguments& a, int64_t t) {
     const int64_t each = int64_t{a.tiles_m} * a.tiles_n, in_expert = t % each;
     expert = static_cast<int>(t / each);
     first = a.groups.offsets ? a.groups.offsets[expert] : 0;
@@ -65,7 +65,7 @@ __device__ void copy_rows(SharedAddress to, const RowOperand& x, int expert, int
 }
 
 template <class T>
-__device__ void fill(Ring<GradientTile>& ring, const WeightMaps& maps, const WeightArguments& a, const WeightTile& tile) {
+__device__ void fill(Ring<GradientTile>& ring, const WeightMaps& maps, const WgradArguments& a, const WeightTile& tile) {
   using Tile = GradientTile;
   const bool leads = threadIdx.x == Tile::consumers;
   for (int r = tile.first; r < tile.end; r += Tile::k, ++ring.step) {
@@ -85,13 +85,14 @@ __device__ void fill(Ring<GradientTile>& ring, const WeightMaps& maps, const Wei
 
 // This thread's part of db: its lane of p over its half of the rows of a stage.
 template <class T>
-__device__ float bias_of_stage(const unsigned char* p, const WeightArguments& a, const WeightTile& tile, int r) {
+__device__ float bias_of_stage(const unsigned char* p, const WgradArguments& a, const WeightTile& tile, int r) {
   const int lane = static_cast<int>(threadIdx.x) % 128, first = static_cast<int>(threadIdx.x) / 128 * 32;
   float sum = 0.0f;
 #pragma unroll 4
   for (int k = first; k < first + 32; ++k) {
     if (r + k >= tile.end) break;
-    const float s = a.scale.data ? a.scale.data[(r + k) * a.scale.row + tile.expert * a.scale.expert] : 1.0f;
+    const float s =
+        a.routing_weights.data ? a.routing_weights.data[(r + k) * a.routing_weights.row + tile.expert * a.routing_weights.expert] : 1.0f;
     sum +=
         s * to_float(*reinterpret_cast<const T*>(p + lane / 64 * (64 * 128) + k * 128 + ((lane % 64 / 8 ^ (k & 7)) << 4) + lane % 8 * 2));
   }
@@ -100,8 +101,8 @@ __device__ float bias_of_stage(const unsigned char* p, const WeightArguments& a,
 
 template <class T>
 __global__ void __launch_bounds__(GradientTile::threads, 1)
-    weight_product_sm90_kernel(const __grid_constant__ WeightMaps maps, const __grid_constant__ WeightArguments a,
-                               const __grid_constant__ Stored<T> dw, const __grid_constant__ Stored<T> db) {
+    wgrad_sm90_kernel(const __grid_constant__ WeightMaps maps, const __grid_constant__ WgradArguments a,
+                      const __grid_constant__ Stored<T> dw, const __grid_constant__ Stored<T> db) {
 #if defined(CMOE_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tile = GradientTile;
   constexpr int columns = 32;  // stored at a time
@@ -172,16 +173,16 @@ __global__ void __launch_bounds__(GradientTile::threads, 1)
 }
 
 template <class T>
-bool run(const char* operation, const WeightProduct& p, Stream stream) {
+bool run(const char* operation, const Wgrad& p, Stream stream) {
   using Tile = GradientTile;
-  WeightArguments a{p.groups,
-                    p.height,
-                    p.width,
-                    p.p,
-                    p.q,
-                    p.scale,
-                    static_cast<int>((p.height + Tile::m - 1) / Tile::m),
-                    p.dw.data ? static_cast<int>((p.width + Tile::n - 1) / Tile::n) : 1};
+  WgradArguments a{p.groups,
+                   p.height,
+                   p.width,
+                   p.p,
+                   p.q,
+                   p.routing_weights,
+                   static_cast<int>((p.height + Tile::m - 1) / Tile::m),
+                   p.dw.data ? static_cast<int>((p.width + Tile::n - 1) / Tile::n) : 1};
   const auto view = [&](const RowOperand& x, int64_t width) {
     return TensorView{x.data, width, p.groups.rows, x.expert ? p.groups.experts : 1, x.row, x.expert};
   };
@@ -194,14 +195,14 @@ bool run(const char* operation, const WeightProduct& p, Stream stream) {
   if (!tiles) return true;
   const WeightMaps maps{gathers(p.p) ? TensorMap{} : tensor_map(view_p, 64), gathers(p.q) ? TensorMap{} : tensor_map(view_q, 64),
                         alternates(view_p), alternates(view_q)};
-  launch(operation, weight_product_sm90_kernel<T>, persistent_blocks<Tile>(tiles), Tile::threads, Tile::stages * Tile::stage_bytes, stream,
-         maps, a, Stored<T>(p.dw), Stored<T>(p.db));
+  launch(operation, wgrad_sm90_kernel<T>, persistent_blocks<Tile>(tiles), Tile::threads, Tile::stages * Tile::stage_bytes, stream, maps, a,
+         Stored<T>(p.dw), Stored<T>(p.db));
   return true;
 }
 
 }  // namespace
 
-bool weight_product_sm90(const char* operation, const WeightProduct& p, Stream stream) {
+bool wgrad_sm90(const char* operation, const Wgrad& p, Stream stream) {
   if (!runs_sm90()) return false;
   return p.type == Type::bf16 ? run<bf16>(operation, p, stream) : p.type == Type::f16 && run<fp16>(operation, p, stream);
 }

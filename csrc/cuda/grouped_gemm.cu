@@ -5,8 +5,8 @@
 
 namespace cmoe::cuda {
 
-void row_product(const char* operation, const RowProduct& p, Stream stream) {
-  if (row_product_sm90(operation, p, stream)) return;
+void grouped_gemm(const char* operation, const GroupedGemm& p, Stream stream) {
+  if (grouped_gemm_sm90(operation, p, stream)) return;
   run_rows<ForwardEpilogue>(operation, p.type, {p.groups, p.width, p.depth, 0, p.sum, p.gated, p.x, p.w, false, false}, p, stream);
 }
 

@@ -5,7 +5,7 @@
 
 namespace cmoe::cuda {
 
-bool row_product_sm90(const char* operation, const RowProduct& p, Stream stream) {
+bool grouped_gemm_sm90(const char* operation, const GroupedGemm& p, Stream stream) {
   return run_rows_sm90<ForwardEpilogue>(operation, p.type, {p.groups, p.width, p.depth, 0, p.sum, p.gated, p.x, p.w, false, false}, p,
                                         stream);
 }

@@ -1,9 +1,10 @@
 """The backward products of expert layers that give gradients of rows and of gates.
 
-``gemm_bwd_du_kernel`` is one product with everything that hangs on it in its epilogue: dh = dy @ w2[e] stays in the accumulator, is
-multiplied there by h = act(u) and summed over the tile's columns (the gate's gradient: one number per row and column tile, added later
-in a fixed order, no atomics), becomes du, and leaves a = weight * h for the weights' gradient. Expert outputs are never stored.
-``gemm_bwd_mix_kernel`` does the same for dense experts of a single layer: dy @ w1[e] gives both the gate's gradient, by its product with
+``dact_gemm_bwd_kernel`` is one product with everything that hangs on it in its epilogue: dh = dy @ w2[e] stays in the accumulator, is
+multiplied there by h = act(u) and summed over the tile's columns (partials of the routing weight's gradient: one number per row and
+column tile, added later in a fixed order, no atomics), becomes du, and leaves the weighted hidden, routing weight * h, for wgrad. Expert
+outputs are never stored.
+``dense_dgrad_bwd_kernel`` does the same for dense experts of a single layer: dy @ w1[e] gives both the gate's gradient, by its product with
 x, and its share of dx, so the experts are gone through once. dx of other layers is a forward product with transposed strides.
 """
 
@@ -30,15 +31,18 @@ from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tun
 
 
 @triton.jit
-def gemm_bwd_du_kernel(
-    dy, w, u, scale, du, h, parts, offsets, gather, scatter,
+def dact_gemm_bwd_kernel(
+    dy, w, u, routing_weights, du, weighted_hidden, partials, offsets, gather, scatter,
     rows, width, depth, experts,
     sd_r, sd_k, sw_e, sw_n, sw_k, su_r, su_e, su_n, ss_r, ss_e, so_r, so_e, sh_r, sh_e, sp_n, sp_r, sp_e,
     DIV: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, D_TMA: tl.constexpr, W_TMA: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dh = dy @ w[e]; parts = sum over n of dh * act(u); du = scale * dh * act'(u); h = scale * act(u). ACT None: u is a row of x."""
+    """dh = dy @ w[e]; partials = sum over n of dh * act(u); du = s * dh * act'(u); weighted_hidden = s * act(u), s the routing weight.
+
+    ACT None: u is a row of x.
+    """
     tiles_m, tiles_n = count_row_tiles(offsets, rows, experts, EP, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -69,17 +73,21 @@ def gemm_bwd_du_kernel(
             act = activate(pre, ACT)
             if GATED:
                 up = tl.load(us + width, mask=inside, other=0.0).to(tl.float32)
-        if parts is not None:
+        if partials is not None:
             sums = tl.sum(acc * act * up, 1) if GATED else tl.sum(acc * act, 1)
-            tl.store(parts + tile_n.to(tl.int64) * sp_n + far_r * sp_r + far_e * sp_e, sums, mask=live)
-        if scale is not None:
-            s = tl.load(scale + far_r * ss_r + far_e * ss_e, mask=served, other=0.0)[:, None]
+            tl.store(partials + tile_n.to(tl.int64) * sp_n + far_r * sp_r + far_e * sp_e, sums, mask=live)
+        if routing_weights is not None:
+            s = tl.load(routing_weights + far_r * ss_r + far_e * ss_e, mask=served, other=0.0)[:, None]
             acc *= s
-        if h is not None:
+        if weighted_hidden is not None:
             value = act * up if GATED else act
-            if scale is not None:
+            if routing_weights is not None:
                 value *= s
-            tl.store(h + far_r[:, None] * sh_r + far_e * sh_e + far_n[None, :], value.to(h.dtype.element_ty), mask=written)
+            tl.store(
+                weighted_hidden + far_r[:, None] * sh_r + far_e * sh_e + far_n[None, :],
+                value.to(weighted_hidden.dtype.element_ty),
+                mask=written,
+            )
         if du is not None:
             target, stored = source_rows(scatter, r, live, rows, 1)
             outs = du + target[:, None] * so_r + far_e * so_e + far_n[None, :]
@@ -93,14 +101,14 @@ def gemm_bwd_du_kernel(
 
 
 @triton.jit
-def gemm_bwd_mix_kernel(
-    dy, w, x, gates, dx, parts,
+def dense_dgrad_bwd_kernel(
+    dy, w, x, gates, dx, partials,
     rows, width, depth, experts,
     sd_r, sd_k, sw_e, sw_n, sw_k, sx_r, sx_n, sg_r, sg_e, so_r,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, D_TMA: tl.constexpr, W_TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """For each expert z = dy @ w[e]: parts = sum over n of z * x; dx = sum over e of gates[e] * z."""
+    """For each expert z = dy @ w[e]: partials = sum over n of z * x; dx = sum over e of gates[e] * z."""
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -121,30 +129,32 @@ def gemm_bwd_mix_kernel(
                 v = load_weights(w, ws, e, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
                 acc = tl.dot(d.to(OPERAND), v.to(OPERAND), acc, input_precision=PRECISION)
             xs = tl.load(x + r[:, None] * sx_r + n[None, :] * sx_n, mask=inside, other=0.0).to(tl.float32)
-            tl.store(parts + (tile_n.to(tl.int64) * rows + r) * experts + e, tl.sum(acc * xs, 1), mask=live)
+            tl.store(partials + (tile_n.to(tl.int64) * rows + r) * experts + e, tl.sum(acc * xs, 1), mask=live)
             if dx is not None:
                 total += acc * tl.load(gates + r * sg_r + far * sg_e, mask=live, other=0.0)[:, None]
         if dx is not None:
             tl.store(dx + r[:, None] * so_r + n[None, :], total.to(dx.dtype.element_ty), mask=inside)
 
 
-def hidden_grads(
+def dact_gemm(
     dy: Tensor,
     w: Tensor,
     u: Tensor | None,
     du: Tensor | None,
-    h: Tensor | None,
-    want_parts: bool,
+    weighted_hidden: Tensor | None,
+    want_partials: bool,
     *,
     offsets: Tensor | None = None,
     gather: Tensor | None = None,
     k: int = 1,
     scatter: Tensor | None = None,
-    scale: Tensor | None = None,
+    routing_weights: Tensor | None = None,
     activation: str | None = None,
     gated: bool = False,
 ) -> Tensor | None:
-    """du and h = scale * act(u), written in place; returns the partial sums of <dh, act(u)>, [column tiles, rows (times E)].
+    """du and weighted_hidden = routing_weights * act(u), written in place; returns the partials of <dh, act(u)>.
+
+    They are [column tiles, rows (times E)].
 
     Args:
         dy: [T, O], read at gather[r] // k.
@@ -156,18 +166,18 @@ def hidden_grads(
     each = 1 if offsets is not None else experts
 
     def run(tile: Tile) -> Tensor | None:
-        parts = dy.new_empty(triton.cdiv(width, tile.n), rows * each, dtype=torch.float32) if want_parts else None
+        partials = dy.new_empty(triton.cdiv(width, tile.n), rows * each, dtype=torch.float32) if want_partials else None
         tiles_m = triton.cdiv(rows, tile.m) * experts if offsets is None else rows // tile.m + experts + 1
         tma = reads_by_tma(dy)
         d_operand, d_tma = operand(dy, (tile.m, tile.k), tma, gather, k)
         w_operand, w_tma = operand(w.transpose(1, 2), (tile.n, tile.k), tma)
         launch(
-            gemm_bwd_du_kernel,
+            dact_gemm_bwd_kernel,
             programs(tiles_m * triton.cdiv(width, tile.n), tile, dy) if rows else 0,
-            *(d_operand, w_operand, u, scale, du, h, parts, offsets, gather, scatter),
+            *(d_operand, w_operand, u, routing_weights, du, weighted_hidden, partials, offsets, gather, scatter),
             *(rows, width, depth, experts),
-            *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *strides(u, 3), *strides(scale, 2), *strides(du, 3)[:2]),
-            *(*strides(h, 3)[:2], rows * each, each, int(offsets is None)),
+            *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *strides(u, 3), *strides(routing_weights, 2), *strides(du, 3)[:2]),
+            *(*strides(weighted_hidden, 3)[:2], rows * each, each, int(offsets is None)),
             DIV=k,
             ACT=activation,
             GATED=gated,
@@ -183,12 +193,12 @@ def hidden_grads(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        return parts
+        return partials
 
     return tuned("gemm_du_gated" if gated else "gemm_du", rows if offsets is None else rows // experts, dy, w, run)
 
 
-def mixed_grads(dy: Tensor, w: Tensor, x: Tensor, gates: Tensor, dx: Tensor | None) -> Tensor:
+def dense_dgrad(dy: Tensor, w: Tensor, x: Tensor, gates: Tensor, dx: Tensor | None) -> Tensor:
     """dx of dense single layers [T, D], written in place; returns the partial sums of the gates' gradient, [column tiles, T * E].
 
     Args:
@@ -198,14 +208,14 @@ def mixed_grads(dy: Tensor, w: Tensor, x: Tensor, gates: Tensor, dx: Tensor | No
     rows = dy.shape[0]
 
     def run(tile: Tile) -> Tensor:
-        parts = dy.new_empty(triton.cdiv(width, tile.n), rows * experts, dtype=torch.float32)
+        partials = dy.new_empty(triton.cdiv(width, tile.n), rows * experts, dtype=torch.float32)
         tma = reads_by_tma(dy)
         d_operand, d_tma = operand(dy, (tile.m, tile.k), tma)
         w_operand, w_tma = operand(w.transpose(1, 2), (tile.n, tile.k), tma)
         launch(
-            gemm_bwd_mix_kernel,
+            dense_dgrad_bwd_kernel,
             programs(triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n), tile, dy),
-            *(d_operand, w_operand, x, gates, dx, parts),
+            *(d_operand, w_operand, x, gates, dx, partials),
             *(rows, width, depth, experts),
             *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *x.stride(), *gates.stride(), 0 if dx is None else dx.stride(0)),
             OPERAND=TL_DTYPES[dy.dtype],
@@ -219,6 +229,6 @@ def mixed_grads(dy: Tensor, w: Tensor, x: Tensor, gates: Tensor, dx: Tensor | No
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        return parts
+        return partials
 
     return tuned("gemm_mix", rows, dy, w, run)

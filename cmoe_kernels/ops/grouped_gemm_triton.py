@@ -1,7 +1,7 @@
 """The product of expert layers: rows by the weights of their expert.
 
 Memory plan. A tile of BM rows belongs to one expert, so its weights are read as they are stored, [E, N, K] by strides, never copied;
-fp32 weights are rounded on their way to the tensor cores. Rows of x are gathered by the load (``gather``, divided by K selections per
+fp32 weights are rounded on their way to the tensor cores. Rows of x are gathered by the load (``gather``, divided by K assignments per
 token) and results scattered by the store, so gathered rows never exist. Bias, activation and the row's weight are applied to the fp32
 accumulator: one rounding at the store, and the pre-activation ``u``, when it is saved, is written by the same pass.
 
@@ -32,15 +32,15 @@ from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tun
 
 
 @triton.jit
-def gemm_fwd_kernel(
-    x, w, b, scale, u, y, offsets, gather, scatter,
+def grouped_gemm_fwd_kernel(
+    x, w, b, routing_weights, u, y, offsets, gather, scatter,
     rows, width, depth, experts,
     sx_r, sx_k, sw_e, sw_n, sw_k, sb_e, sb_n, ss_r, ss_e, su_r, su_e, sy_r, sy_e,
-    DIV: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SCALE_BIAS: tl.constexpr,
+    DIV: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, WEIGH_BIAS: tl.constexpr,
     ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y[scatter[r]] = scale * act(w[e] @ x[gather[r] // DIV] + b[e]), or scale on the bias alone; u is what goes into act."""
+    """y[scatter[r]] = s * act(w[e] @ x[gather[r] // DIV] + b[e]), s the routing weight, or s on the bias only; u is what goes into act."""
     tiles_m, tiles_n = count_row_tiles(offsets, rows, experts, EP, BM), tl.cdiv(width, BN)
     k = tl.arange(0, BK).to(tl.int64)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -66,12 +66,12 @@ def gemm_fwd_kernel(
                 v = load_weights(w, ws_up, expert, width + tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
                 up = tl.dot(a, v.to(ROUND).to(OPERAND), up, input_precision=PRECISION)
 
-        if scale is not None:
-            s = tl.load(scale + r.to(tl.int64) * ss_r + wide_e * ss_e, mask=served, other=0.0)
+        if routing_weights is not None:
+            s = tl.load(routing_weights + r.to(tl.int64) * ss_r + wide_e * ss_e, mask=served, other=0.0)
         if b is not None:
             bs = b + wide_e * sb_e + wide_n * sb_n
             bias = tl.load(bs, mask=columns & known, other=0.0).to(ROUND).to(tl.float32)[None, :]
-            acc += s[:, None] * bias if SCALE_BIAS else bias
+            acc += s[:, None] * bias if WEIGH_BIAS else bias
             if GATED:
                 up += tl.load(bs + tl.cast(width, tl.int64) * sb_n, mask=columns & known, other=0.0).to(ROUND).to(tl.float32)[None, :]
         if ACT is not None:
@@ -87,7 +87,7 @@ def gemm_fwd_kernel(
             if GATED:
                 acc *= up.to(tl.float32)
         if y is not None:
-            if scale is not None and not SCALE_BIAS:
+            if routing_weights is not None and not WEIGH_BIAS:
                 acc *= s[:, None]
             target, stored = source_rows(scatter, r, live, rows, 1)
             ys = y + target[:, None] * sy_r + wide_e * sy_e + wide_n[None, :]
@@ -95,7 +95,7 @@ def gemm_fwd_kernel(
             tl.store(ys, value, mask=stored[:, None] & columns[None, :])
 
 
-def linear(
+def grouped_gemm(
     x: Tensor,
     w: Tensor,
     b: Tensor | None = None,
@@ -104,8 +104,8 @@ def linear(
     gather: Tensor | None = None,
     k: int = 1,
     scatter: Tensor | None = None,
-    scale: Tensor | None = None,
-    scale_bias: bool = False,
+    routing_weights: Tensor | None = None,
+    weigh_bias: bool = False,
     activation: str | None = None,
     gated: bool = False,
     u: Tensor | None = None,
@@ -118,7 +118,7 @@ def linear(
         x: [T, K], read at gather[r] // k.
         w: [E, N, K] (gated: [E, 2N, K]) by strides; rounded to ``round_to`` (default x's dtype), multiplied in the dtype of x.
         offsets: [E + 1]: the rows of each expert. None: each expert has all rows, and y and u are [T, E, N].
-        scale: the rows' weights, [rows], or [T, E] without offsets; ``scale_bias``: x is weighted already, the bias is not.
+        routing_weights: the rows' weights, [rows], or [T, E] without offsets; ``weigh_bias``: x is weighted already, the bias is not.
     """
     experts, width, depth = w.shape
     if gated:
@@ -133,15 +133,15 @@ def linear(
         # The second half begins where a descriptor may not, if it lies along the memory's rows and is no multiple of 16 bytes.
         w_operand, w_tma = operand(w, (tile.n, tile.k), tma and not (gated and width * w.element_size() % 16))
         launch(
-            gemm_fwd_kernel,
+            grouped_gemm_fwd_kernel,
             programs(tiles_m * triton.cdiv(width, tile.n), tile, x) if rows else 0,
-            *(x_operand, w_operand, b, scale, u, y, offsets, gather, scatter),
+            *(x_operand, w_operand, b, routing_weights, u, y, offsets, gather, scatter),
             *(rows, width, depth, experts),
-            *(*x.stride(), *w.stride(), *strides(b, 2), *strides(scale, 2), *strides(u, 3)[:2], *strides(y, 3)[:2]),
+            *(*x.stride(), *w.stride(), *strides(b, 2), *strides(routing_weights, 2), *strides(u, 3)[:2], *strides(y, 3)[:2]),
             DIV=k,
             ACT=activation,
             GATED=gated,
-            SCALE_BIAS=scale_bias,
+            WEIGH_BIAS=weigh_bias,
             ROUND=TL_DTYPES[round_to or x.dtype],
             OPERAND=TL_DTYPES[x.dtype],
             PRECISION=precision(),
