@@ -157,7 +157,8 @@ def missing_reason(backend: str) -> str:
 
 
 # --- the native library -------------------------------------------------------------------------------------------------
-# Schemas cmoe::* belong to Python, so that they exist without a compiler. The library brings cmoe_native::*, called from here only.
+# Schemas cmoe::* belong to Python, so that they exist without a compiler. The library brings cmoe_native::*, which only this file and
+# ops/packed.py call.
 native_library: Path | None = None
 native_error: str | None = None
 

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from cmoe_kernels.integrations.activations import activation_name
-from cmoe_kernels.integrations.families import FAMILIES, WITHOUT_PROJECTOR, Adapter
+from cmoe_kernels.integrations.adapters import FAMILIES, WITHOUT_PROJECTOR, Adapter
 from cmoe_kernels.integrations.task_calls import Route, route_of
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.connector import CMoEConnector, ConnectorOutput

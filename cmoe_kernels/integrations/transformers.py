@@ -1,7 +1,7 @@
 """One import for transformers: its MoE layers on our kernels, and its multimodal models with a mixture of experts for a projector."""
 
+from cmoe_kernels.integrations.adapters import Adapter
 from cmoe_kernels.integrations.experts import experts_families, load_balancing_loss, use_cmoe
-from cmoe_kernels.integrations.families import Adapter
 from cmoe_kernels.integrations.projectors import (
     AuxLossLogging,
     CMoEModel,

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmoe_kernels.nn.config import CMoEConfig
-from cmoe_kernels.nn.experts import Experts
-from cmoe_kernels.nn.packing import pack_experts, pack_router
-from cmoe_kernels.nn.router import TaskRouter
+from cmoe_kernels.nn.layers import Experts, TaskRouter
 from cmoe_kernels.ops.arguments import require_float, require_index, require_range, require_size
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.groups import per_token
@@ -80,8 +78,8 @@ class CMoEConnector(nn.Module):
             RuntimeError: the parameters are not on a CPU, or the native library is not there or not selected.
         """
         self.unpack()
-        router = None if self.router is None else pack_router(self.router, dtype)
-        self.experts.packed = pack_experts(self.experts, dtype)
+        router = None if self.router is None else self.router.pack(dtype)
+        self.experts.packed = self.experts.pack(dtype)
         if self.router is not None:
             self.router.packed = router
         return self.experts.packed.nbytes + (0 if router is None else router.nbytes)

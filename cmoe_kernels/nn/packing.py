@@ -1,27 +1,23 @@
 """Weights of a connector in the order in which the native CPU kernels read them: see CMoEConnector.prepack.
 
-The operations are forward only. Which order it is depends on the instruction set, so copies live in this process alone and are no part
-of a state dict.
+The operations on them are forward only (ops/packed.py). The order depends on the instruction set, so copies live in this process only and
+are no part of a state dict.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cmoe_kernels import backends
+from cmoe_kernels.ops import packed
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
-from cmoe_kernels.ops.registration import operator
-
-if TYPE_CHECKING:
-    from cmoe_kernels.nn.experts import Experts
-    from cmoe_kernels.nn.router import TaskRouter
+from cmoe_kernels.ops.task_router import task_router
 
 
 class Packed:
     """Copies of a module's weights, and how to see that these have changed since. A copy of the module, pickled or not, has none."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        _require_native(module)
         parameters = dict(module.named_parameters(recurse=False))
         self.module, self.dtype = module, dtype or next(iter(parameters.values())).dtype
         self.stamps = {name: _stamp(p) for name, p in parameters.items()}
@@ -50,18 +46,26 @@ class Packed:
 
 
 class PackedExperts(Packed):
-    def __init__(self, experts: "Experts", dtype: torch.dtype | None) -> None:
-        super().__init__(experts, dtype)
-        self.activation, self.experts = experts.activation, experts.w1.shape[0]
-        last = experts.w1 if experts.w2 is None else experts.w2
-        self.hidden, self.outputs = experts.w1.shape[1], last.shape[1]
-        self.w1 = _pack(experts.w1, self.dtype)
-        self.w2 = None if experts.w2 is None else _pack(experts.w2, self.dtype)
-        self.b1, self.b2 = (None if b is None else b.detach().clone() for b in (experts.b1, experts.b2))
+    def __init__(
+        self,
+        module: nn.Module,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor | None,
+        b2: Tensor | None,
+        activation: str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(module, dtype)
+        self.activation, self.experts = activation, w1.shape[0]
+        self.hidden, self.outputs = w1.shape[1], (w1 if w2 is None else w2).shape[1]
+        self.w1 = packed.pack(w1, self.dtype)
+        self.w2 = None if w2 is None else packed.pack(w2, self.dtype)
+        self.b1, self.b2 = (None if b is None else b.detach().clone() for b in (b1, b2))
 
     def mix(self, x: Tensor, gates: Tensor, group_ids: Tensor | None) -> Tensor:
         gates = gates.to(accumulate_dtype(self.dtype))
-        return _soft_experts(
+        return packed.soft_experts(
             x.to(self.dtype), gates, self.w1, self.b1, self.w2, self.b2, group_ids, self.activation, self.hidden, self.outputs
         )
 
@@ -71,43 +75,48 @@ class PackedExperts(Packed):
             indices = indices.expand(x.shape[0], -1)
             weights = None if weights is None else weights.expand(x.shape[0], -1)
         sizes = self.experts, self.hidden, self.outputs
-        return _sparse_experts(x.to(self.dtype), weights, indices, self.w1, self.b1, self.w2, self.b2, group_ids, self.activation, *sizes)
+        return packed.sparse_experts(
+            x.to(self.dtype), weights, indices, self.w1, self.b1, self.w2, self.b2, group_ids, self.activation, *sizes
+        )
 
 
 class PackedRouter(Packed):
-    def __init__(self, router: "TaskRouter", dtype: torch.dtype | None) -> None:
-        super().__init__(router, dtype)
-        self.activation, self.logits = router.activation, None
-        split = 0 if router.task_tokens is None else router.task_tokens.shape[1]
+    def __init__(
+        self,
+        module: nn.Module,
+        task_tokens: Tensor | None,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor | None,
+        b2: Tensor | None,
+        inputs: str,
+        activation: str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(module, dtype)
+        self.activation, self.logits = activation, None
+        task = None if task_tokens is None else task_tokens.detach()
         with torch.no_grad():
-            if router.inputs == "task":
-                self.logits = router(router.w1.new_empty(1, 1, dtype=self.dtype), None, None)
+            if inputs == "task":
+                assert task is not None
+                task = task if task.dtype == torch.float64 else task.to(self.dtype)
+                self.logits = task_router(None, task, w1, b1, w2, b2, None, inputs, activation)
                 return
-            w1, exact = router.w1.detach(), accumulate_dtype(self.dtype)
-            if router.task_tokens is None:
-                b1 = w1.new_zeros(w1.shape[0]) if router.b1 is None else router.b1.detach()
-                self.bias = b1[None].to(exact, copy=True)
+            w1 = w1.detach()
+            if task is None:
+                bias = w1.new_zeros(w1.shape[0]) if b1 is None else b1.detach()
+                self.bias = bias[None].to(accumulate_dtype(self.dtype), copy=True)
             else:
-                task = router.task_tokens.detach().to(self.dtype)
-                self.bias = torch.ops.cmoe_native.packed_router_bias(task, w1[:, :split], router.b1)
-            self.w1 = _pack(w1[:, split:], self.dtype)
-            self.w2, self.b2 = (None if t is None else t.detach().clone() for t in (router.w2, router.b2))
+                self.bias = packed.router_bias(task.to(self.dtype), w1[:, : task.shape[1]], b1)
+                w1 = w1[:, task.shape[1] :]
+            self.w1 = packed.pack(w1, self.dtype)
+            self.w2, self.b2 = (None if t is None else t.detach().clone() for t in (w2, b2))
 
     def __call__(self, x: Tensor, group: int | None, group_ids: Tensor | None) -> Tensor:
         if self.logits is not None:
             return self.logits.clone() if group is None else self.logits[group : group + 1].clone()
         bias = self.bias if group is None else self.bias[group : group + 1]
-        return _router(x.to(self.dtype), bias, self.w1, self.w2, self.b2, group_ids if bias.shape[0] > 1 else None, self.activation)
-
-
-def pack_experts(experts: "Experts", dtype: torch.dtype | None) -> PackedExperts:
-    _require_native(experts)
-    return PackedExperts(experts, dtype)
-
-
-def pack_router(router: "TaskRouter", dtype: torch.dtype | None) -> PackedRouter:
-    _require_native(router)
-    return PackedRouter(router, dtype)
+        return packed.router(x.to(self.dtype), bias, self.w1, self.w2, self.b2, group_ids if bias.shape[0] > 1 else None, self.activation)
 
 
 def _require_native(module: nn.Module) -> None:
@@ -121,63 +130,3 @@ def _require_native(module: nn.Module) -> None:
 def _stamp(parameter: Tensor) -> tuple[int, int, torch.dtype]:
     # Tensors made under torch.inference_mode() count no versions.
     return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version, parameter.dtype
-
-
-def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.cmoe_native.prepack(weight.detach(), weight.new_empty(0, dtype=dtype))
-
-
-# The fakes say what the native operations return, so that a connector with packed weights compiles.
-@operator("packed_soft_experts")
-def _soft_experts(
-    x: Tensor,
-    gates: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    group_ids: Tensor | None,
-    activation: str,
-    hidden: int,
-    outputs: int,
-) -> Tensor:
-    return torch.ops.cmoe_native.packed_soft_experts(x, gates, w1, b1, w2, b2, group_ids, activation, hidden, outputs)
-
-
-@_soft_experts.register_fake
-def _(x, gates, w1, b1, w2, b2, group_ids, activation, hidden, outputs):
-    return x.new_empty(x.shape[0], outputs)
-
-
-@operator("packed_sparse_experts")
-def _sparse_experts(
-    x: Tensor,
-    weights: Tensor | None,
-    indices: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    group_ids: Tensor | None,
-    activation: str,
-    experts: int,
-    hidden: int,
-    outputs: int,
-) -> Tensor:
-    arguments = (x, weights, indices, w1, b1, w2, b2, group_ids, activation, experts, hidden, outputs)
-    return torch.ops.cmoe_native.packed_sparse_experts(*arguments)
-
-
-@_sparse_experts.register_fake
-def _(x, weights, indices, w1, b1, w2, b2, group_ids, activation, experts, hidden, outputs):
-    return x.new_empty(x.shape[0], outputs)
-
-
-@operator("packed_router")
-def _router(x: Tensor, bias: Tensor, w1: Tensor, w2: Tensor | None, b2: Tensor | None, group_ids: Tensor | None, activation: str) -> Tensor:
-    return torch.ops.cmoe_native.packed_router(x, bias, w1, w2, b2, group_ids, activation)
-
-
-@_router.register_fake
-def _(x, bias, w1, w2, b2, group_ids, activation):
-    return x.new_empty(x.shape[0], (bias.shape[1] if w2 is None else w2.shape[0]), dtype=accumulate_dtype(x.dtype))

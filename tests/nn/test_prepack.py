@@ -9,7 +9,6 @@ import torch
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close
 from cmoe_kernels import backends
-from cmoe_kernels.nn.packing import pack_experts
 
 pytestmark = pytest.mark.skipif(backends.choose("soft_experts", "cpu") != "cpu", reason="the native library is not in use")
 
@@ -52,7 +51,7 @@ def test_packed_experts_take_minus_one_for_no_expert():
     indices = torch.randint(0, 4, (9, 2))
     with torch.no_grad():
         expected = experts(x, weights=weights, indices=indices)
-        experts.packed = pack_experts(experts, None)
+        experts.packed = experts.pack(None)
         torch.testing.assert_close(experts(x, weights=weights, indices=indices.masked_fill(indices == 3, -1)), expected)
         with pytest.raises(RuntimeError, match=r"indices holds -2, must be in -1..3 \(3 experts; -1 and 3 mean no expert\)"):
             experts(x, weights=weights, indices=indices * 0 - 2)
