@@ -4,6 +4,8 @@ The operations on them are forward only (ops/packed.py). The order depends on th
 are no part of a state dict.
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ from cmoe_kernels import backends
 from cmoe_kernels.ops import packed
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
 from cmoe_kernels.ops.task_router import task_router
+
+log = logging.getLogger(__name__)
 
 
 class Packed:
@@ -24,18 +28,25 @@ class Packed:
 
     def serves(self, module: nn.Module, x: Tensor) -> bool:
         """Whether this call can use the copies: of the module that was packed, in their dtype, on a CPU, with no gradient to record."""
-        if (
-            module is not self.module  # a shallow copy, or a replica of DataParallel
-            or x.device.type != "cpu"
-            or autocast_dtype(x) != self.dtype
-            or torch.is_grad_enabled()
-            or backends.selected() not in ("auto", "cpu")
-        ):
+        if reason := self._unused_because(module, x):
+            if not torch.compiler.is_compiling():
+                log.info("%s: the weights of prepack() are not used: %s", type(module).__name__, reason)
             return False
         for name, stamp in self.stamps.items():
             if not torch.compiler.is_compiling() and _stamp(getattr(module, name)) != stamp:
                 raise RuntimeError(f"{name} has changed since prepack(): call prepack() again, or unpack()")
         return True
+
+    def _unused_because(self, module: nn.Module, x: Tensor) -> str:
+        if module is not self.module:
+            return "they are of another module (this one is a copy or a replica)"
+        if x.device.type != "cpu":
+            return f"x is on {x.device}"
+        if autocast_dtype(x) != self.dtype:
+            return f"products would be in {autocast_dtype(x)}, the copies are {self.dtype}"
+        if torch.is_grad_enabled():
+            return "gradients are enabled; call it under torch.no_grad()"
+        return "" if backends.selected() in ("auto", "cpu") else f"the backend is {backends.selected()}"
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()

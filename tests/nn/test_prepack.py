@@ -147,3 +147,20 @@ def test_without_the_native_kernels():
         connector(tasks=("a", "b")).prepack()
     with pytest.raises(RuntimeError, match="the parameters are on meta"):
         cmoe.CMoEConnector(cmoe.CMoEConfig(**SIZES), device="meta").prepack()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "grad", "reason"),
+    [
+        (None, "auto", True, "gradients are enabled"),
+        (torch.bfloat16, "auto", False, "products would be in torch.float32, the copies are torch.bfloat16"),
+        (None, "reference", False, "the backend is reference"),
+    ],
+    ids=["grad", "dtype", "backend"],
+)
+def test_a_log_line_says_why_copies_are_not_used(caplog, dtype, backend, grad, reason):
+    c = connector(tasks=("a",))
+    c.prepack(dtype)
+    with caplog.at_level("INFO", logger="cmoe_kernels"), torch.set_grad_enabled(grad), cmoe.use_backend(backend):
+        c(features(), "a")
+    assert [reason in r.getMessage() for r in caplog.records] == [True, True]  # router and experts

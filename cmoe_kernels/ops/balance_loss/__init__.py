@@ -47,10 +47,17 @@ def balance_loss(
     Returns:
         a scalar, fp32 (fp64 for fp64).
 
-    Gradients go to scores alone. Saves its inputs. Deterministic: sums in a fixed order, no float atomics.
+    Only scores get a gradient. Saves its inputs. Deterministic: sums in a fixed order, no float atomics.
+    "switch" is 1/K of the load-balancing loss of transformers.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or combination of arguments; on the CPU also an index outside -1..E.
+
+    Example::
+
+        logits = torch.randn(6, 4, requires_grad=True)
+        indices = topk_gate(logits, k=2).indices
+        loss = balance_loss(logits, indices, from_logits=True)  # Switch Transformer eq. 4
     """
     require_choice("kind", kind, KINDS)
     require_float("scores", scores, "TE")

@@ -30,7 +30,8 @@ def grouped_linear(
         x: [T, D].
         w: [E, O, D], any strides: weights stored as [E, D, O] are passed as ``w.transpose(1, 2)`` and never copied whole.
         b: [E, O] or None.
-        offsets: [E + 1] int32, exclusive, from 0; rows offsets[e]:offsets[e + 1] belong to expert e.
+        offsets: [E + 1] int32, exclusive, from 0; rows offsets[e]:offsets[e + 1] belong to expert e. The ``offs`` of
+            torch.nn.functional.grouped_mm are offsets[1:].
         gather_idx: [T * k] int64, a permutation of range(T * k): row i reads x[gather_idx[i] // k]. None: row i reads x[i // k].
         k: how many rows each token has.
         scatter_idx: [T * k] int64, a permutation: row i is stored at y[scatter_idx[i]]. None: at y[i].
@@ -44,6 +45,12 @@ def grouped_linear(
 
     Raises:
         TypeError, ValueError: wrong dtype or shape; on the CPU also offsets out of order and indices that are no permutation.
+
+    Example::
+
+        x, w = torch.randn(6, 8), torch.randn(3, 5, 8)
+        offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)  # the second expert has no row
+        y = grouped_linear(x, w, None, offsets)  # [6, 5]
     """
     require_float("x", x, "TD")
     dtype = autocast_dtype(x)

@@ -17,7 +17,7 @@ def soft_experts(
     x: Tensor,
     gates: Tensor,
     w1: Tensor,
-    b1: Tensor | None,
+    b1: Tensor | None = None,
     w2: Tensor | None = None,
     b2: Tensor | None = None,
     activation: str = "gelu",
@@ -25,6 +25,8 @@ def soft_experts(
     recompute: bool = False,
 ) -> Tensor:
     """All experts on every token, mixed by gates (Uni-Med's soft and constant connectors).
+
+    This is a dense mixture, not Soft MoE (Puigcerver et al. 2024), whose experts see mixtures of tokens.
 
     Args:
         x: [T, D].
@@ -41,11 +43,16 @@ def soft_experts(
         y [T, O] in the dtype of x (autocast's under autocast).
 
     Products run in the dtype of x and accumulate in fp32; fp32 weights are rounded to it and get fp32 gradients. Saves the inputs and the
-    pre-activations [T, E, H]; expert outputs are never stored, and no gradient is computed that nobody asked for. Single linear experts
+    pre-activations [T, E, H]; expert outputs are never stored, and only requested gradients are computed. Single linear experts
     with fewer rows of gates than tokens are merged into one linear layer per row, which is exact. Deterministic.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape; on the CPU also a group id outside 0..G-1.
+
+    Example::
+
+        x, logits = torch.randn(6, 8), torch.randn(6, 4)
+        y = soft_experts(x, soft_gate(logits), w1=torch.randn(4, 16, 8), w2=torch.randn(4, 8, 16))  # [6, 8]
     """
     require_choice("activation", activation, ACTIVATIONS)
     require_float("x", x, "TD")

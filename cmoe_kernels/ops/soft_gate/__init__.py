@@ -25,6 +25,10 @@ def soft_gate(logits: Tensor) -> Tensor:
         TypeError, ValueError: logits is not a float tensor with two dimensions.
 
     Saves ``logits`` for backward. Deterministic. ``T == 0`` gives an empty result.
+
+    Example::
+
+        gates = soft_gate(torch.randn(6, 4))  # [6, 4], rows that sum to one
     """
     require_float("logits", logits, "TE")
     return _soft_gate(logits, backends.choose("soft_gate", logits.device.type, logits.dtype, logits.shape[0]))

@@ -21,7 +21,7 @@ def sparse_experts(
     weights: Tensor | None,
     indices: Tensor,
     w1: Tensor,
-    b1: Tensor | None,
+    b1: Tensor | None = None,
     w2: Tensor | None = None,
     b2: Tensor | None = None,
     activation: str = "gelu",
@@ -34,8 +34,8 @@ def sparse_experts(
     Args:
         x: [T, D].
         weights: [T, K], [G, K] with group_ids, or [1, K] for all tokens; fp32 (fp64 with an fp64 x). None: ones.
-        indices: int64, rows as in ``weights``. -1 and E mean no expert: nothing is added and no gradient flows, whatever the weight is. An
-            expert may be named twice.
+        indices: int64, of the shape of ``weights``; -1 and E mean no expert: nothing is added and no gradient flows, whatever the weight
+            is. An expert may be named twice.
         w1: [E, H, D]; gated: [E, 2H, D], the gate's rows first. With w2 None the experts are single linear layers.
         b1: [E, H] (gated: [E, 2H]) or None.
         w2: [E, O, H] or None.
@@ -54,6 +54,12 @@ def sparse_experts(
 
     Raises:
         TypeError, ValueError: wrong dtype or shape; on the CPU also an index outside -1..E and a group id outside 0..G-1.
+
+    Example::
+
+        x, logits = torch.randn(6, 8), torch.randn(6, 4)
+        weights, indices, _ = topk_gate(logits, k=2)
+        y = sparse_experts(x, weights, indices, w1=torch.randn(4, 16, 8), w2=torch.randn(4, 8, 16))  # [6, 8]
     """
     require_choice("activation", activation, ACTIVATIONS)
     require_float("x", x, "TD")

@@ -20,7 +20,7 @@ def task_router(
     x: Tensor | None,
     task: Tensor | None,
     w1: Tensor,
-    b1: Tensor | None,
+    b1: Tensor | None = None,
     w2: Tensor | None = None,
     b2: Tensor | None = None,
     group_ids: Tensor | None = None,
@@ -51,6 +51,11 @@ def task_router(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or combination of arguments; on the CPU also a group id outside 0..G-1.
+
+    Example::
+
+        x, task = torch.randn(6, 8), torch.randn(1, 3)
+        logits = task_router(x, task, w1=torch.randn(16, 3 + 8), w2=torch.randn(4, 16))  # [6, 4]
     """
     require_choice("inputs", inputs, ROUTER_INPUTS)
     require_choice("activation", activation, ACTIVATIONS)

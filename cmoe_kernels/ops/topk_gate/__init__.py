@@ -47,6 +47,10 @@ def topk_gate(
         TypeError, ValueError: wrong dtype or shape, k outside 1..E, an unknown score.
 
     Saves ``logits`` and ``indices`` for backward. Deterministic. ``T == 0`` gives empty results and zero counts.
+
+    Example::
+
+        weights, indices, counts = topk_gate(torch.randn(6, 4), k=2)  # [6, 2], [6, 2], [4]
     """
     require_float("logits", logits, "TE")
     require_choice("score", score, ("softmax", "sigmoid"))
