@@ -21,7 +21,7 @@ from benchmarks.compare import assert_close, errors
 
 ROWS = 256
 BLOCK = 2048
-# What the plain formula may lose itself, in eps of the result's RMS: it is the measure of the others, so it must be near the truth.
+# Largest error of the baseline itself, in eps of the result's RMS; a worse baseline would make the rule of 2x meaningless.
 BASELINE_EPS = 64
 # Factors on what the rule allows. A peer rounds where its authors chose to. And where the plain formula adds many short sums, the algebra
 # has one long one (the task token's gradient: 45056 products), whose rounding in fp32 grows with its length; in bf16 the store hides that.

@@ -124,7 +124,7 @@ def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
     """Call a backend's kernel, after a look at the values of its index tensors where ``ops/checked.py`` says so.
 
     Autocast is off inside: dtypes were settled by the public function. Outputs are made contiguous, as the fakes say, and None (a
-    gradient that nobody asked for, nothing saved) becomes an empty tensor of its own.
+    gradient that was not requested, nothing saved) becomes an empty tensor of its own.
     """
     kernel = _kernels.get((op, backend))
     if kernel is None or backend not in DEVICE_ORDER.get(device.type, ("reference",)):

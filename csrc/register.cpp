@@ -1,6 +1,6 @@
 // Defines cmoe_native::<op> and binds the CPU's kernels to it; cuda/register.cpp binds the GPU's. Only
-// cmoe_kernels/backends.py and ops/packed.py call these: the operations users meet are cmoe::<op>, whose schemas, fakes and autograd live in
-// Python so that they exist without this library.
+// cmoe_kernels/backends.py and ops/packed.py call these: the operations users meet are cmoe::<op>, whose schemas, fakes and autograd live
+// in Python so that they exist without this library.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

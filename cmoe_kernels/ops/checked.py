@@ -1,6 +1,6 @@
-"""Values of index tensors, read once before a kernel of any backend: ``backends.run`` asks for it.
+"""Values of index tensors, read once before a kernel of any backend; ``backends.run`` calls it.
 
-A backward pass has the indices of its forward pass, and gates have none. ``cpu`` is left out: its kernels check what they read anyway.
+Backward reuses indices that forward validated; soft_gate and topk_gate take none. The cpu backend validates inside its kernels.
 On a GPU, where reading waits for the device, nothing is read without CMOE_CHECK=1; an index out of range is then no expert.
 """
 

@@ -126,7 +126,7 @@ def grouped_gemm(
     rows = x.shape[0] * k
 
     def run(tile: Tile) -> None:
-        # At most one tile per expert is short, and one more holds rows of none.
+        # At most one tile per expert is short, and one more holds unrouted rows.
         tiles_m = triton.cdiv(rows, tile.m) * experts if offsets is None else rows // tile.m + experts + 1
         tma = reads_by_tma(x)
         x_operand, x_tma = operand(x, (tile.m, tile.k), tma, gather, k)

@@ -40,7 +40,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Make ``cmoe::<name>`` of a function that mutates nothing; the schema comes from its annotations.
 
     It is what ``torch.library.custom_op`` gives, without the two wrappers that it puts around each call (no tracing inside, no output
-    that is an input: the ops' tests see to that). They cost as much as the gates of some hundred tokens.
+    that is an input: the ops' tests see to that). Those two wrappers cost about as much as `soft_gate` on a few hundred tokens.
     """
     return lambda kernel: Operator(name, kernel)
 
@@ -60,7 +60,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def empty_placeholder(like: Tensor) -> Tensor:
-    """What stands for a gradient that nobody asked for, and for a tensor that was not saved (``backends.run`` makes it)."""
+    """Empty placeholder for a gradient that was not requested or a tensor that was not saved (``backends.run`` makes it)."""
     return like.new_empty(0, dtype=torch.float32)
 
 

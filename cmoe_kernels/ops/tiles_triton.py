@@ -5,8 +5,8 @@ device from ``offsets``, and so is the number of tiles, so the host reads nothin
 Tiles run in groups of GROUP row tiles per column of weights, which keeps a weight tile in L2 while the group uses it.
 
 An operand is a tensor, read through pointers, or on devices that copy tiles (TMA, sm_90 and newer) a tensor descriptor [E, rows,
-columns], where its strides are multiples of 16 bytes and no row is gathered. A descriptor gives zeros past the tensor's end, but not past
-an expert's: there a tile holds rows of the next expert, which no one may store, nor add to anything.
+columns], where its strides are multiples of 16 bytes and no row is gathered. TMA fills with zeros past the end of the tensor
+but not past the end of an expert: such a tile contains rows of the next expert, which must be masked before a store or a reduction.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def tile_order(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _expert_tiles(offsets, rows, experts, EP: tl.constexpr, BM: tl.constexpr):
-    """Per expert, and in lane ``experts`` for the rows of none: first row, end row, number of row tiles."""
+    """Per expert, and in lane ``experts`` for unrouted rows: first row, end row, number of row tiles."""
     e = tl.arange(0, EP)
     lows = tl.load(offsets + e, mask=e <= experts, other=0)
     highs = tl.load(offsets + e + 1, mask=e < experts, other=0)
@@ -51,7 +51,7 @@ def count_row_tiles(offsets, rows, experts, EP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def tile_rows(tile, offsets, rows, experts, EP: tl.constexpr, BM: tl.constexpr):
-    """Expert, first row and end row of a row tile; the expert is ``experts`` for rows of none. Without offsets each has all rows."""
+    """Expert, first row and end row of a row tile; the expert is ``experts`` for unrouted rows. Without offsets each has all rows."""
     if offsets is None:
         tiles = tl.cdiv(rows, BM)
         return tile // tiles, tile % tiles * BM, rows

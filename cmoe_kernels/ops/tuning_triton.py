@@ -45,14 +45,14 @@ class Device(NamedTuple):
         return self.arch.startswith("sm_") and int(self.arch[3:]) >= 90
 
 
-# Also what stands for a device that is compiled for and not there.
+# Also used when compiling for a device that is not present.
 KNOWN = {
     "sm_80": Device("sm_80", 108, 163 << 10),
     "sm_90": Device("sm_90", 132, 227 << 10),
     "sm_100": Device("sm_100", 148, 227 << 10),
     "gfx942": Device("gfx942", 304, 64 << 10),
 }
-# What the interpreter plays: few programs, so that each takes several tiles.
+# The device that the interpreter emulates: few SMs, so that every program processes several tiles.
 interpreted = Device("sm_90", 4, 227 << 10)
 
 

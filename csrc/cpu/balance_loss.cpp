@@ -11,7 +11,7 @@
 // backward sums what the slope needs and then writes rows.
 //
 // Memory plan: segments are labels, not ranges. Neighbours with one label are a run; runs are sorted by label, not tokens: labels that come
-// in order, such as one per image, cost one look each. Runs of a segment are grouped into pieces of some thousand scores. Each piece is
+// in order, such as one per image, cost one look each. Runs of a segment are grouped into pieces of a few thousand scores. Each piece is
 // summed by one thread in token order, in double (an addition in double costs what one in float does); the pieces of a segment are added in
 // order. Pieces follow from the shape and the labels, so the result has the same bits for any number of threads. Scores are read in blocks
 // of 16 rows side by side (blocks.h), each lane with its own sum. Scratch: E doubles and E counts per piece, E doubles per segment, some

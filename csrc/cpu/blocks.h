@@ -86,7 +86,7 @@ class Sum {
   int terms_ = 0;
 };
 
-// Where a weighted mean of values lies, also after rounding: equal gradients then leave exactly nothing behind their mean.
+// Minimum and maximum of the values. The rounded weighted mean is clamped to them, so that g - mean is exactly 0 where all g are equal.
 template <class A>
 class Range {
  public:

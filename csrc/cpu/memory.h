@@ -29,7 +29,7 @@ inline void advise_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Tells AddressSanitizer that memory inside a block is nobody's: what rounding leaves behind a part of it.
+// Poisons, for AddressSanitizer, the padding between parts of a block.
 inline void forbid(void* data, int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_POISON_MEMORY_REGION(data, static_cast<size_t>(bytes));

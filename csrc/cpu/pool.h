@@ -1,5 +1,5 @@
 // Memory of large results and scratch. glibc maps it anew each time and unmaps it when it is freed, so that a training step writes its
-// gradients into pages that nobody touched before, and touching them costs more than computing what they hold. Here it serves the next
+// gradients into pages that were never touched before, and touching them costs more than computing what they hold. Here it serves the next
 // result, and while it is idle the system may take its pages if it needs them.
 #pragma once
 

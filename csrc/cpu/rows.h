@@ -70,7 +70,7 @@ struct Chunks {
   int64_t rows, size, count;
 
   Chunks(int64_t rows_, int64_t elements_per_row) : rows(rows_) {
-    // Below some thousand elements a chunk costs less than waking a thread.
+    // Below a few thousand elements a chunk costs less than waking a thread.
     const int64_t least = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, elements_per_row));
     const int64_t threads = torch::stable::get_num_threads();
     size = std::max(least, (rows + threads - 1) / threads);

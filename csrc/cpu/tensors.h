@@ -130,7 +130,7 @@ inline void require_experts(const Tensor& indices, int64_t experts) {
   require_range("indices", indices, experts + 1, (count + " experts; -1 and " + count + " mean no expert").c_str(), -1);
 }
 
-// A tensor that may be missing, without gaps.
+// A contiguous copy where the tensor is given and has gaps.
 inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }

@@ -1,5 +1,5 @@
-// The backward product whose epilogue holds all that follows from dh = dy W: du, the hidden units weighted for dW, and the gradient of the
-// weight itself, of which every tile leaves the sum over its columns. They are added later, in a fixed order; expert outputs never exist.
+// dgrad GEMM dh = dy W with a fused epilogue: du, the weighted hidden for wgrad, and per-tile partials of the routing weight's gradient,
+// which are added later in a fixed order. Expert outputs never exist.
 
 #include "gemm_epilogue.cuh"
 #include "gemm_sm90.h"

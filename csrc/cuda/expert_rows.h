@@ -1,5 +1,5 @@
-// What happens to rows between the products of expert layers: weights taken to rows and summed back, a token's rows added. Each result is
-// one thread's or one warp's, added in a fixed order in fp32; all are bound by memory.
+// Memory-bound row kernels between the GEMMs of expert layers: gather routing weights, reduce their gradients, sum a token's K rows. One
+// thread or one warp computes each result, added in a fixed order in fp32.
 #pragma once
 
 #include "gemm.h"

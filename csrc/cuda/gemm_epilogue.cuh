@@ -1,4 +1,4 @@
-// What becomes of the sums of a row product. A policy has
+// Epilogues of the grouped GEMM. A policy has
 //
 //     scratch_bytes<Tile>     of shared memory
 //     store<Tile>(arguments, tile, known, place, acc, scratch)

@@ -7,8 +7,8 @@ namespace cmoe::cuda {
 
 // acc += the sum over `steps` stages, which load(stage) fills one after the other; seen(stage, step) may look at each.
 //
-// Before step s is multiplied every thread waits for its own copies of it and then for the others' (one barrier), after which nobody reads
-// stage s - 1 any more: its place is filled with step s + stages - 1. On return nobody reads the ring.
+// Before step s is multiplied every thread waits for its own copies of it and then for the others' (one barrier), after which no thread
+// reads stage s - 1 any more: its place is filled with step s + stages - 1. On return no thread reads the ring.
 template <class T, class Tile, bool a_along_lanes, bool b_along_lanes, class Fill, class Seen>
 __device__ void accumulate(Accumulator<Tile>& acc, const WarpPlace<Tile>& place, SharedAddress ring, int steps, Fill&& load, Seen&& seen) {
   constexpr int ahead = Tile::stages - 1;

@@ -1,5 +1,5 @@
-// Which tile a block works on next. Blocks are as many as fit on the GPU and take every so-many-th tile; how many tiles each expert has is
-// counted on the device, by every block for itself, so the host reads no offsets.
+// Persistent kernels: as many blocks as fit on the GPU are launched, and block b processes tiles b, b + gridDim.x, ... Every block counts
+// the tiles of each expert for itself, on the device, so the host reads no offsets.
 #pragma once
 
 #include "device/launch.h"
@@ -7,7 +7,7 @@
 
 namespace cmoe::cuda {
 
-// Rows [first, end) of one expert; expert == experts: rows of none.
+// Rows [first, end) of one expert; expert == experts: unrouted rows.
 struct RowTile {
   int expert, first, end, column;  // column: of tiles
 };
@@ -90,7 +90,7 @@ class RowTiles {
   int columns_;
 };
 
-// Blocks for so many tiles at most.
+// Blocks for at most this number of tiles.
 template <class Tile>
 unsigned persistent_blocks(int64_t tiles) {
   const int64_t most = int64_t{multiprocessors()} * Tile::blocks;

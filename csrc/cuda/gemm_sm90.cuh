@@ -8,8 +8,8 @@
 //
 // A large tile (128 x 256) is one for both warpgroups, 64 rows each. With few rows each warpgroup has tiles of its own (64 x 128) and they
 // alternate, so that one multiplies while the other stores; a warpgroup begins when the other has read its last stage, since a barrier
-// tells phases apart by their parity and nobody may be two of them behind. Accumulators lie as those of mma.sync do, 16 rows of a warp by
-// all columns of the tile, so the epilogues are the same.
+// tells phases apart by their parity and no thread may be two of them behind. Accumulators lie as those of mma.sync do, 16 rows of a warp
+// by all columns of the tile, so the epilogues are the same.
 //
 // A box ends where the tensor ends, and not where an expert does: rows of the next expert are multiplied too, and not stored. Beyond the
 // end of k both operands are zeros.
@@ -32,7 +32,7 @@ struct WarpgroupTile : Tile<m_, n_, m_ / 16, 1, 4, 1> {
   static constexpr bool common = m_ == 128;             // to both warpgroups
   static constexpr int readers = (common ? 2 : 1) * 4;  // warps that free a stage
 };
-// So many columns of a tile, which an epilogue gets at a time: as many as there are registers for.
+// The columns of a tile that an epilogue gets at once, limited by registers.
 template <class Of, int columns>
 using Part = Tile<Of::m, columns, Of::m / 16, 1, 4, 1>;
 template <class Epilogue>
@@ -53,7 +53,7 @@ template <class Tile>
 struct Ring {
   static constexpr int barriers = 2 * Tile::stages + 2;
   SharedAddress tiles, full, empty, turns;
-  uint32_t step = 0;  // so many stages were filled, or read, before
+  uint32_t step = 0;  // stages that were filled, or read, before
 
   __device__ Ring(SharedAddress memory, SharedAddress at)
       : tiles(memory), full(at), empty(at + 8 * Tile::stages), turns(at + 16 * Tile::stages) {}

@@ -8,7 +8,7 @@ namespace cmoe::cuda {
 
 namespace {
 
-// What lies in rows that an index, which is no permutation, leaves out is zero.
+// If the index is not a permutation, rows that it never writes must be zero.
 Tensor rows_for(const Tensor& like, int64_t rows, int64_t width, bool indexed) {
   return indexed ? zeros(like, {rows, width}) : empty_tensor(like, {rows, width});
 }

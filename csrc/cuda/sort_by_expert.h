@@ -14,7 +14,7 @@ struct Assignments {
   int64_t tokens = 0, k = 0, experts = 0;
 };
 
-// int32 elements of scratch that sorting so many needs.
+// int32 elements of scratch that this sort needs.
 int64_t sort_scratch(const Assignments& s);
 
 // gather_idx [T * K]: the assignments in the order of their experts, stable, those of "no expert" last; offsets [E + 1]: where each expert

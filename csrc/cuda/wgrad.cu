@@ -22,7 +22,7 @@ struct WeightTile {
   int expert, first, end, row, column;  // rows of the reduction; where the tile of dW begins
 };
 
-// Chunks of an operand with so many lanes that a thread copies for each stage.
+// Chunks of an operand with this number of lanes that a thread copies for each stage.
 template <class T, class Tile, int lanes>
 constexpr int chunks_of = k_step<T> * (lanes / 8) / Tile::threads;
 

@@ -9,7 +9,7 @@ so the bits are the same on every model of GPU.
 
 With segments, which are labels and not ranges, how many there are is known to the device alone. The labels are sorted there (stable);
 program i serves the segment whose first sorted row is i and leaves at once where row i is not the first of its label. It walks on until
-the label changes, so a segment is summed by one program in token order: right for CuMo's images of some hundred tokens, slow for one
+the label changes, so a segment is summed by one program in token order: right for CuMo's images of a few hundred tokens, slow for one
 segment of a million. Per-segment losses lie at the position of the first row; a last program adds them and counts the segments that
 hold a token. Memory: [T] for order, labels, losses; never [segments, E] or a one-hot of the assignments.
 """

@@ -116,7 +116,7 @@ INLINE vfloat exponential(vfloat x, float lowest = -87.3f) {
   return select((vint)(x != x), x, select((vint)(x > splat(88.72f)), splat(INFINITY), in_range));
 }
 
-// 1 / (1 + exp(-x)), and what it lacks of one: where that is small, not by a difference, which would leave rounding.
+// sigmoid(x), and 1 - sigmoid(x) without cancellation where it is small.
 struct Sigmoid {
   vfloat value, lacks;
 };
