@@ -486,7 +486,7 @@ def test_a_trained_router_sends_each_modality_to_its_expert(router_layers, tmp_p
     model = upcycle(decoder(), router_layers=router_layers, router_features=24)
     before = router_accuracy(model, modalities(5, 1))
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    seen = train_router(model, modalities(20, 0), steps=300, lr=3e-2, batch_size=256)
+    seen = train_router(model, modalities(20, 0), steps=200, lr=3e-2, batch_size=128)
     after = router_accuracy(model, modalities(5, 1))
     assert before.tokens < 0.6
     assert seen.tokens > 0.95
@@ -507,9 +507,9 @@ def test_a_trained_router_sends_each_modality_to_its_expert(router_layers, tmp_p
 
 def test_accuracy_by_the_number_of_labels(tmp_path):
     model = upcycle(decoder(), scale="preserve")  # equal experts: what layers read does not depend on the router
-    how = {"steps": 200, "lr": 3e-2, "batch_size": 256}
-    curve = label_curve(model, modalities(20, 0), modalities(5, 1), [80, 2, 20], **how)
-    assert list(curve) == [2, 20, 80]
+    how = {"steps": 120, "lr": 3e-2, "batch_size": 128}
+    curve = label_curve(model, modalities(20, 0), modalities(5, 1), [80, 2], **how)
+    assert list(curve) == [2, 80]
     assert curve[2].tokens < curve[80].tokens > 0.9
     # The layers keep the router of all labels; tokens are few enough for all to be drawn.
     assert router_accuracy(model, modalities(5, 1)) == curve[80]
