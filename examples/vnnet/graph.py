@@ -232,8 +232,9 @@ class AGCRN(nn.Module):
 
 
 class GCNDecoder(nn.Module):
-    """The paper's GCN decoder as we make it: a graph GRU over [station, static graph] that starts from the last hour's value. It also reads
-    the forecast hour's time of day and, with vision, the hour's view of the picture; both parts are computed for all hours at once."""
+    """The paper's GCN decoder as we make it: a graph GRU over [station, static graph] that starts from the last hour's value and forecasts
+    the change from hour to hour, so that a level which training did not see is kept. It also reads the forecast hour's time of day and,
+    with vision, the hour's view of the picture; both parts are computed for all hours at once."""
 
     def __init__(self, stations: int, state: int, embedding: int, layers: int, factors: int, context: int) -> None:
         super().__init__()
@@ -280,7 +281,7 @@ class GCNDecoder(nn.Module):
                 z, r = torch.sigmoid(gates).chunk(2, dim=-1)
                 candidate = torch.baddbmm(bu, self._gather(x, z * old, graph), wu)
                 x = current[i] = torch.lerp(torch.tanh(candidate if update is None else candidate + update), old, r)
-            value = (x * head).sum(-1) + bias.t()
+            value = value + (x * head).sum(-1) + bias.t()
             out.append(value)
             if truth is not None and use_truth is not None:
                 value = torch.where(use_truth[step], truth[:, step].t(), value)

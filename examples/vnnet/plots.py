@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,6 +30,12 @@ def _axes(count: int, width: float = 3.2, height: float = 2.6, columns: int | No
     return figure, list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).reshape(-1))
 
 
+def _legend(figure: Figure, axis: Any) -> None:
+    """Below the axes, where it covers no line."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=8, frameon=False)
+
+
 def error_by_horizon(lines: dict[str, np.ndarray], factors: Sequence[str], path: Path) -> None:
     """``lines``: name -> MAE (H, F)."""
     figure, axes = _axes(len(factors))
@@ -40,7 +47,7 @@ def error_by_horizon(lines: dict[str, np.ndarray], factors: Sequence[str], path:
         axis.set_xticks([1, 3, 6, 9, 12])
         axis.set_ylabel(f"MAE, {UNITS[factor]}")
         axis.set_ylim(bottom=0)
-    axes[0].legend(fontsize=7)
+    _legend(figure, axes[0])
     save(figure, path)
 
 
@@ -54,7 +61,7 @@ def forecast_against_truth(
         for i, (name, values) in enumerate(lines.items()):
             axis.plot(hours, values[:, f], color=COLOURS[i], linewidth=1, label=f"{name}, {ahead} h ahead")
         axis.set_ylabel(f"{factor}, {UNITS[factor]}", fontsize=8)
-    axes[0].legend(fontsize=7, ncols=3)
+    _legend(figure, axes[0])
     axes[-1].set_xlabel("hour of the test part")
     save(figure, path)
 
@@ -121,5 +128,5 @@ def study(rows: dict[str, np.ndarray], factors: Sequence[str], path: Path) -> No
         axis.set_xlabel("hours ahead")
         axis.set_xticks([1, 3, 6, 9, 12])
         axis.set_ylabel(f"MAE, {UNITS[factor]}")
-    axes[0].legend(fontsize=7)
+    _legend(figure, axes[0])
     save(figure, path)

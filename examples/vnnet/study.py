@@ -101,10 +101,8 @@ def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: C
     """One row, from its file or made now."""
     path = out / "rows" / f"{name}-{seed}.json"
     arm = ARMS[name]
-    if path.is_file():
-        row = read_json(path)
-        if row["steps"] == steps and row["hours"] == hours:
-            return row
+    row = read_json(path) if path.is_file() else None
+    if row is not None and (row["steps"], row["hours"]) != (steps, hours):
         raise UserError(f"{path}: was made with steps={row['steps']}, hours={row['hours']}; give another --out or the same numbers")
     try:
         place = airport_place(cache) if arm.data == "airports" else generated_place(seed, cache, hours)
@@ -114,6 +112,10 @@ def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: C
         console.print(f"{arm.title}: left out: {error}", style="yellow", markup=False, soft_wrap=True)
         return {}
     settings = settings_of(arm, place)
+    if row is not None:
+        if row["settings"] != settings.state_dict():
+            raise UserError(f"{path}: is of a model with other settings than this version's; give another --out")
+        return row
     windows = {split: place.windows(split, settings) for split in SPLITS}
     run = out / "runs" / f"{name}-{seed}"
     plan = plan_of(arm, seed, steps)
@@ -127,7 +129,7 @@ def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: C
         "hours": hours,
         "cpu_seconds": read_json(run / "time.json")["cpu_seconds"],
         "parameters": sum(p.numel() for p in model.parameters()),
-        "factors": list(settings.factors),
+        "settings": settings.state_dict(),
         **evaluated(model, place, windows["test"], windows["train"] if name in ("airports", "nnet") else None),
     }
     write_json(path, row)

@@ -85,6 +85,8 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*")}
     assert [name for name in rows if rows[name] != again[name]] == ["wind-0.json"]
     assert "made with steps=2" in call(*arguments[:-3], 3, "--hours", 300, code=2)
+    monkeypatch.setattr(study, "settings_of", lambda arm, place: study.Settings.small(stations=4, vision_width=4, state=16, **arm.changes))
+    assert "other settings" in call(*arguments, code=2)
     assert "--arms has 'x'" in call("study", "--arms", "x", code=2)
 
 
