@@ -28,6 +28,7 @@ COPIED = (
     "tests/emulation",
     "tests/__init__.py",
     "tests/conftest.py",
+    "tests/sampling.py",
     "benchmarks/__init__.py",
     "benchmarks/compare.py",
     "setup.py",
