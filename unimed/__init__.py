@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unimed.records.box import Box
     from unimed.records.record import Record
+    from unimed.tasks import TASKS
 
-__all__ = ["INSTALL", "NOTICE", "Box", "Record"]
+__all__ = ["INSTALL", "NOTICE", "TASKS", "Box", "Record"]
 
 NOTICE = "Research use, not for diagnosis"
 INSTALL = 'pip install "cmoe-kernels[unimed]"'
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from unimed.records.box import Box
 
         return Box
+    if name == "TASKS":
+        from unimed.tasks import TASKS
+
+        return TASKS
     raise AttributeError(f"module 'unimed' has no attribute {name!r}")

@@ -253,6 +253,7 @@ def predict(
       [cyan]unimed predict - 'Which organ makes bile?' --task qa[/]
     """
     from unimed.evaluate.ask import ask
+    from unimed.tasks import TASKS
 
     _no_bars_of_transformers()
     answer = ask(image, question, task, _model_folder(model), plane, index, window, device, verify)
@@ -263,7 +264,7 @@ def predict(
         if answer.original and max(abs(one - other) for one, other in zip(answer.original, answer.box, strict=True)) > 0.01:
             corners = ", ".join(f"{value:.0f}" for value in answer.original)
             console.print(f"the same in pixels (in a volume: voxels) of the file: {corners}", highlight=False)
-    elif task == "refer":
+    elif TASKS[task].box == "answer":
         console.print("the answer holds no readable box", style="yellow")
     if save is not None:
         answer.draw(save)
@@ -391,7 +392,7 @@ def _evaluate(run: Path, overrides: list[str] | None, device: str = "auto", veri
 
     from unimed.evaluate.evaluate import TRAINED
     from unimed.evaluate.run import answer_table, evaluate_run, odd_answers
-    from unimed.tasks.metrics import NATURE
+    from unimed.tasks import TASKS
 
     _no_bars_of_transformers()
     with _bar() as progress:
@@ -418,7 +419,7 @@ def _evaluate(run: Path, overrides: list[str] | None, device: str = "auto", veri
         console.print(table)
         for name in header[1:]:
             task = name.partition("\n")[0]
-            console.print(f"{' '.join(name.split())}: {NATURE[task][strict]}", style="dim", highlight=False, soft_wrap=True)
+            console.print(f"{' '.join(name.split())}: {TASKS[task].nature[strict]}", style="dim", highlight=False, soft_wrap=True)
     for row, reason in result["left_out"].items():
         console.print(f"{row}: left out ({reason})", style="yellow", highlight=False, soft_wrap=True)
     for part in result["splits"].values():

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from unimed.data import build_sample, load_examples, load_image
-from unimed.data.example import TASKS
 from unimed.data.masks import STRUCTURES
 from unimed.data.slices import ASSETS, BLOCKS, GAP, slices, subject, vendored_volume
 from unimed.data.vendor import KEPT_TAGS, vendor
 from unimed.errors import UserError
 from unimed.records import box as boxes
+from unimed.tasks import TASKS
 
 SPLITS = ("train", "slab", "subject")
 

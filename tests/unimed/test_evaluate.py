@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.evaluate import ask as ask_module
 from unimed.evaluate import evaluate, predict
 from unimed.evaluate.ask import ask, read_box
 from unimed.evaluate.run import answer_table, answered, evaluate_run, odd_answers
 from unimed.records import box as boxes
-from unimed.tasks import metrics
+from unimed.tasks import TASKS
+from unimed.tasks.protocol import STANDARD
 from unimed.train import config
 from unimed.train.run import examples, load_model
 
@@ -84,13 +85,13 @@ def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run, parr
     rows = evaluate.compare((silent, None), (perfect, None), train_examples, slab)
     assert list(rows) == list(evaluate.ROWS)
     for task in TASKS:
-        name = metrics.HEADLINE[task]
+        name = TASKS[task].headline
         # A box is written in hundredths of the image, so even the right text is a little off.
         assert rows[evaluate.TRAINED]["metrics"][task][name] == pytest.approx(1, abs=0.15 if task == "refer" else 1e-6)
         assert rows[evaluate.UNTRAINED]["metrics"][task][name] == 0
     better = evaluate.verdict(rows)
     assert all(better.values())  # a text question cannot be asked with its image blanked
-    assert set(better) == set(evaluate.verdict(rows, metrics.STRICT)) == set(TASKS)
+    assert set(better) == set(evaluate.verdict(rows, STANDARD)) == set(TASKS)
     assert rows[evaluate.BLANKED]["metrics"]["qa"] == rows[evaluate.TRAINED]["metrics"]["qa"]
 
 

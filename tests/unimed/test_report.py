@@ -8,9 +8,10 @@ from PIL import Image
 
 from unimed.analysis import gallery, plots, report
 from unimed.analysis.router import RouterHistory, describe
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.evaluate.run import answered
+from unimed.tasks import TASKS
 
 VOID = {"meta", "br", "img", "input", "hr", "path", "use", "rect", "image", "link"}
 

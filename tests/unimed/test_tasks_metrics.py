@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from unimed.data import load_examples, medmnist
 from unimed.data.example import Example
 from unimed.errors import UserError
-from unimed.tasks import answers, metrics, overlap
+from unimed.tasks import TASKS, answers, metrics, overlap
 from unimed.tasks.answers import options
 from unimed.tasks.normalise import normalise, strict
 
@@ -382,14 +382,14 @@ def test_odd_captions():
     assert metrics.score("caption", [""], wanted[:1], coco=False)["scored"] == 0
 
 
-@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.sampled_from(sorted(metrics.HEADLINE)))
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.sampled_from(sorted(TASKS)))
 @settings(max_examples=60, deadline=None)
 def test_any_prediction_can_be_scored(predictions, task):
     wanted = [example(task, "The liver is visible.", (0, 0, 5, 5), (10, 10), "CLOSED")] * len(predictions)
     found = metrics.score(task, predictions, wanted, coco=False)
     assert found["count"] == len(predictions)
     assert all(math.isfinite(value) for value in found.values())
-    assert all(0 <= found[names[task]] <= 1 for names in (metrics.HEADLINE, metrics.STRICT))
+    assert all(0 <= found[name] <= 1 for name in (TASKS[task].headline, TASKS[task].strict))
     assert sum(kinds(found).values()) <= len(predictions)
     assert all(isinstance(metrics.is_right(one, text), bool) for one, text in zip(wanted, predictions, strict=True))
 

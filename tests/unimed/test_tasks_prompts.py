@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.errors import UserError
-from unimed.tasks import prompts
+from unimed.tasks import TASKS, prompts
 
 
 def example(task, question="liver", dataset="d"):

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from unimed import io
-from unimed.data.example import IMAGE_TASKS, TASKS
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
+from unimed.tasks import TASKS
 from unimed.train import config
 from unimed.train.run import build, examples, load_model, train
 from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
@@ -230,10 +230,17 @@ def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_pat
 
 def test_telemetry_names_tasks_by_the_model_s_own_list(small_overrides, tmp_path):
     recipe = config.load("tiny", small_overrides)
-    model, processor = small(connector={"hidden_features": 24, "router_features": 12, "task_features": 8, "tasks": list(IMAGE_TASKS)[::-1]})
+    model, processor = small(
+        connector={
+            "hidden_features": 24,
+            "router_features": 12,
+            "task_features": 8,
+            "tasks": [task for task in TASKS if TASKS[task].needs_image][::-1],
+        }
+    )
     trainer = UniMedTrainer(recipe, model.train(), processor, None, tmp_path)
     rows = processor(text="[INST] <Img><ImageHere></Img> [vqa] which modality? [/INST]", images=picture(1), answers="CT")
-    trainer.compute_loss(model, {**rows, "sample_tasks": torch.tensor([TASKS.index("vqa")])})
+    trainer.compute_loss(model, {**rows, "sample_tasks": torch.tensor([list(TASKS).index("vqa")])})
     trainer.log({"loss": 1.0})
     logged = trainer.state.log_history[-1]
     assert {"loss/vqa", "router_entropy/vqa"} <= logged.keys()

@@ -9,10 +9,12 @@ from html import escape
 
 from PIL import Image
 
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.records import box as boxes
-from unimed.tasks import metrics
+from unimed.tasks import TASKS, metrics
 from unimed.tasks.answers import CHATTY, INVERTED, UNPARSABLE, read
+from unimed.tasks.protocol import STANDARD
+from unimed.tasks.task import task_of
 
 THUMBNAIL = 280  # longest side of an embedded image, in pixels
 TRUE, GUESS = "#00d1a0", "#ff8a1f"
@@ -20,7 +22,7 @@ TRUE, GUESS = "#00d1a0", "#ff8a1f"
 
 def quality(example: Example, prediction: str) -> float:
     """How good one answer is: the strict headline metric of its task, so that a box counts wherever it stands in the answer."""
-    return metrics.score(example.task, [prediction], [example], coco=False)[metrics.STRICT[example.task]]
+    return metrics.score(example.task, [prediction], [example], coco=False)[STANDARD.metric(TASKS[example.task])]
 
 
 def note(example: Example, prediction: str) -> str:
@@ -37,7 +39,7 @@ def note(example: Example, prediction: str) -> str:
 
 def _guess(example: Example, prediction: str) -> boxes.Box | None:
     """The predicted box in pixels, its corners in order."""
-    box = read(example, prediction).box if example.task == "refer" else None
+    box = read(example, prediction).box if task_of(example).box == "answer" else None
     return boxes.in_order(boxes.to_pixels(box, example.size)) if box and example.size else None
 
 
@@ -69,7 +71,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, wanted: int = 15) -> str:
     """Predicted and true boxes on images from best to worst, evenly spaced over the ranking: not only the best ones."""
-    found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == "refer"]
+    found = [(example, text) for example, text in zip(examples, predictions, strict=True) if task_of(example).box == "answer"]
     found.sort(key=lambda pair: -quality(*pair))
     figures = []
     for index in spread(len(found), wanted):
@@ -104,12 +106,12 @@ def _example(example: Example, text: str, load, good: bool) -> str:
     picture = ""
     if example.image is not None:
         picture = f"<figure>{slice_with_boxes(load(example), example.box, _guess(example, text))}</figure>"
-    asked = {"refer": f"Where is {example.question}?", "identify": f"What is in {example.question}?"}
-    question = asked.get(example.task, example.question) or "Report or caption"
+    task = task_of(example)
+    question = task.shown.replace("{}", example.question) or task.about.capitalize()
     kind = read(example, text).kind
     words = [f'<span class="tag {"yes" if good else "no"}">{"right" if good else "wrong"}</span>']
     words += [kind.replace("_", " ")] if kind else []
-    words += [f"score {quality(example, text):.2f}"] if example.task in ("refer", "caption") else []
+    words += [f"score {quality(example, text):.2f}"] if task.graded else []
     lines = [f"<p><b>{escape(question)}</b></p>", f"<p>answer: {escape(text) or '<i>(empty)</i>'}</p>"]
     lines.append(f"<p>true: {escape(example.answer)}</p><p>{' · '.join(words)}</p>")
     return f'<div class="example {"right" if good else "wrong"}">{picture}<div>{"".join(lines)}</div></div>'

@@ -14,10 +14,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from unimed.data.example import TASKS
+from unimed.tasks import TASKS
 
 INK, MUTED, GRID = "#1c2733", "#66758a", "#e3e8ee"
-TASK_COLOURS = dict(zip(TASKS, ("#0b6e99", "#d55e00", "#009e73", "#8a5fbf", "#c9a100", "#66758a"), strict=True))
+TASK_COLOURS = ("#0b6e99", "#d55e00", "#009e73", "#8a5fbf", "#c9a100", "#66758a")
 EXPERT_COLOURS = ("#0b6e99", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#8a5fbf", "#66758a")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -59,6 +59,11 @@ def series(log: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]
     return [step for step, _ in found], [value for _, value in found]
 
 
+def task_colour(task: str) -> str:
+    """By the task's place in TASKS."""
+    return TASK_COLOURS[list(TASKS).index(task) % len(TASK_COLOURS)]
+
+
 def smooth(values: list[float], share: float = 0.8) -> list[float]:
     """Exponential running mean, corrected for its start."""
     result, mean, weight = [], 0.0, 0.0
@@ -77,9 +82,9 @@ def loss_per_task(log: list[dict[str, Any]]) -> str:
         figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.1 * rows), sharex=True, squeeze=False, layout="constrained")
         for axis, task in zip(axes.flat, tasks, strict=False):
             steps, values = series(log, f"loss/{task}")
-            axis.plot(steps, values, color=TASK_COLOURS[task], alpha=0.3, linewidth=0.8)
-            axis.plot(steps, smooth(values), color=TASK_COLOURS[task], linewidth=1.8)
-            axis.set_title(task, loc="left", color=TASK_COLOURS[task])
+            axis.plot(steps, values, color=task_colour(task), alpha=0.3, linewidth=0.8)
+            axis.plot(steps, smooth(values), color=task_colour(task), linewidth=1.8)
+            axis.set_title(task, loc="left", color=task_colour(task))
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -137,7 +142,7 @@ def gates_over_training(history: list[dict[str, Any]]) -> str:
             colours = [EXPERT_COLOURS[i % len(EXPERT_COLOURS)] for i in range(experts)]
             shares = [[gates[expert] for _, gates in found] for expert in range(experts)]
             axis.stackplot([step for step, _ in found], shares, colors=colours, linewidth=0.4, edgecolor="white")
-            axis.set_title(task, loc="left", color=TASK_COLOURS[task])
+            axis.set_title(task, loc="left", color=task_colour(task))
             axis.set_ylim(0, 1)
             axis.margins(x=0)
         handles = [plt.Rectangle((0, 0), 1, 1, color=EXPERT_COLOURS[i % len(EXPERT_COLOURS)]) for i in range(experts)]

@@ -11,26 +11,19 @@ from typing import Any
 from unimed import io
 from unimed.analysis import gallery, plots
 from unimed.analysis.page import bar, card, lead, page, rows
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.data.images import load_image
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
 from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, answered, cell, odd_answers
-from unimed.tasks.answers import KINDS, KINDS_OF
-from unimed.tasks.metrics import NATURE
+from unimed.tasks import TASKS
+from unimed.tasks.answers import KINDS
+from unimed.tasks.task import task_of
 from unimed.train import config as recipes
 from unimed.train.run import RECIPE_FILE, RUN_FILE
 from unimed.train.trainer import ROUTER_FILE
 
 REPORT_FILE = "report.html"
-TASK_NAMES = {
-    "vqa": "questions about the image",
-    "refer": "box of a named object",
-    "identify": "object in a given box",
-    "caption": "report or caption",
-    "cls": "class of the image",
-    "qa": "text questions, no image",
-}
 SAMPLE_LIMITS = (
     "This is the built-in sample: slices of a few CT and MR volumes. Held-out slabs are other slices of the volumes in training, with a "
     "gap of slices between; the held-out subject is one more CT.",
@@ -65,7 +58,7 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         name = result["splits"][split]["name"]
         say(f"images of the {name}")
         examples, given = answered(predictions[split]["data"]), predictions[split]["rows"][TRAINED]
-        if any(example.task == "refer" for example in examples):
+        if any(task_of(example).box == "answer" for example in examples):
             sections.append((f"boxes-{split}", f"Boxes: {name}", _boxes(examples, given, result["data"]["sample"])))
         text = lead("One right and one wrong answer for each task, chosen by the size of the image so that there is something to see.")
         sections.append((f"answers-{split}", f"Answers: {name}", text + gallery.right_and_wrong(examples, given, load_image)))
@@ -107,7 +100,7 @@ def _table(result: dict[str, Any]) -> str:
                 value, beside = (cell(split, row, task, name) for name in (metric, strict))
                 cells.append(f"<td>{bar(scores[metric] if scores else 0.0, row == TRAINED)}</td><td class=value>{value}</td>")
                 cells.append(f'<td class="value strict">{beside}</td>')
-            what = f"<b>{task}</b><br>{TASK_NAMES[task]}<br><small>{escape(_nature(task))}</small><br>{escape(metric)}"
+            what = f"<b>{task}</b><br>{TASKS[task].about}<br><small>{escape(_nature(task))}</small><br>{escape(metric)}"
             name = f"<th rowspan={len(rows_there)}>{what}</th>" if row == rows_there[0] else ""
             last = " class=last" if row == rows_there[-1] else ""
             body.append(f"<tr{last}>{name}<td>{row}</td>{''.join(cells)}</tr>")
@@ -130,7 +123,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _nature(task: str) -> str:
-    loose, strict = NATURE[task]
+    loose, strict = TASKS[task].nature
     return f"{loose}; strict: {strict}"
 
 
@@ -146,7 +139,7 @@ def _odd(splits: list[dict[str, Any]]) -> str:
     for split in splits:
         found = odd_answers(split, TRAINED)
         for task, count in split["counts"].items():
-            counts = [str(found.get(task, {}).get(kind, 0)) if kind in KINDS_OF[task] else "–" for kind in KINDS]
+            counts = [str(found.get(task, {}).get(kind, 0)) if kind in TASKS[task].kinds else "–" for kind in KINDS]
             cells = "".join(f"<td>{value}</td>" for value in (count, *counts))
             lines.append(f"<tr><th>{escape(split['name'])}</th><td>{task}</td>{cells}</tr>")
     text = (
@@ -222,7 +215,7 @@ def _limits(result: dict[str, Any]) -> str:
         points.append(SYNTHETIC)
     if result["evaluate"]["limit"]:
         points.append(f"At most {result['evaluate']['limit']} examples of a task and split were evaluated, evenly spaced.")
-    if any("qa" in split["counts"] for split in splits):
+    if any(not TASKS[task].needs_image for split in splits for task in split["counts"]):
         points.append("Text questions have no image, so blanking changes nothing.")
     points += [f"The row “{row}” is missing: {reason}." for row, reason in result["left_out"].items()]
     if any(task not in split["better"] for split in splits for task in split["counts"]):

@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unimed.data.example import IMAGE_TASKS, TASKS, Example
+    from unimed.data.example import Example
     from unimed.data.images import load_image, open_image, read_image_file
     from unimed.data.load import load_examples
     from unimed.data.policy import Rules
     from unimed.data.sample import build_sample
 
-__all__ = ["IMAGE_TASKS", "TASKS", "Example", "Rules", "build_sample", "load_examples", "load_image", "open_image", "read_image_file"]
+__all__ = ["Example", "Rules", "build_sample", "load_examples", "load_image", "open_image", "read_image_file"]
 
 _HOMES = {
-    "example": ("IMAGE_TASKS", "TASKS", "Example"),
+    "example": ("Example",),
     "images": ("load_image", "open_image", "read_image_file"),
     "load": ("load_examples",),
     "policy": ("Rules",),

@@ -9,9 +9,6 @@ import numpy as np
 
 from unimed.data.text import MAX_WORDS
 
-IMAGE_TASKS = ("vqa", "refer", "identify", "caption", "cls")
-TASKS = (*IMAGE_TASKS, "qa")
-
 
 @dataclass(frozen=True)
 class View:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unimed.data import medmnist, reports, slake, textqa
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.data.policy import Rules, Tally
 from unimed.errors import NoExamples, UserError
 from unimed.records import examples as record_examples
 from unimed.records import jsonl
+from unimed.tasks import TASKS
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from unimed.data.text import MAX_WORDS
 from unimed.errors import UserError
+from unimed.tasks.protocol import PROTOCOLS, ProtocolName
 
 log = logging.getLogger("unimed.data")
 
@@ -32,13 +31,13 @@ class Rules:
 
     strict: bool = False
     languages: tuple[str, ...] = ("en",)
-    protocol: Literal["released", "standard"] = "released"
+    protocol: ProtocolName = "released"
     links: bool = True
 
     @property
     def max_words(self) -> int:
         """Words kept of a text; 0 keeps all."""
-        return MAX_WORDS if self.protocol == "released" else 0
+        return PROTOCOLS[self.protocol].max_words
 
 
 class BadRecord(UserError):

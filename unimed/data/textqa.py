@@ -7,6 +7,7 @@ from unimed.data import records
 from unimed.data.example import Example
 from unimed.data.policy import BadRecord, Tally
 from unimed.errors import UserError
+from unimed.tasks.protocol import PROTOCOLS
 
 MEDQA, PUBMEDQA = "medqa", "pubmedqa"
 
@@ -31,10 +32,10 @@ def read_medqa(tally: Tally) -> list[Example]:
         with tally.record():
             row = records.parse_json(line, where)
             question = records.text(row, "question", where, tally)
-            standard = tally.rules.protocol == "standard"
-            options = _options(row, where) if standard or len(str(row.get("answer") or "")) < 2 else {}
+            context = PROTOCOLS[tally.rules.protocol].context
+            options = _options(row, where) if context or len(str(row.get("answer") or "")) < 2 else {}
             answer = _answer(row, options, where, tally)
-            if standard:
+            if context:
                 question += "".join(f" ({letter}) {records.cleaned(text, 'options', where, tally)}" for letter, text in options.items())
             template, key = records.name(row.get("template") or "qa/medqa"), f"{dataset}/{split}/{number}"
             examples.append(_example(tally, key, dataset, question, answer, template, MEDQA))
@@ -86,7 +87,7 @@ def read_pubmedqa(tally: Tally) -> list[Example]:
         with tally.record():
             question = records.text(row, "QUESTION", where, tally)
             answer = records.text(row, "final_decision", where, tally)
-            if tally.rules.protocol == "standard":
+            if PROTOCOLS[tally.rules.protocol].context:
                 question = " ".join([*_contexts(row, where), question])
             examples.append(_example(tally, records.name(f"{dataset}/{key}"), dataset, question, answer, "qa/pubmedqa", PUBMEDQA))
     return examples

@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from unimed import io
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.data.images import open_image
 from unimed.errors import UserError
 from unimed.evaluate.predict import answers
 from unimed.records import box as boxes
+from unimed.tasks import TASKS
 from unimed.tasks.answers import CHATTY, INVERTED, UNPARSABLE, read
 from unimed.train.run import RUN_FILE, load_model
 
@@ -67,25 +68,26 @@ def ask(
     """
     if task not in TASKS:
         raise UserError(f"--task {task}: no such task; valid are {', '.join(TASKS)}")
-    if (image == "-") != (task == "qa"):
-        raise UserError(f"--task {task}: " + ("takes no image; give - in its place" if task == "qa" else "needs an image, not -"))
-    if not question.strip() and task in ("vqa", "refer", "identify", "qa"):
+    of = TASKS[task]
+    if (image == "-") == of.needs_image:
+        raise UserError(f"--task {task}: " + ("needs an image, not -" if of.needs_image else "takes no image; give - in its place"))
+    if not question.strip() and of.asks == "text":
         raise UserError(f"--task {task}: needs a question (refer: the organ's name; identify: a box x1,y1,x2,y2 in pixels)")
-    opened = open_image(Path(image), plane=plane, index=index, grey=_window(window)) if task != "qa" else None
+    opened = open_image(Path(image), plane=plane, index=index, grey=_window(window)) if of.needs_image else None
     picture = opened.rgb if opened else None
     size = picture.size if picture else None
     box = None
-    if task == "identify" and size:
+    if of.box == "question" and size:
         box = read_box(question, size)
         question = boxes.to_text(box, size)
-    if task == "cls":
+    if of.asks == "classes":
         question = _class_question(model, question.strip())
     pixels = np.asarray(picture) if picture else None
     example = Example("asked", task, "asked", question.strip(), "", pixels, size, box, template=task, max_words=0)
     network, processor = load_model(model, device, verify)
     text = answers(network, processor, [example], batch_size=1)[0]
     odd = ""
-    if task == "refer" and size:
+    if of.box == "answer" and size:
         reading = read(example, text)
         box = boxes.to_pixels(reading.box, size) if reading.box else None
         odd = ODD.get(reading.kind, "") if box else ""

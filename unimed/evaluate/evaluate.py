@@ -1,17 +1,18 @@
-"""All six tasks with the released metrics, beside answers that need no image."""
+"""All tasks with the released metrics, beside answers that need no image."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from unimed.data.example import IMAGE_TASKS, TASKS, Example
+from unimed.data.example import Example
 from unimed.evaluate.predict import answers
-from unimed.tasks import metrics
+from unimed.tasks import TASKS, metrics
 from unimed.tasks.baselines import MajorityAnswers
+from unimed.tasks.protocol import RELEASED, Protocol
 
 UNTRAINED, MAJORITY, BLANKED, TRAINED = ROWS = ("untrained", "majority answer", "image blanked", "trained")
 
@@ -111,15 +112,16 @@ def compare(
     return {row: {"metrics": score(held_out, rows[row]), "predictions": rows[row]} for row in ROWS if row in rows}
 
 
-def verdict(rows: dict[str, dict[str, Any]], headline: Mapping[str, str] = metrics.HEADLINE) -> dict[str, bool]:
-    """Task -> whether the trained model's headline metric beats the majority answers and, for a task with images, its own on black images.
+def verdict(rows: dict[str, dict[str, Any]], protocol: Protocol = RELEASED) -> dict[str, bool]:
+    """Task -> whether the trained model's metric beats the majority answers and, for a task with images, its own on black images.
 
     A task without majority answers has no verdict.
     """
     result = {}
     for task, trained in rows[TRAINED]["metrics"].items():
         if task in rows[MAJORITY]["metrics"]:
-            baselines = (MAJORITY, BLANKED) if task in IMAGE_TASKS else (MAJORITY,)
-            best = max(rows[row]["metrics"][task][headline[task]] for row in baselines)
-            result[task] = trained[headline[task]] > best
+            metric = protocol.metric(TASKS[task])
+            baselines = (MAJORITY, BLANKED) if TASKS[task].needs_image else (MAJORITY,)
+            best = max(rows[row]["metrics"][task][metric] for row in baselines)
+            result[task] = trained[metric] > best
     return result

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from unimed import NOTICE, io
-from unimed.data.example import TASKS, Example, digest
+from unimed.data.example import Example, digest
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.evaluate import BLANKED, MAJORITY
-from unimed.tasks import metrics
-from unimed.tasks.answers import KINDS_OF
+from unimed.tasks import TASKS
+from unimed.tasks.protocol import RELEASED, STANDARD
 from unimed.train import config as recipes
 from unimed.train import machine
 from unimed.train import run as training
@@ -81,7 +81,7 @@ def evaluate_run(
             "name": name,
             "counts": {task: len(found) for task, found in evaluate.by_task(examples).items()},
             "better": evaluate.verdict(rows),
-            "better_strict": evaluate.verdict(rows, metrics.STRICT),
+            "better_strict": evaluate.verdict(rows, STANDARD),
             "seconds": round(time.perf_counter() - start, 1),
             "facts": _facts(seen, examples),
             "rows": {row: rows[row]["metrics"] for row in rows},
@@ -95,8 +95,8 @@ def evaluate_run(
         "notice": NOTICE,
         "run": recipe.name,
         "seed": recipe.train.seed,
-        "headline": dict(metrics.HEADLINE),
-        "strict": dict(metrics.STRICT),
+        "headline": RELEASED.metrics(),
+        "strict": STANDARD.metrics(),
         "data": {"root": recipe.data.where, "sample": is_sample(recipe.data)},
         "evaluate": dataclasses.asdict(settings),
         "left_out": left_out,
@@ -198,7 +198,7 @@ def odd_answers(part: dict[str, Any], row: str) -> dict[str, dict[str, int]]:
     """Task -> how many answers of a row are empty, unparsable, inverted, off the list or chatty; only kinds that occur."""
     found = {}
     for task, scores in part["rows"].get(row, {}).items():
-        counts = {kind: int(scores[kind]) for kind in KINDS_OF[task] if scores.get(kind)}
+        counts = {kind: int(scores[kind]) for kind in TASKS[task].kinds if scores.get(kind)}
         if counts:
             found[task] = counts
     return found

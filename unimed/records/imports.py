@@ -16,9 +16,10 @@ from unimed.records import jsonl
 from unimed.records.convert import FORMS
 from unimed.records.image import Images
 from unimed.records.record import QA, SPLITS, Annotation, ImageRef, Record, Report, split_root
+from unimed.tasks import TASKS
 
 ROOT = "images"
-TASKS = ("vqa", "caption", "cls", "qa")
+IMPORTED = ("vqa", "caption", "cls", "qa")
 
 
 class Imported(NamedTuple):
@@ -72,8 +73,8 @@ def import_rows(
         raise UserError(f"--images {images}: no such folder")
     if out.exists():
         raise UserError(f"--out {out}: exists already; choose another folder, or delete it")
-    if task not in ("", *TASKS):
-        raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}")
+    if task not in ("", *IMPORTED):
+        raise UserError(f"--task {task}: must be one of {', '.join(IMPORTED)}")
     for option, share in (("--val", val), ("--test", test)):
         if not 0 <= share < 1:
             raise UserError(f"{option} {share}: must be a share, at least 0 and below 1")
@@ -183,8 +184,8 @@ def _of_task(annotation: Annotation, task: str, image: bool, where: str) -> Anno
     """A question as its task keeps it; other annotations as they are."""
     if not task or not isinstance(annotation, QA):
         return annotation
-    if image == (task == "qa"):
-        raise BadRecord("of a task that does not fit", f"{where}: --task {task} {'takes no' if task == 'qa' else 'needs an'} image")
+    if image != TASKS[task].needs_image:
+        raise BadRecord("of a task that does not fit", f"{where}: --task {task} {'takes no' if image else 'needs an'} image")
     if task == "caption":
         return Report(text=annotation.answer, image=annotation.image)
     return annotation.model_copy(update={"task": task})

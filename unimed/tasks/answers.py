@@ -18,18 +18,10 @@ from dataclasses import dataclass
 from unimed.data.example import Example
 from unimed.records import box as boxes
 from unimed.tasks.normalise import strict
+from unimed.tasks.task import task_of
 
 EMPTY, UNPARSABLE, INVERTED, OFF_LIST, CHATTY = KINDS = ("empty", "unparsable", "inverted", "off_list", "chatty")
-_LISTED = (EMPTY, UNPARSABLE, OFF_LIST, CHATTY)
-KINDS_OF = {
-    "vqa": _LISTED,
-    "refer": (EMPTY, UNPARSABLE, INVERTED, CHATTY),
-    "identify": (EMPTY, CHATTY),
-    "caption": (EMPTY,),
-    "cls": _LISTED,
-    "qa": _LISTED,
-}
-_OPTION = re.compile(r"(?:^|\s)\([A-Z]\)\s")
+LISTED = (EMPTY, UNPARSABLE, OFF_LIST, CHATTY)
 _JOINTS = re.compile(r"[\s,;]+|\band\b")
 
 
@@ -50,10 +42,16 @@ def read(example: Example, prediction: str) -> Reading:
     text = spoken(prediction)
     if not text:
         return Reading(EMPTY)
-    if example.task == "refer":
-        return _read_box(text)
-    if example.task == "caption":
-        return Reading(says=frozenset([strict(text)]))
+    return task_of(example).read(example, text)
+
+
+def read_whole(example: Example, text: str) -> Reading:
+    """All of it is the answer."""
+    return Reading(says=frozenset([strict(text)]))
+
+
+def read_text(example: Example, text: str) -> Reading:
+    """One of the listed answers, or any text where none are listed."""
     given, wanted, listed = strict(text), strict(example.answer), options(example)
     if given == wanted or not listed:
         kind = CHATTY if given != wanted and f" {wanted} " in f" {given} " else ""
@@ -79,16 +77,7 @@ def is_it(example: Example, prediction: str) -> bool:
 
 def options(example: Example) -> tuple[str, ...]:
     """The answers to choose from, in the strict form; () where they are open or unknown."""
-    wanted = strict(example.answer)
-    found: list[str] = []
-    if example.task in ("vqa", "qa") and wanted in ("yes", "no", "maybe"):
-        found = ["yes", "no", "maybe"] if example.task == "qa" else ["yes", "no"]
-    elif example.task == "qa":  # "... What next? (A) rest (B) surgery"
-        found = [strict(option) for option in _OPTION.split(example.question)[1:]]
-    elif example.task == "cls":  # "Which organ is in the image: liver, spleen?"; by ";" where a name holds a comma
-        classes = example.question.rpartition(": ")[2].rstrip(" ?.")
-        joint = ";" if ";" in classes else ","
-        found = [strict(name).removeprefix("or ") for name in classes.split(joint)]
+    wanted, found = strict(example.answer), task_of(example).listed(example)
     return tuple(filter(None, found)) if _named(wanted, found)[0] else ()
 
 
@@ -104,7 +93,8 @@ def _named(text: str, listed: Iterable[str]) -> tuple[frozenset[str], bool]:
     return frozenset(found), bool(rest.strip())
 
 
-def _read_box(text: str) -> Reading:
+def read_box(example: Example, text: str) -> Reading:
+    """The one box of the text, in the right order."""
     found, around = boxes.find(text)
     if len(set(found)) != 1:
         return Reading(UNPARSABLE, box=found[0] if found else None)

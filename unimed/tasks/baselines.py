@@ -1,17 +1,18 @@
 """The majority answer: what the training set says most often for a question of this kind."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.records.box import to_text
+from unimed.tasks.task import TASKS, task_of
 
 
 class MajorityAnswers:
-    """Most frequent training answer per question template (vqa, identify, cls, caption, qa); for refer the mean box of that object.
+    """The task's majority of the training answers to each question template: the most frequent answer, for refer the mean box.
 
     A template that training does not have falls back to the most frequent answer (the mean box) of the whole task. Ties go to the answer
     that training has first.
@@ -29,9 +30,9 @@ class MajorityAnswers:
         by_task: dict[str, list[Example]] = defaultdict(list)
         for example in train_examples:
             by_template[example.task, example.template].append(example)
-            by_task[example.task].append(example)
-        answers = {template: _best(task, found) for (task, template), found in by_template.items()}
-        return cls(answers, {task: _best(task, found) for task, found in by_task.items()})
+            by_task[task_of(example).tag].append(example)
+        answers = {template: TASKS[task].majority(found) for (task, template), found in by_template.items()}
+        return cls(answers, {task: TASKS[task].majority(found) for task, found in by_task.items()})
 
     def predict(self, example: Example) -> str:
         """The answer for an example, from its template alone."""
@@ -41,15 +42,19 @@ class MajorityAnswers:
         return answer
 
 
-def _best(task: str, examples: list[Example]) -> str:
-    if task != "refer":
-        return Counter(example.answer for example in examples).most_common(1)[0][0]
+def most_frequent(examples: Sequence[Example]) -> str:
+    """The answer that most examples have; of several, the first."""
+    return Counter(example.answer for example in examples).most_common(1)[0][0]
+
+
+def mean_box(examples: Sequence[Example]) -> str:
+    """The mean box, as text."""
     scaled = [
         np.asarray(example.box) * 100 / np.asarray(example.size * 2)
         for example in examples
         if example.box is not None and example.size is not None
     ]
     if not scaled:
-        raise UserError(f"{examples[0].id}: a refer example needs a box and the image's size")
+        raise UserError(f"{examples[0].id}: a {examples[0].task} example needs a box and the image's size")
     x1, y1, x2, y2 = np.mean(scaled, axis=0)
     return to_text((x1, y1, x2, y2), (100, 100))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from unimed.data.example import Example
 from unimed.records import box as boxes
+from unimed.tasks.task import task_of
 from unimed.train.config import Augment
 
 LEAST_VISIBLE = 0.9  # share of a box that must stay inside, or the example keeps its whole image
@@ -46,9 +48,10 @@ def _move_box(example: Example, window: tuple[int, int, int, int]) -> Example | 
     if area < LEAST_VISIBLE * (x2 - x1) * (y2 - y1):
         return None
     text = boxes.to_text(inside, (width, height))
-    if example.task == "refer":
-        return dataclasses.replace(example, box=inside, size=(width, height), answer=text)
-    return dataclasses.replace(example, box=inside, size=(width, height), question=text)
+    changed: dict[str, Any] = {"box": inside, "size": (width, height)}
+    if where := task_of(example).box:
+        changed[where] = text
+    return dataclasses.replace(example, **changed)
 
 
 def _intensity(image: Image.Image, settings: Augment, rng: np.random.Generator) -> Image.Image:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unimed.data.example import TASKS, Example
+from unimed.data.example import Example
 from unimed.data.images import load_image
-from unimed.tasks import prompts
+from unimed.tasks import TASKS, prompts
 from unimed.train.augment import augment
 from unimed.train.config import Augment
 from unimed.train.sampler import Draw
@@ -107,4 +107,5 @@ class Collator:
             task=[sample.task for sample in samples],
             answers=[sample.answer for sample in samples],
         )
-        return {**batch, "sample_tasks": torch.tensor([TASKS.index(sample.task) for sample in samples])}
+        places = list(TASKS)
+        return {**batch, "sample_tasks": torch.tensor([places.index(sample.task) for sample in samples])}

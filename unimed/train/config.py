@@ -16,9 +16,10 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unimed.data.example import TASKS as ALL_TASKS
 from unimed.data.load import SPLIT
 from unimed.errors import UserError
+from unimed.tasks import TASKS
+from unimed.tasks.protocol import ProtocolName
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -68,12 +69,12 @@ class DataSet:
 class Data:
     root: str = ".cache/unimed/sample"  # "": data.sets only
     sets: dict[str, DataSet] = field(default_factory=dict)
-    tasks: list[str] = field(default_factory=lambda: list(ALL_TASKS))
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
     cache_mb: int = 2048  # memory for decoded training images, shared by the workers
     workers: int = 0  # processes that prepare batches; 0: the training process itself
     strict: bool = False  # the first bad record is an error; else bad records are left out, counted and named in one line
     languages: list[str] = field(default_factory=lambda: ["en"])  # of the questions, where a data set has several (SLAKE: en, zh)
-    protocol: Literal["released", "standard"] = "released"  # released: texts end after 50 words, without MedQA's options or abstracts
+    protocol: ProtocolName = "released"  # released: texts end after 50 words, without MedQA's options or abstracts
     links: bool = True  # symbolic links in the data's folder are followed
 
     @property
@@ -149,7 +150,7 @@ class Sampler:
     """
 
     mode: Literal["homogeneous", "mixed"] = "mixed"
-    ratios: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ALL_TASKS, 1.0))
+    ratios: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
 
 
 @dataclass
@@ -289,15 +290,15 @@ def check(recipe: Recipe) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", r.name):
         raise UserError(f"name={r.name!r}: it names a folder: letters, digits, '.', '_' and '-' only, and a letter or digit first")
     for source, ratio in r.sampler.ratios.items():
-        if source.rpartition("/")[2] not in ALL_TASKS:
-            raise UserError(f"sampler.ratios.{source}: no such task; valid are {', '.join(ALL_TASKS)}, or dataset/task")
+        if source.rpartition("/")[2] not in TASKS:
+            raise UserError(f"sampler.ratios.{source}: no such task; valid are {', '.join(TASKS)}, or dataset/task")
         if not 0 <= ratio < float("inf"):
             raise UserError(f"sampler.ratios.{source}={ratio}: must be zero or more")
     if not any(r.sampler.ratios.values()):
         raise UserError("sampler.ratios: at least one ratio must be above zero")
     for task in r.data.tasks:
-        if task not in ALL_TASKS:
-            raise UserError(f"data.tasks: no task {task!r}; valid are {', '.join(ALL_TASKS)}")
+        if task not in TASKS:
+            raise UserError(f"data.tasks: no task {task!r}; valid are {', '.join(TASKS)}")
     for name, one in r.data.sets.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             raise UserError(f"data.sets: {name!r} is no name of a data set: letters, digits, '_' and '-' only, and a letter or digit first")

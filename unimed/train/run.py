@@ -18,7 +18,7 @@ from unimed.data.example import Example, digest
 from unimed.data.load import load_examples, load_set
 from unimed.data.policy import Rules
 from unimed.errors import NoExamples, UserError
-from unimed.tasks import prompts
+from unimed.tasks import TASKS, prompts
 from unimed.train import config as recipes
 from unimed.train import machine
 from unimed.train.config import Recipe
@@ -169,7 +169,7 @@ def train(
             "examples": len(train_examples),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "class_questions": sorted({example.question for example in train_examples if example.task == "cls"}),
+            "class_questions": sorted({example.question for example in train_examples if TASKS[example.task].asks == "classes"}),
             "machine": machine.describe(),
         }
         io.write_json(run / RUN_FILE, record)

@@ -19,10 +19,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from unimed import io
 from unimed.analysis.router import RouterHistory
-from unimed.data.example import TASKS
 from unimed.errors import UserError
 from unimed.model.lora import UniMedPeftModel
 from unimed.model.processing import UniMedProcessor
+from unimed.tasks import TASKS
 from unimed.train import processes, schedule
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.config import Recipe

@@ -16,8 +16,8 @@ from unimed.data.example import Example
 from unimed.records import box as boxes
 from unimed.tasks import overlap
 from unimed.tasks.answers import INVERTED, UNPARSABLE, is_it, read, says_it, spoken
+from unimed.tasks.metrics.released import Pairs, bleu, box_overlap, mean
 from unimed.tasks.normalise import strict
-from unimed.tasks.released import Pairs, bleu, box_overlap, mean
 
 
 def words(pairs: Pairs) -> dict[str, float]:
@@ -26,9 +26,6 @@ def words(pairs: Pairs) -> dict[str, float]:
 
 def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     return {"accuracy": mean([float(is_it(example, given)) for given, example in zip(predictions, examples, strict=True)])}
-
-
-cls = qa = accuracy
 
 
 def _pairs(predictions: Sequence[str], examples: Sequence[Example]) -> list[tuple[str, str]]:

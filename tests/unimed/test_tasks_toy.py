@@ -1,0 +1,93 @@
+"""A task that no file of the package knows: one object, put into TASKS."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import unimed
+from unimed.analysis import gallery, plots
+from unimed.data.example import Example
+from unimed.errors import UserError
+from unimed.evaluate import evaluate
+from unimed.evaluate.run import answer_table, odd_answers
+from unimed.tasks import Task, answers, metrics, prompts
+from unimed.tasks.baselines import MajorityAnswers, most_frequent
+from unimed.train import config
+
+
+def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
+    right = [answers.is_it(example, text) for example, text in zip(examples, predictions, strict=True)]
+    return {"share": sum(right) / len(right)}
+
+
+COUNT = Task(
+    tag="count",
+    about="how many of a thing",
+    wordings={"": ("how many {} are there?", "count the {}")},
+    listed=lambda example: ("1", "2", "3"),
+    read=answers.read_text,
+    kinds=(answers.EMPTY, answers.OFF_LIST),
+    score=score,
+    is_right=answers.is_it,
+    majority=most_frequent,
+    headline="share",
+    strict="share",
+    nature=("equal", "the same"),
+    shown="How many {}?",
+)
+
+
+@pytest.fixture
+def count(monkeypatch):
+    monkeypatch.setitem(unimed.TASKS, "count", COUNT)
+
+
+def example(number, answer, thing="kidneys"):
+    return Example(f"c{number}", "count", "toy", thing, answer, np.zeros((8, 8, 3), np.uint8), (8, 8), None, f"count/{thing}")
+
+
+def test_prompt_reading_and_score(count):
+    asked = example(0, "2")
+    assert prompts.instruction(asked, None) == f"{prompts.IMAGE} [count] how many kidneys are there?"
+    assert [answers.read(asked, text).kind for text in ("2", "Two.", "", "many")] == ["", "", "empty", "off_list"]
+    found = metrics.score("count", ["two", "3", "", "many"], [asked] * 4)
+    assert found == {"count": 4, "share": 0.25, "empty": 1, "off_list": 1}
+    assert metrics.is_right(asked, "2")
+    assert MajorityAnswers.fit([asked, example(1, "1"), example(2, "2")]).predict(asked) == "2"
+
+
+def test_it_is_compared_and_reported(count, monkeypatch):
+    held_out = [example(number, answer) for number, answer in enumerate(("1", "2", "2", "3"))]
+    texts = {False: ["1", "2", "two", "many"], True: [""] * 4}
+    monkeypatch.setattr(evaluate, "answers", lambda model, processor, examples, size, new, blank, progress: texts[blank][: len(examples)])
+    rows = evaluate.compare(None, (None, None), [example(9, "2")], held_out)
+    assert {row: part["metrics"]["count"]["share"] for row, part in rows.items()} == {
+        evaluate.MAJORITY: 0.5,
+        evaluate.BLANKED: 0,
+        evaluate.TRAINED: 0.75,
+    }
+    assert evaluate.verdict(rows) == {"count": True}
+    part = {"counts": {"count": 4}, "rows": {row: found["metrics"] for row, found in rows.items()}}
+    header, lines = answer_table({"splits": {"test": part}, "headline": {"count": "share"}, "strict": {"count": "share"}})
+    assert header == ["answers by", "count\nshare"]
+    assert lines["test"][-1] == ["trained", "0.750"]
+    assert odd_answers(part, evaluate.TRAINED) == {"count": {"off_list": 1}}
+    page = gallery.right_and_wrong(held_out, texts[False], lambda one: Image.fromarray(one.image))
+    assert "3 of 4 right" in page
+    assert "How many kidneys?" in page
+    assert plots.task_colour("count") == plots.TASK_COLOURS[0]
+    assert "count" in plots.loss_per_task([{"step": 1, "loss/count": 1.0}, {"step": 2, "loss/count": 0.5}])
+
+
+def test_a_recipe_may_name_it(count):
+    assert config.load("tiny", ["data.tasks=[count,vqa]"]).data.tasks == ["count", "vqa"]
+
+
+def test_without_it_the_tag_is_unknown():
+    for call in (prompts.instruction, answers.read, metrics.is_right):
+        with pytest.raises(UserError, match="c0: unknown task 'count'; valid are vqa, refer, identify, caption, cls, qa"):
+            call(example(0, "2"), None if call is prompts.instruction else "2")
+    with pytest.raises(UserError, match=r"data\.tasks: no task 'count'"):
+        config.load("tiny", ["data.tasks=[count]"])

@@ -1,0 +1,35 @@
+"""identify: the name of what lies in a given box."""
+
+from collections.abc import Sequence
+
+from unimed.data.example import Example
+from unimed.tasks import answers
+from unimed.tasks.baselines import most_frequent
+from unimed.tasks.metrics import released, standard, strictly
+from unimed.tasks.task import Task
+
+
+def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
+    return released.identify(predictions, examples) | strictly(standard.identify(predictions, examples))
+
+
+TASK = Task(
+    tag="identify",
+    about="object in a given box",
+    wordings={
+        "": (
+            "what object is in this location {}", "{}", "what is at {}?", "name the object in the box {}", "which structure lies in {}?",
+            "identify {}", "what does the box {} show?",
+        ),
+    },
+    box="question",
+    read=answers.read_text,
+    kinds=(answers.EMPTY, answers.CHATTY),
+    score=score,
+    is_right=answers.is_it,
+    majority=most_frequent,
+    headline="accuracy",
+    strict="accuracy_strict",
+    nature=("equal without case, articles and punctuation", "equal without case and punctuation"),
+    shown="What is in {}?",
+)  # fmt: skip

@@ -1,0 +1,41 @@
+"""The scores of each task, under three kinds of names.
+
+    f1            the release's formula over every answer; an empty one scores 0. Text QA, which the release does not score: strict
+    f1_strict     the same quantity without the release's generosity
+    f1_released   caption, and refer's unparsable: the release's own number, where it leaves answers out or reads fewer of them
+
+`released` and `standard` say what each quantity is. Beside them stand `count`, count_open and count_closed (vqa), scored (captions with
+text on both sides, which the _released names average) and ptb_tokenizer (caption). Last come the numbers of answers that are empty,
+unparsable, inverted, off the list or chatty, as far as the task can have them (`answers`). All shares are between 0 and 1.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from unimed.data.example import Example
+from unimed.errors import UserError
+from unimed.tasks import answers
+from unimed.tasks.task import TASKS, task_of
+
+
+def score(task: str, predictions: Sequence[str], examples: Sequence[Example], coco: bool | None = None) -> dict[str, float]:
+    """All scores of one task. ``coco`` (captions only) False leaves out what needs Java; None takes it when it is there."""
+    if len(predictions) != len(examples):
+        raise UserError(f"{task}: {len(predictions)} predictions for {len(examples)} examples")
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+    if not examples:
+        return {"count": 0.0}
+    found = TASKS[task].score(predictions, examples, coco)
+    kinds = Counter(answers.read(example, given).kind for given, example in zip(predictions, examples, strict=True))
+    return {"count": float(len(examples)), **found, **{kind: float(kinds[kind]) for kind in TASKS[task].kinds}}
+
+
+def is_right(example: Example, prediction: str) -> bool:
+    """Whether one answer is right, strictly: a box by its IoU, anything else when it is the reference."""
+    return task_of(example).is_right(example, prediction)
+
+
+def strictly(found: dict[str, float]) -> dict[str, float]:
+    """The same values under strict names."""
+    return {f"{name}_strict": value for name, value in found.items()}

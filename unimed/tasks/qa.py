@@ -1,0 +1,43 @@
+"""qa: a medical question without an image. The release does not score it, so both protocols have the same metric."""
+
+import re
+from collections.abc import Sequence
+
+from unimed.data.example import Example
+from unimed.tasks import answers
+from unimed.tasks.baselines import most_frequent
+from unimed.tasks.metrics import standard
+from unimed.tasks.normalise import strict
+from unimed.tasks.task import Task
+
+_OPTION = re.compile(r"(?:^|\s)\([A-Z]\)\s")
+
+
+def listed(example: Example) -> Sequence[str]:
+    """Of "... What next? (A) rest (B) surgery", or yes, no and maybe."""
+    words = ("yes", "no", "maybe")
+    return words if strict(example.answer) in words else [strict(option) for option in _OPTION.split(example.question)[1:]]
+
+
+def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
+    return standard.accuracy(predictions, examples)
+
+
+TASK = Task(
+    tag="qa",
+    about="text questions, no image",
+    needs_image=False,
+    wordings={
+        "pubmedqa": ("You are a doctor. Answer this question with yes, no or maybe: {}", "{}"),
+        "": ("You are a doctor. Answer this question briefly: {}", "{}"),
+    },
+    listed=listed,
+    read=answers.read_text,
+    kinds=answers.LISTED,
+    score=score,
+    is_right=answers.is_it,
+    majority=most_frequent,
+    headline="accuracy",
+    strict="accuracy",
+    nature=("equal without case and punctuation; not scored by the release", "the same"),
+)

@@ -1,0 +1,67 @@
+"""What a task is: all that the rest of unimed must know of it, in one object. Each file beside this one holds one, its TASK.
+
+TASKS has them all, by tag; `unimed.tasks` fills it. Everything that lists tasks reads it when it runs. A task that a caller puts in is
+prompted, read, scored, compared and reported like the others. A model learns the tags that its configuration lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from unimed.errors import UserError
+
+if TYPE_CHECKING:
+    from unimed.data.example import Example
+    from unimed.tasks.answers import Reading
+
+TASKS: dict[str, Task] = {}
+
+
+def no_list(example: Example) -> Sequence[str]:
+    """The listed answers of a task whose answers are open."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """``tag`` is its name, and the mark [tag] that begins its instructions. ``about``: what it asks, in a few words.
+
+    wordings: the training pool by the layout of the data, "" for any other; {} is the question. The first one is the evaluation form.
+    read: what a text says that is not empty. listed: the answers to choose from, as far as the example tells. kinds: the kinds of
+    `answers.Reading` that its answers can have. score: every metric, released and `_strict` names; coco as in `metrics.score`. is_right:
+    whether one answer is right, strictly. majority: the answer that fits most of these examples. headline: the metric of the table, strict:
+    the one beside it, nature: what a reader must know of either.
+    box: the field of an example that holds the text of its box. asks: what a caller must give as the question; "classes" is the question
+    that lists them. shown: the question as the report words it; graded: the report shows the score of one answer.
+    """
+
+    tag: str
+    about: str
+    wordings: Mapping[str, tuple[str, ...]]
+    read: Callable[[Example, str], Reading]
+    kinds: tuple[str, ...]
+    score: Callable[[Sequence[str], Sequence[Example], bool | None], dict[str, float]]
+    is_right: Callable[[Example, str], bool]
+    majority: Callable[[Sequence[Example]], str]
+    headline: str
+    strict: str
+    nature: tuple[str, str]
+    needs_image: bool = True
+    listed: Callable[[Example], Sequence[str]] = no_list
+    box: Literal["", "question", "answer"] = ""
+    asks: Literal["text", "classes", "nothing"] = "text"
+    shown: str = "{}"
+    graded: bool = False
+
+    def pool(self, layout: str) -> tuple[str, ...]:
+        """The wordings for data of this layout."""
+        return self.wordings.get(layout, self.wordings[""])
+
+
+def task_of(example: Example) -> Task:
+    """The task of an example; an unknown one is named together with the example."""
+    if example.task not in TASKS:
+        raise UserError(f"{example.id}: unknown task {example.task!r}; valid are {', '.join(TASKS)}")
+    return TASKS[example.task]

@@ -1,0 +1,37 @@
+"""vqa: a question about the image, open or closed, with a short answer."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from unimed.data.example import Example
+from unimed.tasks import answers
+from unimed.tasks.baselines import most_frequent
+from unimed.tasks.metrics import released, standard, strictly
+from unimed.tasks.normalise import strict
+from unimed.tasks.task import Task
+
+
+def listed(example: Example) -> Sequence[str]:
+    return ("yes", "no") if strict(example.answer) in ("yes", "no") else ()
+
+
+def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
+    types = Counter(example.answer_type for example in examples)
+    counts = {f"count_{kind.lower()}": float(types[kind]) for kind in ("OPEN", "CLOSED") if types[kind]}
+    return released.vqa(predictions, examples) | counts | strictly(standard.vqa(predictions, examples))
+
+
+TASK = Task(
+    tag="vqa",
+    about="questions about the image",
+    wordings={"": ("Based on the image, give a short answer to this question: {}", "{}")},
+    listed=listed,
+    read=answers.read_text,
+    kinds=answers.LISTED,
+    score=score,
+    is_right=answers.is_it,
+    majority=most_frequent,
+    headline="f1",
+    strict="f1_strict",
+    nature=("words in common; repeats count, so “yes yes yes” has all of “yes”", "each word counts once"),
+)
