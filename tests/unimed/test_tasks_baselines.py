@@ -5,7 +5,7 @@ import pytest
 from unimed.data import load_examples
 from unimed.data.example import Example
 from unimed.errors import UserError
-from unimed.tasks import TASKS, metrics
+from unimed.tasks import RELEASED_TASKS, TASKS, metrics
 from unimed.tasks.baselines import MajorityAnswers
 
 
@@ -61,7 +61,7 @@ def test_there_is_something_to_gain_by_looking(sample_folder, split):
     fitted = MajorityAnswers.fit(load_examples(sample_folder, "train"))
     examples = load_examples(sample_folder, split)
     best = {"vqa": 0.7, "refer": 0.4, "identify": 0.4, "caption": 0.9, "cls": 0.4, "qa": 0.6}
-    for task in TASKS:
+    for task in RELEASED_TASKS:
         part = [one for one in examples if one.task == task]
         found = metrics.score(task, [fitted.predict(one) for one in part], part, coco=False)
         assert 0 < found[TASKS[task].headline] < best[task]

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from unimed.tasks import TASKS
 
 INK, MUTED, GRID = "#1c2733", "#66758a", "#e3e8ee"
-TASK_COLOURS = ("#0b6e99", "#d55e00", "#009e73", "#8a5fbf", "#c9a100", "#66758a")
+TASK_COLOURS = ("#0b6e99", "#d55e00", "#009e73", "#8a5fbf", "#c9a100", "#66758a", "#56b4e9", "#cc79a7", "#e69f00")
 EXPERT_COLOURS = ("#0b6e99", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#8a5fbf", "#66758a")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

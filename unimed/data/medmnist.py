@@ -99,9 +99,14 @@ def class_name(name: str) -> str:
     return f"{side} {part}" if part and side in ("left", "right") else name
 
 
+def class_list(names: Sequence[str]) -> str:
+    """The names, with semicolons where one of them holds a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
 def class_question(what: str, names: Sequence[str], several: bool = False) -> str:
     """The question that lists the classes, of which one or several are right."""
-    listed = ("; " if any("," in name for name in names) else ", ").join(names)
+    listed = class_list(names)
     return f"Which {what}s are in the image: {listed}, or {NOTHING}?" if several else f"Which {what} is in the image: {listed}?"
 
 

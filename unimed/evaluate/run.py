@@ -91,12 +91,13 @@ def evaluate_run(
             "ids": [example.id for example in examples],
             "rows": {row: rows[row]["predictions"] for row in rows},
         }
+    asked = evaluate.by_task([example for examples in held_out.values() for example in examples])
     result = {
         "notice": NOTICE,
         "run": recipe.name,
         "seed": recipe.train.seed,
-        "headline": RELEASED.metrics(),
-        "strict": STANDARD.metrics(),
+        "headline": RELEASED.metrics(asked),
+        "strict": STANDARD.metrics(asked),
         "data": {"root": recipe.data.where, "sample": is_sample(recipe.data)},
         "evaluate": dataclasses.asdict(settings),
         "left_out": left_out,

@@ -1,11 +1,11 @@
 """A folder of records as a layout of `load_examples`: the questions of today's tasks, made from annotations.
 
-    qa      vqa with an image, qa without; or the annotation's task: vqa, qa, cls
-    box     refer and identify, or the one that is its task
-    label   cls: one of the set's classes
-    report  caption
-
-Labels (findings) and numbers are in no task yet; a line counts them.
+qa      vqa with an image, qa without; or the annotation's task: vqa, qa, cls
+box     refer and identify, or the one that is its task
+label   cls: one of the set's classes; with task severity a grade, the classes of dataset.json from the lowest to the highest
+labels  findings: those of the record that are certain, present or absent
+report  caption
+number  calculation, where the record has an image
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from pathlib import Path
 
 from unimed.data import records
 from unimed.data.example import Example
-from unimed.data.medmnist import class_question
+from unimed.data.medmnist import NOTHING, class_list, class_question
 from unimed.data.policy import BadRecord, Tally
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.box import Box, clip, to_text
 from unimed.records.image import Images, Seen
-from unimed.records.record import QA, Annotation, BoxOf, Label, Record, Report
+from unimed.records.record import QA, Annotation, BoxOf, Label, Labels, Number, Record, Report
+from unimed.tasks import calculation
 
 LAYOUT = "records"
 QA_TASKS = {"": ("vqa", "qa"), "vqa": ("vqa", ""), "cls": ("cls", ""), "qa": ("", "qa")}  # with and without an image
-TASKS_OF = {"qa": tuple(QA_TASKS), "box": ("", "refer", "identify"), "label": ("", "cls"), "report": ("", "caption")}
+TASKS_OF = {"qa": tuple(QA_TASKS), "box": ("", "refer", "identify"), "label": ("", "cls", "severity"), "report": ("", "caption")}
+TASKS_OF |= {"labels": ("", "findings"), "number": ("", "calculation")}
 
 
 def names(folder: Path) -> list[str]:
@@ -44,7 +46,7 @@ def read_examples(tally: Tally) -> list[Example]:
     images = Images(tally.folder, info.roots, tally.rules.links)
     found = list(jsonl.read_records(tally.folder, tally, tally.split))
     classes = info.classes if info.classes or not any(_labels(record) for _, record in found) else label_values(tally.folder)
-    maker = _Maker(tally, images, classes)
+    maker = _Maker(tally, images, classes, graded=bool(info.classes))
     examples = [example for where, record in found for example in maker.examples(record, where)]
     for kind, count in sorted(maker.unused.items()):
         tally.note(f"no task asks annotations {kind} ({count:,})")
@@ -71,8 +73,8 @@ def _labels(record: Record) -> list[Label]:
 
 
 class _Maker:
-    def __init__(self, tally: Tally, images: Images, classes: dict[str, list[str]]) -> None:
-        self.tally, self.images, self.classes = tally, images, classes
+    def __init__(self, tally: Tally, images: Images, classes: dict[str, list[str]], graded: bool) -> None:
+        self.tally, self.images, self.classes, self.graded = tally, images, classes, graded
         self.cut = 0  # texts that the protocol shortens
         self.unused: Counter[str] = Counter()  # annotations by why they are in no task
         self._faults: dict[str, BadRecord] = {}  # of the record at hand, the first of each kind
@@ -126,13 +128,32 @@ class _Maker:
                 what = f"{annotation.value!r} is no class of {annotation.set!r} in dataset.json, which has {records.short(listed)}"
                 raise BadRecord("with a label outside its classes", f"{where}: {what}")
             seen = self.images.look(record.images[annotation.image], where)
-            question, answer = class_question(annotation.set, listed), self._text(annotation.value, "value", where)
-            yield self._example(record, number, "cls", question, answer, seen, None, f"cls/{annotation.set}")
+            question, answer, task = class_question(annotation.set, listed), self._text(annotation.value, "value", where), "cls"
+            if annotation.task == "severity":
+                if not self.graded:
+                    raise BadRecord("with grades whose order is unknown", f"{where}: dataset.json lists no classes of {annotation.set!r}")
+                question, task = f"What is the grade of {annotation.set}: {class_list(listed)}?", "severity"
+            yield self._example(record, number, task, question, answer, seen, None, f"{task}/{annotation.set}")
+        elif isinstance(annotation, Labels):
+            asked = sorted({*annotation.present, *annotation.absent})
+            if not asked:
+                self.unused["of kind 'labels' where no finding is certain"] += 1
+                return
+            seen = self.images.look(record.images[annotation.image], where)
+            names, present = ([self._text(name, "present", where) for name in some] for some in (asked, sorted(annotation.present)))
+            joint = "; " if any("," in name for name in names) else ", "
+            answer, question = joint.join(present) or NOTHING, class_question("finding", names, several=True)
+            yield self._example(record, number, "findings", question, answer, seen, None, "findings")
+        elif isinstance(annotation, Number) and record.images:
+            seen = self.images.look(record.images[annotation.image], where)
+            name, unit = self._text(annotation.name, "name", where), " ".join(annotation.unit.split())
+            question, answer = f"What is the {name}{unit and f' in {unit}'}?", calculation.answer(annotation.value)
+            yield self._example(record, number, "calculation", question, answer, seen, None, f"calculation/{name.lower()}")
         elif isinstance(annotation, Report):
             seen = self.images.look(record.images[annotation.image], where)
             yield self._example(record, number, "caption", "", self._text(annotation.text, "text", where), seen, None, "caption/report")
         else:
-            self.unused[f"of kind {annotation.kind!r}"] += 1
+            self.unused[f"of kind {annotation.kind!r} without an image"] += 1
 
     def _text(self, text: str, key: str, where: str) -> str:
         found = records.cleaned(text, key, where, self.tally)

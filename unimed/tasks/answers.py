@@ -50,8 +50,8 @@ def read_whole(example: Example, text: str) -> Reading:
     return Reading(says=frozenset([strict(text)]))
 
 
-def read_text(example: Example, text: str) -> Reading:
-    """One of the listed answers, or any text where none are listed."""
+def read_text(example: Example, text: str, several: bool = False) -> Reading:
+    """One of the listed answers (``several``: or more), or any text where none are listed."""
     given, wanted, listed = strict(text), strict(example.answer), options(example)
     if given == wanted or not listed:
         kind = CHATTY if given != wanted and f" {wanted} " in f" {given} " else ""
@@ -59,7 +59,7 @@ def read_text(example: Example, text: str) -> Reading:
     found, rest = _named(given, listed)
     if not found:
         return Reading(OFF_LIST)
-    if len(found) > 1 and len(_named(wanted, listed)[0]) == 1:
+    if not several and len(found) > 1 and len(_named(wanted, listed)[0]) == 1:
         return Reading(UNPARSABLE)
     return Reading(CHATTY if rest else "", found)
 

@@ -1,5 +1,6 @@
 """Two protocols: `released` is the published code with its oddities, `standard` what the field means by the task and its metric."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +25,9 @@ class Protocol:
         """The metric that stands for a task in a table."""
         return task.strict if self.strict else task.headline
 
-    def metrics(self) -> dict[str, str]:
-        """Tag -> metric, for every task."""
-        return {tag: self.metric(task) for tag, task in TASKS.items()}
+    def metrics(self, tags: Iterable[str]) -> dict[str, str]:
+        """Tag -> metric, for these tasks."""
+        return {tag: self.metric(TASKS[tag]) for tag in tags}
 
 
 RELEASED = Protocol(max_words=MAX_WORDS, context=False, strict=False)

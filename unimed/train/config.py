@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unimed.data.load import SPLIT
 from unimed.errors import UserError
-from unimed.tasks import TASKS
+from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import ProtocolName
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -69,7 +69,7 @@ class DataSet:
 class Data:
     root: str = ".cache/unimed/sample"  # "": data.sets only
     sets: dict[str, DataSet] = field(default_factory=dict)
-    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    tasks: list[str] = field(default_factory=lambda: list(RELEASED_TASKS))
     cache_mb: int = 2048  # memory for decoded training images, shared by the workers
     workers: int = 0  # processes that prepare batches; 0: the training process itself
     strict: bool = False  # the first bad record is an error; else bad records are left out, counted and named in one line
@@ -150,7 +150,7 @@ class Sampler:
     """
 
     mode: Literal["homogeneous", "mixed"] = "mixed"
-    ratios: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    ratios: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RELEASED_TASKS, 1.0))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from unimed.data.example import Example, digest
 from unimed.data.load import load_examples, load_set
 from unimed.data.policy import Rules
 from unimed.errors import NoExamples, UserError
-from unimed.tasks import TASKS, prompts
+from unimed.tasks import RELEASED_TASKS, TASKS, prompts
 from unimed.train import config as recipes
 from unimed.train import machine
 from unimed.train.config import Recipe
@@ -53,6 +53,8 @@ def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
 
     set_seed(recipe.train.seed)
     connector = {name: value for name, value in vars(recipe.connector).items() if value is not None}
+    if more := [task for task in recipe.data.tasks if task not in RELEASED_TASKS]:
+        connector["tasks"] = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
     model: Any
     if recipe.language.kind == "smollm2":
         from unimed.model.build import build_smollm2

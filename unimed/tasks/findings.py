@@ -1,0 +1,50 @@
+"""findings: which of the findings in the question the image shows. No release has it.
+
+f1         mean over the images of the F1 of the findings that an answer names; 1 where there is none and the answer says so
+accuracy   all of them and no other
+"""
+
+from collections.abc import Sequence
+
+from unimed.data.example import Example
+from unimed.tasks import answers
+from unimed.tasks.baselines import most_frequent
+from unimed.tasks.cls import listed
+from unimed.tasks.metrics import standard
+from unimed.tasks.metrics.released import mean
+from unimed.tasks.task import Task
+
+
+def f1(example: Example, prediction: str) -> float:
+    """The F1 of one answer. "no finding" beside a finding counts as one more, which is wrong."""
+    given = answers.read(example, prediction).says or frozenset()
+    wanted = answers.read(example, example.answer).says or frozenset()
+    return 2 * len(given & wanted) / max(len(given) + len(wanted), 1)
+
+
+def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
+    shares = [f1(example, text) for example, text in zip(examples, predictions, strict=True)]
+    return {"f1": mean(shares)} | standard.accuracy(predictions, examples)
+
+
+def read(example: Example, text: str) -> answers.Reading:
+    """Several findings are an answer here, also where one is wanted."""
+    return answers.read_text(example, text, several=True)
+
+
+TASK = Task(
+    tag="findings",
+    about="which findings the image shows",
+    wordings={"": ("{}",)},
+    asks="classes",
+    listed=listed,
+    read=read,
+    kinds=(answers.EMPTY, answers.OFF_LIST, answers.CHATTY),
+    score=score,
+    is_right=answers.is_it,
+    majority=most_frequent,
+    headline="f1",
+    strict="f1",
+    nature=("share of findings in common, as a set; not in the release", "the same"),
+    graded=True,
+)
