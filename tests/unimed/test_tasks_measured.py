@@ -185,3 +185,10 @@ def test_grades_need_an_order(measured, tmp_path, caplog):
     (tmp_path / "records-00000.jsonl").write_text((measured / "records-00000.jsonl").read_text())
     assert "severity" not in {one.task for one in load_examples(tmp_path, "test")}
     assert "with grades whose order is unknown" in caplog.text
+
+
+def test_a_line_says_what_a_recipe_must_name(measured, caplog):
+    assert load_examples(measured, "test", ["vqa", "findings"])
+    assert [line for line in caplog.messages if "data.tasks" in line] == [
+        "data.tasks does not name severity (5 examples), calculation (5 examples)"
+    ]

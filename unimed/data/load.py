@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from unimed.data import medmnist, reports, slake, textqa
 from unimed.data.example import Example
-from unimed.data.policy import Rules, Tally
+from unimed.data.policy import Rules, Tally, log
 from unimed.errors import NoExamples, UserError
 from unimed.records import examples as record_examples
 from unimed.records import jsonl
-from unimed.tasks import TASKS
+from unimed.tasks import RELEASED_TASKS, TASKS
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
@@ -84,7 +84,7 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, ru
             tally.tell()
         else:
             tally.close(0)
-    return [example for example in _one_of_each_id(examples) if tasks is None or example.task in tasks]
+    return _of_tasks(_one_of_each_id(examples), tasks)
 
 
 def load_set(
@@ -101,7 +101,7 @@ def load_set(
     tally = Tally(name, root, SPLITS.get(split, split), rules or Rules(), name)
     examples = by_name[layout].read(tally)
     tally.close(len(examples))
-    return [example for example in _one_of_each_id(examples) if tasks is None or example.task in tasks]
+    return _of_tasks(_one_of_each_id(examples), tasks)
 
 
 def _names(found: Sequence[tuple[Layout, Path]]) -> list[str]:
@@ -120,6 +120,16 @@ def _names(found: Sequence[tuple[Layout, Path]]) -> list[str]:
                 taken.add(name)
         given.append(name)
     return given
+
+
+def _of_tasks(examples: list[Example], tasks: Sequence[str] | None) -> list[Example]:
+    """Those of the tasks. A line counts the others whose task no recipe takes by itself."""
+    if tasks is None:
+        return examples
+    unnamed = Counter(example.task for example in examples if example.task not in (*tasks, *RELEASED_TASKS))
+    if unnamed:
+        log.warning("data.tasks does not name %s", ", ".join(f"{task} ({count:,} examples)" for task, count in unnamed.items()))
+    return [example for example in examples if example.task in tasks]
 
 
 def _one_of_each_id(examples: list[Example]) -> list[Example]:
