@@ -1,6 +1,5 @@
 """For every test: one thread, a fixed seed, and memory that torch.empty leaves poisoned, so that an unwritten output shows as NaN."""
 
-import os
 from collections import defaultdict
 
 import pytest
@@ -51,7 +50,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # after -k, so that its choice is sampled
 def pytest_collection_modifyitems(items, config):
-    if os.environ.get("CMOE_TEST_FULL", "0") in ("", "0"):
+    if not sampling.FULL:
         skip = pytest.mark.skip(reason="runs under `make test-full`")
         for item in items:
             if "full" in item.keywords:

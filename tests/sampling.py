@@ -1,7 +1,10 @@
 """Which cases of a parametrised test run under `pytest --sample N`: at most N, and each value of each parameter where N allows."""
 
+import os
 from collections.abc import Hashable, Sequence
 from random import Random
+
+FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")  # `make test-full`
 
 
 def chosen(name: str, cases: Sequence[Sequence[Hashable]], n: int) -> list[int]:

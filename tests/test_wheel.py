@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from cmoe_kernels import backends
+from tests.sampling import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE_OPS = ("soft_gate", "topk_gate")
-FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these tests run in a checkout")
 builds_native = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))

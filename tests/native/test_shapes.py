@@ -4,8 +4,6 @@ Tails of panels, whole panels, several stretches of k, and blocks of several pan
 CMOE_CPU_ISA names another instruction set. The reference in fp64 is the truth, the reference at the tested dtype the baseline.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +12,9 @@ from hypothesis import strategies as st
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
+from tests.sampling import FULL
 
 pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
-FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
 # Hundreds of random cases find one in which the baseline's largest error is small by luck; in a few numbers it may be right to the last
 # bit, and then unity is the scale.
 LUCK, FEW = 3 if FULL else 1, 32

@@ -10,6 +10,7 @@ import pytest
 
 from cmoe_kernels import backends
 from tests.native.variants import ROOT, build_script, copy_of_tree, emulated_tiers, output_of, product_objects, run_tests, summary_of
+from tests.sampling import FULL
 
 pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
 HERE = sets.available if (sets := backends.instruction_sets()) else []
@@ -22,7 +23,7 @@ SELECTED = "((test_precision and cpu and (experts or router or linear)) or test_
 
 
 def check(tree, tier, capsys):
-    full = tier in ("generic", "amx") or os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
+    full = tier in ("generic", "amx") or FULL
     run = run_tests(tree, *NUMBERS, "-k", SELECTED if full else "test_shapes", CMOE_CPU_ISA=tier)
     assert run.returncode == 0, output_of(run)
     with capsys.disabled():

@@ -1,6 +1,5 @@
 """What every op promises, over every form of every op and every backend that serves it here."""
 
-import os
 import threading
 
 import pytest
@@ -14,8 +13,8 @@ from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
 from tests.emulation import library
 from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, backends_of, leaves, on_backends, to_double, widest
+from tests.sampling import FULL
 
-FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
 # Interpreted and emulated kernels are slow: there CI checks one form per op where the numbers of a form do not matter.
 SAMPLED = ONE_PER_OP if (backends.INTERPRETED or library.WANTED) and not FULL else CASES
 

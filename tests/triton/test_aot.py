@@ -9,7 +9,6 @@ the interpreter.
 import functools
 import importlib
 import importlib.util
-import os
 import pkgutil
 
 import pytest
@@ -25,9 +24,8 @@ from triton.runtime.jit import JITFunction
 
 import cmoe_kernels.ops
 from benchmarks.inspection import aot
-from tests.sampling import chosen
+from tests.sampling import FULL, chosen
 
-FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")
 # Bytes of shared memory that one program may ask for.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 # Programs that a multiprocessor is to hold at once, so that one computes while another waits, by their warps; larger tiles hide the wait
