@@ -93,17 +93,21 @@ def plan_of(arm: Arm, seed: int, steps: int) -> Plan:
     return Plan(steps=steps, seed=seed)
 
 
-def settings_of(arm: Arm, place: Place) -> Settings:
-    return Settings.small(stations=place.weather.stations.shape[1], **arm.changes)
+def settings_of(arm: Arm, stations: int) -> Settings:
+    return Settings.small(stations=stations, **arm.changes)
 
 
 def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: Console, hours: int = 3000) -> dict[str, Any]:
     """One row, from its file or made now."""
     path = out / "rows" / f"{name}-{seed}.json"
     arm = ARMS[name]
-    row = read_json(path) if path.is_file() else None
-    if row is not None and (row["steps"], row["hours"]) != (steps, hours):
-        raise UserError(f"{path}: was made with steps={row['steps']}, hours={row['hours']}; give another --out or the same numbers")
+    if path.is_file():
+        row = read_json(path)
+        if (row["steps"], row["hours"]) != (steps, hours):
+            raise UserError(f"{path}: was made with steps={row['steps']}, hours={row['hours']}; give another --out or the same numbers")
+        if row["settings"] != settings_of(arm, row["settings"]["stations"]).state_dict():
+            raise UserError(f"{path}: is of a model with other settings than this version's; give another --out")
+        return row
     try:
         place = airport_place(cache) if arm.data == "airports" else generated_place(seed, cache, hours)
     except UserError as error:
@@ -111,11 +115,7 @@ def measure(name: str, seed: int, out: Path, cache: Path, steps: int, console: C
             raise
         console.print(f"{arm.title}: left out: {error}", style="yellow", markup=False, soft_wrap=True)
         return {}
-    settings = settings_of(arm, place)
-    if row is not None:
-        if row["settings"] != settings.state_dict():
-            raise UserError(f"{path}: is of a model with other settings than this version's; give another --out")
-        return row
+    settings = settings_of(arm, place.weather.stations.shape[1])
     windows = {split: place.windows(split, settings) for split in SPLITS}
     run = out / "runs" / f"{name}-{seed}"
     plan = plan_of(arm, seed, steps)

@@ -58,7 +58,7 @@ def test_train_and_evaluate_own_data(made, tmp_path):
 def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from examples.vnnet import study
 
-    small = lambda arm, place: study.Settings.small(stations=4, vision_width=4, state=8, **arm.changes)  # noqa: E731
+    small = lambda arm, stations: study.Settings.small(stations=4, vision_width=4, state=8, **arm.changes)  # noqa: E731
     monkeypatch.setattr(study, "settings_of", small)
     monkeypatch.setattr(study, "generated_place", _small_place)
     arguments = (
@@ -84,8 +84,13 @@ def test_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert "Rows measured: 6" in second
     again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*")}
     assert [name for name in rows if rows[name] != again[name]] == ["wind-0.json"]
+    with monkeypatch.context() as without_data:
+        without_data.setattr(study, "generated_place", None)
+        assert "Rows measured: 6" in call(*arguments)
     assert "made with steps=2" in call(*arguments[:-3], 3, "--hours", 300, code=2)
-    monkeypatch.setattr(study, "settings_of", lambda arm, place: study.Settings.small(stations=4, vision_width=4, state=16, **arm.changes))
+    monkeypatch.setattr(
+        study, "settings_of", lambda arm, stations: study.Settings.small(stations=4, vision_width=4, state=16, **arm.changes)
+    )
     assert "other settings" in call(*arguments, code=2)
     assert "--arms has 'x'" in call("study", "--arms", "x", code=2)
 
