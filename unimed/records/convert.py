@@ -23,7 +23,7 @@ from unimed.records.record import QA, Annotation, BoxOf, ImageRef, Record, Repor
 
 IMAGE, REF, BBOX = "<image>", "<ref-object>", "<bbox>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-DESCRIBE = "Describe the findings of this image."  # asks for a report in rows that have no other place for it
+DESCRIBE = "Describe the findings of this image."  # the question before a report, in formats that store reports as answers
 
 Size = Callable[[ImageRef], tuple[int, int]]
 Row = tuple[list[ImageRef], list[Annotation]]

@@ -68,7 +68,7 @@ def value(text: str) -> float | None:
 
 
 def error(example: Example, prediction: str) -> float | None:
-    """The relative error, at most 1; None where the prediction holds no one number."""
+    """The relative error, at most 1; None unless the prediction holds exactly one number."""
     given, wanted = value(answers.spoken(prediction)), value(example.answer)
     if wanted is None:
         raise UserError(f"{example.id}: the answer {example.answer!r} of a calculation example must hold one number")

@@ -1,24 +1,23 @@
 """severity: a grade out of an ordered list, which the question gives from the lowest to the highest. No release has it.
 
-accuracy    the grade; within_one: it or a neighbour; an answer that names no one grade is wrong in both
-kappa       quadratic weighted Cohen's kappa of the answers that name one grade, 0 where it is not defined
+accuracy    the grade is right
+within_one  the grade is right or a neighbour; in both, an answer that does not name exactly one grade is wrong
+kappa       quadratic weighted Cohen's kappa of the answers that name exactly one grade, 0 where it is not defined
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from unimed.data.example import Example
-from unimed.tasks import answers
-from unimed.tasks.baselines import most_frequent
-from unimed.tasks.cls import listed
+from unimed.tasks import answers, cls
 from unimed.tasks.metrics import standard
 from unimed.tasks.metrics.released import mean
-from unimed.tasks.task import Task
 
 
 def grade(example: Example, prediction: str) -> int | None:
-    """The place of the grade that a prediction names; None where it names no one grade."""
+    """The place of the grade that a prediction names; None unless it names exactly one."""
     says = answers.read(example, prediction).says or frozenset()
     grades = answers.options(example)
     (named,) = says if len(says) == 1 else ("",)
@@ -41,18 +40,11 @@ def kappa(pairs: Sequence[tuple[int, int]]) -> float:
     return 1 - float(((given - wanted) ** 2).mean()) / by_chance if by_chance else 0.0
 
 
-TASK = Task(
+TASK = replace(
+    cls.TASK,
     tag="severity",
     about="grade of a finding",
-    wordings={"": ("{}",)},
-    asks="classes",
-    listed=listed,
-    read=answers.read_text,
-    kinds=answers.LISTED,
     score=score,
-    is_right=answers.is_it,
-    majority=most_frequent,
-    headline="accuracy",
     strict="accuracy",
     nature=("equal without case and punctuation; not in the release", "the same"),
 )
