@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     try:
-        from unimed.cli import main as run
+        from unimed.cli.app import main as run
 
         run()
     except ModuleNotFoundError as error:

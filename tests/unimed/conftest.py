@@ -14,7 +14,7 @@ evaluate.limit=4 evaluate.max_new_tokens=12 name=small
 @pytest.fixture(scope="session")
 def sample_folder(tmp_path_factory):
     """The built-in sample, built once for all tests that read it."""
-    from unimed.data.sample import build_sample
+    from unimed.sample.build import build_sample
 
     folder = tmp_path_factory.mktemp("data") / "sample"
     build_sample(folder)

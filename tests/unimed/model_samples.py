@@ -1,10 +1,11 @@
-"""A very small model, its processor, images and prompts for the tests of unimed.model."""
+"""A very small model, its processor, images and prompts for the tests of unimed.models."""
 
 import numpy as np
 import torch
 from PIL import Image
 
-from unimed.model import UniMedForConditionalGeneration, UniMedProcessor, build_tiny
+from unimed.models.build import build_tiny
+from unimed.models.unimed import UniMedForConditionalGeneration, UniMedProcessor
 
 TEXTS = [
     "[INST] <Img><ImageHere></Img> [refer] give me the location of liver [/INST]",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from unimed import cli
+from unimed.cli import app as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICE = "Research use, not for diagnosis"
@@ -43,7 +43,8 @@ def at_work(small_run, monkeypatch):
 
 
 def test_help_is_quick_and_teaches(tmp_path):
-    code = "import sys, unimed.cli; print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib', 'omegaconf') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy", "matplotlib", "omegaconf")
+    code = f"import sys, unimed.cli.app; print([m for m in {heavy} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert loaded.stdout.strip() == "[]"

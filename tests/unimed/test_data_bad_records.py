@@ -15,19 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.data import load, load_examples, load_image
-from unimed.data.example import Example
-from unimed.data.policy import Rules, Tally
+from unimed.datasets import load, load_examples
 from unimed.errors import UserError
 from unimed.io import inside
 from unimed.records.box import clip
+from unimed.records.example import Example
+from unimed.records.pixels import load_image
+from unimed.records.policy import Rules, Tally
 
 STRICT, STANDARD = Rules(strict=True), Rules(protocol="standard")
 
 
 def told(caplog):
     """The lines that were printed, and no more of them."""
-    lines = [record.getMessage() for record in caplog.records if record.name == "unimed.data"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "unimed.records"]
     caplog.clear()
     return lines
 

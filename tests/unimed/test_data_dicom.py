@@ -13,10 +13,11 @@ from PIL import Image, ImageCms
 from pydicom.data import get_palette_files, get_testdata_file
 from pydicom.pixels import apply_color_lut
 
-from unimed.data import dicom, volumes
-from unimed.data.dicom import parse, picture, read_frame
-from unimed.data.images import open_image, read_image_file
 from unimed.errors import UserError
+from unimed.records import dicom
+from unimed.records import volume as volumes
+from unimed.records.dicom import parse, picture, read_frame
+from unimed.records.pixels import open_image, read_image_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

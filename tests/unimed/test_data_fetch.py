@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from unimed.data import fetch
 from unimed.errors import UserError
+from unimed.sample import archives as fetch
 
 
 @pytest.fixture

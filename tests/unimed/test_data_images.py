@@ -8,10 +8,11 @@ import pytest
 from dicom_samples import attempt
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from unimed.data import images, volumes
-from unimed.data.images import image_size, load_image, open_image, read_image_file
-from unimed.data.slices import vendored_volume
 from unimed.errors import UserError
+from unimed.records import pixels as images
+from unimed.records import volume as volumes
+from unimed.records.pixels import image_size, load_image, open_image, read_image_file
+from unimed.sample.slices import vendored_volume
 
 RAMP16 = np.array([[0, 257, 514, 32896, 65535]], np.uint16)
 
@@ -223,7 +224,7 @@ def test_pictures_handed_over_in_memory_become_rgb_the_same_way():
 
 
 def test_the_answer_tells_what_was_done_to_the_file(tmp_path, monkeypatch):
-    from unimed.evaluate import ask
+    from unimed.inference import ask
 
     Image.fromarray(RAMP16).save(tmp_path / "a.png")
     monkeypatch.setattr(ask, "load_model", lambda *_: (None, None))

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from data_samples import PATH_VQA, picture, slake, write
 
-from unimed.data import load_examples, load_image, medmnist, text
-from unimed.data.example import Example
-from unimed.data.policy import Rules
+from unimed.datasets import load_examples, medmnist
 from unimed.errors import UserError
+from unimed.records import text
+from unimed.records.example import Example
+from unimed.records.pixels import load_image
+from unimed.records.policy import Rules
 
 STRICT = Rules(strict=True)
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from unimed.data.masks import STRUCTURES, bounding_box, components, findings, largest_component, structure_of, to_structures
-from unimed.data.slices import ASSETS
+from unimed.sample.masks import STRUCTURES, bounding_box, components, findings, largest_component, structure_of, to_structures
+from unimed.sample.slices import ASSETS
 
 
 def flood(mask):

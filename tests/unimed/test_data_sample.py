@@ -13,12 +13,14 @@ import pydicom
 import pytest
 from PIL import Image
 
-from unimed.data import build_sample, load_examples, load_image
-from unimed.data.masks import STRUCTURES
-from unimed.data.slices import ASSETS, BLOCKS, GAP, slices, subject, vendored_volume
-from unimed.data.vendor import KEPT_TAGS, vendor
+from unimed.datasets import load_examples
 from unimed.errors import UserError
 from unimed.records import box as boxes
+from unimed.records.pixels import load_image
+from unimed.sample import build_sample
+from unimed.sample.masks import STRUCTURES
+from unimed.sample.slices import ASSETS, BLOCKS, GAP, slices, subject, vendored_volume
+from unimed.sample.vendor import KEPT_TAGS, vendor
 from unimed.tasks import RELEASED_TASKS
 
 SPLITS = ("train", "slab", "subject")

@@ -12,11 +12,11 @@ from dicom_samples import attempt
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
 
-from unimed.data import volumes
-from unimed.data.images import open_image, read_image_file
-from unimed.data.masks import STRUCTURES
-from unimed.data.slices import ASSETS, vendored_volume
 from unimed.errors import UserError
+from unimed.records import volume as volumes
+from unimed.records.pixels import open_image, read_image_file
+from unimed.sample.masks import STRUCTURES
+from unimed.sample.slices import ASSETS, vendored_volume
 
 
 @pytest.fixture(scope="module")

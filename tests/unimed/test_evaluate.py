@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed.data.example import Example
 from unimed.errors import UserError
-from unimed.evaluate import ask as ask_module
-from unimed.evaluate import evaluate, predict
-from unimed.evaluate.ask import ask, read_box
+from unimed.evaluate import evaluate
 from unimed.evaluate.run import answer_table, answered, evaluate_run, odd_answers
+from unimed.inference import ask as ask_module
+from unimed.inference import predict
+from unimed.inference.ask import ask, read_box
 from unimed.records import box as boxes
+from unimed.records.example import Example
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import STANDARD
 from unimed.train import config

@@ -3,7 +3,8 @@ import torch
 from transformers import AutoConfig, Blip2VisionConfig, LlamaConfig
 
 from unimed.errors import UserError
-from unimed.model import TASKS, UniMedConfig, UniMedForConditionalGeneration, released_config
+from unimed.models.build import released_config
+from unimed.models.unimed import TASKS, UniMedConfig, UniMedForConditionalGeneration
 
 
 def config(**changes) -> UniMedConfig:

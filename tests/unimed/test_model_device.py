@@ -3,9 +3,9 @@ import torch
 from model_samples import QA, small
 
 from unimed.errors import UserError
-from unimed.evaluate.predict import answers
-from unimed.model import UniMedForConditionalGeneration
-from unimed.model.load import pick_device
+from unimed.inference.predict import answers
+from unimed.models.load import pick_device
+from unimed.models.unimed import UniMedForConditionalGeneration
 from unimed.train import config
 from unimed.train.run import examples, load_model
 

@@ -3,7 +3,7 @@ import torch
 from model_samples import QA, REFER, VQA, batch, lively, picture, small
 from torch.nn import functional
 
-from unimed.model import UniMedForConditionalGeneration
+from unimed.models.unimed import UniMedForConditionalGeneration
 
 
 def test_loss_is_the_shifted_cross_entropy_of_the_answers_plus_the_auxiliary_loss():

@@ -6,7 +6,10 @@ from model_samples import batch, lively, small
 from safetensors.torch import load_file, save_file
 
 from unimed.errors import UserError
-from unimed.model import UniMedForConditionalGeneration, add_lora, load, merge, released_config
+from unimed.models.adapter import add_lora, merge
+from unimed.models.build import released_config
+from unimed.models.load import load
+from unimed.models.unimed import UniMedForConditionalGeneration
 
 
 def trained(model, processor, steps=3):

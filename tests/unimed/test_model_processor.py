@@ -7,10 +7,10 @@ from model_samples import QA, REFER, VQA, picture, small
 from PIL import Image
 from transformers import AutoProcessor
 
-from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.literal import END, START, literal
-from unimed.model.processing import UniMedProcessor
+from unimed.models.unimed.processing import UniMedProcessor
+from unimed.records.example import Example
 from unimed.tasks import prompts
 
 MODEL, PROCESSOR = small()
@@ -183,7 +183,7 @@ def test_no_text_of_users_is_obeyed(text):
 
 
 def test_the_tokenizer_does_not_learn_the_quotes():
-    from unimed.model.tokenization import train_tokenizer
+    from unimed.models.unimed.tokenization import train_tokenizer
 
     texts = [f"{literal('<image>')} {literal('</s>')} what"] * 20
     learned = train_tokenizer(texts, 480)

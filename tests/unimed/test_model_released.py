@@ -9,7 +9,8 @@ from model_samples import batch, lively, small
 from cmoe_kernels import CMoEConfig
 from cmoe_kernels.nn.convert import to_unimed
 from unimed.errors import UserError
-from unimed.model import add_lora, apply_released, import_released
+from unimed.models.adapter import add_lora
+from unimed.models.load import apply_released, import_released
 
 
 class Surprise:

@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from unimed.errors import UserError
-from unimed.model import UniMedForConditionalGeneration, load
-from unimed.model.card import record_training
+from unimed.models.load import load
+from unimed.models.unimed import UniMedForConditionalGeneration
+from unimed.models.unimed.card import record_training
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import torch
 from model_samples import batch, picture
 
 from unimed.errors import UserError
-from unimed.model import add_lora, build_smollm2, load
-from unimed.model.smollm2 import WHEEL, find_wheel
+from unimed.models.adapter import add_lora
+from unimed.models.build import build_smollm2
+from unimed.models.load import load
+from unimed.models.smollm2 import WHEEL, find_wheel
 
 ARCHIVES = Path(os.environ.get("UNIMED_ARCHIVES", "archives"))
 missing = [f"no {WHEEL} in {ARCHIVES} (set UNIMED_ARCHIVES)"] if not (ARCHIVES / WHEEL).is_file() else []

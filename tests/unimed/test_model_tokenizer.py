@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from model_samples import TEXTS
 
 from unimed.errors import UserError
-from unimed.model.tokenization import COORDINATES, MARKS, train_tokenizer
+from unimed.models.unimed.tokenization import COORDINATES, MARKS, train_tokenizer
 
 TOKENIZER = train_tokenizer(TEXTS, 480)
 

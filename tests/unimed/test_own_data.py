@@ -12,11 +12,11 @@ from conftest import SMALL
 from PIL import Image
 from typer.testing import CliRunner
 
-from unimed import cli
+from unimed.cli import app as cli
+from unimed.datasets.validate import check
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.record import Record
-from unimed.records.validate import check
 from unimed.train import config
 from unimed.train.run import _same, examples
 from unimed.train.sampler import by_set

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.data import load_examples, load_image
-from unimed.data.policy import BadRecord, Rules, Tally
+from unimed.datasets import load_examples
+from unimed.datasets.records import read_examples
 from unimed.errors import UserError
 from unimed.records import convert, jsonl
-from unimed.records.examples import read_examples
 from unimed.records.imports import import_rows, splits
+from unimed.records.pixels import load_image
+from unimed.records.policy import BadRecord, Rules, Tally
 from unimed.records.record import QA, BoxOf, ImageRef, Record, Report, parse
 
 QUESTION = {"kind": "qa", "question": "Which plane?", "answer": "axial"}
@@ -46,7 +47,7 @@ def folder_of(root, lines, **info):
 
 
 def told(caplog):
-    lines = [one.getMessage() for one in caplog.records if one.name == "unimed.data"]
+    lines = [one.getMessage() for one in caplog.records if one.name == "unimed.records"]
     caplog.clear()
     return lines
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.data.images import Opened, open_image, to_rgb
 from unimed.records import image as records_image
 from unimed.records.box import AS_STORED, FORMATS, Placement, stretched, turned
+from unimed.records.pixels import Opened, open_image, to_rgb
 from unimed.records.record import ImageRef
 
 BOX = (2, 1, 7, 4)  # of a bright block in the file
@@ -92,7 +92,7 @@ def test_a_dicom_series_counts_columns_and_rows_of_its_files(tmp_path):
 
 
 def test_a_volume_is_read_once_for_its_slices(tmp_path, monkeypatch):
-    from unimed.data import volumes
+    from unimed.records import volume as volumes
 
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random((6, 6, 6), np.float32), np.eye(4)), tmp_path / "v.nii")
     read = []

@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from unimed.analysis import gallery, plots, report
-from unimed.analysis.router import RouterHistory, describe
-from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.evaluate.run import answered
+from unimed.records.example import Example
+from unimed.report import gallery, plots, report
+from unimed.report.router import RouterHistory, describe
 from unimed.tasks import RELEASED_TASKS
 
 VOID = {"meta", "br", "img", "input", "hr", "path", "use", "rect", "image", "link"}

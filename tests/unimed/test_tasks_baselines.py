@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from unimed.data import load_examples
-from unimed.data.example import Example
+from unimed.datasets import load_examples
 from unimed.errors import UserError
+from unimed.records.example import Example
 from unimed.tasks import RELEASED_TASKS, TASKS, metrics
 from unimed.tasks.baselines import MajorityAnswers
 

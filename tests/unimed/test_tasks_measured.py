@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from tests.unimed.conftest import SMALL
-from unimed.data import load_examples
-from unimed.data.example import Example
-from unimed.data.masks import ORGANS
-from unimed.data.slices import slices, subject, vendored_volume
+from unimed.datasets import load_examples
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
 from unimed.records import jsonl
+from unimed.records.example import Example
 from unimed.records.record import Record
+from unimed.sample.masks import ORGANS
+from unimed.sample.slices import slices, subject, vendored_volume
 from unimed.tasks import TASKS, answers, metrics, overlap, prompts
 from unimed.tasks.baselines import MajorityAnswers
 from unimed.tasks.calculation import ratios

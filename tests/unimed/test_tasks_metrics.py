@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimed.data import load_examples, medmnist
-from unimed.data.example import Example
+from unimed.datasets import load_examples, medmnist
 from unimed.errors import UserError
-from unimed.tasks import TASKS, answers, metrics, overlap
+from unimed.records.example import Example
+from unimed.tasks import TASKS, answers, metrics, overlap, reading
 from unimed.tasks.answers import options
 from unimed.tasks.normalise import normalise, strict
 
@@ -23,7 +23,7 @@ def example(task, answer, box=None, size=None, answer_type=None, question="?"):
 
 def kinds(found):
     """The kinds of answers that occur, with their counts."""
-    return {kind: found[kind] for kind in answers.KINDS if found.get(kind)}
+    return {kind: found[kind] for kind in reading.KINDS if found.get(kind)}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from unimed.data.example import Example
 from unimed.errors import UserError
+from unimed.records.example import Example
 from unimed.tasks import TASKS, prompts
 
 

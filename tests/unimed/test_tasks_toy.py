@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 import unimed
-from unimed.analysis import gallery, plots
-from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.run import answer_table, odd_answers
-from unimed.tasks import Task, answers, metrics, prompts
+from unimed.records.example import Example
+from unimed.report import gallery, plots
+from unimed.tasks import Task, answers, metrics, prompts, reading
 from unimed.tasks.baselines import MajorityAnswers, most_frequent
 from unimed.train import config
 
@@ -28,7 +28,7 @@ COUNT = Task(
     wordings={"": ("how many {} are there?", "count the {}")},
     listed=lambda example: ("1", "2", "3"),
     read=answers.read_text,
-    kinds=(answers.EMPTY, answers.OFF_LIST),
+    kinds=(reading.EMPTY, reading.OFF_LIST),
     score=score,
     is_right=answers.is_it,
     majority=most_frequent,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed.data.example import Example
 from unimed.records import box as boxes
+from unimed.records.example import Example
 from unimed.train.augment import augment
 from unimed.train.collate import TrainingSet
 from unimed.train.config import Augment

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unimed.data.example import Example
+from unimed.records.example import Example
 from unimed.train import collate, config
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.config import Augment

@@ -8,7 +8,7 @@ import pytest
 import torch
 from model_samples import QA, batch, small
 
-from unimed.model import add_lora
+from unimed.models.adapter import add_lora
 from unimed.train import config
 from unimed.train.run import train
 
@@ -55,7 +55,7 @@ def test_two_processes_train_log_and_resume_as_one_does_with_twice_the_batches(s
 @pytest.fixture
 def many(monkeypatch):
     """As if another process took part; nothing is sent to it."""
-    monkeypatch.setattr("unimed.model.modeling._many_processes", lambda: True)
+    monkeypatch.setattr("unimed.models.unimed.modeling._many_processes", lambda: True)
 
 
 ROUTERS = [

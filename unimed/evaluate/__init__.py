@@ -1,1 +1,1 @@
-"""Answers from a trained model, and how good they are against answers that need no image."""
+"""How good answers are, against answers that need no image."""

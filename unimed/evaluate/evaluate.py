@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from unimed.data.example import Example
-from unimed.evaluate.predict import answers
+from unimed.inference.predict import answers
+from unimed.records.example import Example
 from unimed.tasks import TASKS, metrics
 from unimed.tasks.baselines import MajorityAnswers
 from unimed.tasks.protocol import RELEASED, Protocol

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from unimed import NOTICE, io
-from unimed.data.example import Example, digest
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.evaluate import BLANKED, MAJORITY
+from unimed.records.example import Example, digest
 from unimed.tasks import TASKS
 from unimed.tasks.protocol import RELEASED, STANDARD
 from unimed.train import config as recipes

@@ -1,1 +1,1 @@
-"""Model families beside Uni-Med, one folder each."""
+"""Model families, one folder each, and what they share: parts, adapters, cards, loading."""

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from unimed.data.policy import BadRecord
-from unimed.data.records import short
+from unimed.records.files import short
+from unimed.records.policy import BadRecord
 from unimed.records.record import QA, Annotation, BoxOf, ImageRef, Record, Report, wrong
 
 IMAGE, REF, BBOX = "<image>", "<ref-object>", "<bbox>"

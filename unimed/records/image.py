@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from unimed.data.example import View
-from unimed.data.images import Opened, open_view
-from unimed.data.policy import BadRecord
-from unimed.data.records import whole_image
 from unimed.errors import UserError
 from unimed.io import inside, sha256
 from unimed.records.box import Placement
+from unimed.records.example import View
+from unimed.records.files import whole_image
+from unimed.records.pixels import Opened, open_view
+from unimed.records.policy import BadRecord
 from unimed.records.record import ImageRef, split_root
 
 __all__ = ["Images", "Opened", "Seen", "open_image"]

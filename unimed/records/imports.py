@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unimed.data.policy import BadRecord, Rules, Tally
-from unimed.data.records import parse_json, read_json, read_lines, short
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.convert import FORMS
+from unimed.records.files import parse_json, read_json, read_lines, short
 from unimed.records.image import Images
+from unimed.records.policy import BadRecord, Rules, Tally
 from unimed.records.record import QA, SPLITS, Annotation, ImageRef, Record, Report, split_root
 from unimed.tasks import TASKS
 

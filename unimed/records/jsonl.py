@@ -17,8 +17,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unimed import io
-from unimed.data.policy import BadRecord, Tally
-from unimed.data.records import read_lines, read_text
+from unimed.records.files import read_lines, read_text
+from unimed.records.policy import BadRecord, Tally
 from unimed.records.record import SPLITS, Record, Text, parse, wrong
 
 DATASET_FILE = "dataset.json"

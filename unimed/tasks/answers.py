@@ -13,23 +13,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from unimed.data.example import Example
 from unimed.records import box as boxes
+from unimed.records.example import Example
 from unimed.tasks.normalise import strict
+from unimed.tasks.reading import CHATTY, EMPTY, INVERTED, OFF_LIST, UNPARSABLE, Reading
 from unimed.tasks.task import task_of
 
-EMPTY, UNPARSABLE, INVERTED, OFF_LIST, CHATTY = KINDS = ("empty", "unparsable", "inverted", "off_list", "chatty")
 LISTED = (EMPTY, UNPARSABLE, OFF_LIST, CHATTY)
 _JOINTS = re.compile(r"[\s,;]+|\band\b")
-
-
-@dataclass(frozen=True)
-class Reading:
-    kind: str = ""  # one of KINDS, or "" for an answer that simply is one
-    says: frozenset[str] | None = None  # the answer in the strict form, of a list those it names; None where it says no one thing
-    box: boxes.Box | None = None  # refer, 0..100: the first one found, also when it is inverted or not the only one
 
 
 def spoken(prediction: str) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.records.box import to_text
+from unimed.records.example import Example
 from unimed.tasks.task import TASKS, task_of
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unimed.data.example import Example
 from unimed.errors import UserError
-from unimed.tasks import answers
+from unimed.records.example import Example
+from unimed.tasks import answers, reading
 from unimed.tasks.metrics.released import mean
 from unimed.tasks.task import Task
 
@@ -77,12 +77,12 @@ def error(example: Example, prediction: str) -> float | None:
     return min(abs(given - wanted) / abs(wanted), 1.0) if wanted else float(given != 0)
 
 
-def read(example: Example, text: str) -> answers.Reading:
+def read(example: Example, text: str) -> reading.Reading:
     if value(text) is None:
-        return answers.Reading(answers.UNPARSABLE)
+        return reading.Reading(reading.UNPARSABLE)
     number = _NUMBER.search(text)
     alone = number is not None and not text[: number.start()].strip()
-    return answers.Reading("" if alone else answers.CHATTY, frozenset([answers.strict(text)]))
+    return reading.Reading("" if alone else reading.CHATTY, frozenset([answers.strict(text)]))
 
 
 def is_right(example: Example, prediction: str) -> bool:
@@ -107,7 +107,7 @@ TASK = Task(
     about="measured quantity of the image",
     wordings={"": ("{}",)},
     read=read,
-    kinds=(answers.EMPTY, answers.UNPARSABLE, answers.CHATTY),
+    kinds=(reading.EMPTY, reading.UNPARSABLE, reading.CHATTY),
     score=score,
     is_right=is_right,
     majority=median,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
-from unimed.tasks import answers, overlap
+from unimed.records.example import Example
+from unimed.tasks import answers, overlap, reading
 from unimed.tasks.baselines import most_frequent
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
@@ -40,7 +40,7 @@ TASK = Task(
     },
     asks="nothing",
     read=answers.read_whole,
-    kinds=(answers.EMPTY,),
+    kinds=(reading.EMPTY,),
     score=score,
     is_right=answers.is_it,
     majority=most_frequent,

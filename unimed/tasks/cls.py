@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
+from unimed.records.example import Example
 from unimed.tasks import answers
 from unimed.tasks.baselines import most_frequent
 from unimed.tasks.metrics import released, standard, strictly

@@ -6,8 +6,8 @@ accuracy   all of them and no other
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
-from unimed.tasks import answers
+from unimed.records.example import Example
+from unimed.tasks import answers, reading
 from unimed.tasks.baselines import most_frequent
 from unimed.tasks.cls import listed
 from unimed.tasks.metrics import standard
@@ -27,7 +27,7 @@ def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | 
     return {"f1": mean(shares)} | standard.accuracy(predictions, examples)
 
 
-def read(example: Example, text: str) -> answers.Reading:
+def read(example: Example, text: str) -> reading.Reading:
     """Several findings are an answer here, also where one is wanted."""
     return answers.read_text(example, text, several=True)
 
@@ -39,7 +39,7 @@ TASK = Task(
     asks="classes",
     listed=listed,
     read=read,
-    kinds=(answers.EMPTY, answers.OFF_LIST, answers.CHATTY),
+    kinds=(reading.EMPTY, reading.OFF_LIST, reading.CHATTY),
     score=score,
     is_right=answers.is_it,
     majority=most_frequent,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
-from unimed.tasks import answers
+from unimed.records.example import Example
+from unimed.tasks import answers, reading
 from unimed.tasks.baselines import most_frequent
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
@@ -24,7 +24,7 @@ TASK = Task(
     },
     box="question",
     read=answers.read_text,
-    kinds=(answers.EMPTY, answers.CHATTY),
+    kinds=(reading.EMPTY, reading.CHATTY),
     score=score,
     is_right=answers.is_it,
     majority=most_frequent,

@@ -6,9 +6,9 @@ Marks in a question are quoted (`unimed.literal`): "<image>" in a question is te
 
 import random
 
-from unimed.data.example import Example
-from unimed.data.text import clean
 from unimed.literal import literal
+from unimed.records.example import Example
+from unimed.records.text import clean
 from unimed.tasks.task import task_of
 
 IMAGE = "<Img><ImageHere></Img>"

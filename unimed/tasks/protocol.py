@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from unimed.data.text import MAX_WORDS
+from unimed.records.text import MAX_WORDS
 from unimed.tasks.task import TASKS, Task
 
 ProtocolName = Literal["released", "standard"]

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
 from unimed.errors import UserError
 from unimed.records import box as boxes
-from unimed.tasks import answers
+from unimed.records.example import Example
+from unimed.tasks import answers, reading
 from unimed.tasks.baselines import mean_box
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
@@ -41,7 +41,7 @@ TASK = Task(
     },
     box="answer",
     read=answers.read_box,
-    kinds=(answers.EMPTY, answers.UNPARSABLE, answers.INVERTED, answers.CHATTY),
+    kinds=(reading.EMPTY, reading.UNPARSABLE, reading.INVERTED, reading.CHATTY),
     score=score,
     is_right=is_right,
     majority=mean_box,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from unimed.data.example import Example
+from unimed.records.example import Example
 from unimed.tasks import answers, cls
 from unimed.tasks.metrics import standard
 from unimed.tasks.metrics.released import mean

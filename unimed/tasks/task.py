@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from unimed.errors import UserError
 
 if TYPE_CHECKING:
-    from unimed.data.example import Example
-    from unimed.tasks.answers import Reading
+    from unimed.records.example import Example
+    from unimed.tasks.reading import Reading
 
 TASKS: dict[str, Task] = {}
 
@@ -30,7 +30,7 @@ class Task:
 
     wordings: the training pool by the layout of the data, "" for any other; {} is the question. The first one is the evaluation form.
     read: what a text says that is not empty. listed: the answers to choose from, as far as the example tells. kinds: the kinds of
-    `answers.Reading` that its answers can have. score: every metric, released and `_strict` names; coco as in `metrics.score`. is_right:
+    `reading.Reading` that its answers can have. score: every metric, released and `_strict` names; coco as in `metrics.score`. is_right:
     whether one answer is right, strictly. majority: the answer that fits most of these examples. headline: the metric of the table, strict:
     the one beside it, nature: what a reader must know of either.
     box: the field of an example that holds the text of its box. asks: what a caller must give as the question; "classes" is the question

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unimed.data.example import Example
 from unimed.records import box as boxes
+from unimed.records.example import Example
 from unimed.tasks.task import task_of
 from unimed.train.config import Augment
 

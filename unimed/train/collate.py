@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unimed.data.example import Example
-from unimed.data.images import load_image
+from unimed.records.example import Example
+from unimed.records.pixels import load_image
 from unimed.tasks import TASKS, prompts
 from unimed.train.augment import augment
 from unimed.train.config import Augment

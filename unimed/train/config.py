@@ -16,7 +16,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unimed.data.load import SPLIT
+from unimed.datasets.load import SPLIT
 from unimed.errors import UserError
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import ProtocolName

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from unimed import io
-from unimed.data.example import Example, digest
-from unimed.data.load import load_examples, load_set
-from unimed.data.policy import Rules
+from unimed.datasets.load import load_examples, load_set
 from unimed.errors import NoExamples, UserError
+from unimed.records.example import Example, digest
+from unimed.records.policy import Rules
 from unimed.tasks import RELEASED_TASKS, TASKS, prompts
 from unimed.train import config as recipes
 from unimed.train import machine
@@ -57,12 +57,12 @@ def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
         connector["tasks"] = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
     model: Any
     if recipe.language.kind == "smollm2":
-        from unimed.model.build import build_smollm2
+        from unimed.models.build import build_smollm2
 
         source = recipe.language.archive or None
         model, processor = build_smollm2(source, None, connector=connector, seed=recipe.train.seed, **_vision(recipe))
     else:
-        from unimed.model.build import build_tiny
+        from unimed.models.build import build_tiny
 
         language = recipe.language
         model, processor = build_tiny(
@@ -81,7 +81,7 @@ def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
         model.config.freeze_vision = True
         model.vision_tower.requires_grad_(False)
     if recipe.lora.enabled:
-        from unimed.model.lora import add_lora
+        from unimed.models.adapter import add_lora
 
         model = add_lora(model, r=recipe.lora.r, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout)
     return model, processor
@@ -233,7 +233,7 @@ def load_model(run: Path, device: str = "auto", verify: bool = False) -> tuple[A
         raise UserError(f"{folder}: no {io.MANIFEST}, so there is nothing to verify the model by")
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
-    from unimed.model.load import load, pick_device
+    from unimed.models.load import load, pick_device
 
     place = pick_device(device)
     home = run.parent if run.name == MODEL_FOLDER or run.name.startswith("checkpoint-") else run

@@ -18,10 +18,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from unimed import io
-from unimed.analysis.router import RouterHistory
 from unimed.errors import UserError
-from unimed.model.lora import UniMedPeftModel
-from unimed.model.processing import UniMedProcessor
+from unimed.models.adapter import UniMedPeftModel
+from unimed.models.unimed.processing import UniMedProcessor
+from unimed.report.router import RouterHistory
 from unimed.tasks import TASKS
 from unimed.train import processes, schedule
 from unimed.train.collate import Collator, TrainingSet

@@ -12,8 +12,8 @@ unparsable, inverted, off the list or chatty, as far as the task can have them (
 from collections import Counter
 from collections.abc import Sequence
 
-from unimed.data.example import Example
 from unimed.errors import UserError
+from unimed.records.example import Example
 from unimed.tasks import answers
 from unimed.tasks.task import TASKS, task_of
 

@@ -15,8 +15,8 @@ The normalisation drops articles and maps "none" to 0, so that "A" is empty text
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
 from unimed.records import box as boxes
+from unimed.records.example import Example
 from unimed.tasks import overlap
 from unimed.tasks.answers import spoken
 from unimed.tasks.normalise import normalise

@@ -12,12 +12,13 @@ caption   rouge1, rouge2, rougeL, f1 on text with all its words; an empty answer
 
 from collections.abc import Sequence
 
-from unimed.data.example import Example
 from unimed.records import box as boxes
+from unimed.records.example import Example
 from unimed.tasks import overlap
-from unimed.tasks.answers import INVERTED, UNPARSABLE, is_it, read, says_it, spoken
+from unimed.tasks.answers import is_it, read, says_it, spoken
 from unimed.tasks.metrics.released import Pairs, bleu, box_overlap, mean
 from unimed.tasks.normalise import strict
+from unimed.tasks.reading import INVERTED, UNPARSABLE
 
 
 def words(pairs: Pairs) -> dict[str, float]:

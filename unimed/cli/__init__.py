@@ -1,0 +1,1 @@
+"""The `unimed` command: one file for each group of commands."""

@@ -1,0 +1,115 @@
+"""The commands of `unimed data`; `app.py` registers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from unimed import NOTICE
+
+Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record")]
+Folder = Annotated[Path, typer.Argument(help="a folder of records: dataset.json, records-*.jsonl")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="write the numbers and findings here, too")]
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def import_(
+    form: Annotated[str, typer.Argument(help="llava, swift or messages")],
+    file: Annotated[Path, typer.Argument(help="the rows: a JSON list, or JSON lines")],
+    images: Annotated[Path, typer.Option(help="the folder that image paths are relative to")],
+    out: Annotated[Path, typer.Option(help="the new folder of records")],
+    name: Annotated[str, typer.Option(help="of the data set; by default the new folder's")] = "",
+    task: Annotated[str, typer.Option(help="of the questions: vqa, caption, cls, or qa for text only")] = "",
+    patient: Annotated[str, typer.Option(help="the field of a row that names the patient")] = "",
+    val: Annotated[float, typer.Option(help="share for validation")] = 0.1,
+    test: Annotated[float, typer.Option(help="share for test")] = 0.1,
+    seed: Annotated[int, typer.Option(help="of the splits")] = 0,
+    strict: Strict = False,
+) -> None:
+    """Make a folder of records from rows of LLaVA, ms-swift or chat messages.
+
+    Patients, and rows that show one image file, stay in one split. The images stay where they are.
+
+    Examples:
+
+      [cyan]unimed data import llava data.json --images imgs --out mine[/]
+
+      [cyan]unimed data import swift boxes.jsonl --images imgs --out mine --patient subject_id[/]
+    """
+    from unimed.records.imports import import_rows
+
+    done = import_rows(form, file, images, out, name, task, patient, val, test, seed, strict)
+    console = _console()
+    if done.left_out:
+        console.print(done.left_out, style="yellow", markup=False)
+    made = ", ".join(f"{count:,} {kind}" for kind, count in done.annotations.items())
+    console.print(f"{sum(done.records.values()):,} records with {made}", markup=False)
+    shares = ", ".join(f"{split} {count:,}" for split, count in done.records.items())
+    console.print(f"splits by {done.grouped_by} ({done.groups:,} groups, seed {seed}): {shares}", markup=False)
+    console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}", markup=False)
+
+
+def validate(path: Folder, json: JsonFile = None, strict: Strict = False) -> None:
+    """Check a folder of records: leakage between splits, images, boxes, answers. Exit code 1 with findings.
+
+    Example: [cyan]unimed data validate mine[/]
+    """
+    checked = _check(path, strict, json, images=True)
+    console = _console()
+    for kind, one in checked.findings.items():
+        console.print(f"{one.count:,} {kind} (first: {one.first})", style="yellow", markup=False)
+    if checked.findings:
+        console.print(f"{path}: {'stopped at the first finding' if checked.stopped else f'{len(checked.findings)} kinds of findings'}")
+        raise typer.Exit(1)
+    console.print(f"{path}: no findings · {NOTICE}", markup=False)
+
+
+def stats(path: Folder, json: JsonFile = None, strict: Strict = False) -> None:
+    """Count what is in a folder of records, by split. No image is opened.
+
+    Example: [cyan]unimed data stats mine[/]
+    """
+    checked = _check(path, False, json, images=False)
+    bad = {kind: one for kind, one in checked.findings.items() if kind.startswith("lines ")}
+    for kind, one in bad.items():
+        _console().print(f"{one.count:,} {kind} (first: {one.first})", style="yellow", markup=False)
+    if strict and bad:
+        raise typer.Exit(1)
+
+
+def _check(path: Path, strict: bool, json: Path | None, images: bool) -> Any:
+    from rich.table import Table
+
+    from unimed import io
+    from unimed.datasets.validate import check
+
+    checked = check(path, strict, images)
+    if json is not None:
+        io.write_json(json, checked.as_json())
+    console = Console()
+    table = Table(title=f"{checked.name}: {path}", title_justify="left")
+    table.add_column("")
+    for split in checked.records:
+        table.add_column(split, justify="right")
+    kinds = sorted({kind for by_kind in checked.annotations.values() for kind in by_kind})
+    rows: list[tuple[str, dict[str, int]]] = [("records", checked.records), ("patients", checked.patients), ("images", checked.images)]
+    rows += [(kind, {split: by_kind.get(kind, 0) for split, by_kind in checked.annotations.items()}) for kind in kinds]
+    for title, values in rows:
+        table.add_row(title, *(f"{value:,}" for value in values.values()))
+    console.print(table)
+    for kind, shares in checked.words.items():
+        listed = ", ".join(f"{share} {words}" for share, words in shares.items())
+        _console().print(f"words of each {kind}: {listed}", style="dim")
+    licences = ", ".join(f"{licence} ({count:,} records)" for licence, count in checked.licences.items())
+    _console().print(f"licences: {licences or 'none'}", style="dim", markup=False)
+    return checked
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"import": import_, "validate": validate, "stats": stats}

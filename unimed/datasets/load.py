@@ -1,0 +1,142 @@
+"""One way in: find the datasets under a folder by their layouts and read a split of them."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from unimed.datasets import medmnist, reports, slake, textqa
+from unimed.datasets import records as record_examples
+from unimed.errors import NoExamples, UserError
+from unimed.records import jsonl
+from unimed.records.example import Example
+from unimed.records.policy import Rules, Tally, log
+from unimed.tasks import RELEASED_TASKS, TASKS
+
+SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
+
+
+class Layout(NamedTuple):
+    """A form of data sets.
+
+    certain: the files that `matches` looks for are of no other form, so a folder without one good record is an error.
+    names: what the data sets of a folder are called, where that is not the layout's name.
+    """
+
+    name: str
+    description: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Tally], list[Example]]
+    certain: bool = True
+    names: Callable[[Path], list[str]] | None = None
+
+
+LAYOUTS = (
+    Layout(
+        "records", "records (dataset.json, records-*.jsonl)", jsonl.is_records, record_examples.read_examples, names=record_examples.names
+    ),
+    Layout("slake", "SLAKE (imgs/, train.json or train.txt)", slake.is_slake, slake.read_slake),
+    Layout("sa-med2d", "SA-Med2D (regions_small_*/, images_small_*/)", slake.is_sa_med2d, slake.read_sa_med2d),
+    Layout("path-vqa", "Path-VQA (<split>_vqa.json or .pkl, images/)", slake.is_path_vqa, slake.read_path_vqa),
+    Layout("medmnist", "MedMNIST (*.npz)", medmnist.is_medmnist, medmnist.read_medmnist, False, medmnist.archives),
+    Layout("reports", "reports (annotation.json, images/ or files/)", reports.is_annotated, reports.read_annotated),
+    Layout("medpix", "MedPix (MedPix_single_<split>.csv)", reports.is_medpix, reports.read_medpix),
+    Layout("medqa", "MedQA (questions/US/*.jsonl)", textqa.is_medqa, textqa.read_medqa),
+    Layout("pubmedqa", "PubMedQA (ori_pqal.json or <split>_set.json)", textqa.is_pubmedqa, textqa.read_pubmedqa),
+)
+
+
+def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Example]:
+    """All examples of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
+
+    split: "train", "slab" or "subject"; for released datasets also "val" (= slab), "test" (= subject) and any other that the data has.
+    rules: what becomes of bad records, which languages and which texts are read. A data set is named by its layout; where several folders
+    have one layout, each of them by its folder.
+    """
+    root = Path(root)
+    unknown = sorted(set(tasks or ()) - set(TASKS))
+    if unknown:
+        raise UserError(f"unknown task {unknown[0]!r}: expected one of {', '.join(TASKS)}")
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    found = [(layout, folder) for folder in folders for layout in LAYOUTS if layout.matches(folder)]
+    if not found and split in SPLITS:
+        known = "; ".join(layout.description for layout in LAYOUTS)
+        raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
+    names = _names(found)
+    tallies = []
+    examples: list[Example] = []
+    for (layout, folder), name in zip(found, names, strict=True) if SPLIT.fullmatch(split) else ():
+        tally = Tally(name or layout.name, folder, SPLITS.get(split, split), rules or Rules(), name)
+        read = layout.read(tally)
+        if layout.certain:
+            tally.close(len(read))
+        tallies.append(tally)
+        examples += read
+    if split not in SPLITS and not examples:
+        raise NoExamples(f"split {split!r}: expected one of {', '.join(SPLITS)}, or another that the data at {root} has")
+    for tally in tallies:
+        if examples:
+            tally.tell()
+        else:
+            tally.close(0)
+    return _of_tasks(_one_of_each_id(examples), tasks)
+
+
+def load_set(
+    name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None
+) -> list[Example]:
+    """All examples of a split of the one data set in the folder ``root``, whose layout is known and whose examples carry ``name``."""
+    by_name = {one.name: one for one in LAYOUTS}
+    if layout not in by_name:
+        raise UserError(f"data.sets.{name}.layout={layout!r}: no such layout; known are {', '.join(by_name)}")
+    if not root.is_dir():
+        raise UserError(f"data.sets.{name}.root={root}: no such folder")
+    if not by_name[layout].matches(root):
+        raise UserError(f"data.sets.{name}.root={root}: not a folder of the layout {by_name[layout].description}")
+    tally = Tally(name, root, SPLITS.get(split, split), rules or Rules(), name)
+    examples = by_name[layout].read(tally)
+    tally.close(len(examples))
+    return _of_tasks(_one_of_each_id(examples), tasks)
+
+
+def _names(found: Sequence[tuple[Layout, Path]]) -> list[str]:
+    """The folder's name where another folder has a data set of the same name; else "", for the layout's own."""
+    own = [layout.names(folder) if layout.names else [layout.name] for layout, folder in found]
+    often = Counter(name for names in own for name in names)
+    taken = {name for name, count in often.items() if count == 1}
+    given = []
+    for (layout, folder), names in zip(found, own, strict=True):
+        name = ""
+        if any(often[one] > 1 for one in names):
+            name = folder.resolve().name
+            while name in taken:
+                name = f"{name}-{layout.name}"
+            if not layout.names:  # else it is set before each of the names
+                taken.add(name)
+        given.append(name)
+    return given
+
+
+def _of_tasks(examples: list[Example], tasks: Sequence[str] | None) -> list[Example]:
+    """Those of the tasks. A line counts the others whose task no recipe takes by itself."""
+    if tasks is None:
+        return examples
+    unnamed = Counter(example.task for example in examples if example.task not in (*tasks, *RELEASED_TASKS))
+    if unnamed:
+        log.warning("data.tasks does not name %s", ", ".join(f"{task} ({count:,} examples)" for task, count in unnamed.items()))
+    return [example for example in examples if example.task in tasks]
+
+
+def _one_of_each_id(examples: list[Example]) -> list[Example]:
+    """The examples, with a number behind an id that came before."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for example in examples:
+        seen[example.id] += 1
+        unique.append(example if seen[example.id] == 1 else replace(example, id=f"{example.id}#{seen[example.id]}"))
+    return unique

@@ -1,0 +1,177 @@
+"""Read saved models strictly, and the released project's checkpoints."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.utils import logging
+
+from cmoe_kernels import CMoEConfig
+from cmoe_kernels.nn.convert import from_unimed
+from unimed.errors import UserError
+from unimed.models.adapter import UniMedPeftModel, load_adapter, require_same_keys
+from unimed.models.unimed.configuration import UniMedConfig
+from unimed.models.unimed.modeling import UniMedForConditionalGeneration
+from unimed.models.unimed.processing import UniMedProcessor
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    search: Iterable[str | os.PathLike] = (),
+) -> tuple[Any, UniMedProcessor]:
+    """The model and processor saved in a folder; safetensors only, nothing fetched, every key and shape must fit.
+
+    A folder with an adapter gives a model with LoRA on `base` (default: the base that the adapter names, relative to the adapter; if it
+    is not there, a folder of that name in one of the folders `search`).
+    """
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        where = Path(base) if base is not None else _base(folder, search)
+        model = _model(where, dtype)
+        return load_adapter(model, folder, trainable), _processor(folder if _has_processor(folder) else where, model.config)
+    model = _model(folder, dtype)
+    return model, _processor(folder, model.config)
+
+
+def _base(folder: Path, search: Iterable[str | os.PathLike]) -> Path:
+    """The folder of the base model that an adapter names."""
+    name = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: the adapter names no base model, give its folder as base")
+    places = [folder / name, Path(name), *(Path(place) / Path(name).name for place in search)]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is None:
+        tried = " or ".join(dict.fromkeys(map(str, places)))
+        raise UserError(f"{folder}: the adapter's base model is not at {tried}; give its folder as base")
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` stands for: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1"."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UserError(f"device {name!r}: it must be auto, cpu, cuda, or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: PyTorch finds no GPU here; use cpu or auto")
+    if match[1] and int(match[1]) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    return torch.device(name)
+
+
+def _model(folder: Path, dtype: torch.dtype | None) -> UniMedForConditionalGeneration:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, it must be a folder written by save_pretrained")
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != UniMedConfig.model_type:
+        raise UserError(f"{folder}: config.json is of a {kind!r} model, it must be {UniMedConfig.model_type!r}")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report below says it in one line
+    load_with_report: Any = UniMedForConditionalGeneration.from_pretrained
+    try:
+        model, info = load_with_report(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: the model cannot be read: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in info["mismatched_keys"]}
+    saved = dict.fromkeys(info["unexpected_keys"], ()) | {key: shape[0] for key, shape in shapes.items()}
+    wanted = dict.fromkeys(info["missing_keys"], ()) | {key: shape[1] for key, shape in shapes.items()}
+    require_same_keys(str(folder), saved, wanted)
+    return model
+
+
+def _has_processor(folder: Path) -> bool:
+    return (folder / "processor_config.json").is_file()
+
+
+def _processor(folder: Path, config: UniMedConfig) -> UniMedProcessor:
+    if not _has_processor(folder):
+        raise UserError(f"{folder}: no processor_config.json, save the processor beside the model")
+    try:
+        processor = UniMedProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: the processor cannot be read: {str(error).splitlines()[0]}") from error
+    if processor.num_image_tokens != config.num_image_tokens or tuple(processor.tasks) != config.tasks:
+        raise UserError(
+            f"{folder}: the processor makes {processor.num_image_tokens} image tokens for tasks {', '.join(processor.tasks)}, "
+            f"the model takes {config.num_image_tokens} for {', '.join(config.tasks)}"
+        )
+    if len(processor.tokenizer) > config.text_config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {len(processor.tokenizer)} tokens, the model has {config.text_config.vocab_size}")
+    return processor
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: it must hold a JSON object")
+    return content
+
+
+class Released(NamedTuple):
+    """The trained part of a released checkpoint, in our names."""
+
+    connector_config: CMoEConfig
+    connector: dict[str, Tensor]
+    lora: dict[str, Tensor]
+
+
+RELEASED_LORA = re.compile(r"llm_model\.base_model\.model\.(model\.layers\.\d+\..+\.lora_[AB])\.default\.weight")
+
+
+def import_released(path: str | os.PathLike, **settings: Any) -> Released:
+    """Read a checkpoint of the released project: tensors only, nothing in the file is executed.
+
+    `settings` (router, router_inputs, resample, ...) name what the shapes cannot show; see `cmoe_kernels.nn.convert.from_unimed`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a checkpoint of plain tensors: {str(error).splitlines()[0]}") from error
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: it must hold a dictionary whose 'model' entry maps names to tensors")
+    try:
+        config, connector = from_unimed(state, **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    lora = {f"base_model.model.language_model.{m[1]}.weight": value for key, value in state.items() if (m := RELEASED_LORA.fullmatch(key))}
+    return Released(config, connector, lora)
+
+
+def apply_released(model: UniMedPeftModel, released: Released) -> None:
+    """Put a released checkpoint's connector and LoRA into a model with LoRA of the same sizes."""
+    saved = {f"base_model.model.connector.{key}": value for key, value in released.connector.items()} | released.lora
+    wanted = {key: value for key, value in _trained(model).items() if "vision_tower" not in key}
+    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (saved, wanted)]
+    require_same_keys("released checkpoint", *shapes)
+    with torch.no_grad():
+        for key, value in saved.items():
+            wanted[key].copy_(value)
+
+
+def _trained(model: UniMedPeftModel) -> dict[str, Tensor]:
+    """The adapter's own tensors under the names that its file has."""
+    names: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            names[name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")] = parameter
+    return names

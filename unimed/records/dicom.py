@@ -1,0 +1,692 @@
+"""DICOM frames: from stored values to the picture that their file describes (PS3.3), for one frame at a time.
+
+    grey    stored -> modality LUT or rescale -> window or VOI LUT -> presentation LUT, inversion -> shutter -> turned -> square pixels
+    colour  stored -> palette or RGB -> ICC profile                                              -> shutter -> turned -> square pixels
+
+An attribute that changes the picture is applied, or the file is refused by one line. docs/unimed/images.md says which is which.
+pydicom decodes the pixels and applies the tables. Some of its table functions wrap round or fail on tables that PS3.3 allows; here every
+table first gets the form on which they are right (`_table`), and values are cut to the table's range.
+"""
+
+import importlib.util
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pydicom
+from PIL import Image, ImageDraw
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.multival import MultiValue
+from pydicom.pixels import (
+    apply_color_lut,
+    apply_icc_profile,
+    apply_modality_lut,
+    apply_presentation_lut,
+    apply_voi,
+    apply_windowing,
+    get_decoder,
+)
+
+from unimed.errors import UserError
+from unimed.records.box import AS_STORED, Placement, stretched, turned
+from unimed.records.greys import PROJECTIONS, finite, grey_range, window
+
+MAX_PIXELS = 178_956_970  # of a frame; Pillow's own limit for the other formats
+MAX_BYTES = 4 << 30  # of a file, a volume or an archive, unpacked
+SUFFIXES = (".dcm", ".dicom", ".ima")
+EXTRA = "pip install 'cmoe-kernels[dicom]'"
+_JPEG2000 = (*uid.JPEG2000TransferSyntaxes, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+_EXTRA_SYNTAXES = (*uid.JPEGLSTransferSyntaxes, *_JPEG2000)
+_JP2 = b"\x00\x00\x00\x0cjP  "  # how a JPEG 2000 file starts, where a frame is one in place of a bare codestream
+_OTHER_CODECS = {uid.JPEGExtended12Bit: "pylibjpeg pylibjpeg-libjpeg"}  # GPL; for JPEG lossless python-gdcm serves
+_MEASURED = ("CT", "MR", "NM", "PT", *PROJECTIONS)  # their values are measurements also where they have eight bits
+_NOT_PICTURES = {"RTDOSE": "a dose distribution", "REG": "a registration", "RTPLAN": "a treatment plan"}
+# Functional groups of multi-frame files whose attributes stand for those of the same name in single-frame files.
+_GROUPS = (
+    *("PixelValueTransformationSequence", "FrameVOILUTSequence", "FrameDisplayShutterSequence", "PixelMeasuresSequence"),
+    *("PlanePositionSequence", "PlaneOrientationSequence", "FramePixelDataPropertiesSequence"),
+    *("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence"),
+)
+
+
+class Header:
+    """The attributes of one frame: its own functional groups first, then the shared ones, then the file. Empty counts as absent."""
+
+    def __init__(self, *datasets: Dataset):
+        self._datasets = datasets
+
+    def get(self, keyword: str, default: Any = None) -> Any:
+        for dataset in self._datasets:
+            value = dataset.get(keyword)
+            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+                return value
+        return default
+
+    def text(self, keyword: str, default: str = "") -> str:
+        return str(_first(self.get(keyword, default))).strip().upper()
+
+    def numbers(self, keyword: str, count: int | None = None) -> tuple[float, ...] | None:
+        """Finite numbers, or None where the attribute is absent."""
+        value = self.get(keyword)
+        if value is None:
+            return None
+        values = tuple(float(v) for v in _list(value))
+        if not np.isfinite(values).all() or (count is not None and len(values) != count):
+            raise ValueError(f"{keyword} is {value}, expected {count or 'finite'} number{'s' if count != 1 else ''}")
+        return values
+
+    def has(self, keyword: str) -> bool:
+        """Whether the attribute is there, empty or not."""
+        return any(keyword in dataset for dataset in self._datasets)
+
+    def number(self, keyword: str, default: float) -> float:
+        values = self.numbers(keyword)
+        return default if values is None else values[0]
+
+
+@dataclass(frozen=True)
+class Voi:
+    """The window, sigmoid or table by which a file shows its values: values in, grey 0 to 255 out."""
+
+    kind: str  # LINEAR, LINEAR_EXACT, SIGMOID or LUT
+    key: tuple[float, ...]  # centre and width, or the table's first value and entries
+    label: str = ""
+    top: float = 255.0
+    rules: Dataset = field(default_factory=Dataset, compare=False, repr=False)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        if self.kind == "LUT":
+            first = self.key[0]
+            index = np.rint(np.clip(np.nan_to_num(values, nan=first), first, first + len(self.key) - 2)).astype(np.int64)
+            grey = apply_voi(index, self.rules) * (255 / self.top)
+        else:
+            with np.errstate(over="ignore"):
+                grey = apply_windowing(values, self.rules)
+        return np.rint(np.nan_to_num(np.clip(grey, 0, 255))).astype(np.uint8)
+
+    def shows(self, values: np.ndarray) -> bool:
+        """False where all values would look the same: the window lies beside them."""
+        values = finite(values)
+        return bool(values.size) and len(np.unique(self(np.array([values.min(), values.max()])))) > 1
+
+    def __str__(self) -> str:
+        if self.kind == "LUT":
+            return f"VOI LUT of the file{self.label}"
+        centre, width = self.key
+        if self.kind == "SIGMOID":
+            return f"sigmoid of the file, centre {centre:g}, width {width:g}{self.label}"
+        if self.kind == "LINEAR":
+            centre, width = centre - 0.5, width - 1
+        return f"window {centre - width / 2:g} to {centre + width / 2:g} of the file{self.label}"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One decoded frame.
+
+    values: grey in the file's unit, float32 with NaN where nothing was imaged, or colour uint8 [H, W, 3].
+    visible: the shutter's opening, None without one; level: the shutter's grey. bits: of stored grey that is shown as stored, else 0.
+    """
+
+    name: str
+    header: Header
+    values: np.ndarray
+    modality: str = ""
+    voi: Voi | None = None
+    inverted: bool = False
+    presentation: np.ndarray | None = None
+    visible: np.ndarray | None = None
+    level: int = 0
+    bits: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def _list(value: Any) -> list[Any]:
+    """The values of an attribute that may have one or several."""
+    return list(value) if isinstance(value, list | tuple | MultiValue) else [value]
+
+
+def _first(value: Any) -> Any:
+    return _list(value)[0]
+
+
+def short(error: Exception, most: int = 160) -> str:
+    """An error of a library as the inside of one line."""
+    text = plain(error) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def plain(text: object) -> str:
+    """Words from a file without line ends and control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one line of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(short(error, 400)) from error  # it may quote the header
+    except Exception as error:  # pydicom and its decoders raise many kinds
+        raise UserError(f"{name}: not a readable DICOM image ({short(error)})") from error
+
+
+def is_dicom(data: bytes) -> bool:
+    """By content: the DICM prefix, or a first element of group 0002 or 0008 where a file has no preamble."""
+    little = data[:2] in (b"\x02\x00", b"\x08\x00") and data[3:4] == b"\x00"
+    big = data[:3] in (b"\x00\x02\x00", b"\x00\x08\x00")
+    return data[128:132] == b"DICM" or (len(data) > 8 and (little or big))
+
+
+def parse(name: str, data: bytes) -> Dataset:
+    """The header and the pixels, still encoded. Files without a preamble and without a transfer syntax are read as what they look like."""
+    with readable(name):
+        if not is_dicom(data):
+            raise ValueError("it starts with neither the DICM prefix nor a header")
+        _check_deflated(name, data)
+        made = pydicom.dcmread(io.BytesIO(data), force=True)
+        if "TransferSyntaxUID" not in made.file_meta:
+            if "PixelData" in made and made["PixelData"].is_undefined_length:
+                raise UserError(f"{name}: compressed pixels, but no TransferSyntaxUID that says how")
+            implicit, little = made.original_encoding
+            made.file_meta = made.file_meta or FileMetaDataset()
+            made.file_meta.TransferSyntaxUID = (
+                uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+            )
+        return made
+
+
+def _check_deflated(name: str, data: bytes) -> None:
+    """Refuse a deflated file that inflates to more than MAX_BYTES, before pydicom inflates it."""
+    if data[128:138] == b"DICM\x02\x00\x00\x00UL" and str(uid.DeflatedExplicitVRLittleEndian).encode() in data[:1024]:
+        start = 144 + int.from_bytes(data[140:144], "little")
+        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_BYTES + 1)) > MAX_BYTES:
+            raise UserError(f"{name}: inflates to more than {MAX_BYTES >> 30} GiB")
+
+
+def has_pixels(source: Dataset) -> bool:
+    return any(keyword in source for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
+
+
+def check_picture(name: str, source: Dataset) -> None:
+    """Refuse what holds no picture."""
+    with readable(name):
+        kind = uid.UID(str(source.get("SOPClassUID") or source.file_meta.get("MediaStorageSOPClassUID") or "")).name
+        modality = str(source.get("Modality") or "")
+        if "DirectoryRecordSequence" in source or kind == "Media Storage Directory Storage":
+            raise UserError(f"{name}: a DICOMDIR is an index of files; give one of them, or the folder of one series")
+        if kind == "RT Dose Storage":
+            modality = "RTDOSE"
+        if modality in _NOT_PICTURES:
+            raise UserError(f"{name}: {modality} is {_NOT_PICTURES[modality]}, not a picture")
+        if not has_pixels(source):
+            raise UserError(f"{name}: a DICOM file without pixels ({kind or modality or 'of unknown kind'})")
+        if "TotalPixelMatrixColumns" in source and (tiles := frame_count(name, source)) > 1:
+            raise UserError(f"{name}: a whole-slide image in {tiles} tiles; export the region you want as one picture")
+
+
+def frame_count(name: str, source: Dataset) -> int:
+    with readable(name):
+        count = int(_first(source.get("NumberOfFrames") or 1) or 1)
+        if count < 1:
+            raise ValueError(f"NumberOfFrames is {count}")
+        return count
+
+
+def header_of(source: Dataset, index: int) -> Header:
+    """The attributes of frame ``index``."""
+    found = []
+    for groups, at in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
+        items = source.get(groups) or []
+        if items and at >= len(items):
+            raise ValueError(f"{groups} has {len(items)} items, none for frame {index}")
+        found += [items[at][keyword].value[0] for keyword in _GROUPS if items and items[at].get(keyword)]
+    return Header(*found, source)
+
+
+def read_frame(name: str, source: Dataset, index: int = 0) -> Frame:
+    """Frame ``index``, decoded and rescaled."""
+    with readable(name):
+        header = header_of(source, index)
+        if int(header.get("Rows", 0)) * int(header.get("Columns", 0)) > MAX_PIXELS:
+            raise UserError(f"{name}: {header.get('Columns')} x {header.get('Rows')} pixels, at most {MAX_PIXELS} are read")
+        stored, found = _decode(name, source, header, index)
+        colours = found["photometric_interpretation"]
+        bits = int(found.get("bits_stored", 0))
+        notes: list[str] = []
+        if any(element.tag.group in range(0x6000, 0x6100, 2) and element.tag.element in (0x3000, 0x0100) for element in source):
+            notes.append("overlays not drawn")
+        visible, level = _shutter(source, header, stored.shape[:2])
+        if visible is not None:
+            notes.append(f"shutter ({header.text('ShutterShape').lower()})")
+        if colours in ("MONOCHROME1", "MONOCHROME2"):
+            frame = _grey(name, source, header, stored, colours, bits, notes)
+            if visible is not None:
+                frame.values[~visible] = np.nan
+        else:
+            frame = Frame(name, header, _colour(source, header, stored, colours, bits, notes))
+        return replace(frame, visible=visible, level=level, notes=tuple(notes))
+
+
+def _decode(name: str, source: Dataset, header: Header, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Stored values of one frame and the attributes that describe them after decoding; YBR comes as RGB."""
+    syntax = source.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise UserError(f"{name}: pixels encoded as {syntax.name}, which is not a still picture that can be decoded") from None
+    allocated, high, kept = (int(header.get(keyword, 0)) for keyword in ("BitsAllocated", "HighBit", "BitsStored"))
+    shifted = header.get("HighBit") is not None and kept > 0 and high != kept - 1 and "PixelData" in source
+    if shifted and not kept - 1 < high < allocated:
+        raise ValueError(f"HighBit {high} does not fit BitsStored {kept} and BitsAllocated {allocated}")
+    shifted = shifted and (not syntax.is_encapsulated or syntax == uid.RLELossless)
+    if syntax in _JPEG2000:
+        _check_boxes(source.PixelData)
+    options: dict[str, Any] = {"bits_stored": allocated} if shifted else {}
+    try:
+        stored, found = decoder.as_array(source, index=index, **options)
+    except Exception as error:
+        if not decoder.is_available or _missing_codec(syntax):
+            helps = EXTRA if syntax in _EXTRA_SYNTAXES else f"pip install {_OTHER_CODECS.get(syntax, 'python-gdcm')}"
+            raise UserError(f"{name}: its pixels are {syntax.name}; to decode them: {helps}") from error
+        raise
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize == 8:
+        raise ValueError("64-bit integer pixels")
+    if shifted:  # the values do not end at bit 0, which pydicom takes for granted
+        stored = np.right_shift(np.left_shift(stored, allocated - 1 - high), allocated - kept)
+        found["bits_stored"] = kept
+    return stored, found
+
+
+def _check_boxes(data: bytes) -> None:
+    """Refuse JP2 boxes of no length: pydicom 3.0 would walk round them for ever."""
+    start = data.find(_JP2)
+    while start >= 0:
+        at = start + 12
+        while at < len(data) and data[at + 4 : at + 8] != b"jp2c":
+            length = int.from_bytes(data[at : at + 4], "big")
+            if length < 8:
+                raise ValueError("a JPEG 2000 box of no length")
+            at += length
+        start = data.find(_JP2, start + 1)
+
+
+def _missing_codec(syntax: uid.UID) -> bool:
+    if syntax in uid.JPEG2000TransferSyntaxes:
+        return importlib.util.find_spec("openjpeg") is None
+    return syntax == uid.JPEGExtended12Bit and importlib.util.find_spec("libjpeg") is None
+
+
+def _grey(name: str, source: Dataset, header: Header, stored: np.ndarray, colours: str, bits: int, notes: list[str]) -> Frame:
+    if header.text("PixelPresentation") in ("COLOR", "MIXED") or "EnhancedPaletteColorLookupTableSequence" in source:
+        raise UserError(f"{name}: grey with a supplemental or enhanced palette, which is not supported")
+    if "GrayLookupTableData" in source:
+        raise UserError(f"{name}: a retired grey lookup table, which is not supported")
+    padded = _padding(header, stored)
+    rescaled = _modality(source, header, stored, notes)
+    values = rescaled.astype(np.float32)
+    if padded is not None and padded.any():
+        values[padded] = np.nan
+        notes.append("padding drawn black")
+    modality = header.text("Modality")
+    hounsfield = header.has("RescaleIntercept") or header.has("ModalityLUTSequence") or finite(values).min(initial=0) < 0
+    if modality == "CT" and not (hounsfield and header.text("RescaleType", "HU") in ("HU", "HU_MOD")):
+        modality = "OT"
+        notes.append("CT values that are not in HU")
+    shape = header.text("PresentationLUTShape")
+    if shape not in ("", "IDENTITY", "INVERSE", "LIN OD"):
+        raise UserError(f"{name}: PresentationLUTShape {shape}, expected IDENTITY or INVERSE")
+    inverted = colours == "MONOCHROME1" or shape == "INVERSE"  # one inversion: for MONOCHROME1 PS3.3 wants INVERSE as well
+    if inverted:
+        notes.append(f"inverted ({colours if colours == 'MONOCHROME1' else 'PresentationLUTShape INVERSE'})")
+    if header.text("PresentationIntentType") == "FOR PROCESSING":
+        notes.append("raw detector values (FOR PROCESSING)")
+    if header.text("RecommendedViewingMode") == "SUB":
+        notes.append("without the subtraction that the file recommends")
+    if header.text("Modality") == "SEG":
+        notes.append("a mask (SEG), not an image")
+    as_stored = 0 < bits <= 8 and stored.dtype.kind == "u" and rescaled is stored and modality not in _MEASURED
+    voi, presentation = _voi(source, header, values, notes), _presentation(source, header)
+    return Frame(name, header, values, modality, voi, inverted, presentation, bits=bits if as_stored else 0)
+
+
+def _padding(header: Header, stored: np.ndarray) -> np.ndarray | None:
+    """Pixels where nothing was imaged: the padding value, or from it to the range's other end."""
+    prefix = {"f4": "Float", "f8": "DoubleFloat"}.get(stored.dtype.str[1:], "")
+    ends = [header.get(f"{prefix}PixelPadding{end}") for end in ("Value", "RangeLimit")]
+    if ends[0] is None:
+        return None
+    limits = [float(_first(end)) for end in ends if end is not None]
+    if stored.dtype.kind == "i":  # some writers give signed values as unsigned ones
+        half = 2 ** (8 * stored.dtype.itemsize - 1)
+        limits = [limit - 2 * half if limit >= half else limit for limit in limits]
+    return (stored >= min(limits)) & (stored <= max(limits))
+
+
+def _table(source: Dataset, item: Dataset, signed: bool) -> tuple[Dataset, int, int, float]:
+    """A LUT item in the form that pydicom reads rightly, its first value, its size and its greatest grey.
+
+    Entries come as words or as packed bytes, in the file's byte order; the first value may be written as unsigned. Where no entry
+    comes near the depth that the descriptor names, the depth of the entries counts (as viewers do), else the picture would be black.
+    """
+    size, first, bits = (int(v) for v in item.LUTDescriptor)
+    size, first = size % 65536 or 65536, first - 65536 if signed and first > 32767 else first
+    data = item.LUTData
+    if isinstance(data, bytes):
+        order = "<" if source.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        entries = np.frombuffer(data[: len(data) // 2 * 2], order + "u2") if len(data) >= 2 * size else np.frombuffer(data, np.uint8)
+    else:
+        entries = np.atleast_1d(np.array(data, np.int64)) & 0xFFFF
+    entries = entries[:size].astype(np.int64)
+    if len(entries) < size:
+        raise ValueError(f"a LUT with {len(entries)} of {size} entries")
+    made = Dataset()
+    made.LUTDescriptor = [size % 65536, first, 16]
+    made.add_new("LUTData", "US", entries.tolist())
+    return made, first, size, _greatest(entries, bits)
+
+
+def _greatest(entries: np.ndarray, bits: int) -> float:
+    """The value of a full grey or colour: by the depth named, or by that of the entries where they are far below or above it."""
+    most = int(entries.max())
+    named = 2 ** min(max(bits, 1), 16) - 1
+    return float(named if named / 16 < most <= named else 2 ** max(8, most.bit_length()) - 1)
+
+
+def _modality(source: Dataset, header: Header, stored: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Values in the file's unit; ``stored`` itself where the file changes nothing."""
+    rules = Dataset()
+    if header.get("ModalityLUTSequence"):
+        table, first, size, _ = _table(source, header.get("ModalityLUTSequence")[0], stored.dtype.kind == "i")
+        rules.ModalityLUTSequence = [table]
+        notes.append("modality LUT")
+        return apply_modality_lut(np.clip(stored.astype(np.int64), first, first + size - 1), rules)
+    slope, intercept = header.number("RescaleSlope", 1), header.number("RescaleIntercept", 0)
+    if slope == 0:
+        raise ValueError("RescaleSlope is 0, which makes every pixel the same")
+    if (slope, intercept) == (1, 0):
+        return stored
+    rules.add_new("RescaleSlope", "FD", slope)  # as floats: pydicom's decimal strings have 16 characters at most
+    rules.add_new("RescaleIntercept", "FD", intercept)
+    notes.append(f"rescaled by {slope:g} and {intercept:+g}")
+    return apply_modality_lut(stored, rules)
+
+
+def _voi(source: Dataset, header: Header, values: np.ndarray, notes: list[str]) -> Voi | None:
+    """The file's first VOI LUT, else its first window; None without a usable one."""
+    if header.get("VOILUTSequence"):
+        item = header.get("VOILUTSequence")[0]
+        table, first, _, top = _table(source, item, bool(finite(values).min(initial=0) < 0))
+        rules = Dataset()
+        rules.VOILUTSequence = [table]
+        return Voi("LUT", (first, *table.LUTData), _label(item.get("LUTExplanation")), top, rules)
+    try:
+        centres, widths = header.numbers("WindowCenter"), header.numbers("WindowWidth")
+    except ValueError as error:
+        notes.append(f"window ignored: {short(error)}")
+        return None
+    if centres is None or widths is None:
+        return None
+    kind = header.text("VOILUTFunction", "LINEAR")
+    if kind not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise ValueError(f"VOILUTFunction {kind}, expected LINEAR, LINEAR_EXACT or SIGMOID")
+    if widths[0] < 1 if kind == "LINEAR" else widths[0] <= 0:
+        notes.append(f"window ignored: its width is {widths[0]:g}")
+        return None
+    rules = Dataset()  # an unsigned 8-bit picture: pydicom then maps to 0..255
+    rules.PhotometricInterpretation, rules.BitsStored, rules.PixelRepresentation, rules.VOILUTFunction = "MONOCHROME2", 8, 0, kind
+    rules.add_new("WindowCenter", "FD", centres[0])
+    rules.add_new("WindowWidth", "FD", widths[0])
+    return Voi(kind, (centres[0], widths[0]), _label(header.get("WindowCenterWidthExplanation")), rules=rules)
+
+
+def _label(value: Any) -> str:
+    text = plain(_first(value or ""))
+    return f" ({text})" if text else ""
+
+
+def _presentation(source: Dataset, header: Header) -> np.ndarray | None:
+    """Grey 0..255 to grey 0..255 by the presentation LUT, None without one."""
+    if not header.get("PresentationLUTSequence"):
+        return None
+    table, _, _, top = _table(source, header.get("PresentationLUTSequence")[0], False)
+    rules = Dataset()
+    rules.PresentationLUTSequence = [table]
+    # pydicom stretches what it gets to the table's length, so it gets the whole range of grey.
+    return np.rint(np.clip(apply_presentation_lut(np.arange(256), rules) * (255 / top), 0, 255)).astype(np.uint8)
+
+
+def _colour(source: Dataset, header: Header, stored: np.ndarray, colours: str, bits: int, notes: list[str]) -> np.ndarray:
+    if colours == "PALETTE COLOR":
+        first, table = _palette(source, header, stored.dtype.kind == "i")
+        rgb = table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
+        notes.append("palette")
+    elif colours == "RGB" and stored.ndim == 3 and stored.shape[2] == 3 and stored.dtype.kind == "u":
+        rgb = stored
+        if bits != 8 or stored.dtype.itemsize != 1:
+            rgb = np.rint(np.clip(stored / (2.0**bits - 1), 0, 1) * 255).astype(np.uint8)
+    else:
+        raise ValueError(f"PhotometricInterpretation {colours} with pixels of {stored.dtype}: expected grey, RGB, YBR_FULL or a palette")
+    path = header.get("OpticalPathSequence")
+    profile = header.get("ICCProfile") or (path[0].get("ICCProfile") if path else None)
+    return with_profile(rgb, profile, notes) if profile else rgb
+
+
+def with_profile(rgb: np.ndarray, profile: bytes, notes: list[str]) -> np.ndarray:
+    """Colours (uint8 [H, W, 3]) brought from their ICC profile to sRGB."""
+    from PIL import ImageCms
+
+    try:
+        told = plain(ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))))
+        if "srgb" in told.lower():
+            return rgb
+        rules = Dataset()
+        rules.ICCProfile = profile
+        made = apply_icc_profile(rgb.copy(), rules, color_space="sRGB")
+    except Exception as error:  # a broken profile; pydicom and littleCMS raise many kinds
+        notes.append(f"ICC profile ignored ({short(error)})")
+        return rgb
+    notes.append(f"ICC profile {told}")
+    return made
+
+
+def _palette(source: Dataset, header: Header, signed: bool) -> tuple[int, np.ndarray]:
+    """First mapped value and colours uint8 [entries, 3]."""
+    rules, seen = Dataset(), set()
+    rules.file_meta = source.file_meta
+    segmented = header.get("RedPaletteColorLookupTableData") is None
+    if segmented and header.get("SegmentedRedPaletteColorLookupTableData") is None:
+        raise ValueError("PALETTE COLOR, but no palette")
+    for colour in ("Red", "Green", "Blue"):
+        size, first, bits = (int(v) for v in header.get(f"{colour}PaletteColorLookupTableDescriptor", (0, 0, 0)))
+        size, first = size % 65536 or 65536, first - 65536 if signed and first > 32767 else first
+        seen.add((size, first, bits))
+        setattr(rules, f"{colour}PaletteColorLookupTableDescriptor", [size % 65536, 0, bits if segmented else 16])
+        item = Dataset()
+        item.LUTDescriptor = [size % 65536, 0, bits]
+        if segmented:
+            data = header.get(f"Segmented{colour}PaletteColorLookupTableData", b"")
+            _check_segments(data, size, bits, source.file_meta.TransferSyntaxUID.is_little_endian)
+            setattr(rules, f"Segmented{colour}PaletteColorLookupTableData", data)
+        else:
+            item.add_new("LUTData", "OW", header.get(f"{colour}PaletteColorLookupTableData", b""))
+            entries = np.array(_table(source, item, False)[0].LUTData, np.uint16)
+            setattr(rules, f"{colour}PaletteColorLookupTableData", entries.tobytes())
+    if len(seen) != 1:
+        raise ValueError("palettes of red, green and blue with different descriptors")
+    if header.get("AlphaPaletteColorLookupTableData") or header.get("SegmentedAlphaPaletteColorLookupTableData"):
+        raise ValueError("a palette with transparency")
+    table = apply_color_lut(np.arange(size), rules)
+    greatest = 0xFF00 if bits == 16 and table.any() and not (table & 0xFF).any() else _greatest(table, bits)  # 8 bits in the high byte
+    return first, np.rint(table * (255 / greatest)).clip(0, 255).astype(np.uint8)
+
+
+def _check_segments(data: bytes, size: int, bits: int, little: bool) -> None:
+    """Refuse the segmented palettes that pydicom expands wrongly."""
+    if bits == 8:
+        if size > 256:
+            raise ValueError(f"a segmented 8-bit palette of {size} entries, at most 256 are supported")
+        return
+    words, at = np.frombuffer(data, "<u2" if little else ">u2"), 0
+    while at + 1 < len(words):
+        if words[at] == 2:
+            raise ValueError("a segmented 16-bit palette with indirect segments")
+        at += 3 if words[at] == 1 else 2 + int(words[at + 1])
+
+
+def _shutter(source: Dataset, header: Header, shape: tuple[int, int]) -> tuple[np.ndarray | None, int]:
+    """True where the display shutter is open, and the grey outside."""
+    shapes = header.get("ShutterShape")
+    if shapes is None:
+        return None, 0
+    rows, columns = np.indices(shape) + 1
+    visible = np.ones(shape, bool)
+    for kind in [shapes] if isinstance(shapes, str) else shapes:
+        if kind == "RECTANGULAR":
+            left, right, upper, lower = (
+                header.number(f"Shutter{edge}Edge", missing)
+                for edge, missing in (
+                    ("LeftVertical", 1),
+                    ("RightVertical", shape[1]),
+                    ("UpperHorizontal", 1),
+                    ("LowerHorizontal", shape[0]),
+                )
+            )
+            visible &= (columns >= left) & (columns <= right) & (rows >= upper) & (rows <= lower)
+        elif kind == "CIRCULAR":
+            row, column = header.numbers("CenterOfCircularShutter", 2) or (0, 0)
+            visible &= (rows - row) ** 2 + (columns - column) ** 2 <= header.number("RadiusOfCircularShutter", 0) ** 2
+        elif kind == "POLYGONAL":
+            corners = np.array(header.numbers("VerticesOfThePolygonalShutter") or ()).reshape(-1, 2)[:, ::-1] - 1
+            drawn = Image.new("1", shape[::-1])
+            ImageDraw.Draw(drawn).polygon([(float(x), float(y)) for x, y in corners], fill=1, outline=1)
+            visible &= np.asarray(drawn)
+        elif kind == "BITMAP":
+            group = int(header.get("ShutterOverlayGroup", 0))
+            closed = source.overlay_array(group).astype(bool)
+            if closed.shape != shape or [int(v) for v in source[group, 0x0050].value] != [1, 1]:
+                raise ValueError("a bitmap shutter that does not cover the picture")
+            visible &= ~closed
+        else:
+            raise ValueError(f"ShutterShape {kind}, expected RECTANGULAR, CIRCULAR, POLYGONAL or BITMAP")
+    if not visible.any():
+        raise ValueError("a shutter that hides every pixel")
+    return visible, int(header.number("ShutterPresentationValue", 0)) % 65536 // 257
+
+
+def picture(frame: Frame, grey: tuple[float, float] | None = None) -> tuple[Image.Image, tuple[str, ...], Placement]:
+    """The frame as an RGB image with square pixels, what was done to it, and where its pixels lie in the file.
+
+    ``grey``: lowest and highest value shown.
+    """
+    with readable(frame.name):
+        notes = list(frame.notes)
+        if frame.values.ndim == 3:
+            if grey is not None:
+                raise UserError(f"{frame.name}: a colour image takes no window")
+            shown = frame.values.copy() if frame.visible is not None else frame.values
+        else:
+            shown = _shown(frame, grey, notes)
+        if frame.visible is not None:
+            shown[~frame.visible] = frame.level
+        spacing = _pixel_size(frame.header)
+        shown, spacing, placement = _turned(shown, frame.header, spacing, notes)
+        image = Image.fromarray(np.ascontiguousarray(shown)).convert("RGB")
+        ratio = spacing[0] / spacing[1]
+        if abs(ratio - 1) > 0.01:
+            if not 1 / 16 <= ratio <= 16:
+                raise ValueError(f"pixels of {spacing[0]:g} x {spacing[1]:g}, which is not a plausible shape")
+            size = (image.width, round(image.height * ratio)) if ratio > 1 else (round(image.width / ratio), image.height)
+            placement = placement.after(stretched(size, image.size))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            notes.append(f"stretched to square pixels, {size[0]} x {size[1]}")
+        return image, tuple(notes), placement
+
+
+def _shown(frame: Frame, grey: tuple[float, float] | None, notes: list[str]) -> np.ndarray:
+    """Grey uint8 after window, presentation LUT and inversion."""
+    values = frame.values
+    known = finite(values)
+    if not known.size:
+        raise UserError(f"{frame.name}: every pixel is padding or not a number")
+    voi = frame.voi
+    if grey is None and voi is not None and not voi.shows(known):
+        if known.min() < known.max():
+            notes.append(f"{voi} not used: it shows none of the values {known.min():g} to {known.max():g}")
+        voi = None
+    if grey is not None:
+        notes.append(f"window {grey[0]:g} to {grey[1]:g} as asked")
+        shown = window(values, *grey)
+    elif voi is not None:
+        notes.append(str(voi))
+        shown = voi(values)
+    else:
+        full = 2.0**frame.bits - 1
+        low, high = (0.0, full) if frame.bits and known.max() > full / 16 else grey_range(known, frame.modality)
+        notes.append(f"window {low:g} to {high:g}")
+        shown = window(values, low, high)
+    if frame.presentation is not None:
+        notes.append("presentation LUT")
+        shown = frame.presentation[shown]
+    if frame.inverted:
+        shown = 255 - shown
+    shown[np.isnan(values)] = 0
+    return shown
+
+
+def _pixel_size(header: Header) -> tuple[float, float]:
+    """Height and width of a pixel; (1, 1) where the file does not say."""
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+        try:
+            size = header.numbers(keyword, 2)
+        except ValueError:
+            continue
+        if size is not None and min(size) > 0:
+            return size[0], size[1]
+    return 1.0, 1.0
+
+
+def _turned(
+    shown: np.ndarray, header: Header, spacing: tuple[float, float], notes: list[str]
+) -> tuple[np.ndarray, tuple[float, float], Placement]:
+    """A slice whose place in the patient is known, in radiological view: right on the left, anterior or superior at the top."""
+    try:
+        directions = header.numbers("ImageOrientationPatient", 6)
+    except ValueError:
+        directions = None
+    if directions is None:
+        _name_mirrored(header, notes)
+        return shown, spacing, AS_STORED
+    across, down = np.array(directions[:3]), np.array(directions[3:])
+    x, y = int(np.abs(across).argmax()), int(np.abs(down).argmax())
+    if x == y or not across[x] or not down[y]:
+        notes.append("ImageOrientationPatient is no pair of axes: shown as stored")
+        return shown, spacing, AS_STORED
+    # The axes of a view and their growing directions, in DICOM's patient axes (left, posterior, superior).
+    wanted = {2: ((0, 1), (1, 1)), 1: ((0, 1), (2, -1)), 0: ((1, 1), (2, -1))}[3 - x - y]
+    view, swapped = shown, x != wanted[0][0]
+    if swapped:
+        view, across, down, x, y, spacing = view.swapaxes(0, 1), down, across, y, x, spacing[::-1]
+    left_right, top_bottom = across[x] * wanted[0][1] < 0, down[y] * wanted[1][1] < 0
+    if left_right:
+        view = view[:, ::-1]
+    if top_bottom:
+        view = view[::-1]
+    if view is not shown:
+        notes.append("turned to the radiological view")
+    return view, spacing, turned(view.shape[1], view.shape[0], swapped, bool(left_right), bool(top_bottom))
+
+
+def _name_mirrored(header: Header, notes: list[str]) -> None:
+    """Radiographs are shown as stored, as viewers do; a header that calls them mirrored or upside down is named."""
+    sides = header.get("PatientOrientation")
+    if sides is not None and not isinstance(sides, str) and len(sides) == 2:
+        across, down = str(sides[0]).upper(), str(sides[1]).upper()
+        if across.startswith("R") or down.startswith("H"):
+            notes.append(f"shown as stored; its rows run to {across}, its columns to {down} (PatientOrientation)")

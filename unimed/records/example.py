@@ -1,0 +1,70 @@
+"""One question with its answer, whatever dataset it comes from, and the image it is about."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from unimed.records.text import MAX_WORDS
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a file that is shown: a slice of a volume by plane and index, a frame or page by index; black and white values."""
+
+    path: Path
+    plane: str = "axial"
+    index: int | None = None
+    grey: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """``question`` is the bare content: the VQA question, the object's name (refer), the box text (identify), the class question (cls),
+    "" (caption).
+
+    size: (width, height) of the image that is shown, None where no task needs it. box: pixel xyxy of that image (refer, identify).
+    template: what the majority answer may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
+    dataset: the name of the set, its folder's where several have one layout. layout: the published set whose form it has.
+    max_words: words that the whole instruction of a text question may have, as released; 0: all.
+    """
+
+    id: str
+    task: str
+    dataset: str
+    question: str
+    answer: str
+    image: Path | View | np.ndarray | None
+    size: tuple[int, int] | None
+    box: tuple[float, float, float, float] | None
+    template: str
+    answer_type: str | None = None
+    subject: str = ""
+    layout: str = ""
+    max_words: int = MAX_WORDS
+
+    def __eq__(self, other: object) -> bool:
+        """Field by field; images that are arrays by their type, shape and pixels."""
+        if not isinstance(other, Example):
+            return NotImplemented
+        for name in (item.name for item in fields(self)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if isinstance(mine, np.ndarray) or isinstance(its, np.ndarray):
+                if type(mine) is not type(its) or mine.dtype != its.dtype or not np.array_equal(mine, its):
+                    return False
+            elif mine != its:
+                return False
+        return True
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.task, self.dataset, self.question, self.answer))
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Changes with anything that an example asks or expects; pixels are not read."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr((example.id, example.task, example.question, example.answer, example.size, example.box)).encode())
+    return found.hexdigest()

@@ -1,0 +1,344 @@
+"""Images for the model: files, arrays and slices of volumes, always RGB.
+
+What a file says about its pixels (depth, transparency, orientation, colour profile) is applied, and `Opened.notes` tells what was done.
+docs/unimed/images.md lists every case.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from unimed.errors import UserError
+from unimed.records import dicom
+from unimed.records import volume as volumes
+from unimed.records.box import AS_STORED, Placement, turned
+from unimed.records.dicom import Voi, short
+from unimed.records.example import Example, View
+from unimed.records.greys import grey_range, window
+
+NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes with more than 8 bits of grey
+MOST_SIDE = 4096  # pixels of a drawn slice
+# By EXIF orientation: the axes are swapped, then mirrored left to right, and top to bottom.
+_EXIF_TURNS = {
+    2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
+    7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
+_EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image as the model sees it, what was done to its file, and where its pixels lie there.
+
+    ``to_original(box)`` is a box of the shown image in pixels of the file, ``to_original.inverse(box)`` the way back. The pixels of a
+    volume's file are voxels: see `volumes.placement`.
+    """
+
+    rgb: Image.Image
+    notes: tuple[str, ...] = ()
+    to_original: Placement = AS_STORED
+
+
+def load_image(source: Example | View | Path | str | np.ndarray) -> Image.Image:
+    """The RGB image of an example, a view, a file or a uint8 array [H, W] or [H, W, 3]."""
+    if isinstance(source, Example):
+        if source.image is None:
+            raise UserError(f"{source.id}: a {source.task} example has no image")
+        source = source.image
+    if isinstance(source, View):
+        return open_view(source).rgb
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
+            raise UserError(f"image array of {source.dtype} {source.shape}: expected uint8 [H, W] or [H, W, 3]")
+        return Image.fromarray(source).convert("RGB")
+    return read_image_file(Path(source))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the image that `load_image` gives; from the header where that tells."""
+    return placed_size(Path(path))[0]
+
+
+def placed_size(path: Path) -> tuple[tuple[int, int], Placement]:
+    """Size and placement of the image that `load_image` gives; from the header where that tells."""
+    if _kind(path) == "raster":
+        try:
+            with Image.open(path) as image:
+                if image.getexif().get(_EXIF_ORIENTATION, 1) not in _EXIF_TURNS:
+                    return image.size, AS_STORED
+        except Exception as error:  # Pillow's readers let many kinds through
+            raise UserError(f"{path}: not a readable image ({short(error)})") from error
+    opened = open_image(path)
+    return opened.rgb.size, opened.to_original
+
+
+def read_image_file(
+    path: Path, plane: str = "axial", index: int | None = None, grey: tuple[float, float] | None = None, pixel_mm: float = 1.5
+) -> Image.Image:
+    """The RGB image of `open_image`."""
+    return open_image(path, plane, index, grey, pixel_mm).rgb
+
+
+def open_image(
+    path: Path, plane: str = "axial", index: int | None = None, grey: tuple[float, float] | None = None, pixel_mm: float = 1.5
+) -> Opened:
+    """jpg, png, tiff and the like, a DICOM file, or a slice of a NIfTI volume or of a folder or zip with a DICOM series.
+
+    Files are told apart by content. plane, index (default: the middle) and ``grey`` (lowest and highest value shown; default: as the file
+    says, else by `greys.grey_range`) choose the slice and its window. In a file of several frames or pages ``index`` is the frame.
+    """
+    path = Path(path)
+    if plane not in volumes.AXIS:
+        raise UserError(f"plane {plane!r}: expected one of {', '.join(volumes.PLANES)}")
+    kind = _kind(path)
+    if kind == "raster":
+        if plane != "axial":
+            raise UserError(f"{path}: plane {plane!r} needs a volume, this is one image")
+        return _raster(path, index, grey)
+    if kind == "dicom":
+        try:
+            source = dicom.parse(str(path), path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: not readable ({error.strerror})") from None
+        dicom.check_picture(str(path), source)
+        if plane == "axial":
+            return _dicom_frame(path, source, index, grey)
+        volume = volumes.read_dicom_frames(str(path), source)
+    else:
+        volume = _volume(path, kind)
+    return _slice(path, volume, plane, index, grey, pixel_mm)
+
+
+def open_view(view: View) -> Opened:
+    """`open_image` of the part of a file that a view names. The volume read last is kept: slices of one volume come one after the other."""
+    kind = _kind(view.path)
+    if kind not in ("nifti", "series"):
+        return open_image(view.path, view.plane, view.index, view.grey)
+    key = view.path, sum(file.stat().st_mtime_ns for file in (view.path.rglob("*") if kind == "series" else [view.path]))
+    if _kept.get(key) is None:
+        _kept.clear()
+        _kept[key] = _volume(view.path, kind)
+    return _slice(view.path, _kept[key], view.plane, view.index, view.grey, 1.5)
+
+
+_kept: dict[tuple[Path, int], volumes.Volume] = {}
+
+
+def _volume(path: Path, kind: str) -> volumes.Volume:
+    return volumes.read_nifti(path) if kind == "nifti" else volumes.read_dicom_series(path)
+
+
+def _kind(path: Path) -> str:
+    """What a file is by its first bytes, or by its suffix where these do not tell: raster, dicom, nifti or series."""
+    if path.is_dir():
+        return "series"
+    try:
+        with path.open("rb") as file:
+            start = file.read(352)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    name = path.name.lower()
+    if start[128:132] == b"DICM" or name.endswith(dicom.SUFFIXES):
+        return "dicom"
+    if name.endswith(NIFTI) or start[344:347] in (b"n+1", b"ni1") or start[4:7] in (b"n+2", b"ni2") or start[:2] == b"\x1f\x8b":
+        return "nifti"
+    if start[:4] == b"PK\x03\x04" or name.endswith(".zip"):
+        return "series"
+    return "dicom" if dicom.is_dicom(start) else "raster"
+
+
+def _dicom_frame(path: Path, source: dicom.Dataset, index: int | None, grey: tuple[float, float] | None) -> Opened:
+    count = dicom.frame_count(str(path), source)
+    at = count // 2 if index is None else index
+    if not 0 <= at < count:
+        raise UserError(f"{path}: frame {index}, expected 0 to {count - 1}")
+    rgb, notes, placement = dicom.picture(dicom.read_frame(str(path), source, at), grey)
+    return Opened(rgb, (f"frame {at} of 0 to {count - 1}", *notes) if count > 1 else notes, placement)
+
+
+def _slice(path: Path, volume: volumes.Volume, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float) -> Opened:
+    axis = volumes.AXIS[plane]
+    count = volume.data.shape[axis]
+    if index is None:
+        index = count // 2
+    notes = [f"{plane} slice {index} of 0 to {count - 1}", *volume.notes]
+    shown: Voi | tuple[float, float] = grey or (0.0, 255.0)
+    if volume.data.ndim == 4 and grey is not None:
+        raise UserError(f"{path}: a colour volume takes no window")
+    if volume.data.ndim == 3:
+        shown = _window(volume, grey, notes)
+    sizes = [(mm, count) for at, (mm, count) in enumerate(zip(volume.spacing, volume.data.shape, strict=False)) if at != axis]
+    longest = max(mm * count for mm, count in sizes)
+    chosen = min(mm for mm, _ in sizes) if min(mm for mm, _ in sizes) < pixel_mm / 4 else pixel_mm  # microscopy, small animals
+    if longest / chosen > MOST_SIDE:
+        chosen = longest / MOST_SIDE * 4
+    if chosen != pixel_mm:
+        notes.append(f"pixels of {chosen:.3g} mm")
+    rgb = volumes.render(volume, plane, index, shown, chosen).convert("RGB")
+    return Opened(rgb, tuple(notes), volumes.placement(volume, plane, rgb.size))
+
+
+def _window(volume: volumes.Volume, grey: tuple[float, float] | None, notes: list[str]) -> Voi | tuple[float, float]:
+    """As asked, else as the file says where that shows anything, else by `greys.grey_range`."""
+    if grey is not None:
+        notes.append(f"window {grey[0]:g} to {grey[1]:g} as asked")
+        return grey
+    said = volume.grey
+    if isinstance(said, Voi):
+        if said.shows(volume.data):
+            notes.append(str(said))
+            return said
+        notes.append(f"{said} not used: it shows none of the values")
+    elif said is not None:
+        name = f"window {said[0]:g} to {said[1]:g} of the file (cal_min, cal_max)"
+        if np.nanmin(volume.data) < said[1] and np.nanmax(volume.data) > said[0]:
+            notes.append(name)
+            return said
+        notes.append(f"{name} not used: it shows none of the values")
+    low, high = volumes.window_of(volume)
+    notes.append(f"window {low:g} to {high:g}")
+    return low, high
+
+
+def _raster(path: Path, index: int | None, grey: tuple[float, float] | None) -> Opened:
+    try:
+        with Image.open(path) as image:
+            if image.format == "EPS":
+                raise UserError(f"{path}: EPS is a program, not pixels; convert it to PNG")
+            pages = getattr(image, "n_frames", 1)
+            if index is not None and not 0 <= index < pages:
+                raise UserError(f"{path}: page {index}, expected 0 to {pages - 1}")
+            if index:
+                image.seek(index)
+            opened = to_rgb(image, grey)
+            page = f"page {index or 0} of 0 to {pages - 1}"
+            return replace(opened, notes=(page, *opened.notes)) if pages > 1 else opened
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not a readable image (no known format: png, jpg, tiff, DICOM, NIfTI ...)") from error
+    except Exception as error:  # Pillow's readers let many kinds through
+        raise UserError(f"{path}: not a readable image ({short(error)})") from error
+
+
+def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opened:
+    """A Pillow image as RGB: deep grey brought to 8 bits, transparency onto black, turned as EXIF says, colours in sRGB.
+
+    ``grey`` is the lowest and highest value shown, for grey images.
+    """
+    notes: list[str] = []
+    tags = getattr(image, "tag_v2", {})
+    inverted = image.mode in DEEP and tags.get(_PHOTOMETRIC) == 0  # white is zero; Pillow inverts 8 bits and less itself
+    gamma, profile = image.info.get("gamma"), image.info.get("icc_profile")
+    if profile or "srgb" in image.info or not isinstance(gamma, float) or not 0.01 < gamma < 100 or abs(gamma - 1 / 2.2) < 0.05:
+        gamma = None  # a screen's own, or overruled
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if _loaded(image).getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
+        image = ImageOps.exif_transpose(image)
+        notes.append("turned as its EXIF orientation says")
+    placement = turned(*image.size, *_EXIF_TURNS.get(orientation, ()))
+    if image.mode == "L" and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
+        image = Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
+    if image.mode in DEEP:
+        image = Image.fromarray(_deep(image, grey, inverted, notes))
+    elif grey is not None:
+        if image.mode not in ("L", "1"):
+            raise UserError("a colour image takes no window")
+        notes.append(f"window {grey[0]:g} to {grey[1]:g} as asked")
+        image = Image.fromarray(window(np.asarray(image.convert("L")), *grey))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = _opaque(image, notes)
+    elif image.mode == "CMYK" and profile:
+        image = _from_cmyk(image, profile, notes)
+    rgb = image.convert("RGB")  # also where it is RGB: a copy that outlives the open file
+    if gamma is not None:
+        levels = np.rint(255 * (np.arange(256) / 255) ** (1 / 2.2 / gamma)).astype(np.uint8).tolist()
+        rgb = rgb.point(levels * 3)
+        notes.append(f"gamma {gamma:g} brought to that of a screen")
+    elif profile and image.mode != "CMYK" and not _is_grey(rgb):
+        rgb = Image.fromarray(dicom.with_profile(np.array(rgb), profile, notes))
+    return Opened(rgb, tuple(notes), placement)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """With its pixels read: only then does Pillow turn a TIFF file, and forget its orientation.
+
+    Pillow 12.3 maps an uncompressed grey TIFF into memory with the sides of the turned image, which scrambles it. It does not map a file
+    without a name.
+    """
+    name = getattr(image, "filename", "")
+    if image.format == "TIFF" and name:
+        image.filename = ""  # type: ignore[attr-defined]
+    image.load()
+    if image.format == "TIFF" and name:
+        image.filename = name  # type: ignore[attr-defined]
+    return image
+
+
+def _deep(image: Image.Image, grey: tuple[float, float] | None, inverted: bool, notes: list[str]) -> np.ndarray:
+    """Grey uint8 from 16 or 32 bits. Unsigned: black to the end of the depth in use (8, 10, 12, 14 or 16 bits). Floats in 0..1: 0 to 1."""
+    values = np.asarray(image)
+    clear = image.info.get("transparency") if values.dtype.kind in "iu" else None
+    known = values[values != clear] if isinstance(clear, int) else values
+    known = known[np.isfinite(known)] if known.dtype.kind == "f" else known
+    if not known.size:
+        raise UserError("no pixel that is opaque and a number")
+    low, high = float(known.min()), float(known.max())
+    if grey is not None:
+        low, high = grey
+    elif values.dtype.kind in "iu" and low >= 0 and high < 65536:
+        low, high = 0.0, 2.0 ** next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits) - 1
+    elif values.dtype.kind == "f" and low >= 0 and 0.5 < high <= 1:
+        low, high = 0.0, 1.0
+    elif values.dtype.kind == "f" and low >= 0 and 64 < high <= 255:
+        low, high = 0.0, 255.0
+    else:
+        low, high = grey_range(known)
+    notes.append(f"values {low:g} to {high:g} shown as black to white")
+    shown = window(values, low, high)
+    if inverted:
+        shown = 255 - shown
+        notes.append("inverted (white is zero)")
+    if isinstance(clear, int):
+        shown[values == clear] = 0
+    if values.dtype.kind == "f":
+        shown[np.isnan(values)] = 0
+    return shown
+
+
+def _opaque(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Transparency onto black; an image that is transparent everywhere is shown, since black would hide it."""
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return image if image.mode in ("L", "RGB") else rgba.convert("RGB")
+    if alpha.getextrema() == (0, 0):
+        notes.append("transparent everywhere: transparency ignored")
+        return rgba.convert("RGB")
+    notes.append("transparency onto black")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+
+
+def _from_cmyk(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    import io
+
+    from PIL import ImageCms
+
+    try:
+        made = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert made is not None
+    except Exception as error:  # a broken profile; littleCMS raises many kinds
+        notes.append(f"ICC profile ignored ({short(error)})")
+        return image
+    notes.append("CMYK by its ICC profile")
+    return made
+
+
+def _is_grey(rgb: Image.Image) -> bool:
+    red, green, blue = rgb.split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()

@@ -1,0 +1,118 @@
+"""Images with their boxes, and answers right and wrong, as HTML."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+from PIL import Image
+
+from unimed.records import box as boxes
+from unimed.records.example import Example
+from unimed.tasks import TASKS, metrics
+from unimed.tasks.answers import read
+from unimed.tasks.protocol import STANDARD
+from unimed.tasks.reading import CHATTY, INVERTED, UNPARSABLE
+from unimed.tasks.task import task_of
+
+THUMBNAIL = 280  # longest side of an embedded image, in pixels
+TRUE, GUESS = "#00d1a0", "#ff8a1f"
+
+
+def quality(example: Example, prediction: str) -> float:
+    """How good one answer is: the strict headline metric of its task, so that a box counts wherever it stands in the answer."""
+    return metrics.score(example.task, [prediction], [example], coco=False)[STANDARD.metric(TASKS[example.task])]
+
+
+def note(example: Example, prediction: str) -> str:
+    """What to know of a box answer, in a few words."""
+    reading = read(example, prediction)
+    if reading.kind == INVERTED:
+        return "corners in the wrong order"
+    if reading.kind == UNPARSABLE and reading.box:
+        return "several boxes, the first is drawn"
+    if reading.box is None:
+        return f"no box in the answer “{prediction[:40]}”"
+    return f"IoU {quality(example, prediction):.2f}" + (", among other text" if reading.kind == CHATTY else "")
+
+
+def _guess(example: Example, prediction: str) -> boxes.Box | None:
+    """The predicted box in pixels, its corners in order."""
+    box = read(example, prediction).box if task_of(example).box == "answer" else None
+    return boxes.in_order(boxes.to_pixels(box, example.size)) if box and example.size else None
+
+
+def data_uri(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def slice_with_boxes(image: Image.Image, true: boxes.Corners | None, guess: boxes.Corners | None) -> str:
+    """An inline SVG: the image, the true box drawn whole and the predicted one dashed, in pixels of the original."""
+    width, height = image.size
+    stroke = max(width, height) / 90
+    parts = [f'<image href="{data_uri(image)}" width="{width}" height="{height}"/>']
+    for box, colour, dash in ((true, TRUE, ""), (guess, GUESS, f' stroke-dasharray="{3 * stroke:.2f} {1.6 * stroke:.2f}"')):
+        if box is not None:
+            x1, y1, x2, y2 = box
+            size = f'x="{x1:.1f}" y="{y1:.1f}" width="{max(x2 - x1, 0):.1f}" height="{max(y2 - y1, 0):.1f}"'
+            parts.append(f'<rect {size} fill="none" stroke="{colour}" stroke-width="{stroke:.2f}"{dash}/>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` (two or more) positions out of `count`, evenly spaced, the first and the last among them."""
+    return [i * (count - 1) // (wanted - 1) for i in range(wanted)] if count > wanted else list(range(count))
+
+
+def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, wanted: int = 15) -> str:
+    """Predicted and true boxes on images from best to worst, evenly spaced over the ranking: not only the best ones."""
+    found = [(example, text) for example, text in zip(examples, predictions, strict=True) if task_of(example).box == "answer"]
+    found.sort(key=lambda pair: -quality(*pair))
+    figures = []
+    for index in spread(len(found), wanted):
+        example, text = found[index]
+        picture = slice_with_boxes(load(example), example.box, _guess(example, text))
+        caption = f"<b>{escape(example.question)}</b> · {escape(note(example, text))}"
+        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+    return f"<div class=grid>{''.join(figures)}</div>" if figures else "<p>No box task among the held-out examples.</p>"
+
+
+def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], load) -> str:
+    """For every task an answer that is right and one that is not, where there are such, on the image with most to see."""
+
+    def visible(pair: tuple[Example, str]) -> int:
+        example = pair[0]  # a slab of a volume looks like a thin strip from the front and the side
+        return min(example.size or load(example).size) if example.image is not None else 0
+
+    blocks = []
+    for task in TASKS:
+        found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == task]
+        if not found:
+            continue
+        right = [pair for pair in found if metrics.is_right(*pair)]
+        wrong = [pair for pair in found if not metrics.is_right(*pair)]
+        cells = [_example(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
+        share = f"{len(right)} of {len(found)} right"
+        blocks.append(f"<h3>{escape(task)} <span class=lead>· {share}</span></h3><div class=pair>{''.join(cells)}</div>")
+    return "".join(blocks)
+
+
+def _example(example: Example, text: str, load, good: bool) -> str:
+    picture = ""
+    if example.image is not None:
+        picture = f"<figure>{slice_with_boxes(load(example), example.box, _guess(example, text))}</figure>"
+    task = task_of(example)
+    question = task.shown.replace("{}", example.question) or task.about.capitalize()
+    kind = read(example, text).kind
+    words = [f'<span class="tag {"yes" if good else "no"}">{"right" if good else "wrong"}</span>']
+    words += [kind.replace("_", " ")] if kind else []
+    words += [f"score {quality(example, text):.2f}"] if task.graded else []
+    lines = [f"<p><b>{escape(question)}</b></p>", f"<p>answer: {escape(text) or '<i>(empty)</i>'}</p>"]
+    lines.append(f"<p>true: {escape(example.answer)}</p><p>{' · '.join(words)}</p>")
+    return f'<div class="example {"right" if good else "wrong"}">{picture}<div>{"".join(lines)}</div></div>'
