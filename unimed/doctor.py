@@ -13,8 +13,10 @@ OPTIONAL = {
     "nibabel": "NIfTI volumes",
     "pydicom": "DICOM images",
     "matplotlib": "report.html",
-    "nltk": "BLEU of short answers",
-    "rouge": "ROUGE of reports",
+    "nltk": "BLEU of short answers as released",
+    "rouge": "ROUGE of reports as released",
+    "sacrebleu": "BLEU",
+    "rouge_score": "ROUGE",
     "gguf": "SmolLM2",
 }
 

@@ -17,7 +17,7 @@ def listed(example: Example) -> Sequence[str]:
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    return released.cls(predictions, examples) | strictly(standard.accuracy(predictions, examples))
+    return released.cls(predictions, examples) | strictly(standard.cls(predictions, examples))
 
 
 TASK = Task(

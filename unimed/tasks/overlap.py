@@ -1,4 +1,4 @@
-"""How much two texts share: F1, BLEU, ROUGE, METEOR, each as the release computes it, and the usual F1."""
+"""How much two texts share: F1, BLEU, ROUGE and METEOR as the release computes them; the usual F1, sacrebleu, rouge-score and CIDEr."""
 
 import math
 import re
@@ -140,3 +140,39 @@ def meteor(predictions: Sequence[str], references: Sequence[str]) -> float:
         return 0.0
     score, _ = _meteor().compute_score({i: [text] for i, text in enumerate(references)}, {i: [text] for i, text in enumerate(predictions)})
     return float(score)
+
+
+def standard_bleu(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Corpus BLEU-1..4 by sacrebleu, in 0..1: lower case, 13a tokens, exponential smoothing."""
+    from sacrebleu.metrics import BLEU
+
+    if not pairs:
+        return {f"bleu{n}": 0.0 for n in (1, 2, 3, 4)}
+    given, wanted = [one for one, _ in pairs], [other for _, other in pairs]
+    return {f"bleu{n}": BLEU(lowercase=True, max_ngram_order=n).corpus_score(given, [wanted]).score / 100 for n in (1, 2, 3, 4)}
+
+
+@lru_cache(maxsize=1)
+def _rouge_score() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"])
+
+
+def standard_rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Mean F measure of ROUGE-1, -2 and -L by rouge-score; text without a letter of a to z or a digit scores 0."""
+    scores = [_rouge_score().score(wanted, given) for given, wanted in pairs]
+    return {name: sum(float(one[name].fmeasure) for one in scores) / max(1, len(scores)) for name in ("rouge1", "rouge2", "rougeL")}
+
+
+def cider(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """CIDEr-D of the corpus by pycocoevalcap, whose document frequencies are those of the references; {} where it is not installed."""
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError:
+        return {}
+    if not pairs:
+        return {"cider": 0.0}
+    given, wanted = ({i: [pair[side]] for i, pair in enumerate(pairs)} for side in (0, 1))
+    value, _ = Cider().compute_score(wanted, given)
+    return {"cider": float(value)}

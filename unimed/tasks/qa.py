@@ -1,6 +1,5 @@
 """qa: a medical question without an image. The release does not score it, so both protocols have the same metric."""
 
-import re
 from collections.abc import Sequence
 
 from unimed.records.example import Example
@@ -10,17 +9,15 @@ from unimed.tasks.metrics import standard
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
 
-_OPTION = re.compile(r"(?:^|\s)\([A-Z]\)\s")
-
 
 def listed(example: Example) -> Sequence[str]:
     """Of "... What next? (A) rest (B) surgery", or yes, no and maybe."""
-    words = ("yes", "no", "maybe")
-    return words if strict(example.answer) in words else [strict(option) for option in _OPTION.split(example.question)[1:]]
+    words = standard.YES_NO_MAYBE
+    return words if strict(example.answer) in words else list(standard.options_in(example.question).values())
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    return standard.accuracy(predictions, examples)
+    return standard.qa(predictions, examples)
 
 
 TASK = Task(

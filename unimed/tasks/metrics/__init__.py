@@ -6,7 +6,7 @@
 
 `released` and `standard` say what each quantity is. Beside them stand `count`, count_open and count_closed (vqa), scored (captions with
 text on both sides, which the _released names average) and ptb_tokenizer (caption). Last come the numbers of answers that are empty,
-unparsable, inverted, off the list or chatty, as far as the task can have them (`answers`). All shares are between 0 and 1.
+unparsable, inverted, off the list or chatty, as far as the task can have them (`answers`). Every score is between 0 and 1, but for cider.
 """
 
 from collections import Counter

@@ -1,28 +1,41 @@
-"""Scores without the release's generosity: every answer counts, and as what it is (see `answers`).
+"""Scores as the field computes them, of every answer, and each answer as what it is (see `answers`).
 
 vqa       f1 (a word counts as often as both texts have it), bleu1..4, each also _open and _closed; accuracy: the answer is the reference;
           closed_accuracy: it names the reference as whole words, maybe among others, and no other answer of the list
 refer     miou (the usual IoU) of the one box that the answer holds, wherever it stands; 0 for none, several or an inverted one;
           accuracy: IoU above one half
 identify  accuracy, f1, bleu1..4
-cls, qa   accuracy
-caption   rouge1, rouge2, rougeL, f1 on text with all its words; an empty answer scores 0. Corpus BLEU and METEOR are in `released`:
-          given every pair, they need no other form
+cls       accuracy; macro_f1: the mean of each class's F1, over the classes that the references or the answers name
+qa        accuracy; option_accuracy where the question lists options: by letter or by text; yes_no_maybe_accuracy and
+          yes_no_maybe_macro_f1 where the reference is one of the three, as PubMedQA scores them
+caption   bleu1..4, rouge1, rouge2, rougeL, f1 on text with all its words; an empty answer scores 0; cider (CIDEr-D, 0 to 10) where
+          pycocoevalcap is installed, without Java
+
+BLEU is that of the corpus by sacrebleu (13a tokens, lower case, its own smoothing), ROUGE the F measure of rouge-score without stemming.
 """
 
+import re
 from collections.abc import Sequence
 
 from unimed.records import box as boxes
 from unimed.records.example import Example
 from unimed.tasks import overlap
-from unimed.tasks.answers import is_it, read, says_it, spoken
-from unimed.tasks.metrics.released import Pairs, bleu, box_overlap, mean
+from unimed.tasks.answers import is_it, options, read, says_it, spoken
+from unimed.tasks.metrics.released import Pairs, box_overlap, mean
 from unimed.tasks.normalise import strict
 from unimed.tasks.reading import INVERTED, UNPARSABLE
 
+_OPTION = re.compile(r"(?:^|\s)\(([A-Z])\)\s")
+_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])(?:[.):]|\s*$))|\banswer(?: is|:)\s*\(?([A-Z])\b")
+YES_NO_MAYBE = ("yes", "no", "maybe")
+
+
+def words_in_common(pairs: Pairs) -> dict[str, float]:
+    return {"f1": mean([overlap.min_count_f1(given, wanted) for given, wanted in pairs])}
+
 
 def words(pairs: Pairs) -> dict[str, float]:
-    return {"f1": mean([overlap.min_count_f1(given, wanted) for given, wanted in pairs])} | bleu(pairs)
+    return words_in_common(pairs) | overlap.standard_bleu(pairs)
 
 
 def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
@@ -49,6 +62,57 @@ def vqa(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, fl
     return found
 
 
+def named(example: Example, prediction: str) -> str | None:
+    """The one answer of the list that a prediction names, maybe among other words."""
+    says = read(example, prediction).says or frozenset()
+    return next(iter(says)) if len(says) == 1 and says <= set(options(example)) else None
+
+
+def macro_f1(pairs: Sequence[tuple[str | None, str | None]]) -> float:
+    """Mean F1 of each class, of (given, wanted) pairs; None names no class, so it lowers the recall of the class that was wanted."""
+    classes = {name for pair in pairs for name in pair} - {None}
+    scores = []
+    for name in classes:
+        hits = sum(given == wanted == name for given, wanted in pairs)
+        scores.append(2 * hits / sum((given == name) + (wanted == name) for given, wanted in pairs))
+    return mean(scores)
+
+
+def cls(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    pairs = [(named(example, text), named(example, example.answer)) for example, text in zip(examples, predictions, strict=True)]
+    return accuracy(predictions, examples) | {"macro_f1": macro_f1(pairs)}
+
+
+def options_in(question: str) -> dict[str, str]:
+    """Letter and text of "(A) rest (B) surgery", the text in the strict form."""
+    parts = _OPTION.split(question)
+    return {letter: strict(text) for letter, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def chosen(example: Example, prediction: str) -> str | None:
+    """The option that a prediction chooses, by its letter or by its text; None where both are missing or differ."""
+    by_letter = options_in(example.question)
+    found = _LETTER.match(spoken(prediction)) or _LETTER.search(spoken(prediction))
+    letter = next(filter(None, found.groups()), "") if found and (found.start() == 0 or found[3]) else ""
+    text = named(example, prediction)
+    if letter in by_letter:
+        return by_letter[letter] if text in (None, by_letter[letter]) else None
+    return text
+
+
+def qa(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    found = accuracy(predictions, examples)
+    both = list(zip(predictions, examples, strict=True))
+    choices = [float(chosen(example, text) == strict(example.answer)) for text, example in both if options_in(example.question)]
+    if choices:
+        found["option_accuracy"] = mean(choices)
+    pairs = [(named(example, text), strict(example.answer)) for text, example in both if strict(example.answer) in YES_NO_MAYBE]
+    if pairs:
+        found["yes_no_maybe_accuracy"] = mean([float(given == wanted) for given, wanted in pairs])
+        found["yes_no_maybe_macro_f1"] = macro_f1(pairs)
+    return found
+
+
 def refer(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     overlaps = [box_iou(example, given) for given, example in zip(predictions, examples, strict=True)]
     return {"miou": mean(overlaps), "accuracy": mean([float(boxes.is_hit(value)) for value in overlaps])}
@@ -61,5 +125,4 @@ def box_iou(example: Example, prediction: str) -> float:
 
 def captions(pairs: Pairs) -> dict[str, float]:
     plain = [(strict(given), strict(wanted)) for given, wanted in pairs]
-    scores = overlap.rouge([given for given, _ in plain], [wanted for _, wanted in plain])
-    return scores | {"f1": mean([overlap.min_count_f1(given, wanted) for given, wanted in plain])}
+    return overlap.standard_bleu(pairs) | overlap.standard_rouge(plain) | words_in_common(plain) | overlap.cider(plain)
