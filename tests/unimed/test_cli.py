@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unimed.cli import app as cli
+from unimed.cli import train as train_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICE = "Research use, not for diagnosis"
@@ -195,10 +196,10 @@ def test_the_demo_replaces_only_what_it_made(at_work, small_overrides, tmp_path,
             "error: runs/small: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite"
         )
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
-    cli._may_replace(Path("runs/small"), overwrite=True)
+    train_commands._may_replace(Path("runs/small"), overwrite=True)
     start = Path("runs/small/start.json")
     start.write_text(json.dumps({**json.loads(start.read_text()), "command": "demo"}))
-    cli._may_replace(Path("runs/small"), overwrite=False)
+    train_commands._may_replace(Path("runs/small"), overwrite=False)
 
 
 def test_commands_for_one_process_say_so_under_torchrun(at_work, monkeypatch):

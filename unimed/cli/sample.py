@@ -1,0 +1,52 @@
+"""The commands of `unimed sample`; `app.py` registers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unimed import NOTICE
+from unimed.cli.shared import bar, console
+
+
+def build_(
+    out: Annotated[Path, typer.Option(help="folder of the data set")] = Path(".cache/unimed/sample"),
+) -> None:
+    """Cut the vendored CT and MR volumes into slices with questions, boxes and synthetic reports.
+
+    Works offline, gives the same bytes every time, and does nothing when the sample is there already.
+
+    Example: [cyan]unimed sample build[/]
+    """
+    build(out)
+
+
+def fetch(
+    dest: Annotated[Path, typer.Option(help="folder for the archives")] = Path(".cache/unimed/archives"),
+    names: Annotated[list[str] | None, typer.Argument(help="which archives; all of them by default", show_default=False)] = None,
+) -> None:
+    """Download the larger archives (more volumes, SmolLM2), each checked against its pinned sha256.
+
+    Example: [cyan]unimed sample fetch[/]
+    """
+    from unimed.sample.archives import fetch_sample
+
+    with bar() as progress:
+        task = progress.add_task("fetching", total=None, note="")
+        fetch_sample(dest, names or None, progress=lambda done, total, what: progress.update(task, completed=done, total=total, note=what))
+    console.print(f"archives are in {dest} · {NOTICE}", highlight=False)
+
+
+def build(out: Path) -> None:
+    from unimed.sample.build import build_sample
+
+    with bar() as progress:
+        task = progress.add_task("sample", total=None, note="")
+        build_sample(out, progress=lambda done, total, what: progress.update(task, completed=done, total=total, note=what))
+    console.print(f"sample: {out} · {NOTICE}", highlight=False)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"build": build_, "fetch": fetch}

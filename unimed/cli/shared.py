@@ -1,0 +1,67 @@
+"""Shared by the commands of `unimed`: the console, option types, folders of runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from unimed.errors import UserError
+
+RUNS = Path("runs")
+
+console = Console()
+errors = Console(stderr=True)
+debugging = False  # --debug: everything is shown
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted recipe overrides, for example train.max_steps=50", show_default=False)]
+Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record of the data (data.strict=true)")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N")]
+Verify = Annotated[bool, typer.Option("--verify", help="hash the model's files before they are read")]
+RunPath = Annotated[str, typer.Argument(help="a run: its name under runs/, or its folder")]
+
+
+def rank() -> int | None:
+    """This process's number among those of torchrun; None for a single process."""
+    many = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return int(os.environ.get("RANK", "0")) if many else None
+
+
+def no_bars_of_transformers() -> None:
+    """Its bars for files that are read in a moment come between ours."""
+    if not debugging:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def bar() -> Any:
+    from unimed.train.progress import bar
+
+    return bar(console)
+
+
+def nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def run_folder(run: str) -> Path:
+    for path in (RUNS / run, Path(run)):
+        if path.is_dir():
+            return path
+    known = sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml"))
+    raise UserError(f"no run {run!r}: not a folder, and runs/ has {', '.join(known) or 'none'}; train one with: unimed train tiny")
+
+
+def model_folder(model: str | None) -> Path:
+    if model is not None:
+        return run_folder(model)
+    found = sorted(RUNS.glob("*/model"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("no trained model under runs/; train one with: unimed demo, or name one with --model")
+    return found[-1].parent

@@ -1,0 +1,130 @@
+"""`unimed train` and `unimed demo`; `app.py` registers them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unimed import NOTICE
+from unimed.cli.evaluate import score, write_report
+from unimed.cli.sample import build
+from unimed.cli.shared import RUNS, Overrides, Strict, console, no_bars_of_transformers, rank
+from unimed.errors import UserError
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="tiny, smollm2, released, or a YAML file")] = "tiny",
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="the run's name; by default the recipe's")] = None,
+    llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint, by the run's own recipe")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start again where a run of this name exists")] = False,
+    strict: Strict = False,
+) -> None:
+    """Train a model by a recipe; the run goes to runs/NAME.
+
+    Examples:
+
+      [cyan]unimed train[/]                                            the tiny recipe
+
+      [cyan]unimed train tiny train.max_steps=50 connector.router=hard --name hard[/]
+
+      [cyan]unimed train --name hard --resume[/]                       after it was interrupted; nothing needs to be typed again
+
+      [cyan]unimed train --llm smollm2[/]                              SmolLM2-135M with LoRA
+
+      [cyan]unimed train tiny data.sets.mine.root=mine --name mine[/]  own data (unimed data import)
+
+      [cyan]torchrun --nproc-per-node 2 -m unimed train[/]             two processes, each with its own batches
+    """
+    if "=" in recipe:  # an override, and the recipe left out
+        recipe, overrides = "tiny", [recipe, *(overrides or [])]
+    overrides = [*(overrides or []), *["data.strict=true"] * strict]
+    if resume:
+        loaded, run = _stored_recipe(recipe, llm, overrides, name)
+    else:
+        loaded = _recipe(recipe, llm, overrides, name)
+        run = RUNS / loaded.name
+    _train(loaded, run, resume, overwrite)
+
+
+def demo(
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="the run's name; demo by default")] = None,
+    llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of this name that another command made")] = False,
+) -> None:
+    """The whole job: build the sample, train the tiny model, evaluate it, write the report.
+
+    It starts again each time, and replaces the run that it made before.
+
+    Examples:
+
+      [cyan]unimed demo[/]
+
+      [cyan]unimed demo --llm smollm2[/]
+
+      [cyan]unimed demo train.max_steps=20 evaluate.limit=5[/]    a quick look
+    """
+    start = time.perf_counter()
+    # Overrides come after the default, so name=x holds; --name comes after both.
+    loaded = _recipe("tiny", llm, ["name=demo", *(overrides or [])], name)
+    if loaded.data.sets or not loaded.data.root:
+        raise UserError("unimed demo: trains on the built-in sample; for own data: unimed train tiny data.sets.NAME.root=FOLDER")
+    run = RUNS / loaded.name
+    _may_replace(run, overwrite)
+    build(Path(loaded.data.root))
+    _train(loaded, run, resume=False, overwrite=True, command="demo")
+    score(run, None)
+    write_report(run)
+    console.print(f"demo: {(time.perf_counter() - start) / 60:.1f} minutes in all", highlight=False)
+
+
+def _recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> Any:
+    from unimed.train import config
+
+    if llm not in (None, "tiny", "smollm2"):
+        raise UserError(f"--llm {llm}: no such language model; valid are tiny, smollm2")
+    if llm and recipe != llm:
+        if recipe not in ("tiny", "smollm2"):
+            raise UserError(f"--llm {llm}: chooses between the recipes tiny and smollm2; for {recipe} set language.kind instead")
+        recipe = llm
+    return config.load(recipe, [*(overrides or []), *([f"name={name}"] if name is not None else [])])
+
+
+def _stored_recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> tuple[Any, Path]:
+    """The recipe and folder of the run to go on with; `recipe` only names it where nothing else does."""
+    from unimed.train.run import stored_recipe
+
+    names = [text for text in overrides or [] if text.startswith("name=")]
+    run = RUNS / _recipe(recipe, llm, names, name).name
+    loaded = stored_recipe(run, [text for text in overrides or [] if text not in names])
+    if not rank():
+        console.print(f"resuming {run} by its own recipe.yaml", highlight=False)
+    return loaded, run
+
+
+def _may_replace(run: Path, overwrite: bool) -> None:
+    from unimed.train.run import RECIPE_FILE, started_with
+
+    if (run / RECIPE_FILE).exists() and not overwrite and started_with(run).get("command") != "demo":
+        raise UserError(f"{run}: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite")
+
+
+def _train(recipe: Any, run: Path, resume: bool, overwrite: bool, command: str = "train") -> None:
+    from unimed.train import processes
+    from unimed.train.progress import TrainingProgress
+    from unimed.train.run import train as run_training
+
+    no_bars_of_transformers()
+    run_training(recipe, run, resume, overwrite, [TrainingProgress(console)], command)
+    processes.end()
+    if not rank():
+        console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "demo": demo}
