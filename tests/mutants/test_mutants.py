@@ -11,7 +11,7 @@ from tests.mutants import Mutant, Suite
 from tests.mutants import __main__ as runner
 from tests.mutants.triton import MUTANTS as TRITON
 
-KERNELS = [path for path in sorted((runner.ROOT / "cmoe_kernels").rglob("*triton.py")) if "@triton.jit" in path.read_text()]
+KERNELS = [path for path in sorted((runner.ROOT / "cmoe_kernels").rglob("*.py")) if "@triton.jit" in path.read_text()]
 
 
 @pytest.mark.parametrize("mutant", runner.MUTANTS, ids=str)

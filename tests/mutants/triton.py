@@ -31,19 +31,19 @@ def _far(what: str) -> str:
     return f"tests/triton/test_far.py::test_far_apart[{what}-sm_80]"
 
 
-activation = _in("activation_triton.py")
+activation = _in("rows/activation.py")
 soft_gate = _in("soft_gate/triton.py", f"{_gates}soft_gate[300-5]")
 topk_gate = _in("topk_gate/triton.py", f"{_gates}topk_gate[True-softmax-300-5]")
 balance_loss = _in("balance_loss/triton.py", f"{_gates}balance_loss[150-8-7-switch-whole]")
-groups = _in("groups_triton.py", f"{_groups}selections_of_tokens[700-5]")
-sums = _in("sums_triton.py", _many_tiles("sparse"))
+groups = _in("rows/sort.py", f"{_groups}selections_of_tokens[700-5]")
+sums = _in("rows/reduce.py", _many_tiles("sparse"))
 grouped = _in("grouped_linear/triton.py", _precision("grouped_linear-gather-scatter"))
 router = _in("task_router/triton.py", _many_tiles("router"))
-gemm = _in("grouped_gemm_triton.py", _many_tiles("sparse-gated"))
-backward = _in("dact_gemm_triton.py", _many_tiles("sparse-gated"))
-tiles = _in("tiles_triton.py", _many_tiles("sparse"))
-sum_of_experts = _in("grouped_gemm_sum_triton.py", f"{_tiles}a_loop_is_split_among_programs_without_a_tile[torch.float32]")
-weights = _in("wgrad_triton.py", _many_tiles("sparse"))
+gemm = _in("gemm/grouped_gemm.py", _many_tiles("sparse-gated"))
+backward = _in("gemm/dact_gemm.py", _many_tiles("sparse-gated"))
+tiles = _in("gemm/tiles.py", _many_tiles("sparse"))
+sum_of_experts = _in("gemm/grouped_gemm_sum.py", f"{_tiles}a_loop_is_split_among_programs_without_a_tile[torch.float32]")
+weights = _in("gemm/wgrad.py", _many_tiles("sparse"))
 
 MUTANTS = [
     activation("epilogue", "0.134145 * u * u", "0.044715 * u * u", _precision("soft_experts-mlp-recompute")),

@@ -13,7 +13,7 @@ from torch import Tensor
 import cmoe_kernels as cmoe
 from benchmarks.compare import grads
 from cmoe_kernels import backends
-from cmoe_kernels.ops import tuning_triton
+from cmoe_kernels.ops.gemm import tuning
 from tests.ops.cases import Maker
 
 pytestmark = pytest.mark.skipif(not backends.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -78,6 +78,6 @@ def near(op: str, arch: str) -> list[Tensor]:
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("op", "name", "dim"), PLACES)
 def test_far_apart(op, name, dim, arch, monkeypatch):
-    monkeypatch.setattr(tuning_triton, "interpreted", tuning_triton.KNOWN[arch]._replace(multiprocessors=4))
+    monkeypatch.setattr(tuning, "interpreted", tuning.KNOWN[arch]._replace(multiprocessors=4))
     for expected, got in zip(near(op, arch), run(op, name, dim), strict=True):
         assert torch.equal(expected, got)

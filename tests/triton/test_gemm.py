@@ -24,7 +24,7 @@ T, D, H, O, E, R, G, S = 37, 35, 21, 18, 3, 50, 3, 19  # noqa: E741
 # Where rows are multiples of 16 bytes, a device with TMA reads through descriptors; rows of the table's sizes are not.
 ALIGNED = {"D": 40, "H": 24, "O": 24, "R": 40, "S": 24}
 
-tuning = importlib.import_module("cmoe_kernels.ops.tuning_triton")
+tuning = importlib.import_module("cmoe_kernels.ops.gemm.tuning")
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +32,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "tile_for", lambda *_: tuning.Tile(16, 16, 16, 4, 1))
     device(monkeypatch, "sm_80")
     monkeypatch.setattr(tuning, "LEAST_STEPS", 1)
-    for name in ("grouped_gemm_triton", "grouped_gemm_sum_triton", "dact_gemm_triton", "wgrad_triton", "task_router.triton"):
-        monkeypatch.setattr(importlib.import_module(f"cmoe_kernels.ops.{name}"), "GROUP", 2)
+    monkeypatch.setattr(importlib.import_module("cmoe_kernels.ops.gemm.tiles"), "GROUP", 2)
 
 
 def dropped(m: Maker) -> Tensor:
@@ -115,7 +114,7 @@ def device(monkeypatch, arch: str, multiprocessors: int = 3) -> None:
 @pytest.fixture
 def descriptors(monkeypatch):
     """The operands that were read through descriptors."""
-    found, tiles = [], importlib.import_module("cmoe_kernels.ops.tiles_triton")
+    found, tiles = [], importlib.import_module("cmoe_kernels.ops.gemm.tiles")
     plain = tiles.TensorDescriptor
     monkeypatch.setattr(tiles, "TensorDescriptor", lambda *arguments: found.append(arguments) or plain(*arguments))
     return found
@@ -154,7 +153,7 @@ def test_many_tiles_through_descriptors(monkeypatch, descriptors, tf32, form, dt
 def test_a_loop_is_split_among_programs_without_a_tile(monkeypatch, dtype):
     """Six tiles of y on 24 multiprocessors: four programs for each, of whose six steps the last one has none."""
     device(monkeypatch, "sm_80", 24)
-    module, partials = importlib.import_module("cmoe_kernels.ops.grouped_gemm_sum_triton"), []
+    module, partials = importlib.import_module("cmoe_kernels.ops.gemm.grouped_gemm_sum"), []
     plain = module.sum_partials
     monkeypatch.setattr(module, "sum_partials", lambda each, *others: partials.append(len(each)) or plain(each, *others))
     check("soft", dtype)

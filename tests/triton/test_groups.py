@@ -10,7 +10,7 @@ from cmoe_kernels.ops.sparse_experts.reference import _assignments
 if not backends.INTERPRETED:
     pytest.skip("for the interpreter's process (TRITON_INTERPRET=1)", allow_module_level=True)
 
-from cmoe_kernels.ops import groups_triton
+from cmoe_kernels.ops.rows import sort
 
 
 def expected(indices, experts, tokens, group_ids=None):
@@ -18,7 +18,7 @@ def expected(indices, experts, tokens, group_ids=None):
 
 
 def check(indices, experts, tokens, group_ids=None):
-    gather_idx, offsets = groups_triton.sort_by_expert(indices, experts, tokens, group_ids)
+    gather_idx, offsets = sort.sort_by_expert(indices, experts, tokens, group_ids)
     order, ends = expected(indices, experts, tokens, group_ids)
     assert gather_idx.dtype == torch.int64
     assert offsets.dtype == torch.int32
@@ -43,7 +43,7 @@ def test_groups(experts):
 
 
 def test_more_blocks_than_one_program_scans_at_a_time(monkeypatch):
-    monkeypatch.setattr(groups_triton, "TILE", 64)
+    monkeypatch.setattr(sort, "TILE", 64)
     check(torch.randint(0, 4, (1100, 1)), 3, 1100)
 
 
@@ -54,6 +54,6 @@ def test_all_to_one(expert):
 
 def test_strided_and_empty():
     check(torch.randint(0, 6, (2, 300)).t(), 5, 300)
-    gather_idx, offsets = groups_triton.sort_by_expert(torch.empty(0, 2, dtype=torch.int64), 5, 0)
+    gather_idx, offsets = sort.sort_by_expert(torch.empty(0, 2, dtype=torch.int64), 5, 0)
     assert gather_idx.shape == (0,)
     assert offsets.tolist() == [0] * 6

@@ -13,7 +13,7 @@ if not backends.INTERPRETED:
 
 from triton.runtime.errors import OutOfResources
 
-from cmoe_kernels.ops import tuning_triton as tuning
+from cmoe_kernels.ops.gemm import tuning
 
 X = torch.empty(0, dtype=torch.bfloat16)
 LINE = "half gemm 64"

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.activation_triton import derivative
-from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
-from cmoe_kernels.ops.sums_triton import sum_assignments
-from cmoe_kernels.ops.tiles_triton import launch, source_rows
-from cmoe_kernels.ops.wgrad_triton import wgrad
+from cmoe_kernels.ops.gemm.grouped_gemm import grouped_gemm
+from cmoe_kernels.ops.gemm.tiles import launch, source_rows
+from cmoe_kernels.ops.gemm.wgrad import wgrad
+from cmoe_kernels.ops.rows.activation import derivative
+from cmoe_kernels.ops.rows.reduce import sum_assignments
 
 
 @triton.jit

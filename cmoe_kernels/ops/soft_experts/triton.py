@@ -14,13 +14,13 @@ is shared out by the gates. More groups than experts are not merged: their weigh
 import torch
 from torch import Tensor
 
-from cmoe_kernels.ops.dact_gemm_triton import dact_gemm, dense_dgrad
-from cmoe_kernels.ops.grouped_gemm_sum_triton import grouped_gemm_sum
-from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
+from cmoe_kernels.ops.gemm.dact_gemm import dact_gemm, dense_dgrad
+from cmoe_kernels.ops.gemm.grouped_gemm import grouped_gemm
+from cmoe_kernels.ops.gemm.grouped_gemm_sum import grouped_gemm_sum
+from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_token
-from cmoe_kernels.ops.groups_triton import sort_by_expert
-from cmoe_kernels.ops.sums_triton import column_sums, routing_weight_grad, sum_per_group
-from cmoe_kernels.ops.wgrad_triton import wgrad
+from cmoe_kernels.ops.rows.reduce import column_sums, routing_weight_grad, sum_per_group
+from cmoe_kernels.ops.rows.sort import sort_by_expert
 
 
 def soft_experts(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmoe_kernels.ops.dact_gemm_triton import dact_gemm
-from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
+from cmoe_kernels.ops.gemm.dact_gemm import dact_gemm
+from cmoe_kernels.ops.gemm.grouped_gemm import grouped_gemm
+from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_row
-from cmoe_kernels.ops.groups_triton import sort_by_expert
-from cmoe_kernels.ops.sums_triton import routing_weight_grad, sum_assignments, sum_per_group
-from cmoe_kernels.ops.wgrad_triton import wgrad
+from cmoe_kernels.ops.rows.reduce import routing_weight_grad, sum_assignments, sum_per_group
+from cmoe_kernels.ops.rows.sort import sort_by_expert
 
 
 def sparse_experts(

@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.activation_triton import activate, derivative
-from cmoe_kernels.ops.grouped_gemm_sum_triton import grouped_gemm_sum, sum_partials
-from cmoe_kernels.ops.grouped_gemm_triton import grouped_gemm
+from cmoe_kernels.ops.gemm.grouped_gemm import grouped_gemm
+from cmoe_kernels.ops.gemm.grouped_gemm_sum import grouped_gemm_sum, sum_partials
+from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch, launch_gemm, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
+from cmoe_kernels.ops.gemm.tuning import Tile, tuned
+from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_token
-from cmoe_kernels.ops.sums_triton import column_sums, sum_per_group
+from cmoe_kernels.ops.rows.activation import activate, derivative
+from cmoe_kernels.ops.rows.reduce import column_sums, sum_per_group
 from cmoe_kernels.ops.task_router.reference import input_rows
-from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
-from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
-from cmoe_kernels.ops.wgrad_triton import wgrad
 
 MOST = 16
 
@@ -216,24 +216,19 @@ def _hidden_layer(
         tma = reads_by_tma(rows)
         x_operand, x_tma = operand(rows, (tile.m, tile.k), tma)
         w_operand, w_tma = operand(w1, (tile.n, tile.k), tma)
-        launch(
+        launch_gemm(
             task_router_fwd_kernel,
-            programs(triton.cdiv(tokens, tile.m) * tiles_n, tile, rows),
+            tile,
+            triton.cdiv(tokens, tile.m) * tiles_n,
+            rows,
             *(x_operand, w_operand, bias, None if group_ids is None else group_ids.contiguous(), w2, u, h, partials),
             *(tokens, width, w1.shape[1], 0 if bias is None else bias.shape[0], experts),
             *(*rows.stride(), *w1.stride(), *strides(bias, 2), *strides(w2, 2)),
             ACT=activation,
             ROUND=TL_DTYPES[rows.dtype],
-            PRECISION=precision(),
             X_TMA=x_tma,
             W_TMA=w_tma,
             EP=16,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
         if partials is not None:
             sum_partials(partials, logits, None if b2 is None else b2[None], None, rows.dtype)

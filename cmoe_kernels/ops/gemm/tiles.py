@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cmoe_kernels.ops.tuning_triton import device_of, precision
+from cmoe_kernels.ops.gemm.tuning import GROUP, Tile, device_of, precision, programs
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -131,6 +131,13 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
     """Run ``kernel``; an empty grid is not launched."""
     if programs:
         kernel[(programs,)](*arguments, **settings)
+
+
+def launch_gemm(kernel: Any, tile: Tile, tiles: int, x: Tensor, *arguments: Any, depth: str = "BK", **settings: Any) -> None:
+    """Run a persistent kernel of products of x, over ``tiles`` tiles of ``tile``; ``depth`` names the kernel's constant for tile.k."""
+    shape = {"BM": tile.m, "BN": tile.n, depth: tile.k, "GROUP": GROUP}
+    settings |= {"PRECISION": precision(), "num_warps": tile.warps, "num_stages": tile.stages}
+    launch(kernel, programs(tiles, tile, x), *arguments, **shape, **settings)
 
 
 def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:

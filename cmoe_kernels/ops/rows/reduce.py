@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.activation_triton import activate
-from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, strides
+from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch, strides
+from cmoe_kernels.ops.rows.activation import activate
 
 
 @triton.jit

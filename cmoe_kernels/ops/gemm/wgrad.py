@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, operand, reads_by_tma, source_rows, strides, tile_order
-from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
+from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch_gemm, operand, reads_by_tma, source_rows, strides, tile_order
+from cmoe_kernels.ops.gemm.tuning import Tile, tuned
 
 
 @triton.jit
@@ -146,9 +146,11 @@ def wgrad(
         tma = reads_by_tma(p) and dw is not None
         p_operand, p_tma = _operand(p, tile.k, tile.m, tma, p_index, p_k)
         q_operand, q_tma = _operand(q, tile.k, tile.n, tma, q_index, q_k)
-        launch(
+        launch_gemm(
             wgrad_bwd_kernel,
-            programs(experts * triton.cdiv(height, tile.m) * columns, tile, p),
+            tile,
+            experts * triton.cdiv(height, tile.m) * columns,
+            p,
             *(p_operand, q_operand, p, routing_weights, dw, db, offsets, p_index, q_index),
             *(rows, height, width, experts),
             *(*strides(p, 3), *strides(q, 3), *strides(routing_weights, 2), *strides(dw, 3), strides(db, 2)[0]),
@@ -157,15 +159,9 @@ def wgrad(
             WEIGH_DW=weigh_dw,
             ROUND=TL_DTYPES[round_to or p.dtype],
             OPERAND=TL_DTYPES[p.dtype],
-            PRECISION=precision(),
             P_TMA=p_tma,
             Q_TMA=q_tma,
-            BM=tile.m,
-            BN=tile.n,
-            BR=tile.k,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            depth="BR",
         )
 
     tuned("gemm_dw", max(height, width), p, q, run)

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.activation_triton import activate, derivative
-from cmoe_kernels.ops.tiles_triton import (
+from cmoe_kernels.ops.gemm.tiles import (
     TL_DTYPES,
     count_row_tiles,
-    launch,
+    launch_gemm,
     load_rows,
     load_weights,
     operand,
@@ -27,7 +26,8 @@ from cmoe_kernels.ops.tiles_triton import (
     tile_order,
     tile_rows,
 )
-from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
+from cmoe_kernels.ops.gemm.tuning import Tile, tuned
+from cmoe_kernels.ops.rows.activation import activate, derivative
 
 
 @triton.jit
@@ -171,9 +171,11 @@ def dact_gemm(
         tma = reads_by_tma(dy)
         d_operand, d_tma = operand(dy, (tile.m, tile.k), tma, gather, k)
         w_operand, w_tma = operand(w.transpose(1, 2), (tile.n, tile.k), tma)
-        launch(
+        launch_gemm(
             dact_gemm_bwd_kernel,
-            programs(tiles_m * triton.cdiv(width, tile.n), tile, dy) if rows else 0,
+            tile,
+            tiles_m * triton.cdiv(width, tile.n) if rows else 0,
+            dy,
             *(d_operand, w_operand, u, routing_weights, du, weighted_hidden, partials, offsets, gather, scatter),
             *(rows, width, depth, experts),
             *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *strides(u, 3), *strides(routing_weights, 2), *strides(du, 3)[:2]),
@@ -182,16 +184,9 @@ def dact_gemm(
             ACT=activation,
             GATED=gated,
             OPERAND=TL_DTYPES[dy.dtype],
-            PRECISION=precision(),
             D_TMA=d_tma,
             W_TMA=w_tma,
             EP=triton.next_power_of_2(experts + 1),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
         return partials
 
@@ -212,22 +207,17 @@ def dense_dgrad(dy: Tensor, w: Tensor, x: Tensor, gates: Tensor, dx: Tensor | No
         tma = reads_by_tma(dy)
         d_operand, d_tma = operand(dy, (tile.m, tile.k), tma)
         w_operand, w_tma = operand(w.transpose(1, 2), (tile.n, tile.k), tma)
-        launch(
+        launch_gemm(
             dense_dgrad_bwd_kernel,
-            programs(triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n), tile, dy),
+            tile,
+            triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n),
+            dy,
             *(d_operand, w_operand, x, gates, dx, partials),
             *(rows, width, depth, experts),
             *(*dy.stride(), w.stride(0), w.stride(2), w.stride(1), *x.stride(), *gates.stride(), 0 if dx is None else dx.stride(0)),
             OPERAND=TL_DTYPES[dy.dtype],
-            PRECISION=precision(),
             D_TMA=d_tma,
             W_TMA=w_tma,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
         return partials
 

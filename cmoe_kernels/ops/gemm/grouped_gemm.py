@@ -6,7 +6,7 @@ token) and results scattered by the store, so gathered rows never exist. Bias, a
 accumulator: one rounding at the store, and the pre-activation ``u``, when it is saved, is written by the same pass.
 
 Experts may have a short tile each, and the rows of no expert are written as zeros. Without offsets every expert sees every row (dense
-layers, N = E * H). How programs share the tiles, and how tiles are read, is in tiles_triton.py.
+layers, N = E * H). How programs share the tiles, and how tiles are read, is in tiles.py.
 """
 
 import torch
@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.activation_triton import activate
-from cmoe_kernels.ops.tiles_triton import (
+from cmoe_kernels.ops.gemm.tiles import (
     TL_DTYPES,
     count_row_tiles,
-    launch,
+    launch_gemm,
     load_rows,
     load_weights,
     operand,
@@ -28,7 +27,8 @@ from cmoe_kernels.ops.tiles_triton import (
     tile_order,
     tile_rows,
 )
-from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, tuned
+from cmoe_kernels.ops.gemm.tuning import Tile, tuned
+from cmoe_kernels.ops.rows.activation import activate
 
 
 @triton.jit
@@ -132,9 +132,11 @@ def grouped_gemm(
         x_operand, x_tma = operand(x, (tile.m, tile.k), tma, gather, k)
         # The second half begins where a descriptor may not, if it lies along the memory's rows and is no multiple of 16 bytes.
         w_operand, w_tma = operand(w, (tile.n, tile.k), tma and not (gated and width * w.element_size() % 16))
-        launch(
+        launch_gemm(
             grouped_gemm_fwd_kernel,
-            programs(tiles_m * triton.cdiv(width, tile.n), tile, x) if rows else 0,
+            tile,
+            tiles_m * triton.cdiv(width, tile.n) if rows else 0,
+            x,
             *(x_operand, w_operand, b, routing_weights, u, y, offsets, gather, scatter),
             *(rows, width, depth, experts),
             *(*x.stride(), *w.stride(), *strides(b, 2), *strides(routing_weights, 2), *strides(u, 3)[:2], *strides(y, 3)[:2]),
@@ -144,16 +146,9 @@ def grouped_gemm(
             WEIGH_BIAS=weigh_bias,
             ROUND=TL_DTYPES[round_to or x.dtype],
             OPERAND=TL_DTYPES[x.dtype],
-            PRECISION=precision(),
             X_TMA=x_tma,
             W_TMA=w_tma,
             EP=triton.next_power_of_2(experts + 1),
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
 
     tuned("gemm_gated" if gated else "gemm", rows if offsets is None else rows // experts, x, w, run)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.tiles_triton import TL_DTYPES, launch, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
-from cmoe_kernels.ops.tuning_triton import GROUP, Tile, precision, programs, splits, tuned
+from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch, launch_gemm, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
+from cmoe_kernels.ops.gemm.tuning import Tile, splits, tuned
 
 
 @triton.jit
@@ -130,24 +130,19 @@ def grouped_gemm_sum(
         tiles = triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.n)
         count = splits(tiles, experts * triton.cdiv(depth, tile.k), tile, x)
         partials = None if count == 1 else x.new_empty(count, rows, width, dtype=torch.float32)
-        launch(
+        launch_gemm(
             grouped_gemm_sum_fwd_kernel,
-            programs(tiles * count, tile, x),
+            tile,
+            tiles * count,
+            x,
             *(x_operand, w_operand, b, gates, y, partials),
             *(rows, width, depth, experts, count),
             *(sx_r, sx_e, sx_k, *w.stride(), *strides(b, 2), *strides(gates, 2), y.stride(0)),
             WEIGH_X=weigh_x,
             ROUND=TL_DTYPES[rounded],
             OPERAND=TL_DTYPES[x.dtype],
-            PRECISION=precision(),
             X_TMA=x_tma,
             W_TMA=w_tma,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
         if partials is not None:
             sum_partials(partials, y, b, gates, rounded)
