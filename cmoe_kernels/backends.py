@@ -38,7 +38,7 @@ DEVICE_ORDER = {
 }
 # GPU kernels accumulate in fp32: fp64 is left to the others.
 WITHOUT_DOUBLE = ("triton", "cuda")
-# {architecture: {op: {"few" or "many" tokens: the faster one of "cuda" and "triton", or "unmeasured"}}}
+# {architecture: {op: {"few" or "many" tokens: the faster one of "cuda" and "triton"}}}; a line that is missing is unmeasured.
 FEW = 64
 PREFERRED: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "ops" / "preferred.json").read_text())
 
@@ -249,7 +249,7 @@ def preferred(op: str, tokens: str) -> str:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "unmeasured"
     table = PREFERRED.get("sm_{}{}".format(*torch.cuda.get_device_capability(0)), {})
-    return table[op][tokens] if op in table else "unmeasured"
+    return table.get(op, {}).get(tokens, "unmeasured")
 
 
 def _preferred(op: str, tokens: int | None) -> str:

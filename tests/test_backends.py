@@ -164,10 +164,10 @@ def test_the_choice_on_a_gpu_is_a_constant_of_a_compiled_function(gpu, monkeypat
 
 def test_the_table_of_preferred_backends():
     for table in backends.PREFERRED.values():
-        assert table.keys() == set(backends.OPS)
+        assert table.keys() <= set(backends.OPS)
         for of in table.values():
-            assert of.keys() == {"few", "many"}
-            assert set(of.values()) <= {"cuda", "triton", "unmeasured"}
+            assert of.keys() <= {"few", "many"}
+            assert set(of.values()) <= {"cuda", "triton"}
 
 
 def test_doctor_names_what_the_cuda_kernels_were_built_for():

@@ -6,12 +6,14 @@ adds the fastest to that table: ``$XDG_CACHE_HOME/cmoe_kernels/tiles.json``, els
 
     "sm_90 half gemm 64": [64, 128, 64, 4, 4, 2]        architecture, operands, kernel, most rows: a Tile
 
+In tiles.json a word may have wildcards (``sm_*``) and alternatives (``gemm|gemm_dw``); of the lines that match, the last one counts.
 Operands are "half" (bf16, fp16), "rounded" (fp32 weights with half-precision x: a weight tile takes twice the memory), "tf32" or "fp32".
 An architecture without lines of its own uses those of the one before it. No line was timed on a GPU: they are what compiles without
 spills for the architecture, with 64 rows for a warp group of Hopper, and narrow tiles in IEEE fp32, which runs on the vector units.
 """
 
 import contextlib
+import fnmatch
 import functools
 import itertools
 import json
@@ -69,6 +71,8 @@ class Tile(NamedTuple):
 
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError)
 ROWS = (16, 64, 256)
+OPERANDS = ("half", "rounded", "tf32", "fp32")
+KERNELS = ("gemm", "gemm_gated", "gemm_sum", "gemm_sum_scaled", "gemm_du", "gemm_du_gated", "gemm_mix", "gemm_dw", "task_router")
 GROUP = 8
 # Shares of a split loop shorter than this cost more to add than they save.
 LEAST_STEPS = 8
@@ -148,7 +152,15 @@ def _family(arch: str) -> str:
 
 @functools.cache
 def _table() -> dict[str, Tile]:
-    return _parse((Path(__file__).parent / "tiles.json").read_text())
+    """tiles.json with a line for each combination of its words."""
+    table, known = {}, (tuple(KNOWN), OPERANDS, KERNELS, (*map(str, ROWS), "more"))
+    for key, tile in _parse((Path(__file__).parent / "tiles.json").read_text()).items():
+        words = [
+            [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in word.split("|"))]
+            for names, word in zip(known, key.split(" "), strict=True)
+        ]
+        table |= {" ".join(line): tile for line in itertools.product(*words)}
+    return table
 
 
 def own_path() -> Path:
