@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 VERSIONS := $(BIN)/python -m tools.versions --jobs $(JOBS) --pin "$(TORCH)" --pin "$(TRITON)"
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock test test-triton test-cuda test-full test-latest test-oldest aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
@@ -25,7 +25,7 @@ install: $(VENV)/.installed  ## .venv with the package (native library where a C
 # Build isolation would fetch a second torch, so the build runs inside the environment.
 $(VENV)/.installed: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) pip setuptools wheel
+	$(INSTALL) pip setuptools wheel ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) "$(TRITON)"
 	CMOE_WERROR=$(WERROR) $(INSTALL) --no-build-isolation -e ".[dev]"

@@ -10,7 +10,6 @@ import functools
 import os
 import platform
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,17 +63,13 @@ def build() -> Path:
     torch_folder = script.torch_folder()
     flags = [f for f in script.compile_command(torch_folder)[len(compiler) + 1 :] if f not in ("-O3", "-g0")]
     command = [*compiler, "-c", *flags, *EMULATED, *SANITIZERS[SANITIZER]]
-
-    def compiled(source: str) -> Path:
-        return script.compiled(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])], FOLDER)
-
-    with alone_in(FOLDER), ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]))
-        target = FOLDER / "emulated.so"
-        libraries = ["-L" + str(torch_folder / "lib"), "-ltorch_cpu"]
-        script.run_if_stale(
-            [*compiler, *SANITIZERS[SANITIZER], "-shared", "-o", str(target), *map(str, objects), *libraries], target, *objects
-        )
+    made = script.Build(FOLDER)
+    sources = [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]
+    objects = [made.compile(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])]) for source in sources]
+    libraries = ["-L" + str(torch_folder / "lib"), "-ltorch_cpu"]
+    target = made.link("emulated.so", [*compiler, *SANITIZERS[SANITIZER], "-shared"], objects, libraries=libraries)
+    with alone_in(FOLDER):
+        made.run()
     return target
 
 

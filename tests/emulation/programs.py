@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.native.variants import ROOT, alone_in, build_script, need_compiler
@@ -24,15 +23,15 @@ def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str,
     """
     script, compiler = build_script(), need_compiler()
     os.chdir(ROOT)
-    folder = Path("build", "emulation", sanitizer)
+    build = script.Build(Path("build", "emulation", sanitizer))
     command = [*compiler, "-c", *EMULATED, *SANITIZERS[sanitizer], "-x", "c++"]
     stand_ins = [kernel for kernel in kernels if Path("tests", "emulation", f"{kernel}.cpp").exists()]
     sources = [f"csrc/cuda/{kernel}.cu" for kernel in kernels if kernel not in stand_ins]
     sources += [f"tests/emulation/{name}.cpp" for name in (program, *stand_ins)]
-    with alone_in(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: script.compiled(source, command, folder), sources))
-        target = folder / "-".join((program, *stand_ins))
-        script.run_if_stale([*compiler, *SANITIZERS[sanitizer], "-o", str(target), *map(str, objects)], target, *objects)
+    objects = [build.compile(source, command) for source in sources]
+    target = build.link("-".join((program, *stand_ins)), [*compiler, *SANITIZERS[sanitizer]], objects)
+    with alone_in(build.folder):
+        build.run()
     return ROOT / target
 
 

@@ -1,32 +1,82 @@
-"""The commands by which setup.py compiles."""
+"""The commands by which csrc/build.py compiles, and what runs them."""
 
-import sys
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from tests.native.variants import build_script, need_compiler
 
 
-def test_a_warning_is_an_error_on_request(monkeypatch):
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A program of one source and one header, and a folder of its own to build it in."""
     need_compiler()
-    build = build_script()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CMOE_WERROR", raising=False)
-    usual = build.compile_command(Path("torch"))
+    Path("value.h").write_text("inline int value() { return 1; }\n")
+    Path("main.cpp").write_text('#include <cstdio>\n#include "value.h"\nint main() { int unused = 0; std::printf("%d", value()); }\n')
+    return tmp_path
+
+
+def make(*flags):
+    """The program's output, and the files that were made again."""
+    script, build = build_script(), build_script().Build(Path("made in", "folder"))
+    command = [*script.compiler(), "-c", "-Wall", script.WERROR, *flags]
+    program = build.link("program", script.compiler(), [build.compile("main.cpp", command)])
+    before = {path: path.stat().st_mtime_ns if path.exists() else 0 for path in build.commands}
+    build.run()
+    again = {path.name for path in build.commands if path.stat().st_mtime_ns != before[path]}
+    return subprocess.run([program], capture_output=True, text=True).stdout, again
+
+
+def need_ninja():
+    if build_script().ninja() is None:
+        pytest.skip("ninja is not installed")
+
+
+def test_only_what_has_changed_is_made_again(project):
+    need_ninja()
+    assert make() == ("1", {"main.cpp.o", "program"})
+    assert make() == ("1", set())
+    Path("value.h").write_text("inline int value() { return 2; }\n")
+    assert make() == ("2", {"main.cpp.o", "program"})
+    assert "main.cpp.o" in make("-O1")[1]
+    assert make("-O1") == ("2", set())
+
+
+def test_without_ninja_the_same_commands_run(project, monkeypatch, capsys):
+    monkeypatch.setattr(build_script(), "ninja", lambda: None)
+    assert make()[0] == "1"
+    assert "pip install ninja" in capsys.readouterr().out
+    Path("value.h").write_text("inline int value() { return 2; }\n")
+    assert make()[0] == "2"
+
+
+@pytest.mark.parametrize("with_ninja", [True, False])
+def test_a_warning_is_an_error_on_request(project, monkeypatch, with_ninja):
+    if with_ninja:
+        need_ninja()
+    else:
+        monkeypatch.setattr(build_script(), "ninja", lambda: None)
     monkeypatch.setenv("CMOE_WERROR", "1")
-    strict = build.compile_command(Path("torch"))
-    assert "-Werror" not in usual
-    assert [part for part in strict if part != "-Werror"] == usual
-    assert len(strict) == len(usual) + 1
+    with pytest.raises(subprocess.CalledProcessError):
+        make()
+    monkeypatch.setenv("CMOE_WERROR", "0")
+    assert make()[0] == "1"
 
 
-def test_what_was_made_with_it_serves_without(tmp_path):
-    build, target, log = build_script(), tmp_path / "made", tmp_path / "log"
-    code = "import sys; open(sys.argv[1], 'a').write('x'); open(sys.argv[2], 'w')"
-    command = [sys.executable, "-c", code, str(log), str(target)]
-    build.run_if_stale([*command, "-Werror"], target)
-    build.run_if_stale(command, target)
-    assert log.read_text() == "x"
-    build.run_if_stale([*command, "-O1"], target)
-    assert log.read_text() == "xx"
+def test_an_object_made_with_werror_serves_without(project, monkeypatch):
+    need_ninja()
+    monkeypatch.setenv("CMOE_WERROR", "1")
+    make("-Wno-unused-variable")
+    monkeypatch.delenv("CMOE_WERROR")
+    assert make("-Wno-unused-variable")[1] == set()
+
+
+def test_the_library_is_compiled_with_warnings_as_errors_on_request():
+    need_compiler()
+    assert build_script().WERROR in build_script().compile_command(Path("torch"))
 
 
 def test_nothing_is_contracted_but_what_the_source_says():

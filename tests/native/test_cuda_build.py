@@ -1,4 +1,4 @@
-"""How setup.py finds nvcc, and what the library then says of itself."""
+"""How csrc/build.py finds nvcc, and what the library then says of itself."""
 
 import platform
 import shutil

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,12 +41,14 @@ def planted():
     objects, tiers = product_objects(), script.tiers_of_compiler()
     table, folder = f"isa_{BEST}", ROOT / "build" / "planted" / "objects"
     source = f"csrc/cpu/gemm/{BEST}.cpp"
-    command = [*script.compile_command(script.torch_folder()), "-Icsrc/cpu"]
+    build, command = script.Build(folder), [*script.compile_command(script.torch_folder()), "-Icsrc/cpu"]
+    objects[source] = build.compile(source, [*command, *script.flags_of(source, tiers), f"-D{table}={table}_sound"])
+    names = [f"-DPLANTED={table}", f"-DSOUND={table}_sound"]
+    objects["planted"] = build.compile("tests/native/planted.cpp", [*command, *names])
+    library = script.link_library(build, objects.values(), script.torch_folder())
     with alone_in(folder):
-        objects[source] = script.compiled(source, [*command, *script.flags_of(source, tiers), f"-D{table}={table}_sound"], folder)
-        names = [f"-DPLANTED={table}", f"-DSOUND={table}_sound"]
-        objects["planted"] = script.compiled("tests/native/planted.cpp", [*command, *names], folder)
-        script.linked(list(objects.values()), script.torch_folder(), tree / "cmoe_kernels" / script.LIBRARY)
+        build.run()
+        shutil.copyfile(library, tree / "cmoe_kernels" / script.LIBRARY)
     return tree
 
 

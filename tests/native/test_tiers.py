@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,10 @@ def emulation():
     if not emulated_tiers():
         pytest.skip(f"the emulation needs avx2 and a compiler that knows AMX; here are {', '.join(HERE)}")
     tree, script = copy_of_tree("emulated"), build_script()
-    script.linked(list(product_objects(emulate=True).values()), script.torch_folder(), tree / "cmoe_kernels" / script.LIBRARY)
+    build = script.Build(Path("build", "emulated", "objects"))
+    library = script.link_library(build, product_objects(emulate=True).values(), script.torch_folder())
+    build.run()
+    shutil.copyfile(library, tree / "cmoe_kernels" / script.LIBRARY)
     return tree
 
 

@@ -5,13 +5,13 @@ The copies stay, so that a second run compiles what has changed and nothing else
 
 import fcntl
 import filecmp
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,9 +37,10 @@ COPIED += ("tests/test_native.py", "pyproject.toml", "README.md", "LICENSE", "NO
 PASSED_OVER = ("__pycache__", ".hypothesis", ".pytest_cache")
 
 
+@functools.cache
 def build_script():
-    """setup.py as a module: its flags, its list of what the compiler can do."""
-    spec = importlib.util.spec_from_file_location("build_script", ROOT / "setup.py")
+    """csrc/build.py as a module: its flags, its list of what the compiler can do."""
+    spec = importlib.util.spec_from_file_location("build_native", ROOT / "csrc" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -126,27 +127,28 @@ def product_objects(*, emulate: bool = False) -> dict[str, Path]:
     need_compiler()
     os.chdir(ROOT)
     script = build_script()
-    command, tiers, cuda = script.compile_command(script.torch_folder()), script.tiers_of_compiler(), script.cuda_toolkit()
-
-    def compiled(source: str) -> Path:
-        if emulate and (flags := emulation_flags(source)) is not None:
-            return script.compiled(source, [*command, *flags], Path("build", "emulated", "objects"))
-        return script.compiled(source, [*command, *script.flags_of(source, tiers, cuda)])
-
-    with alone_in(Path("build")), ThreadPoolExecutor(os.cpu_count()) as pool:
-        sources = script.built(script.SOURCES, tiers)
-        return dict(zip(sources, pool.map(compiled, sources), strict=True))
+    library, emulated = script.library(), script.Build(Path("build", "emulated", "objects"))
+    objects = {source: path for source, path in library.objects.items() if source in script.SOURCES}
+    flags = {source: emulation_flags(source) if emulate else None for source in objects}
+    command = script.compile_command(script.torch_folder())
+    theirs = {source: emulated.compile(source, [*command, *own]) for source, own in flags.items() if own is not None}
+    with alone_in(Path("build")):
+        library.build.run(*(path for source, path in objects.items() if source not in theirs))
+        if theirs:
+            emulated.run()
+    return objects | theirs
 
 
 def cuda_objects() -> dict[str, Path]:
     """The object files of csrc/cuda/*.cu by their source, compiled by nvcc unless they are there and fresh; none where there is no nvcc."""
     need_compiler()
     os.chdir(ROOT)
-    script = build_script()
-    cuda = script.cuda_toolkit()
-    sources = [source for source in script.CUDA_SOURCES if source.endswith(".cu")] if cuda.found else []
-    with alone_in(Path("build")), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(sources, pool.map(lambda source: ROOT / script.compiled(source, list(cuda.command)), sources), strict=True))
+    library = build_script().library()
+    objects = {source: path for source, path in library.objects.items() if source.endswith(".cu")}
+    if objects:
+        with alone_in(Path("build")):
+            library.build.run(*objects.values())
+    return {source: ROOT / path for source, path in objects.items()}
 
 
 def run_tests(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
