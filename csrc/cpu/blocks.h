@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "dispatch.h"
-#include "gemm.h"
+#include "gemm/pack.h"
 #include "rows.h"
 
 namespace cmoe::cpu {

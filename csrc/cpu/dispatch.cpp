@@ -5,7 +5,7 @@
 #include <string>
 
 #include "dispatch.h"
-#include "gemm.h"
+#include "gemm/pack.h"
 #include "self_test.h"
 
 #if defined(__linux__)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "parallel.h"
-#include "wgrad.h"
+#include "gemm/wgrad.h"
 
 namespace cmoe::cpu {
 

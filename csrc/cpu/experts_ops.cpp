@@ -159,7 +159,7 @@ void sum_rows(const Gates<T>& table, int64_t tokens, int64_t columns, T* to, con
 
 std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
                                         std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool save) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, false);
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
                                                                                  std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                  Tensor u, OwnedString activation,
                                                                                  std::vector<bool> needs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, false);
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1,
                                                           std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
                                                           std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, gated);
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
     std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
     bool gated, std::vector<bool> needs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w1, b1, w2, b2, act, gated);
@@ -322,8 +322,8 @@ struct GroupedRows {
 
 std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
                                           int64_t k, std::optional<Tensor> scatter_idx, std::optional<OwnedString> activation, bool save) {
-  const bool activated = activation.has_value();
-  const Activation act = activated ? activation_of(consume_string(*activation)) : Activation::relu;
+  const Activation act = activation_of(activation);
+  const bool activated = act != Activation::none;
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w, b, std::nullopt, std::nullopt, act, false);
@@ -344,8 +344,8 @@ std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tens
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
                                                            std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
                                                            int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
-  const bool activated = activation.has_value();
-  const Activation act = activated ? activation_of(consume_string(*activation)) : Activation::relu;
+  const Activation act = activation_of(activation);
+  const bool activated = act != Activation::none;
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Layers<T> op(x, w, b, std::nullopt, std::nullopt, act, false);

@@ -1,19 +1,11 @@
 // The operations on the CPU, with the signatures that register.cpp binds: those of cmoe_kernels/ops/<op>/reference.py.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
 #include <tuple>
-#include <vector>
+
+#include "../tensors.h"
 
 namespace cmoe::cpu {
-
-using torch::stable::Tensor;
-
-// A string argument, owned by the callee. torch's own conversion to std::string (2.10 to 2.13) leaks one string per call.
-using OwnedString = StringHandle;
 
 Tensor soft_gate(Tensor logits);
 Tensor soft_gate_backward(Tensor dgates, Tensor logits);

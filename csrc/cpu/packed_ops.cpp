@@ -88,7 +88,7 @@ Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1) {
 
 Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                      OwnedString activation) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
@@ -123,7 +123,7 @@ Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2,
 
 Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
                            std::optional<Tensor> group_ids, OwnedString activation, int64_t hidden, int64_t outputs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));
@@ -140,7 +140,7 @@ Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tens
 Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1,
                              std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation,
                              int64_t experts, int64_t hidden, int64_t outputs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("x", x));

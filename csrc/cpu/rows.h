@@ -4,25 +4,18 @@
 // exchange integers only, so results do not depend on the number of threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstdint>
-#include <string>
 #include <type_traits>
-#include <vector>
+
+#include "../tensors.h"
 
 namespace cmoe::cpu {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The type in which values of type T are computed, and in which gates and weights are returned.
 template <class T>
@@ -97,20 +90,5 @@ class Scratch {
   int64_t stride_;
   std::vector<T> values_;
 };
-
-inline std::string shape(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + ")";
-}
-
-inline void require_2d(const char* name, const Tensor& t, const char* letters) {
-  STD_TORCH_CHECK(t.dim() == 2, name, " must have the dimensions ", letters, ", got shape ", shape(t));
-}
-
-inline void require_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns, const char* like) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " has shape ", shape(t), ", must be (", rows, ", ",
-                  columns, ") like ", like);
-}
 
 }  // namespace cmoe::cpu

@@ -57,7 +57,7 @@ struct RouterArguments : Router<T> {
 std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
                                        std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                        OwnedString activation, bool save) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
     using T = decltype(zero);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
                                                                                 std::optional<Tensor> b1, std::optional<Tensor> w2,
                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                 Tensor u, OwnedString activation, std::vector<bool> needs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
     using T = decltype(zero);

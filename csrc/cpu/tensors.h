@@ -15,25 +15,6 @@ namespace cmoe::cpu {
 
 constexpr int64_t large_output = 4 << 20;  // bytes from which fresh pages cost enough to ask for large ones
 
-inline std::string consume_string(OwnedString handle) {
-  const char* text = nullptr;
-  size_t length = 0;
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  const std::string value(text, length);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return value;
-}
-
-inline Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "relu") return Activation::relu;
-  STD_TORCH_CHECK(name == "relu2", "activation is '", name, "', must be one of gelu, gelu_tanh, silu, relu, relu2");
-  return Activation::relu2;
-}
-
 inline Type type_of(const char* name, const Tensor& t) {
   Type type = Type::f32;
   dispatch_float(name, t, [&](auto zero) {
@@ -58,8 +39,6 @@ auto computing(const Tensor& x, F&& f) {
   }
 }
 
-inline Tensor empty_placeholder(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
-
 // A tensor in memory of the pool; none where the pool does not serve, or has no memory.
 std::optional<Tensor> pooled_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
@@ -76,11 +55,6 @@ inline Tensor empty_tensor(const Tensor& like, std::vector<int64_t> sizes, Scala
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   if (bytes >= large_output) advise_large_pages(t.mutable_data_ptr(), bytes);
   return t;
-}
-inline Tensor fresh_like(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
-  return empty_tensor(t, sizes, t.scalar_type());
 }
 
 inline const char* bytes_of(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
@@ -110,7 +84,7 @@ inline Bias bias_of(const char* name, const std::optional<Tensor>& b, Tensor* ke
 
 // The gradient of a tensor where it is wanted.
 inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) {
-  return t && wanted ? fresh_like(*t) : empty_placeholder(like);
+  return t && wanted ? empty_tensor(*t, sizes_of(*t), t->scalar_type()) : empty_placeholder(like);
 }
 inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool wanted) {
   if (!t || !wanted) return {};
@@ -128,11 +102,6 @@ inline void require_range(const char* name, const Tensor& index, int64_t size, c
 inline void require_experts(const Tensor& indices, int64_t experts) {
   const std::string count = std::to_string(experts);
   require_range("indices", indices, experts + 1, (count + " experts; -1 and " + count + " mean no expert").c_str(), -1);
-}
-
-// A contiguous copy where the tensor is given and has gaps.
-inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
 template <class T>

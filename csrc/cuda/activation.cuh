@@ -2,7 +2,7 @@
 // second copy of a kernel.
 #pragma once
 
-#include "activation.h"
+#include "../types.h"
 #include "device/types.h"
 
 namespace cmoe::cuda {

@@ -21,7 +21,7 @@
 
 #include <algorithm>
 
-#include "rows.cuh"
+#include "rows/rows.cuh"
 
 namespace cmoe::cuda {
 namespace {

@@ -26,7 +26,7 @@ Tensor settled(const Tensor& x, const Tensor& offsets, int64_t experts, int64_t 
 
 std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets, std::optional<Tensor> gather_idx,
                                           int64_t k, std::optional<Tensor> scatter_idx, std::optional<OwnedString> activation, bool save) {
-  const Activation act = activation ? activation_of(consume_string(*activation)) : Activation::none;
+  const Activation act = activation_of(activation);
   const OnDevice on(x);
   const int64_t rows = x.size(0) * k, experts = w.size(0);
   const Tensor ends = settled(x, offsets, experts, rows, on.stream);
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tens
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
                                                            std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
                                                            int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
-  const Activation act = activation ? activation_of(consume_string(*activation)) : Activation::none;
+  const Activation act = activation_of(activation);
   const OnDevice on(x);
   const int64_t rows = x.size(0) * k, experts = w.size(0);
   const Type type = type_of("x", x);

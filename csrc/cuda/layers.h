@@ -1,19 +1,10 @@
 // From the tensors of expert layers to operands of products.
 #pragma once
 
-#include "expert_rows.h"
+#include "rows/expert_rows.h"
 #include "tensors.h"
 
 namespace cmoe::cuda {
-
-inline Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "relu") return Activation::relu;
-  STD_TORCH_CHECK(name == "relu2", "activation is '", name, "', must be one of gelu, gelu_tanh, silu, relu, relu2");
-  return Activation::relu2;
-}
 
 // Rows and columns of a tensor [rows, columns].
 inline RowOperand rows_of(const char* name, const Tensor& t, const int64_t* index = nullptr, int64_t divisor = 1) {
@@ -61,7 +52,6 @@ inline Wgrad wgrad_of(Type type, const Groups& groups, int64_t height, int64_t w
   return w;
 }
 
-inline Tensor empty_placeholder(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
 inline Tensor empty_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
@@ -73,16 +63,10 @@ inline Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
 }
 // The gradient of a tensor where it is wanted.
 inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) {
-  if (!t || !wanted) return empty_placeholder(like);
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < t->dim(); ++d) sizes.push_back(t->size(d));
-  return empty_tensor(*t, sizes);
+  return t && wanted ? empty_tensor(*t, sizes_of(*t)) : empty_placeholder(like);
 }
 
 inline const int64_t* indices_of(const std::optional<Tensor>& t) { return t ? static_cast<const int64_t*>(t->const_data_ptr()) : nullptr; }
-inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
 
 // Rows are counted in int32, also those of a tile that ends beyond the last.
 constexpr int64_t most_rows = INT32_MAX - 255;

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "../types.h"
+
 namespace cmoe::cuda {
 
-enum class Type { f32, bf16, f16, f64 };
+using cmoe::Activation, cmoe::Type, cmoe::size_of;
 
 // Read through its strides, zero among them: an expanded gradient is never copied out.
 struct Matrix {

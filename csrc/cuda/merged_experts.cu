@@ -1,7 +1,7 @@
 #include "merged_experts.h"
 
-#include "gemm_tile.cuh"
-#include "rows.cuh"
+#include "gemm/tile.cuh"
+#include "rows/rows.cuh"
 
 namespace cmoe::cuda {
 

@@ -2,7 +2,7 @@
 // and what that layer's gradient gives each expert and each gate.
 #pragma once
 
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 namespace cmoe::cuda {
 

@@ -5,9 +5,6 @@
 
 namespace cmoe::cuda {
 
-using cpu::OwnedString;
-using torch::stable::Tensor;
-
 Tensor soft_gate(Tensor logits);
 Tensor soft_gate_backward(Tensor dgates, Tensor logits);
 

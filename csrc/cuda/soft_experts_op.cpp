@@ -12,7 +12,7 @@
 
 #include "layers.h"
 #include "merged_experts.h"
-#include "sort_by_expert.h"
+#include "rows/sort_by_expert.h"
 
 namespace cmoe::cuda {
 
@@ -133,7 +133,7 @@ void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, con
 
 std::tuple<Tensor, Tensor> soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
                                         std::optional<Tensor> b2, std::optional<Tensor> group_ids, OwnedString activation, bool save) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   require(x, gates, w1, group_ids);
   const OnDevice on(x);
   if (merges(x, gates, w2)) return {merged(x, gates, w1, b1, group_ids, on.stream), empty_placeholder(x)};
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
                                                                                  std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                  Tensor u, OwnedString activation,
                                                                                  std::vector<bool> needs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   require(x, gates, w1, group_ids);
   const OnDevice on(x);
   const int64_t tokens = x.size(0), experts = w1.size(0);

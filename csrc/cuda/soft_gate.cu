@@ -12,7 +12,7 @@
 
 #include "soft_gate.h"
 
-#include "rows.cuh"
+#include "rows/rows.cuh"
 
 namespace cmoe::cuda {
 namespace {

@@ -9,7 +9,7 @@
 // offsets[E]: their tiles read no weights and write zeros.
 
 #include "layers.h"
-#include "sort_by_expert.h"
+#include "rows/sort_by_expert.h"
 
 namespace cmoe::cuda {
 
@@ -48,7 +48,7 @@ void require(const Tensor& x, const std::optional<Tensor>& weights, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1,
                                                           std::optional<Tensor> b1, std::optional<Tensor> w2, std::optional<Tensor> b2,
                                                           std::optional<Tensor> group_ids, OwnedString activation, bool gated, bool save) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   require(x, weights, indices, group_ids);
   const OnDevice on(x);
   const int64_t tokens = x.size(0), k = indices.size(1), rows = tokens * k, experts = w1.size(0), outputs = w2 ? w2->size(1) : w1.size(1);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
     std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
     bool gated, std::vector<bool> needs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   require(x, weights, indices, group_ids);
   const OnDevice on(x);
   const int64_t tokens = x.size(0), k = indices.size(1), rows = tokens * k, experts = w1.size(0);

@@ -14,7 +14,7 @@
 
 #include <algorithm>
 
-#include "gemm_epilogue.cuh"
+#include "gemm/epilogue.cuh"
 
 namespace cmoe::cuda {
 namespace {

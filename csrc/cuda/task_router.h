@@ -1,7 +1,7 @@
-// task_router on the GPU: its own product and the sums of its backward pass; what else it takes is in gemm.h.
+// task_router on the GPU: its own product and the sums of its backward pass; what else it takes is in gemm/gemm.h.
 #pragma once
 
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 namespace cmoe::cuda {
 

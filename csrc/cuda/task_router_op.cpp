@@ -73,7 +73,7 @@ Target place(Tensor& t, int64_t column) {
 std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1,
                                        std::optional<Tensor> w2, std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                        OwnedString activation, bool save) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   const Router router(x, task, w1, group_ids);
   const Tensor& input = router.input();
   const OnDevice on(input);
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
                                                                                 std::optional<Tensor> b1, std::optional<Tensor> w2,
                                                                                 std::optional<Tensor> b2, std::optional<Tensor> group_ids,
                                                                                 Tensor u, OwnedString activation, std::vector<bool> needs) {
-  const Activation act = activation_of(consume_string(activation));
+  const Activation act = activation_of(activation);
   const Router router(x, task, w1, group_ids);
   const Tensor& input = router.input();
   const OnDevice on(input);

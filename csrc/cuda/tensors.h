@@ -3,10 +3,9 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../cpu/rows.h"
+#include "../tensors.h"
 #include "device/stream.h"
 #include "matrix.h"
-#include "ops.h"
 
 #ifndef CMOE_EMULATE_CUDA
 // In libtorch_cuda alone; null under a torch without CUDA, where nothing calls a CUDA kernel.
@@ -14,11 +13,6 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 #endif
 
 namespace cmoe::cuda {
-
-using cpu::require_2d;
-using cpu::require_shape;
-using cpu::shape;
-using torch::headeronly::ScalarType;
 
 // Makes a tensor's device the current one, and names the stream that torch works on there.
 class OnDevice {
@@ -38,17 +32,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-// A string argument.
-inline std::string consume_string(OwnedString handle) {
-  const char* text = nullptr;
-  size_t length = 0;
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  const std::string value(text, length);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return value;
-}
 
 inline Type type_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {

@@ -20,7 +20,7 @@
 
 #include <algorithm>
 
-#include "rows.cuh"
+#include "rows/rows.cuh"
 
 namespace cmoe::cuda {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "gemm_sm90.cuh"
+#include "gemm/sm90.cuh"
 
 using namespace cmoe::cuda;
 using emulator::options;

@@ -11,7 +11,7 @@
 
 #include "device/launch.h"
 #include "emulator/types.h"
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 using namespace cmoe::cuda;
 

@@ -1,9 +1,9 @@
-// What the tests set and read of the emulator, and the launchers that no operation has to itself, beside what csrc/cuda/register.cpp binds.
+// What the tests set and read of the emulator, and the launchers that no operation has to itself, beside what csrc/cuda binds.
 
 #include <cstring>
 
 #include "emulator/options.h"
-#include "sort_by_expert.h"
+#include "rows/sort_by_expert.h"
 
 extern "C" {
 

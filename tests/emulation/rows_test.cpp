@@ -10,7 +10,7 @@
 #include "balance_loss.h"
 #include "emulator/launch.h"
 #include "soft_gate.h"
-#include "sort_by_expert.h"
+#include "rows/sort_by_expert.h"
 #include "topk_gate.h"
 
 using namespace cmoe::cuda;

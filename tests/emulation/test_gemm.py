@@ -1,4 +1,4 @@
-"""The products of expert layers (csrc/cuda/gemm*.cu) on the CPU: against fp64, in every order of threads, without bank conflicts."""
+"""The products of expert layers (csrc/cuda/gemm/*.cu) on the CPU: against fp64, in every order of threads, without bank conflicts."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The products of sm_90a (csrc/cuda/*_sm90.cu) on the CPU: each sum of the main loop exactly, and what test_gemm.py asks of sm_80's."""
+"""The products of sm_90a (csrc/cuda/gemm/*_sm90.cu) on the CPU: each sum of the main loop exactly, and what test_gemm.py tests of sm_80."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 // In the place of the products of sm_90a, for programs that run those of sm_80 alone: a change to these compiles half as much.
 
-#include "gemm_sm90.h"
+#include "gemm/sm90.h"
 
 namespace cmoe::cuda {
 

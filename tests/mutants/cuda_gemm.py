@@ -24,12 +24,12 @@ def _in(file: str, *tests: str):
     return lambda kind, old, new, *others: Mutant(kind, f"csrc/cuda/{file}", old, new, others or tests, EMULATED)
 
 
-tile = _in("gemm_tile.cuh", _values("sparse"))
-ring = _in("gemm_ring.cuh", _values("sparse"))
-schedule = _in("gemm_schedule.cuh", _values("sparse"))
-rows = _in("gemm_rows.cuh", _values("sparse"))
-epilogue = _in("gemm_epilogue.cuh", _values("sparse"))
-weight = _in("wgrad.cu", _values("sparse"))
+tile = _in("gemm/tile.cuh", _values("sparse"))
+ring = _in("gemm/ring.cuh", _values("sparse"))
+schedule = _in("gemm/schedule.cuh", _values("sparse"))
+rows = _in("gemm/row_gemm.cuh", _values("sparse"))
+epilogue = _in("gemm/epilogue.cuh", _values("sparse"))
+weight = _in("gemm/wgrad.cu", _values("sparse"))
 activation = _in("activation.cuh", _values("sparse"))
 
 MUTANTS = [

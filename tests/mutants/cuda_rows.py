@@ -15,10 +15,10 @@ def _in(file: str, *tests: str):
     )
 
 
-rows = _in("rows.cuh", "soft_gate[300-5-torch.float32]")
+rows = _in("rows/rows.cuh", "soft_gate[300-5-torch.float32]")
 soft_gate = _in("soft_gate.cu", "soft_gate[300-5-torch.float32]")
 topk_gate = _in("topk_gate.cu", "topk_gate[True-softmax-300-5-2]")
-sort = _in("sort_by_expert.cu", "order_of_assignments[1500-5]")
+sort = _in("rows/sort_by_expert.cu", "order_of_assignments[1500-5]")
 balance_loss = _in("balance_loss.cu", "balance_loss[400-5-switch-whole]")
 
 

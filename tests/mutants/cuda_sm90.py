@@ -27,9 +27,9 @@ def _in(file: str, *tests: str):
     return mutant
 
 
-rows = _in("gemm_sm90.cuh", _late)
-weight = _in("wgrad_sm90.cu", _values("large"))
-hidden = _in("dact_gemm_sm90.cu", _values("large"))
+rows = _in("gemm/sm90.cuh", _late)
+weight = _in("gemm/wgrad_sm90.cu", _values("large"))
+hidden = _in("gemm/dact_gemm_sm90.cu", _values("large"))
 descriptor = _in("device/descriptor.h", _late)
 maps = _in("device/tensor_map.h", _values("sum"))
 

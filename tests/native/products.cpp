@@ -7,7 +7,7 @@
 
 #include "dispatch.h"
 #include "threads.h"
-#include "wgrad.h"
+#include "gemm/wgrad.h"
 
 using namespace cmoe::cpu;
 

@@ -14,6 +14,7 @@ static void activate_backward_double(Activation f, const double* u, double* h, d
     const double x = u[i];
     double value = 0, derivative = 0;
     switch (f) {
+      case Activation::none: return;
       case Activation::gelu: {
         const double below = 0.5 * erfc(-x * 0.70710678118654752440), density = exp(-0.5 * x * x) * 0.39894228040143267794;
         value = below == 0 ? 0 : x * below;

@@ -13,13 +13,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../../types.h"
+
 namespace cmoe::cpu {
 
-enum class Type : int { f32, bf16, f16, f64 };
-
-constexpr int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
-enum class Activation : int { gelu, gelu_tanh, silu, relu, relu2 };
+using cmoe::Activation, cmoe::Type, cmoe::size_of;
 
 enum class Side : int { a, b };
 

@@ -303,6 +303,7 @@ INLINE void activate_as(const float* u, float* h, float* slope, int64_t n) {
 }
 INLINE void activate_any(Activation f, const float* u, float* h, float* slope, int64_t n) {
   switch (f) {
+    case Activation::none: return;
     case Activation::gelu: return activate_as<Activation::gelu>(u, h, slope, n);
     case Activation::gelu_tanh: return activate_as<Activation::gelu_tanh>(u, h, slope, n);
     case Activation::silu: return activate_as<Activation::silu>(u, h, slope, n);

@@ -1,7 +1,7 @@
 // The loop over the reduction: a ring of stages in shared memory, filled ahead of the one that is multiplied.
 #pragma once
 
-#include "gemm_tile.cuh"
+#include "tile.cuh"
 
 namespace cmoe::cuda {
 
@@ -44,8 +44,6 @@ __device__ inline int source_row(const int64_t* index, int64_t divisor, int64_t 
 }
 
 // --- on the host
-
-inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 // Whether rows of this operand can be read 16 bytes at a time: along `next`, with every other stride a multiple of that.
 inline bool in_chunks(const void* data, Type type, int64_t next, int64_t other, int64_t expert) {

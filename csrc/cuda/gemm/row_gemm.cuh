@@ -5,8 +5,8 @@
 // columns in one accumulator. The scheduler, the ring and the tiles are in files of their own.
 #pragma once
 
-#include "gemm_ring.cuh"
-#include "gemm_schedule.cuh"
+#include "ring.cuh"
+#include "schedule.cuh"
 
 namespace cmoe::cuda {
 

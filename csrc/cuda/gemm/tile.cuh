@@ -10,7 +10,7 @@
 // rows, fp32 products) through registers, element by element where need be, and lies along k.
 #pragma once
 
-#include "device/ampere.h"
+#include "../device/ampere.h"
 #include "gemm.h"
 
 namespace cmoe::cuda {

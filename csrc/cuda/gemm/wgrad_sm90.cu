@@ -1,13 +1,13 @@
 // Gradients of weights on sm_90a: dW_e = sum over the rows of e of p[r] q[r]^T, and db_e = sum of routing_weights[r] p[r] in the same pass.
 //
-// Memory plan. As gemm_sm90.cuh, but the reduction runs over rows, so both operands are MN-major: a stage is 64 rows, in blocks of 64 lanes
+// Memory plan. As sm90.cuh, but the reduction runs over rows, so both operands are MN-major: a stage is 64 rows, in blocks of 64 lanes
 // (128 bytes a row). A box ends where the tensor ends, and not where an expert does: its last rows, if they do not fill a stage, and rows
 // that are gathered are copied by threads, with zeros beyond the end. Experts without rows have no steps, and their gradients are zeros.
 // db is summed from the stages of p by the blocks that hold the first columns of dW: two threads for each row of it, each over half of a
 // stage, added in the end; the order is fixed.
 
-#include "gemm_sm90.cuh"
-#include "gemm_sm90.h"
+#include "sm90.cuh"
+#include "sm90.h"
 
 namespace cmoe::cuda {
 

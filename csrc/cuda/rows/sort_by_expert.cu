@@ -15,7 +15,7 @@
 
 #include <algorithm>
 
-#include "device/launch.h"
+#include "../device/launch.h"
 #include "rows.cuh"
 
 namespace cmoe::cuda {

@@ -1,7 +1,7 @@
 // The backward product whose epilogue holds du, the weighted hidden units and the gradient of the weights, on sm_90a.
 
-#include "gemm_sm90.cuh"
-#include "gemm_sm90.h"
+#include "sm90.cuh"
+#include "sm90.h"
 
 namespace cmoe::cuda {
 

@@ -1,6 +1,6 @@
 #include "expert_rows.h"
 
-#include "gemm_epilogue.cuh"
+#include "../gemm/epilogue.cuh"
 #include "rows.cuh"
 
 namespace cmoe::cuda {

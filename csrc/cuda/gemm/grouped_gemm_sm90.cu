@@ -1,7 +1,7 @@
 // Forward products of expert layers, and dx, on sm_90a.
 
-#include "gemm_sm90.cuh"
-#include "gemm_sm90.h"
+#include "sm90.cuh"
+#include "sm90.h"
 
 namespace cmoe::cuda {
 

@@ -11,9 +11,8 @@
 
 #include <cstdint>
 
-#include "activation.h"
-#include "device/stream.h"
-#include "matrix.h"
+#include "../device/stream.h"
+#include "../matrix.h"
 
 namespace cmoe::cuda {
 

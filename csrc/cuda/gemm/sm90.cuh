@@ -18,8 +18,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "device/hopper.h"
-#include "gemm_epilogue.cuh"
+#include "../device/hopper.h"
+#include "epilogue.cuh"
 
 namespace cmoe::cuda {
 

@@ -6,8 +6,8 @@
 // called by all threads of a block for one part of a tile after the other; known: the rows have an expert, else zeros are written.
 #pragma once
 
-#include "activation.cuh"
-#include "gemm_rows.cuh"
+#include "../activation.cuh"
+#include "row_gemm.cuh"
 
 namespace cmoe::cuda {
 

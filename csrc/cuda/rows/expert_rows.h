@@ -2,7 +2,7 @@
 // thread or one warp computes each result, added in a fixed order in fp32.
 #pragma once
 
-#include "gemm.h"
+#include "../gemm/gemm.h"
 
 namespace cmoe::cuda {
 

@@ -1,8 +1,8 @@
 // dgrad GEMM dh = dy W with a fused epilogue: du, the weighted hidden for wgrad, and per-tile partials of the routing weight's gradient,
 // which are added later in a fixed order. Expert outputs never exist.
 
-#include "gemm_epilogue.cuh"
-#include "gemm_sm90.h"
+#include "epilogue.cuh"
+#include "sm90.h"
 
 namespace cmoe::cuda {
 

@@ -2,7 +2,7 @@
 // the tiles of each expert for itself, on the device, so the host reads no offsets.
 #pragma once
 
-#include "device/launch.h"
+#include "../device/launch.h"
 #include "gemm.h"
 
 namespace cmoe::cuda {

@@ -2,8 +2,8 @@
 // that a warp holds 32 / width rows and a reduction over a row is a few shuffles, in an order that the shape alone decides.
 #pragma once
 
-#include "device/launch.h"
-#include "matrix.h"
+#include "../device/launch.h"
+#include "../matrix.h"
 
 namespace cmoe::cuda {
 

@@ -1,7 +1,7 @@
 // Forward products of expert layers, and dx, which is one with the weights transposed.
 
-#include "gemm_epilogue.cuh"
-#include "gemm_sm90.h"
+#include "epilogue.cuh"
+#include "sm90.h"
 
 namespace cmoe::cuda {
 

@@ -4,8 +4,8 @@
 // without rows has no steps and its gradients are zeros. db is summed from the stages of p by the blocks that hold the first columns of
 // dW: two threads for each of its rows where there are as many, each over half of a stage, added in the end; the order is fixed.
 
-#include "gemm_epilogue.cuh"
-#include "gemm_sm90.h"
+#include "epilogue.cuh"
+#include "sm90.h"
 
 namespace cmoe::cuda {
 

@@ -1,8 +1,8 @@
 // The order of assignments by expert: what a grouped product needs before its first tile.
 #pragma once
 
-#include "device/stream.h"
-#include "matrix.h"
+#include "../device/stream.h"
+#include "../matrix.h"
 
 namespace cmoe::cuda {
 

@@ -6,7 +6,7 @@
 // cells), x's block takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
 #pragma once
 
-#include "gemm.h"
+#include "multiply.h"
 
 namespace cmoe::cpu {
 
