@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_bench
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 9.5 * 60
@@ -74,7 +74,7 @@ def steps(device: str) -> list[Step]:
         pytest("graphs, synchronisation, TF32, bad indices", "tests/gpu"),
     ]
     times = [times_of(shape, tokens, device) for shape, tokens in (gpu_bench.AT if device == "cuda" else gpu_bench.DRY)]
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and backends.cuda_kernels().built:
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and native.cuda_kernels().built:
         # There the CUDA products of two architectures run: those of sm_80 by themselves, for their values and for comparison.
         sm80 = {"CMOE_CUDA_SM90": "0"}
         tests.append(
@@ -153,8 +153,8 @@ def environment(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device_name(device), "python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         found[package] = _version(package)
-    found["native library"] = str(backends.native_library) if backends.native_library else f"absent: {backends.native_error}"
-    found["CUDA kernels"] = backends.cuda_kernels().built or f"none: {backends.cuda_kernels().error}"
+    found["native library"] = str(native.library) if native.library else f"absent: {native.error}"
+    found["CUDA kernels"] = native.cuda_kernels().built or f"none: {native.cuda_kernels().error}"
     found["backends"] = {op: backends.serving(op, device) for op in backends.OPS}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -17,14 +17,13 @@ import functools
 import importlib.util
 import json
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from cmoe_kernels import native
 from cmoe_kernels.ops import checked
 from cmoe_kernels.ops.arguments import CHECK_ON_DEVICE
 
@@ -94,7 +93,7 @@ def serving(op: str, device_type: str, dtype: torch.dtype = torch.float32, token
     if dtype == torch.float64:
         return [b for b in able if b not in WITHOUT_DOUBLE]
     if device_type == "cuda":
-        able = [b for b in able if not gpu_error(b)]
+        able = [b for b in able if not native.gpu_error(b)]
         if "cuda" in able and _preferred(op, tokens) == "cuda":
             able = ["cuda", *(b for b in able if b != "cuda")]
     return able
@@ -112,7 +111,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32, tokens
         return able[0]
     if _selected not in able:
         what = f"{op} in torch.float64" if _selected in serving(op, device_type) else op
-        why = f" ({gpu_error(_selected)})" if device_type == "cuda" and gpu_error(_selected) else ""
+        why = f" ({native.gpu_error(_selected)})" if device_type == "cuda" and native.gpu_error(_selected) else ""
         raise RuntimeError(
             f"backend {_selected!r} has no {what} for device {device_type!r}{why}; it is served there by {', '.join(able)} "
             "(use_backend('auto') picks one)"
@@ -146,104 +145,17 @@ def run(op: str, backend: str, device: torch.device, *arguments: Any) -> Any:
 def missing_reason(backend: str) -> str:
     """Why a backend, or a part of it, does not serve here."""
     if backend == "cpu":
-        return native_error or "it has no kernel for this op yet"
+        return native.error or "it has no kernel for this op yet"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if backend == "cuda" and cuda_kernels().error:
-        return cuda_kernels().error
+    if backend == "cuda" and native.cuda_kernels().error:
+        return native.cuda_kernels().error
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         return "no GPU that torch can use was found"
-    return gpu_error(backend) or "it has no kernel for this op yet"
+    return native.gpu_error(backend) or "it has no kernel for this op yet"
 
 
-# --- the native library -------------------------------------------------------------------------------------------------
-# Schemas cmoe::* belong to Python, so that they exist without a compiler. The library brings cmoe_native::*, which only this file and
-# ops/packed.py call.
-native_library: Path | None = None
-native_error: str | None = None
-
-
-class InstructionSets(NamedTuple):
-    """What the CPU kernels run with.
-
-    ``left_out`` names better ones that failed their self-test, and how. ``used`` is empty and ``error`` says why where CMOE_CPU_ISA names
-    one that is not there or that failed.
-    """
-
-    used: str
-    available: list[str]
-    left_out: str
-    error: str
-
-
-def instruction_sets() -> InstructionSets | None:
-    """The instruction set of the CPU kernels, and all that could run here, best first. None without the native library."""
-    if native_library is None:
-        return None
-    used, available, left_out, error = importlib.import_module("cmoe_kernels._C").instruction_sets()
-    return InstructionSets(used, available.split(", "), left_out, error)
-
-
-def _constant(function: Callable[..., str]) -> Any:
-    """Called once, and a constant of compiled functions: torch.compiler.assume_constant_result without importing torch._dynamo here."""
-    cached = functools.cache(function)
-
-    @functools.wraps(function)
-    def call(*arguments: str) -> str:
-        return cached(*arguments)
-
-    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
-    return call
-
-
-class CudaKernels(NamedTuple):
-    """What the CUDA kernels of the library were compiled for; ``error`` says why there are none."""
-
-    built: str
-    error: str
-
-
-@functools.cache
-def cuda_kernels() -> CudaKernels:
-    """What CUDA kernels the native library holds."""
-    if native_library is None:
-        return CudaKernels("", native_error or "")
-    return CudaKernels(*importlib.import_module("cmoe_kernels._C").cuda_kernels())
-
-
-def runs_on(built: str, major: int, minor: int) -> bool:
-    """Whether code for these architectures (``CudaKernels.built``) runs on a GPU of a compute capability.
-
-    A cubin runs on its own and on later minor versions, one of an architecture with a letter on that alone; PTX on everything later.
-    """
-    capability = 10 * major + minor
-    cubins = re.findall(r"sm_(\d+)([af]?)", built)
-    ptx = [int(arch) for arch in re.findall(r"PTX of compute_(\d+)", built)]
-    fits = [int(arch) == capability if letter else int(arch) // 10 == major and int(arch) <= capability for arch, letter in cubins]
-    return any(fits) or any(arch <= capability for arch in ptx)
-
-
-@_constant
-def gpu_error(backend: str) -> str:
-    """Why a backend's kernels cannot run on the GPUs found here; empty where they can, or where there is no GPU to ask."""
-    if backend == "cuda" and (cuda_kernels().error or not torch.cuda.is_available()):
-        return cuda_kernels().error
-    if backend not in ("triton", "cuda") or not torch.cuda.is_available():
-        return ""
-    if torch.version.hip is not None:
-        return "the CUDA kernels are for NVIDIA GPUs" if backend == "cuda" else ""
-    for device in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(device)
-        found = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
-        if backend == "triton" and major < 8:
-            return f"{found}, the Triton kernels need 8.0"
-        if backend == "cuda" and not runs_on(cuda_kernels().built, major, minor):
-            return f"{found}, the CUDA kernels were compiled for {cuda_kernels().built}"
-    return ""
-
-
-@_constant
+@native.constant
 def preferred(op: str, tokens: str) -> str:
     """What ops/preferred.json says of an op with "few" or "many" tokens on the first GPU: "cuda", "triton" or "unmeasured"."""
     if not torch.cuda.is_available() or torch.version.hip is not None:
@@ -256,33 +168,3 @@ def _preferred(op: str, tokens: int | None) -> str:
     few, many = preferred(op, "few"), preferred(op, "many")
     # The number of tokens is looked at where it decides: torch.compile makes a graph for each side of what is compared.
     return few if few != many and tokens is not None and tokens <= FEW else many
-
-
-def _load_native() -> None:
-    global native_library, native_error
-    spec = importlib.util.find_spec("cmoe_kernels._C")
-    if spec is None or spec.origin is None:
-        native_error = "the native library was not built (no C++ compiler, or no torch when the package was built)"
-    else:
-        try:
-            torch.ops.load_library(spec.origin)
-        except OSError as error:
-            native_error = f"the native library {spec.origin} does not load: {error}"
-        else:
-            native_library = Path(spec.origin)
-    if native_error:
-        warnings.warn(
-            f"cmoe_kernels: {native_error}; CPU ops run on plain PyTorch. For the native kernels install a C++ compiler and run "
-            "`pip install --no-build-isolation cmoe-kernels` (`make install` in a checkout).",
-            stacklevel=2,
-        )
-        return
-    for op in OPS:
-        for name in (op, f"{op}_backward"):
-            if hasattr(torch.ops.cmoe_native, name):
-                register(name, "cpu", getattr(torch.ops.cmoe_native, name))
-                if torch._C._dispatch_has_kernel_for_dispatch_key(f"cmoe_native::{name}", "CUDA"):
-                    register(name, "cuda", getattr(torch.ops.cmoe_native, name))
-
-
-_load_native()

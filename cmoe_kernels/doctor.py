@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import cmoe_kernels
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 
 
 def report() -> str:
@@ -24,16 +24,16 @@ def report() -> str:
 
 
 def _versions() -> str:
-    native = f"{backends.native_library}" if backends.native_library else f"absent: {backends.native_error}"
+    library = f"{native.library}" if native.library else f"absent: {native.error}"
     rows = [
         ("cmoe_kernels", cmoe_kernels.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),
         ("versions", tested_versions()),
-        ("native library", native),
+        ("native library", library),
         ("instruction set", _instruction_set()),
-        ("CUDA kernels", backends.cuda_kernels().built or f"none: {backends.cuda_kernels().error}"),
+        ("CUDA kernels", native.cuda_kernels().built or f"none: {native.cuda_kernels().error}"),
         ("processor", f"{_processor()}, torch runs at {torch.backends.cpu.get_cpu_capability()}"),
     ]
     if torch.cuda.is_available():
@@ -41,7 +41,7 @@ def _versions() -> str:
             ("gpu", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
             for i in range(torch.cuda.device_count())
         ]
-        if torch.cuda.get_device_capability() == (9, 0) and backends.cuda_kernels().built:
+        if torch.cuda.get_device_capability() == (9, 0) and native.cuda_kernels().built:
             rows.append(("CUDA products", _products_of_sm90()))
     return _table(rows)
 
@@ -69,13 +69,13 @@ def tested_versions() -> str:
 def _products_of_sm90() -> str:
     if os.environ.get("CMOE_CUDA_SM90") == "0":
         return "of sm_80: CMOE_CUDA_SM90=0"
-    if "sm_90a" not in backends.cuda_kernels().built:
+    if "sm_90a" not in native.cuda_kernels().built:
         return "of sm_80: the library was built without sm_90a"
     return "of sm_90a where rows of bf16 or fp16 begin at multiples of 16 bytes; the others, and the router's first layer, of sm_80"
 
 
 def _instruction_set() -> str:
-    sets = backends.instruction_sets()
+    sets = native.instruction_sets()
     if sets is None:
         return "none: there is no native library"
     if not sets.used:

@@ -1,56 +1,12 @@
-// Defines cmoe_native::<op> and binds the CPU's kernels to it; cuda/register.cpp binds the GPU's. Only
-// cmoe_kernels/backends.py and ops/packed.py call these: the operations users meet are cmoe::<op>, whose schemas, fakes and autograd live
-// in Python so that they exist without this library.
+// The module cmoe_kernels._C: what the library holds and what it runs on. torch.ops.load_library loads it, and each file that binds
+// operations registers them (registration.h).
 
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
-
-#include <string>
 
 #include "cpu/dispatch.h"
-#include "cpu/ops.h"
-#include "signatures.h"
-
-namespace {
+#include "registration.h"
 
 namespace cpu = cmoe::cpu;
-
-struct Kernel {
-  const char* name;
-  void (*boxed)(StableIValue*, uint64_t, uint64_t);
-};
-
-constexpr Kernel kernels[] = {
-    {"soft_gate", TORCH_BOX(&cpu::soft_gate)},
-    {"soft_gate_backward", TORCH_BOX(&cpu::soft_gate_backward)},
-    {"topk_gate", TORCH_BOX(&cpu::topk_gate)},
-    {"topk_gate_backward", TORCH_BOX(&cpu::topk_gate_backward)},
-    {"task_router", TORCH_BOX(&cpu::task_router)},
-    {"task_router_backward", TORCH_BOX(&cpu::task_router_backward)},
-    {"grouped_linear", TORCH_BOX(&cpu::grouped_linear)},
-    {"grouped_linear_backward", TORCH_BOX(&cpu::grouped_linear_backward)},
-    {"soft_experts", TORCH_BOX(&cpu::soft_experts)},
-    {"soft_experts_backward", TORCH_BOX(&cpu::soft_experts_backward)},
-    {"sparse_experts", TORCH_BOX(&cpu::sparse_experts)},
-    {"sparse_experts_backward", TORCH_BOX(&cpu::sparse_experts_backward)},
-    {"balance_loss", TORCH_BOX(&cpu::balance_loss)},
-    {"balance_loss_backward", TORCH_BOX(&cpu::balance_loss_backward)},
-    {"prepack", TORCH_BOX(&cpu::prepack)},
-    {"packed_router_bias", TORCH_BOX(&cpu::packed_router_bias)},
-    {"packed_router", TORCH_BOX(&cpu::packed_router)},
-    {"packed_soft_experts", TORCH_BOX(&cpu::packed_soft_experts)},
-    {"packed_sparse_experts", TORCH_BOX(&cpu::packed_sparse_experts)},
-};
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY(cmoe_native, m) {
-  for (const cmoe::Signature& op : cmoe::signatures) m.def((std::string(op.name) + op.arguments).c_str());
-}
-
-STABLE_TORCH_LIBRARY_IMPL(cmoe_native, CPU, m) {
-  for (const Kernel& kernel : kernels) m.impl(kernel.name, kernel.boxed);
-}
 
 namespace {
 
@@ -63,12 +19,15 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 // What the CUDA kernels were compiled for, and why there are none (one of the two is empty).
 PyObject* cuda_kernels(PyObject*, PyObject*) { return Py_BuildValue("(ss)", CMOE_CUDA_BUILT, CMOE_CUDA_MISSING); }
 
+// A line an operation: device; name; types.
+PyObject* operations(PyObject*, PyObject*) { return PyUnicode_FromString(cmoe::operations().c_str()); }
+
 }  // namespace
 
-// torch.ops.load_library is what loads this file; as a module it tells the doctor what it runs on.
 PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {{"instruction_sets", instruction_sets, METH_NOARGS, nullptr},
                                   {"cuda_kernels", cuda_kernels, METH_NOARGS, nullptr},
+                                  {"operations", operations, METH_NOARGS, nullptr},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 from tests import sampling
 from tests.emulation import library
 from tests.ops.cases import DEVICE
@@ -83,10 +83,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_report_header():
-    sets = backends.instruction_sets()
-    native = f"{backends.native_library}, {sets.used or sets.error}" if sets else f"absent ({backends.native_error})"
+    sets = native.instruction_sets()
+    found = f"{native.library}, {sets.used or sets.error}" if sets else f"absent ({native.error})"
     return (
-        f"cmoe_kernels: native library {native}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}"
+        f"cmoe_kernels: native library {found}; GPU: {torch.cuda.is_available()}; tests on {DEVICE}"
         + (
             "; Triton kernels interpreted: opcheck and tracing of one form per op, of all under `make test-full`"
             if backends.INTERPRETED

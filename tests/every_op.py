@@ -13,7 +13,7 @@ import torch
 with warnings.catch_warnings(record=True) as notices:
     warnings.simplefilter("always")
     import cmoe_kernels as cmoe
-    from cmoe_kernels import backends
+    from cmoe_kernels import backends, native
 
 T, D, H, E, K = 6, 8, 4, 3, 2
 torch.manual_seed(0)
@@ -57,7 +57,7 @@ print(
     json.dumps(
         {
             "file": cmoe.__file__,
-            "library": str(backends.native_library),
+            "library": str(native.library),
             "notices": [str(n.message) for n in notices],
             "served": {op: backends.serving(op, "cpu") for op in calls},
             # torch.compile imports triton wherever it is installed; our own kernels for it are what must stay out.

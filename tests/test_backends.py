@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import cmoe_kernels as cmoe
-from cmoe_kernels import backends, doctor
+from cmoe_kernels import backends, doctor, native
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -66,7 +66,7 @@ def test_doctor_names_every_op_and_its_backend():
 
 def test_doctor_names_the_instruction_set():
     line = next(line for line in doctor.report().splitlines() if line.startswith("instruction set "))
-    sets = backends.instruction_sets()
+    sets = native.instruction_sets()
     assert (f"{sets.used} (CMOE_CPU_ISA chooses among {', '.join(sets.available)})" if sets else "none: there is no native library") in line
 
 
@@ -79,13 +79,13 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
-        monkeypatch.setattr(backends, "cuda_kernels", lambda: backends.CudaKernels("sm_80, sm_90a, PTX of compute_80; CUDA 13.0", ""))
+        monkeypatch.setattr(native, "cuda_kernels", lambda: native.CudaKernels("sm_80, sm_90a, PTX of compute_80; CUDA 13.0", ""))
         monkeypatch.setattr(backends, "PREFERRED", {"sm_{}{}".format(*capability): preferred or {}})
         monkeypatch.setitem(backends.DEVICE_ORDER, "cuda", ("triton", "cuda", "reference"))
         for name in ("triton", "cuda"):
             monkeypatch.setitem(backends._kernels, ("soft_gate", name), backends._kernels["soft_gate", "reference"])
 
-    uncached = backends.gpu_error, backends.preferred
+    uncached = native.gpu_error, backends.preferred
     for function in uncached:
         function.cache_clear()
     yield of
@@ -121,7 +121,7 @@ def test_gpu_kernels_serve_the_capabilities_they_were_made_for(gpu, capability, 
     ],
 )
 def test_where_code_runs(built, capability, runs):
-    assert backends.runs_on(built, *capability) == runs
+    assert native.runs_on(built, *capability) == runs
 
 
 @pytest.mark.parametrize(("said", "first"), [("unmeasured", "triton"), ("triton", "triton"), ("cuda", "cuda")])
@@ -172,7 +172,7 @@ def test_the_table_of_preferred_backends():
 
 def test_doctor_names_what_the_cuda_kernels_were_built_for():
     line = next(line for line in doctor.report().splitlines() if line.startswith("CUDA kernels "))
-    built, error = backends.cuda_kernels()
+    built, error = native.cuda_kernels()
     assert (built or f"none: {error}") in line
     assert bool(built) != bool(error)
     registered = {op for op, backend in backends._kernels if backend == "cuda"}
@@ -184,7 +184,7 @@ def test_doctor_names_what_the_cuda_kernels_were_built_for():
     [("sm_80, sm_90a", "", "of sm_90a where rows"), ("sm_80", "", "built without sm_90a"), ("sm_80, sm_90a", "0", "CMOE_CUDA_SM90=0")],
 )
 def test_doctor_says_whose_products_run_on_sm90(monkeypatch, built, wanted, said):
-    monkeypatch.setattr(backends, "cuda_kernels", lambda: backends.CudaKernels(built, ""))
+    monkeypatch.setattr(native, "cuda_kernels", lambda: native.CudaKernels(built, ""))
     monkeypatch.setenv("CMOE_CUDA_SM90", wanted)
     assert said in doctor._products_of_sm90()
 

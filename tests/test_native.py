@@ -19,7 +19,7 @@ from cmoe_kernels.ops.precision import FLOATS
 from cmoe_kernels.ops.soft_gate import reference as soft
 from cmoe_kernels.ops.topk_gate import reference as topk
 
-pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
+pytestmark = pytest.mark.skipif(cmoe.native.library is None, reason=str(cmoe.native.error))
 native = torch.ops.cmoe_native
 
 SHAPES = [(0, 5), (1, 1), (9, 1), (7, 3), (33, 5), (5, 257), (2999, 5)]
@@ -261,7 +261,7 @@ def test_the_library_serves_by_default():
     for op in ("soft_gate", "topk_gate", "balance_loss"):
         assert backends.serving(op, "cpu") == ["cpu", "reference"]
         for name in (op, f"{op}_backward"):
-            assert backends._kernels[name, "cpu"] is getattr(native, name)
+            assert backends._kernels[name, "cpu"] is getattr(native, name).default
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -327,7 +327,7 @@ def test_errors_name_the_argument(call, message):
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads ELF symbols")
 def test_symbols():
     elffile = pytest.importorskip("elftools.elf.elffile")
-    with open(str(backends.native_library), "rb") as file:
+    with open(str(cmoe.native.library), "rb") as file:
         symbols = [s for s in elffile.ELFFile(file).get_section_by_name(".dynsym").iter_symbols() if s.name]
     undefined = {s.name for s in symbols if s["st_shndx"] == "SHN_UNDEF"}
     assert {s.name for s in symbols} - undefined == {"PyInit__C"}
@@ -339,7 +339,7 @@ def test_symbols():
 
 def test_limited_api():
     pytest.importorskip("abi3audit")
-    command = [sys.executable, "-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10", str(backends.native_library)]
+    command = [sys.executable, "-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10", str(cmoe.native.library)]
     audit = subprocess.run(command, capture_output=True, text=True)
     assert audit.returncode == 0, audit.stdout + audit.stderr
 

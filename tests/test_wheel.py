@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.sampling import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE_OPS = ("soft_gate", "topk_gate")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these tests run in a checkout")
-builds_native = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
+builds_native = pytest.mark.skipif(native.library is None, reason=str(native.error))
 
 
 def run(*command, without_compiler=False, **environment):

@@ -9,7 +9,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 from cmoe_kernels.ops import packed
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
 from cmoe_kernels.ops.task_router import task_router
@@ -135,7 +135,7 @@ def _require_native(module: nn.Module) -> None:
     if device.type != "cpu":
         raise RuntimeError(f"prepack() is for the native CPU kernels; the parameters are on {device}")
     if backends.choose("soft_experts", "cpu") != "cpu":
-        raise RuntimeError(f"prepack() needs the native CPU kernels: {backends.native_error or 'another backend is selected'}")
+        raise RuntimeError(f"prepack() needs the native CPU kernels: {native.error or 'another backend is selected'}")
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int, torch.dtype]:

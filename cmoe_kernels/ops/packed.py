@@ -12,15 +12,31 @@ from cmoe_kernels.ops.registration import operator
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight [.., out, in] in the kernels' order, as products of ``dtype`` read it."""
-    return torch.ops.cmoe_native.prepack(weight.detach(), weight.new_empty(0, dtype=dtype))
+    return _prepack(weight.detach(), weight.new_empty(0, dtype=dtype))
 
 
+# The fakes describe what the native operations return, so that a connector with packed weights compiles.
+@operator("prepack")
+def _prepack(w: Tensor, like: Tensor) -> Tensor:
+    return torch.ops.cmoe_native.prepack(w, like)
+
+
+@_prepack.register_fake
+def _(w, like):
+    return w.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)  # panels of the instruction set in use
+
+
+@operator("packed_router_bias")
 def router_bias(task: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
     """The task's part of the router's first layer, a bias row per task: [G, R]."""
     return torch.ops.cmoe_native.packed_router_bias(task, w1, b1)
 
 
-# The fakes describe what the native operations return, so that a connector with packed weights compiles.
+@router_bias.register_fake
+def _(task, w1, b1):
+    return task.new_empty(task.shape[0], w1.shape[0], dtype=accumulate_dtype(task.dtype))
+
+
 @operator("packed_soft_experts")
 def soft_experts(
     x: Tensor,

@@ -6,11 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmoe_kernels import backends, native
+
 _library = torch.library.Library("cmoe", "FRAGMENT")
+_native_library = torch.library.Library("cmoe_native", "FRAGMENT")
 
 
 class Operator:
-    """An op of torch's dispatcher, made from a function by ``operator``; called as the function is."""
+    """An op of torch's dispatcher, made from a function by ``operator``; called as the function is.
+
+    ``cmoe_native::<name>`` has the same schema without ``backend``: the native library's kernels, which become the op's backends.
+    """
 
     def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
         self.qualname = f"cmoe::{name}"
@@ -18,6 +24,12 @@ class Operator:
         _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         self._call = getattr(torch.ops.cmoe, name).default
+        without_backend = schema.replace(", str backend)", ")")
+        if not native.stale:
+            _native_library.define(name + without_backend.replace("SymInt", "int"))
+        # An op that takes no backend calls its kernel itself (packed.py).
+        for backend in native.operations().get(name, ()) if without_backend != schema else ():
+            backends.register(name, backend, getattr(torch.ops.cmoe_native, name).default)
 
     def __call__(self, *arguments: Any) -> Any:
         try:

@@ -1,13 +1,14 @@
 // Weights packed once for inference, in the order in which the kernels read them, and the operations on them. Forward only.
 
+#include "../registration.h"
 #include "task_router.h"
 #include "tensors.h"
 
-namespace cmoe::cpu {
-
-namespace {
+namespace cmoe::cpu::bindings {
 
 using torch::stable::contiguous;
+
+namespace {
 
 // Bytes of one expert's panels.
 template <class T>
@@ -116,7 +117,7 @@ Tensor packed_router(Tensor x, Tensor bias, Tensor w1, std::optional<Tensor> w2,
     }
     op.activation = act;
     Tensor logits = empty_tensor(x, {op.tokens, op.experts}, accumulate_dtype(x.scalar_type()));
-    task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), nullptr);
+    cpu::task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), nullptr);
     return logits;
   });
 }
@@ -132,7 +133,7 @@ Tensor packed_soft_experts(Tensor x, Tensor gates, Tensor w1, std::optional<Tens
     Tensor kept[2];
     const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, table.size(1), hidden, outputs, act, kept);
     Tensor y = empty_tensor(x, {op.tokens, op.outputs}, x.scalar_type());
-    soft_experts<T>(op, gates_of<T>(table, ids, "rows of gates"), bytes_of(y), nullptr);
+    cpu::soft_experts<T>(op, gates_of<T>(table, ids, "rows of gates"), bytes_of(y), nullptr);
     return y;
   });
 }
@@ -149,9 +150,15 @@ Tensor packed_sparse_experts(Tensor x, std::optional<Tensor> weights, Tensor ind
     const Experts<T> op = packed_experts(kernels, x_kept, w1, b1, w2, b2, experts, hidden, outputs, act, kept);
     const Sorted<T> rows(x, weights, indices, group_ids, op.tokens, op.experts);
     Tensor y = empty_tensor(x, {op.tokens, op.outputs}, x.scalar_type());
-    sparse_experts<T>(op, rows.assignments(), rows.weights(), bytes_of(y), nullptr);
+    cpu::sparse_experts<T>(op, rows.assignments(), rows.weights(), bytes_of(y), nullptr);
     return y;
   });
 }
 
-}  // namespace cmoe::cpu
+CMOE_IMPLEMENT(CPU, prepack)
+CMOE_IMPLEMENT(CPU, packed_router_bias)
+CMOE_IMPLEMENT(CPU, packed_router)
+CMOE_IMPLEMENT(CPU, packed_soft_experts)
+CMOE_IMPLEMENT(CPU, packed_sparse_experts)
+
+}  // namespace cmoe::cpu::bindings

@@ -1,13 +1,19 @@
-// task_router as an operation on tensors.
+// Binds task_router.cpp.
 
 #include "task_router.h"
+
+#include "../registration.h"
 #include "tensors.h"
 
-namespace cmoe::cpu {
-
-namespace {
+namespace cmoe::cpu::bindings {
 
 using torch::stable::contiguous;
+
+namespace need {  // what the values of `needs` stand for
+enum { x, task, w1, b1, w2, b2 };
+}
+
+namespace {
 
 template <class T>
 struct RouterArguments : Router<T> {
@@ -65,7 +71,7 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
     const bool saves = save && w2;
     Tensor logits = empty_tensor(rows, {op.rows(), op.experts}, accumulate_dtype(rows.scalar_type()));
     Tensor u = saves ? empty_tensor(rows, {op.rows(), op.hidden}, rows.scalar_type()) : empty_placeholder(rows);
-    task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), saves ? bytes_of(u) : nullptr);
+    cpu::task_router<T>(op, static_cast<T*>(logits.mutable_data_ptr()), saves ? bytes_of(u) : nullptr);
     return std::make_tuple(logits, u);
   });
 }
@@ -81,20 +87,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
     using T = decltype(zero);
     const RouterArguments<T> op(x, task, w1, b1, w2, b2, group_ids, act);
     const Tensor dl = contiguous(dlogits), u_kept = contiguous(u);
-    Tensor dx = gradient_like(x, needs[0], rows), dtask = gradient_like(task, needs[1], rows), dw1 = gradient_like(w1, needs[2], rows),
-           db1 = gradient_like(b1, needs[3], rows), dw2 = gradient_like(w2, needs[4], rows), db2 = gradient_like(b2, needs[5], rows);
+    Tensor dx = gradient_like(x, needs[need::x], rows), dtask = gradient_like(task, needs[need::task], rows),
+           dw1 = gradient_like(w1, needs[need::w1], rows), db1 = gradient_like(b1, needs[need::b1], rows),
+           dw2 = gradient_like(w2, needs[need::w2], rows), db2 = gradient_like(b2, needs[need::b2], rows);
     RouterGradients<T> grads{};
     grads.dlogits = static_cast<const T*>(dl.const_data_ptr());
     grads.u = u.numel() ? bytes_of(u_kept) : nullptr;
-    grads.dx = x && needs[0] ? bytes_of(dx) : nullptr;
-    grads.dtask = gradient_of(dtask, task, needs[1]);
-    grads.dw1 = gradient_of(dw1, w1, needs[2]);
-    grads.db1 = gradient_of(db1, b1, needs[3]);
-    grads.dw2 = gradient_of(dw2, w2, needs[4]);
-    grads.db2 = gradient_of(db2, b2, needs[5]);
-    task_router_backward<T>(op, grads);
+    grads.dx = x && needs[need::x] ? bytes_of(dx) : nullptr;
+    grads.dtask = gradient_of(dtask, task, needs[need::task]);
+    grads.dw1 = gradient_of(dw1, w1, needs[need::w1]);
+    grads.db1 = gradient_of(db1, b1, needs[need::b1]);
+    grads.dw2 = gradient_of(dw2, w2, needs[need::w2]);
+    grads.db2 = gradient_of(db2, b2, needs[need::b2]);
+    cpu::task_router_backward<T>(op, grads);
     return std::make_tuple(dx, dtask, dw1, db1, dw2, db2);
   });
 }
 
-}  // namespace cmoe::cpu
+CMOE_IMPLEMENT(CPU, task_router)
+CMOE_IMPLEMENT(CPU, task_router_backward)
+
+}  // namespace cmoe::cpu::bindings

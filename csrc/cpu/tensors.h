@@ -8,7 +8,6 @@
 
 #include "dispatch.h"
 #include "experts.h"
-#include "ops.h"
 #include "rows.h"
 
 namespace cmoe::cpu {

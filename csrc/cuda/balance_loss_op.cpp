@@ -4,9 +4,11 @@
 
 #include <array>
 
+#include "../registration.h"
 #include "tensors.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
+
 namespace {
 
 // torch.sort(labels, stable=True)
@@ -63,7 +65,7 @@ Tensor balance_loss(Tensor scores, std::optional<Tensor> indices, std::optional<
   Call call(scores, indices, mask, kind, segments, counts, total);
   Tensor loss =
       call.op.tokens ? torch::stable::new_empty(scores, {}, ScalarType::Float) : torch::stable::new_zeros(scores, {}, ScalarType::Float);
-  if (call.op.tokens) balance_loss(call.op, data<float>(loss), data<float>(call.scratch), on.stream);
+  if (call.op.tokens) cuda::balance_loss(call.op, data<float>(loss), data<float>(call.scratch), on.stream);
   return loss;
 }
 
@@ -74,9 +76,12 @@ Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> 
   const Tensor exact = torch::stable::to(dloss, ScalarType::Float);
   Tensor dscores = torch::stable::new_empty(scores, {call.op.tokens, call.op.experts});
   if (call.op.tokens)
-    balance_loss_backward(call.op, static_cast<const float*>(exact.const_data_ptr()), dscores.mutable_data_ptr(), data<float>(call.scratch),
-                          on.stream);
+    cuda::balance_loss_backward(call.op, static_cast<const float*>(exact.const_data_ptr()), dscores.mutable_data_ptr(),
+                                data<float>(call.scratch), on.stream);
   return dscores;
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, balance_loss)
+CMOE_IMPLEMENT(CUDA, balance_loss_backward)
+
+}  // namespace cmoe::cuda::bindings

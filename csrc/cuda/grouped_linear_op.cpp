@@ -2,9 +2,14 @@
 // where forward stored y; without an activation it is the operand of both products as it lies, else du [T k, O] is made once, in row order.
 // A token's k rows of dx are stored side by side and added in their order.
 
+#include "../registration.h"
 #include "layers.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
+
+namespace need {  // what the values of `needs` stand for
+enum { x, w, b };
+}
 
 namespace {
 
@@ -53,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
   const Tensor ends = settled(x, offsets, experts, rows, on.stream);
   const Groups groups{static_cast<const int32_t*>(ends.const_data_ptr()), rows, experts};
   const std::optional<Tensor> gather = contiguous_or_null(gather_idx), scatter = contiguous_or_null(scatter_idx);
-  Tensor dx = gradient_like(x, needs[0], x), dw = gradient_like(w, needs[1], x), db = gradient_like(b, needs[2], x);
+  Tensor dx = gradient_like(x, needs[need::x], x), dw = gradient_like(w, needs[need::w], x), db = gradient_like(b, needs[need::b], x);
   RowOperand du = rows_of("dy", dy, indices_of(scatter));
   Tensor du_rows = empty_placeholder(x);
   if (act != Activation::none) {
@@ -62,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
     activation_gradient(type, du, pre.const_data_ptr(), rows, w.size(1), act, du_rows.mutable_data_ptr(), on.stream);
     du = rows_of("du", du_rows);
   }
-  if (needs[0]) {
+  if (needs[need::x]) {
     Tensor drows = k == 1 && !gather ? dx : rows_for(x, rows, x.size(1), gather.has_value());
     const Tensor w_rounded = rounded(w, x);
     GroupedGemm p = grouped_gemm_of(type, groups, w.size(2), w.size(1), du, weights_of("w", w_rounded).transposed());
@@ -73,13 +78,16 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
     else if (gather)
       dx = drows;
   }
-  if (needs[1] || (b && needs[2])) {
+  if (needs[need::w] || (b && needs[need::b])) {
     Wgrad p = wgrad_of(type, groups, w.size(1), w.size(2), du, rows_of("x", x, indices_of(gather), k));
-    if (needs[1]) p.dw = gradient_of(dw);
-    if (b && needs[2]) p.db = gradient_of(db);
+    if (needs[need::w]) p.dw = gradient_of(dw);
+    if (b && needs[need::b]) p.db = gradient_of(db);
     wgrad("grouped_linear_backward", p, on.stream);
   }
   return {dx, dw, db};
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, grouped_linear)
+CMOE_IMPLEMENT(CUDA, grouped_linear_backward)
+
+}  // namespace cmoe::cuda::bindings

@@ -10,11 +10,16 @@
 // tokens, which are then the rows of their group as sparse tokens are of their expert. More groups than experts are not merged: their
 // weights would outgrow the experts' own.
 
+#include "../registration.h"
 #include "layers.h"
 #include "merged_experts.h"
 #include "rows/sort_by_expert.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
+
+namespace need {  // what the values of `needs` stand for
+enum { x, gates, w1, b1, w2, b2 };
+}
 
 namespace {
 
@@ -103,29 +108,29 @@ void merged_backward(const Tensor& dy, const Tensor& x, const Tensor& gates, con
   const TokensByGroup by(x, gates, group_ids, stream);
   const Type type = type_of("x", x);
   const int64_t groups = gates.size(0);
-  if (needs[0]) {
+  if (needs[need::x]) {
     const Tensor layer = mixed(w, gates, false, x.scalar_type(), stream);
     GroupedGemm p =
         grouped_gemm_of(type, by.groups, w.size(2), w.size(1), rows_of("dy", dy, by.index), weights_of("w1", layer).transposed());
     p.y = target_of(dx, by.index);
     grouped_gemm("soft_experts_backward", p, stream);
   }
-  const bool want_db = b && needs[3], by_bias = b && (needs[1] || needs[3]);
-  if (!needs[1] && !needs[2] && !want_db) return;
+  const bool want_db = b && needs[need::b1], by_bias = b && (needs[need::gates] || needs[need::b1]);
+  if (!needs[need::gates] && !needs[need::w1] && !want_db) return;
   // What a merged layer gets is shared out to its experts by their gates.
   Tensor dlayer = empty_tensor(x, {groups, w.size(1), w.size(2)}, ScalarType::Float),
          dbias = by_bias ? empty_tensor(x, {groups, w.size(1)}, ScalarType::Float) : empty_placeholder(x);
   Wgrad p = wgrad_of(type, by.groups, w.size(1), w.size(2), rows_of("dy", dy, by.index), rows_of("x", x, by.index));
-  if (needs[1] || needs[2]) p.dw = gradient_of(dlayer);
+  if (needs[need::gates] || needs[need::w1]) p.dw = gradient_of(dlayer);
   if (by_bias) p.db = gradient_of(dbias);
   wgrad("soft_experts_backward", p, stream);
-  if (needs[1]) {
+  if (needs[need::gates]) {
     const Stack stack = stack_of("w1", w);
     Tensor scratch = empty_tensor(x, {std::max<int64_t>(dot_partials(stack), 1) * groups * w.size(0)}, ScalarType::Float);
     dots(stack, data<float>(dlayer), groups, false, data<float>(scratch), data<float>(dgates), stream);
     if (b) dots(stack_of("b1", *b), data<float>(dbias), groups, true, data<float>(scratch), data<float>(dgates), stream);
   }
-  if (needs[2]) dw = mixed(dlayer, gates, true, w.scalar_type(), stream);
+  if (needs[need::w1]) dw = mixed(dlayer, gates, true, w.scalar_type(), stream);
   if (want_db) db = mixed(dbias, gates, true, b->scalar_type(), stream);
 }
 
@@ -180,16 +185,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
   const Tensor w1_rounded = rounded(w1, x), last = w2 ? rounded(*w2, x) : w1_rounded;
   const std::optional<Tensor>& last_bias = w2 ? b2 : b1;
   const RowOperand dy_rows = rows_of("dy", dy), x_rows = rows_of("x", x);
-  Tensor dx = gradient_like(x, needs[0], x), dgates = gradient_like(gates, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
-         db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
+  Tensor dx = gradient_like(x, needs[need::x], x), dgates = gradient_like(gates, needs[need::gates], x),
+         dw1 = gradient_like(w1, needs[need::w1], x), db1 = gradient_like(b1, needs[need::b1], x),
+         dw2 = gradient_like(w2, needs[need::w2], x), db2 = gradient_like(b2, needs[need::b2], x);
   if (merges(x, gates, w2)) {
     merged_backward(dy, x, gates, w1, b1, group_ids, needs, dx, dgates, dw1, db1, on.stream);
     return {dx, dgates, dw1, db1, dw2, db2};
   }
   Tensor &dw_last = w2 ? dw2 : dw1, &db_last = w2 ? db2 : db1;
-  const bool want_dw_last = w2 ? needs[4] : needs[2], want_db_last = last_bias && (w2 ? needs[5] : needs[3]),
-             want_db1 = w2 && b1 && needs[3];
-  const bool want_du = w2 && (needs[0] || needs[2] || want_db1);
+  const bool want_dw_last = w2 ? needs[need::w2] : needs[need::w1], want_db_last = last_bias && (w2 ? needs[need::b2] : needs[need::b1]),
+             want_db1 = w2 && b1 && needs[need::b1];
+  const bool want_du = w2 && (needs[need::x] || needs[need::w1] || want_db1);
 
   DactGemm hidden = dact_gemm_of(type, groups, last.size(2), last.size(1), dy_rows, weights_of("w2", last).transposed());
   hidden.routing_weights = g.routing_weights;
@@ -211,10 +217,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
   } else {
     hidden.u = x_rows;
   }
-  Tensor partials = needs[1] ? empty_tensor(x, {dact_partials(hidden), tokens, experts}, ScalarType::Float) : empty_placeholder(x);
-  if (needs[1]) hidden.partials = data<float>(partials);
-  if (want_du || (w2 && want_dw_last) || needs[1]) dact_gemm("soft_experts_backward", hidden, on.stream);
-  if (needs[1]) {
+  Tensor partials =
+      needs[need::gates] ? empty_tensor(x, {dact_partials(hidden), tokens, experts}, ScalarType::Float) : empty_placeholder(x);
+  if (needs[need::gates]) hidden.partials = data<float>(partials);
+  if (want_du || (w2 && want_dw_last) || needs[need::gates]) dact_gemm("soft_experts_backward", hidden, on.stream);
+  if (needs[need::gates]) {
     const bool own = !group_ids && gates.size(0) == tokens;
     Tensor per_row = own ? dgates : empty_tensor(x, {tokens, experts}, ScalarType::Float);
     routing_weight_grad(hidden.partials, dact_partials(hidden), dy_rows, type, table_of("b2", last_bias), last.size(1), groups,
@@ -227,20 +234,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
 
   // Single linear experts: gate_e dy is what du is to two layers, and what their own weights multiply.
   Tensor weighted = empty_placeholder(x);
-  if (!w2 && (needs[0] || want_dw_last)) {
+  if (!w2 && (needs[need::x] || want_dw_last)) {
     weighted = empty_tensor(x, {tokens, experts, last.size(1)});
     weighted_rows(type, dy_rows, groups, g.routing_weights, last.size(1), weighted.mutable_data_ptr(), on.stream);
   }
-  if (needs[0]) {
+  if (needs[need::x]) {
     GroupedGemm back = grouped_gemm_of(type, groups, w1.size(2), w1.size(1), expert_rows_of("du", w2 ? du : weighted),
                                        weights_of("w1", w1_rounded).transposed());
     back.sum = true;
     back.y = target_of(dx);
     grouped_gemm("soft_experts_backward", back, on.stream);
   }
-  if (w2 && (needs[2] || want_db1)) {
+  if (w2 && (needs[need::w1] || want_db1)) {
     Wgrad w = wgrad_of(type, groups, w1.size(1), w1.size(2), expert_rows_of("du", du), x_rows);
-    if (needs[2]) w.dw = gradient_of(dw1);
+    if (needs[need::w1]) w.dw = gradient_of(dw1);
     if (want_db1) w.db = gradient_of(db1);
     wgrad("soft_experts_backward", w, on.stream);
   }
@@ -259,4 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_experts_backward
   return {dx, dgates, dw1, db1, dw2, db2};
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, soft_experts)
+CMOE_IMPLEMENT(CUDA, soft_experts_backward)
+
+}  // namespace cmoe::cuda::bindings

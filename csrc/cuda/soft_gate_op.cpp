@@ -2,15 +2,16 @@
 
 #include "soft_gate.h"
 
+#include "../registration.h"
 #include "tensors.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
 
 Tensor soft_gate(Tensor logits) {
   require_2d("logits", logits, "[T, E]");
   const OnDevice on(logits);
   Tensor gates = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, ScalarType::Float);
-  soft_gate(matrix("logits", logits), data<float>(gates), logits.size(0), logits.size(1), on.stream);
+  cuda::soft_gate(matrix("logits", logits), data<float>(gates), logits.size(0), logits.size(1), on.stream);
   return gates;
 }
 
@@ -20,9 +21,12 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
   const OnDevice on(logits);
   const Tensor exact = torch::stable::to(dgates, ScalarType::Float);
   Tensor dlogits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  soft_gate_backward(matrix("dgates", exact), matrix("logits", logits), dlogits.mutable_data_ptr(), logits.size(0), logits.size(1),
-                     on.stream);
+  cuda::soft_gate_backward(matrix("dgates", exact), matrix("logits", logits), dlogits.mutable_data_ptr(), logits.size(0), logits.size(1),
+                           on.stream);
   return dlogits;
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, soft_gate)
+CMOE_IMPLEMENT(CUDA, soft_gate_backward)
+
+}  // namespace cmoe::cuda::bindings

@@ -8,10 +8,15 @@
 // the weight's partial sums; dx scatters as y does. Neither gathered rows of x nor expert outputs in fp32 exist. Rows of no expert lie past
 // offsets[E]: their tiles read no weights and write zeros.
 
+#include "../registration.h"
 #include "layers.h"
 #include "rows/sort_by_expert.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
+
+namespace need {  // what the values of `needs` stand for
+enum { x, weights, w1, b1, w2, b2 };
+}
 
 namespace {
 
@@ -107,12 +112,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
   const Tensor w1_rounded = rounded(w1, x), last = w2 ? rounded(*w2, x) : w1_rounded;
   const std::optional<Tensor>& last_bias = w2 ? b2 : b1;
   const RowOperand dy_rows = rows_of("dy", dy, order, k), x_rows = rows_of("x", x, order, k);
-  Tensor dx = gradient_like(x, needs[0], x), dweights = gradient_like(weights, needs[1], x), dw1 = gradient_like(w1, needs[2], x),
-         db1 = gradient_like(b1, needs[3], x), dw2 = gradient_like(w2, needs[4], x), db2 = gradient_like(b2, needs[5], x);
-  const bool want_weights = weights && needs[1], want_db1 = w2 && b1 && needs[3], want_du = w2 && (needs[0] || needs[2] || want_db1);
+  Tensor dx = gradient_like(x, needs[need::x], x), dweights = gradient_like(weights, needs[need::weights], x),
+         dw1 = gradient_like(w1, needs[need::w1], x), db1 = gradient_like(b1, needs[need::b1], x),
+         dw2 = gradient_like(w2, needs[need::w2], x), db2 = gradient_like(b2, needs[need::b2], x);
+  const bool want_weights = weights && needs[need::weights], want_db1 = w2 && b1 && needs[need::b1],
+             want_du = w2 && (needs[need::x] || needs[need::w1] || want_db1);
   Tensor &dw_last = w2 ? dw2 : dw1, &db_last = w2 ? db2 : db1;
-  const bool want_dw_last = w2 ? needs[4] : needs[2], want_db_last = last_bias && (w2 ? needs[5] : needs[3]);
-  Tensor drows = !needs[0] ? empty_placeholder(x) : k == 1 ? dx : empty_tensor(x, {rows, x.size(1)});
+  const bool want_dw_last = w2 ? needs[need::w2] : needs[need::w1], want_db_last = last_bias && (w2 ? needs[need::b2] : needs[need::b1]);
+  Tensor drows = !needs[need::x] ? empty_placeholder(x) : k == 1 ? dx : empty_tensor(x, {rows, x.size(1)});
 
   DactGemm hidden = dact_gemm_of(type, groups, last.size(2), last.size(1), dy_rows, weights_of("w2", last).transposed());
   hidden.routing_weights = routing_weights;
@@ -135,11 +142,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     if (want_dw_last) hidden.weighted_hidden = target_of(weighted_hidden);
   } else {  // one product gives both: its rows are dx, and their products with x the weights' gradients
     hidden.u = x_rows;
-    if (needs[0]) hidden.du = target_of(drows, order);
+    if (needs[need::x]) hidden.du = target_of(drows, order);
   }
   Tensor partials = want_weights ? empty_tensor(x, {dact_partials(hidden), rows}, ScalarType::Float) : empty_placeholder(x);
   if (want_weights) hidden.partials = data<float>(partials);
-  if (want_du || (w2 && want_dw_last) || want_weights || (!w2 && needs[0])) dact_gemm("sparse_experts_backward", hidden, on.stream);
+  if (want_du || (w2 && want_dw_last) || want_weights || (!w2 && needs[need::x])) dact_gemm("sparse_experts_backward", hidden, on.stream);
   if (want_weights) {
     const bool own = !group_ids && indices.size(0) == tokens;
     Tensor by_token = own ? dweights : empty_tensor(x, {tokens, k}, ScalarType::Float);
@@ -147,16 +154,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
                         data<float>(by_token), on.stream);
     if (!own) sum_per_group(data<float>(by_token), indices_of(ids), tokens, indices.size(0), k, data<float>(dweights), on.stream);
   }
-  if (w2 && needs[0]) {
+  if (w2 && needs[need::x]) {
     GroupedGemm back = grouped_gemm_of(type, groups, w1.size(2), w1.size(1), rows_of("du", du), weights_of("w1", w1_rounded).transposed());
     back.y = target_of(drows, order);
     grouped_gemm("sparse_experts_backward", back, on.stream);
   }
-  if (needs[0] && k != 1) sum_assignments(type, drows.const_data_ptr(), tokens, k, x.size(1), dx.mutable_data_ptr(), on.stream);
+  if (needs[need::x] && k != 1) sum_assignments(type, drows.const_data_ptr(), tokens, k, x.size(1), dx.mutable_data_ptr(), on.stream);
 
-  if (w2 && (needs[2] || want_db1)) {
+  if (w2 && (needs[need::w1] || want_db1)) {
     Wgrad w = wgrad_of(type, groups, w1.size(1), w1.size(2), rows_of("du", du), x_rows);
-    if (needs[2]) w.dw = gradient_of(dw1);
+    if (needs[need::w1]) w.dw = gradient_of(dw1);
     if (want_db1) w.db = gradient_of(db1);
     wgrad("sparse_experts_backward", w, on.stream);
   }
@@ -180,4 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
   return {dx, dweights, dw1, db1, dw2, db2};
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, sparse_experts)
+CMOE_IMPLEMENT(CUDA, sparse_experts_backward)
+
+}  // namespace cmoe::cuda::bindings

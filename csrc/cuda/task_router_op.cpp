@@ -2,10 +2,15 @@
 // for up to 16 experts; beyond, the hidden layer is stored and multiplied by W2. Backward makes du [T, R] once, in the products' type, and
 // its sums per task; dx and dW are products with it, and the task's gradients products with the sums. With one layer du is dlogits.
 
+#include "../registration.h"
 #include "layers.h"
 #include "task_router.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
+
+namespace need {  // what the values of `needs` stand for
+enum { x, task, w1, b1, w2, b2 };
+}
 
 namespace {
 
@@ -124,9 +129,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
   const Tensor& input = router.input();
   const OnDevice on(input);
   const int64_t rows = router.rows, hidden = router.hidden, groups = router.groups();
-  const bool needs_b1 = b1 && needs[3], needs_task = task && (needs[1] || needs[2]);
-  Tensor dx = gradient_like(x, needs[0], input), dtask = gradient_like(task, needs[1], input), dw1 = gradient_like(w1, needs[2], input),
-         db1 = empty_placeholder(input), dw2 = gradient_like(w2, needs[4], input), db2 = empty_placeholder(input);
+  const bool needs_b1 = b1 && needs[need::b1], needs_task = task && (needs[need::task] || needs[need::w1]);
+  Tensor dx = gradient_like(x, needs[need::x], input), dtask = gradient_like(task, needs[need::task], input),
+         dw1 = gradient_like(w1, needs[need::w1], input), db1 = empty_placeholder(input), dw2 = gradient_like(w2, needs[need::w2], input),
+         db2 = empty_placeholder(input);
   const Tensor exact = torch::stable::contiguous(torch::stable::to(dlogits, ScalarType::Float));
   const auto column_sums = [&](const Tensor& table, int64_t count, int64_t columns, ScalarType dtype) {
     Tensor sums = empty_tensor(input, {columns}, ScalarType::Float);
@@ -149,13 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
     RouterGradient g{router.type, rows,    hidden, w2->size(0), matrix("dlogits", exact), rows_table("w2", *w2), saved.const_data_ptr(),
                      act,         nullptr, 1};
     const int64_t ranges = router_ranges(rows);
-    if (needs[4]) {
+    if (needs[need::w2]) {
       Tensor partials = empty_tensor(input, {ranges, g.experts, hidden}, ScalarType::Float);
       router_weight_gradient(g, data<float>(partials), on.stream);
       add_partials(floats(partials), ranges, g.experts * hidden, nullptr, 1, dw2.mutable_data_ptr(), type_of("w2", *w2), on.stream);
     }
-    if (b2 && needs[5]) db2 = column_sums(exact, rows, g.experts, b2->scalar_type());
-    if (needs[0] || needs[1] || needs[2] || needs[3]) {
+    if (b2 && needs[need::b2]) db2 = column_sums(exact, rows, g.experts, b2->scalar_type());
+    if (needs[need::x] || needs[need::task] || needs[need::w1] || needs[need::b1]) {
       du = empty_tensor(input, {rows, hidden});
       Tensor partials = empty_placeholder(input);
       if (router.both()) g.group_ids = indices_of(router.group_ids), g.groups = groups;
@@ -183,12 +189,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
     p.dw = place(dw1, column);
     wgrad(backward_name, p, on.stream);
   };
-  if (x && needs[0]) input_gradient(du, router.input_columns(), dx);
-  if (x && needs[2]) weight_gradient(du, *x, router.split);
-  if (task && needs[1]) input_gradient(router.both() ? dbias : du, router.task_columns(), dtask);
-  if (task && needs[2]) weight_gradient(router.both() ? dbias : du, *task, 0);
+  if (x && needs[need::x]) input_gradient(du, router.input_columns(), dx);
+  if (x && needs[need::w1]) weight_gradient(du, *x, router.split);
+  if (task && needs[need::task]) input_gradient(router.both() ? dbias : du, router.task_columns(), dtask);
+  if (task && needs[need::w1]) weight_gradient(router.both() ? dbias : du, *task, 0);
   if (needs_b1) db1 = column_sums(dbias, dbias.size(0), hidden, b1->scalar_type());
   return {dx, dtask, dw1, db1, dw2, db2};
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, task_router)
+CMOE_IMPLEMENT(CUDA, task_router_backward)
+
+}  // namespace cmoe::cuda::bindings

@@ -2,9 +2,11 @@
 
 #include "topk_gate.h"
 
+#include "../registration.h"
 #include "tensors.h"
 
-namespace cmoe::cuda {
+namespace cmoe::cuda::bindings {
+
 namespace {
 
 TopkGate operation(const Tensor& logits, int64_t k, OwnedString score_name, bool renormalize, double scale) {
@@ -29,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_gate(Tensor logits, int64_t k, OwnedStri
   Tensor weights = torch::stable::new_empty(logits, {op.tokens, k}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(logits, {op.tokens, k}, ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(logits, {op.experts}, ScalarType::Int);
-  topk_gate(op, data<float>(weights), data<int64_t>(indices), data<int32_t>(counts), on.stream);
+  cuda::topk_gate(op, data<float>(weights), data<int64_t>(indices), data<int32_t>(counts), on.stream);
   return {weights, indices, counts};
 }
 
@@ -40,8 +42,11 @@ Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedS
   const OnDevice on(logits);
   const Tensor exact = torch::stable::to(dweights, ScalarType::Float);
   Tensor dlogits = torch::stable::new_empty(logits, {op.tokens, op.experts});
-  topk_gate_backward(op, matrix("dweights", exact), index_matrix("indices", indices), dlogits.mutable_data_ptr(), on.stream);
+  cuda::topk_gate_backward(op, matrix("dweights", exact), index_matrix("indices", indices), dlogits.mutable_data_ptr(), on.stream);
   return dlogits;
 }
 
-}  // namespace cmoe::cuda
+CMOE_IMPLEMENT(CUDA, topk_gate)
+CMOE_IMPLEMENT(CUDA, topk_gate_backward)
+
+}  // namespace cmoe::cuda::bindings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 
 if backends.INTERPRETED:
     pytest.skip("for the ordinary process", allow_module_level=True)
@@ -97,7 +97,7 @@ def test_every_step_is_below_ten_minutes_and_every_op_has_one():
 def test_on_sm90_the_products_of_both_architectures_are_compared(monkeypatch):
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_check.backends, "cuda_kernels", lambda: backends.CudaKernels("sm_80, sm_90a", ""))
+    monkeypatch.setattr(gpu_check.native, "cuda_kernels", lambda: native.CudaKernels("sm_80, sm_90a", ""))
     todo = gpu_check.steps("cuda")
     assert len({step.name for step in todo}) == len(todo)
     assert sum("times" in step.name for step in todo) == 30

@@ -2,10 +2,13 @@
 
 #include <cstring>
 
+#include "../../csrc/registration.h"
 #include "emulator/options.h"
 #include "rows/sort_by_expert.h"
 
 extern "C" {
+
+[[gnu::visibility("default")]] const char* operations() { return cmoe::operations().c_str(); }
 
 [[gnu::visibility("default")]] void set_options(int order, unsigned seed, bool lazy, int multiprocessors, int capability) {
   emulator::options.order = static_cast<emulator::Order>(order);

@@ -23,6 +23,7 @@ WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
 # One of SANITIZERS; its runtime must have been loaded before Python.
 SANITIZER = os.environ.get("CMOE_EMULATE_SANITIZER", "plain")
 FOLDER = Path("build", "emulation", "library" if SANITIZER == "plain" else f"library-{SANITIZER}")
+SCHEMAS = torch.library.Library("cmoe_emulated", "FRAGMENT")
 CAPABILITY = int(os.environ.get("CMOE_EMULATE_CAPABILITY", "80"))
 
 
@@ -55,7 +56,16 @@ def library() -> ctypes.CDLL:
     finally:
         os.chdir(before)
     torch.ops.load_library(str(target))
-    return ctypes.CDLL(str(target))
+    for name in operations(found := ctypes.CDLL(str(target))):
+        schema = str(getattr(torch.ops.cmoe_native, name).default._schema)
+        SCHEMAS.define(schema.removeprefix("cmoe_native::"))
+    return found
+
+
+def operations(found: ctypes.CDLL) -> dict[str, str]:
+    """The types of each operation that the library implements."""
+    found.operations.restype = ctypes.c_char_p
+    return dict(line.split("; ")[1:] for line in found.operations().decode().splitlines())
 
 
 def build() -> Path:
@@ -75,11 +85,8 @@ def build() -> Path:
 
 def install() -> None:
     """Let the emulated kernels serve CPU tensors as backend "cuda", the last choice there."""
-    library()
-    for op in backends.OPS:
-        for name in (op, f"{op}_backward"):
-            if hasattr(torch.ops.cmoe_emulated, name):
-                backends.register(name, "cuda", getattr(torch.ops.cmoe_emulated, name))
+    for name in operations(library()):
+        backends.register(name, "cuda", getattr(torch.ops.cmoe_emulated, name).default)
     backends.DEVICE_ORDER["cpu"] = (*(b for b in backends.DEVICE_ORDER["cpu"] if b != "cuda"), "cuda")
 
 

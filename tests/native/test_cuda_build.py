@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 from tests.native.variants import ROOT, build_script
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA kernels are built on Linux alone")
@@ -87,9 +87,9 @@ def test_nvcc_on_the_path(home, monkeypatch):
     assert build_script().find_nvcc() == str(home / "bin" / "nvcc")
 
 
-@pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
+@pytest.mark.skipif(native.library is None, reason=str(native.error))
 def test_the_library_holds_kernels_where_a_toolkit_is():
-    built, error = backends.cuda_kernels()
+    built, error = native.cuda_kernels()
     if error:
         assert shutil.which("nvcc") is None or "nvcc" in error or "CMOE_CUDA=0" in error
         pytest.skip(error)

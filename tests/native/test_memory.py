@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.native.variants import ROOT
 
 pytestmark = [
-    pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error)),
+    pytest.mark.skipif(native.library is None, reason=str(native.error)),
     pytest.mark.skipif(platform.system() != "Linux", reason="limits and forks as Linux has them"),
 ]
 

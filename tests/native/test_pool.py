@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.native.variants import ROOT
 
 pytestmark = [
-    pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error)),
+    pytest.mark.skipif(native.library is None, reason=str(native.error)),
     pytest.mark.skipif(platform.system() != "Linux", reason="malloc's memory elsewhere"),
     pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.11 and newer take memory of others"),
 ]

@@ -5,15 +5,15 @@ import re
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.native.programs import compile_program, run_program
 from tests.native.variants import emulated_tiers, runtime_of
 
 pytestmark = [
-    pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error)),
+    pytest.mark.skipif(native.library is None, reason=str(native.error)),
     pytest.mark.skipif(platform.system() != "Linux", reason="sanitizers and untouched memory as Linux has them"),
 ]
-HERE = list(sets.available) if (sets := backends.instruction_sets()) else []
+HERE = list(sets.available) if (sets := native.instruction_sets()) else []
 TIERS = [*(tier for tier in emulated_tiers() if tier not in HERE), *HERE]
 
 

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.native.variants import ROOT, alone_in, build_script, copy_of_tree, product_objects
 
-HERE = list(sets.available) if (sets := backends.instruction_sets()) else []
+HERE = list(sets.available) if (sets := native.instruction_sets()) else []
 pytestmark = [
-    pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error)),
+    pytest.mark.skipif(native.library is None, reason=str(native.error)),
     pytest.mark.skipif(platform.system() != "Linux", reason="links the library as Linux does"),
     pytest.mark.skipif(len(HERE) == 1, reason=f"there is no instruction set here but {', '.join(HERE)}"),
 ]
@@ -25,7 +25,7 @@ CALL = """
 import sys, threading, warnings
 import torch
 import cmoe_kernels as c
-from cmoe_kernels import backends
+from cmoe_kernels import native
 torch.manual_seed(0)
 x, gates, w1, w2 = torch.randn(20, 30), torch.rand(20, 2), torch.randn(2, 40, 30), torch.randn(2, 50, 40)
 def right():
@@ -69,7 +69,7 @@ FAULTS = {
 def test_the_next_instruction_set_serves(planted, fault):
     """With one warning; and the handlers of others, here Python's, are as they were."""
     code = """
-print(right(), right(), backends.instruction_sets())
+print(right(), right(), native.instruction_sets())
 from cmoe_kernels import doctor
 print(doctor.report())
 sys.stdout.flush()
@@ -80,7 +80,7 @@ faulthandler._sigsegv()
     done = run(planted, code, fault, "-X", "faulthandler")
     said = f"{BEST} ({FAULTS[fault]})"
     first = done.stdout.splitlines()[0]
-    assert first == f"True True {backends.InstructionSets(NEXT, HERE[1:], said, '')}"
+    assert first == f"True True {native.InstructionSets(NEXT, HERE[1:], said, '')}"
     assert f"{NEXT} (CMOE_CPU_ISA chooses among {', '.join(HERE[1:])}); left out, failed the self-test: {said}" in done.stdout
     assert done.stderr.count(said) == 1
     assert done.returncode == -signal.SIGSEGV
@@ -99,13 +99,13 @@ def test_an_instruction_set_that_is_named_is_not_replaced(planted, fault):
 
 
 def test_the_test_can_be_turned_off(planted):
-    done = run(planted, "print(backends.instruction_sets().used, right())", "wrong", CMOE_SELF_TEST="0")
+    done = run(planted, "print(native.instruction_sets().used, right())", "wrong", CMOE_SELF_TEST="0")
     assert done.stdout == f"{BEST} False\n"
 
 
 def test_a_sound_instruction_set_says_nothing(planted):
-    done = run(planted, "print(right(), backends.instruction_sets())", "", "-W", "error")
-    assert (done.stdout, done.stderr) == (f"True {backends.InstructionSets(BEST, HERE, '', '')}\n", "")
+    done = run(planted, "print(right(), native.instruction_sets())", "", "-W", "error")
+    assert (done.stdout, done.stderr) == (f"True {native.InstructionSets(BEST, HERE, '', '')}\n", "")
 
 
 def test_first_use_from_two_threads(planted):
@@ -116,7 +116,7 @@ def first():
     results.append(c.soft_experts(x, gates, w1, None, w2))
 threads = [threading.Thread(target=first) for _ in range(2)]
 [t.start() for t in threads], [t.join() for t in threads]
-print(right(), torch.equal(*results), backends.instruction_sets().used)
+print(right(), torch.equal(*results), native.instruction_sets().used)
 """
     done = run(planted, code, "illegal instruction")
     assert done.stdout == f"True True {NEXT}\n", done.stderr

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close, grads
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.sampling import FULL
 
-pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
+pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
 # Hundreds of random cases find one in which the baseline's largest error is small by luck; in a few numbers it may be right to the last
 # bit, and then unity is the scale.
 LUCK, FEW = 3 if FULL else 1, 32

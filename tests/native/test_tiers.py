@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 from tests.native.variants import ROOT, build_script, copy_of_tree, emulated_tiers, output_of, product_objects, run_tests, summary_of
 from tests.sampling import FULL
 
-pytestmark = pytest.mark.skipif(backends.native_library is None, reason=str(backends.native_error))
-HERE = sets.available if (sets := backends.instruction_sets()) else []
+pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
+HERE = sets.available if (sets := native.instruction_sets()) else []
 KNOWN = ["generic", *build_script().TIERS]
 
 # Numbers depend on the instruction set. The best one is that of the ordinary run. In CI those between it and the portable one meet only
@@ -80,7 +80,7 @@ def test_an_unknown_instruction_set_is_one_clear_line():
 
 
 def test_the_environment_chooses():
-    code = "import cmoe_kernels.backends as b; print(b.instruction_sets().used)"
+    code = "import cmoe_kernels.native as b; print(b.instruction_sets().used)"
     assert [python(code, CMOE_CPU_ISA=tier).stdout.strip() for tier in HERE] == HERE
     assert python(code, CMOE_CPU_ISA="").stdout.strip() == HERE[0]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cmoe_kernels import backends
+from cmoe_kernels import native
 
 ROOT = Path(__file__).parents[2]
 COPIED = (
@@ -105,7 +105,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def emulated_tiers() -> list[str]:
     """The instruction sets that the tests have in plain C++: AMX always, AVX-512 too where this processor lacks it. Best first."""
-    here = sets.available if (sets := backends.instruction_sets()) else []
+    here = sets.available if (sets := native.instruction_sets()) else []
     if "avx2" not in here or "amx" not in build_script().tiers_of_compiler():
         return []
     return ["amx"] if "avx512_bf16" in here else ["amx", "avx512_bf16", "avx512"]

@@ -164,3 +164,11 @@ def test_a_log_line_says_why_copies_are_not_used(caplog, dtype, backend, grad, r
     with caplog.at_level("INFO", logger="cmoe_kernels"), torch.set_grad_enabled(grad), cmoe.use_backend(backend):
         c(features(), "a")
     assert [reason in r.getMessage() for r in caplog.records] == [True, True]  # router and experts
+
+
+def test_packing_is_done_by_operators():
+    """With schemas, fakes and no autograd, as every other op."""
+    w, task = torch.randn(3, 50, 20), torch.randn(2, 8)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.cmoe.prepack.default, (w, w.new_empty(0, dtype=torch.bfloat16)), test_utils=checks)
+    torch.library.opcheck(torch.ops.cmoe.packed_router_bias.default, (task, torch.randn(30, 8), torch.randn(30)), test_utils=checks)

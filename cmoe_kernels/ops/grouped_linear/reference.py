@@ -1,10 +1,20 @@
 """grouped_linear in plain PyTorch: one product per expert, whose row ranges are read on the host."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cmoe_kernels.ops.activation import activate, activate_backward
 from cmoe_kernels.ops.arguments import require_offsets
+
+
+class Needs(NamedTuple):
+    """The gradients that the backward op makes."""
+
+    x: bool
+    w: bool
+    b: bool
 
 
 def grouped_linear(
@@ -46,14 +56,15 @@ def grouped_linear_backward(
     activation: str | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need = Needs(*needs)
     bounds = require_offsets(offsets, x.shape[0] * k)
     rows = _gather(x, gather_idx, k)
     du = dy if scatter_idx is None else dy[scatter_idx]
     if activation is not None:
         du = activate_backward(activation, du, u)
-    drows = rows.new_zeros(rows.shape) if needs[0] else None
-    dw = w.new_zeros(w.shape) if needs[1] else None
-    db = b.new_zeros(b.shape) if b is not None and needs[2] else None
+    drows = rows.new_zeros(rows.shape) if need.x else None
+    dw = w.new_zeros(w.shape) if need.w else None
+    db = b.new_zeros(b.shape) if b is not None and need.b else None
     for e, (start, stop) in enumerate(bounds):
         if drows is not None:
             drows[start:stop] = du[start:stop] @ w[e].to(x.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cmoe_kernels.ops.gemm.grouped_gemm import grouped_gemm
 from cmoe_kernels.ops.gemm.tiles import launch, source_rows
 from cmoe_kernels.ops.gemm.wgrad import wgrad
+from cmoe_kernels.ops.grouped_linear.reference import Needs
 from cmoe_kernels.ops.rows.activation import derivative
 from cmoe_kernels.ops.rows.reduce import sum_assignments
 
@@ -67,6 +68,7 @@ def grouped_linear_backward(
     activation: str | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need = Needs(*needs)
     rows = x.shape[0] * k
     offsets = _clamped(offsets, rows)
     du, du_index = dy, scatter_idx
@@ -76,12 +78,12 @@ def grouped_linear_backward(
         arguments = (dy, u, scatter_idx, du, rows, u.shape[1], *dy.stride())
         launch(grouped_linear_bwd_du_kernel, programs, *arguments, ACT=activation, BM=16, BN=128)
     dx = None
-    if needs[0]:
+    if need.x:
         drows = x.new_empty(rows, x.shape[1]) if gather_idx is None else x.new_zeros(rows, x.shape[1])
         grouped_gemm(du, w.transpose(1, 2), offsets=offsets, gather=du_index, scatter=gather_idx, y=drows)
         dx = sum_assignments(drows, k)
-    dw = w.new_empty(w.shape) if needs[1] else None
-    db = b.new_empty(b.shape) if b is not None and needs[2] else None
+    dw = w.new_empty(w.shape) if need.w else None
+    db = b.new_empty(b.shape) if b is not None and need.b else None
     wgrad(du, x, dw, db, rows=rows, offsets=offsets, p_index=du_index, q_index=_repeat(x, gather_idx, k), q_k=k)
     return dx, dw, db
 

@@ -4,12 +4,25 @@ The sum over experts happens in the accumulator, expert by expert: no [E, T, O] 
 gradient needs no expert output: dgate[t, e] = <dy[t] @ w2[e], act(u[t, e])> + <dy[t], b2[e]>, whose first operand du needs anyway.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cmoe_kernels.ops.activation import activate, activate_backward
 from cmoe_kernels.ops.groups import per_token, sum_per_group
 from cmoe_kernels.ops.precision import accumulate_dtype
+
+
+class Needs(NamedTuple):
+    """The gradients that the backward op makes."""
+
+    x: bool
+    gates: bool
+    w1: bool
+    b1: bool
+    w2: bool
+    b2: bool
 
 
 def soft_experts(
@@ -49,20 +62,21 @@ def soft_experts_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    need = Needs(*needs)
     if _merges(x, gates, w2):
-        return _merged_backward(dy, x, gates, w1, b1, group_ids, needs)
+        return _merged_backward(dy, x, gates, w1, b1, group_ids, need)
     dtype, exact = x.dtype, accumulate_dtype(x.dtype)
     g = per_token(gates, group_ids)
     dyb = _expand(g, x.shape[0]).T @ dy.to(exact)
     b_out = b1 if w2 is None else b2
-    db_out = dyb.to(b_out.dtype) if b_out is not None and needs[3 if w2 is None else 5] else None
-    dx = x.new_zeros(x.shape, dtype=exact) if needs[0] else None
-    dg = gates.new_zeros(x.shape[0], gates.shape[1]) if needs[1] else None
+    db_out = dyb.to(b_out.dtype) if b_out is not None and (need.b1 if w2 is None else need.b2) else None
+    dx = x.new_zeros(x.shape, dtype=exact) if need.x else None
+    dg = gates.new_zeros(x.shape[0], gates.shape[1]) if need.gates else None
     if dg is not None and b_out is not None:
         dg += dy.to(exact) @ b_out.to(exact).T
-    dw1 = w1.new_empty(w1.shape) if needs[2] else None
-    db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and needs[3] else None
-    dw2 = w2.new_empty(w2.shape) if w2 is not None and needs[4] else None
+    dw1 = w1.new_empty(w1.shape) if need.w1 else None
+    db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and need.b1 else None
+    dw2 = w2.new_empty(w2.shape) if w2 is not None and need.w2 else None
     if w2 is not None and not u.numel():
         u = _pre_activation(x, w1, b1)
 
@@ -132,13 +146,13 @@ def _merged(x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Te
 
 
 def _merged_backward(
-    dy: Tensor, x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None, needs: list[bool]
+    dy: Tensor, x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None, need: Needs
 ) -> tuple[Tensor | None, ...]:
     exact = accumulate_dtype(x.dtype)
-    dx = x.new_zeros(x.shape) if needs[0] else None
-    dgates = gates.new_zeros(gates.shape) if needs[1] else None
-    dw = w.new_zeros(w.shape, dtype=exact) if needs[2] else None
-    db = b.new_zeros(b.shape, dtype=exact) if b is not None and needs[3] else None
+    dx = x.new_zeros(x.shape) if need.x else None
+    dgates = gates.new_zeros(gates.shape) if need.gates else None
+    dw = w.new_zeros(w.shape, dtype=exact) if need.w1 else None
+    db = b.new_zeros(b.shape, dtype=exact) if b is not None and need.b1 else None
     for g, rows in _groups(x, gates, group_ids):
         if dx is not None:
             dx[rows] = dy[rows] @ _merged_weight(gates[g], w).to(x.dtype)

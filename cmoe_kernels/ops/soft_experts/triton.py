@@ -21,6 +21,7 @@ from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_token
 from cmoe_kernels.ops.rows.reduce import column_sums, routing_weight_grad, sum_per_group
 from cmoe_kernels.ops.rows.sort import sort_by_expert
+from cmoe_kernels.ops.soft_experts.reference import Needs
 
 
 def soft_experts(
@@ -61,19 +62,20 @@ def soft_experts_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    need = Needs(*needs)
     if _merges(x, gates, w2):
-        return _merged_backward(dy, x, gates, w1, b1, group_ids, needs)
+        return _merged_backward(dy, x, gates, w1, b1, group_ids, need)
     g = _gates(x, gates, group_ids)
     tokens, experts = x.shape[0], w1.shape[0]
     b_out = b1 if w2 is None else b2
-    dx = x.new_empty(x.shape) if needs[0] else None
-    dw1 = w1.new_empty(w1.shape) if needs[2] else None
-    dw2 = w2.new_empty(w2.shape) if w2 is not None and needs[4] else None
-    db_out = b_out.new_empty(b_out.shape) if b_out is not None and needs[3 if w2 is None else 5] else None
-    db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and needs[3] else None
+    dx = x.new_empty(x.shape) if need.x else None
+    dw1 = w1.new_empty(w1.shape) if need.w1 else None
+    dw2 = w2.new_empty(w2.shape) if w2 is not None and need.w2 else None
+    db_out = b_out.new_empty(b_out.shape) if b_out is not None and (need.b1 if w2 is None else need.b2) else None
+    db1 = b1.new_empty(b1.shape) if w2 is not None and b1 is not None and need.b1 else None
 
     if w2 is None:
-        partials = dense_dgrad(dy, w1, x, g, dx) if needs[1] else None
+        partials = dense_dgrad(dy, w1, x, g, dx) if need.gates else None
         if dx is not None and partials is None:
             grouped_gemm_sum(dy, w1.transpose(1, 2), dx, gates=g, weigh_x=True)
         wgrad(dy, x, dw1, db_out, rows=tokens, routing_weights=g, weigh_dw=True)
@@ -82,11 +84,11 @@ def soft_experts_backward(
         if not u.numel():
             u = x.new_empty(shape)
             grouped_gemm(x, w1, b1, activation=activation, u=u)
-        du = x.new_empty(shape) if needs[0] or needs[2] or db1 is not None else None
+        du = x.new_empty(shape) if need.x or need.w1 or db1 is not None else None
         weighted_hidden = x.new_empty(shape) if dw2 is not None else None
         partials = None
-        if du is not None or weighted_hidden is not None or needs[1]:
-            partials = dact_gemm(dy, w2, u, du, weighted_hidden, needs[1], routing_weights=g, activation=activation)
+        if du is not None or weighted_hidden is not None or need.gates:
+            partials = dact_gemm(dy, w2, u, du, weighted_hidden, need.gates, routing_weights=g, activation=activation)
         if dx is not None and du is not None:
             grouped_gemm_sum(du, w1.transpose(1, 2), dx)
         if du is not None:
@@ -133,18 +135,18 @@ def _merged(x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Te
 
 
 def _merged_backward(
-    dy: Tensor, x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None, needs: list[bool]
+    dy: Tensor, x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None, need: Needs
 ) -> tuple[Tensor | None, ...]:
     groups, experts = gates.shape
     order, offsets = _tokens_by_group(x, gates, group_ids)
     dx = dgates = dw = db = None
-    if needs[0]:
+    if need.x:
         dx = x.new_empty(x.shape)
         grouped_gemm(dy, _merge(w, gates, x.dtype).transpose(1, 2), offsets=offsets, gather=order, scatter=order, y=dx)
-    dmerged = w.new_empty(groups, *w.shape[1:], dtype=torch.float32) if needs[1] or needs[2] else None
-    dbias = w.new_empty(groups, w.shape[1], dtype=torch.float32) if b is not None and (needs[1] or needs[3]) else None
+    dmerged = w.new_empty(groups, *w.shape[1:], dtype=torch.float32) if need.gates or need.w1 else None
+    dbias = w.new_empty(groups, w.shape[1], dtype=torch.float32) if b is not None and (need.gates or need.b1) else None
     wgrad(dy, x, dmerged, dbias, rows=x.shape[0], offsets=offsets, p_index=order, q_index=order)
-    if needs[1] and dmerged is not None:
+    if need.gates and dmerged is not None:
         # Few rows, a product over all elements of a layer: a split loop.
         dgates = gates.new_empty(gates.shape)
         grouped_gemm_sum(dmerged.view(groups, -1), w.reshape(1, experts, -1), dgates)
@@ -152,8 +154,8 @@ def _merged_backward(
             by_bias = torch.empty_like(dgates)
             grouped_gemm_sum(dbias, b.reshape(1, experts, -1), by_bias)
             dgates += by_bias
-    if needs[2] and dmerged is not None:
+    if need.w1 and dmerged is not None:
         dw = _merge(dmerged, gates.T, w.dtype)
-    if b is not None and needs[3] and dbias is not None:
+    if b is not None and need.b1 and dbias is not None:
         db = _merge(dbias, gates.T, b.dtype)
     return dx, dgates, dw, db, None, None

@@ -1,6 +1,7 @@
 """sparse_experts in plain PyTorch: assignments sorted by expert, one pair of products per expert, whose row ranges are read on the host."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +9,17 @@ from torch import Tensor
 from cmoe_kernels.ops.activation import activate, activate_backward
 from cmoe_kernels.ops.groups import per_row, sort_by_expert, sum_per_group
 from cmoe_kernels.ops.precision import accumulate_dtype
+
+
+class Needs(NamedTuple):
+    """The gradients that the backward op makes."""
+
+    x: bool
+    weights: bool
+    w1: bool
+    b1: bool
+    w2: bool
+    b2: bool
 
 
 def sparse_experts(
@@ -62,15 +74,16 @@ def sparse_experts_backward(
     gated: bool,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    need = Needs(*needs)
     dtype, exact = x.dtype, accumulate_dtype(x.dtype)
     tokens, k = x.shape[0], indices.shape[1]
     routing_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)[:, None]
-    drows = x.new_zeros(tokens * k, x.shape[1]) if needs[0] else None
-    dweights = x.new_zeros(tokens * k, dtype=exact) if weights is not None and needs[1] else None
-    dw1 = w1.new_zeros(w1.shape) if needs[2] else None
-    db1 = b1.new_zeros(b1.shape) if b1 is not None and needs[3] else None
-    dw2 = w2.new_zeros(w2.shape) if w2 is not None and needs[4] else None
-    db2 = b2.new_zeros(b2.shape) if b2 is not None and needs[5] else None
+    drows = x.new_zeros(tokens * k, x.shape[1]) if need.x else None
+    dweights = x.new_zeros(tokens * k, dtype=exact) if weights is not None and need.weights else None
+    dw1 = w1.new_zeros(w1.shape) if need.w1 else None
+    db1 = b1.new_zeros(b1.shape) if b1 is not None and need.b1 else None
+    dw2 = w2.new_zeros(w2.shape) if w2 is not None and need.w2 else None
+    db2 = b2.new_zeros(b2.shape) if b2 is not None and need.b2 else None
 
     for e, r in _ranges(offsets):
         rows = x[gather_idx[r] // k]

@@ -18,6 +18,7 @@ from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_row
 from cmoe_kernels.ops.rows.reduce import routing_weight_grad, sum_assignments, sum_per_group
 from cmoe_kernels.ops.rows.sort import sort_by_expert
+from cmoe_kernels.ops.sparse_experts.reference import Needs
 
 
 def sparse_experts(
@@ -87,14 +88,15 @@ def sparse_experts_backward(
     gated: bool,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    need = Needs(*needs)
     experts, tokens, k = w1.shape[0], x.shape[0], indices.shape[1]
     routing_weights = None if weights is None else per_row(weights, group_ids, tokens, gather_idx)
-    want_weights = weights is not None and needs[1]
-    drows = x.new_empty(tokens * k, x.shape[1]) if needs[0] else None
-    dw1 = w1.new_empty(w1.shape) if needs[2] else None
-    db1 = b1.new_empty(b1.shape) if b1 is not None and needs[3] else None
-    dw2 = w2.new_empty(w2.shape) if w2 is not None and needs[4] else None
-    db2 = b2.new_empty(b2.shape) if b2 is not None and needs[5] else None
+    want_weights = weights is not None and need.weights
+    drows = x.new_empty(tokens * k, x.shape[1]) if need.x else None
+    dw1 = w1.new_empty(w1.shape) if need.w1 else None
+    db1 = b1.new_empty(b1.shape) if b1 is not None and need.b1 else None
+    dw2 = w2.new_empty(w2.shape) if w2 is not None and need.w2 else None
+    db2 = b2.new_empty(b2.shape) if b2 is not None and need.b2 else None
     gathered: dict[str, Any] = {"offsets": offsets, "gather": gather_idx, "k": k}
     partials = None
 

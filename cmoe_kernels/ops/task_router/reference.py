@@ -3,12 +3,25 @@
 The concatenation [task; x] is never built: its product with w1 is x @ W_img^T plus one row per task, which acts as a bias.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from cmoe_kernels.ops.activation import activate, activate_backward
 from cmoe_kernels.ops.groups import per_token, sum_per_group
 from cmoe_kernels.ops.precision import accumulate_dtype
+
+
+class Needs(NamedTuple):
+    """The gradients that the backward op makes."""
+
+    x: bool
+    task: bool
+    w1: bool
+    b1: bool
+    w2: bool
+    b2: bool
 
 
 def task_router(
@@ -47,6 +60,7 @@ def task_router_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    need = Needs(*needs)
     rows = input_rows(x, task)
     dtype, exact = rows.dtype, accumulate_dtype(rows.dtype)
     dx = dtask = dw1 = db1 = dw2 = db2 = None
@@ -57,28 +71,28 @@ def task_router_backward(
         if not u.numel():
             u = _first_layer(x, task, w1, b1, group_ids, dtype)
         du = activate_backward(activation, (dlogits @ w2.to(dtype).to(exact)).to(dtype), u)
-        if needs[4]:
+        if need.w2:
             dw2 = (dlogits.T @ activate(activation, u).to(exact)).to(w2.dtype)
-        if b2 is not None and needs[5]:
+        if b2 is not None and need.b2:
             db2 = dlogits.sum(0).to(b2.dtype)
 
     split = 0 if task is None else task.shape[1]
     # The gradient of the first layer's bias, one row per task: [G, R].
     dbias = sum_per_group(du.to(exact), group_ids, 1 if task is None else task.shape[0])
-    if needs[2]:
+    if need.w1:
         dw1 = w1.new_empty(w1.shape)
     if x is not None:
-        if needs[0]:
+        if need.x:
             dx = (du @ w1[:, split:].to(dtype).to(du.dtype)).to(dtype)
         if dw1 is not None:
             dw1[:, split:] = du.T @ x.to(du.dtype)
     if task is not None:
-        if needs[1]:
+        if need.task:
             dtask = (dbias @ w1[:, :split].to(dtype).to(exact)).to(task.dtype)
         if dw1 is not None:
             # One outer product per task: no product over tokens.
             dw1[:, :split] = dbias.T @ task.to(dtype).to(exact)
-    if b1 is not None and needs[3]:
+    if b1 is not None and need.b1:
         db1 = dbias.sum(0).to(b1.dtype)
     return dx, dtask, dw1, db1, dw2, db2
 

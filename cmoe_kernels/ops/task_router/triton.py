@@ -23,7 +23,7 @@ from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_token
 from cmoe_kernels.ops.rows.activation import activate, derivative
 from cmoe_kernels.ops.rows.reduce import column_sums, sum_per_group
-from cmoe_kernels.ops.task_router.reference import input_rows
+from cmoe_kernels.ops.task_router.reference import Needs, input_rows
 
 MOST = 16
 
@@ -133,11 +133,12 @@ def task_router_backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    need = Needs(*needs)
     rows = input_rows(x, task)
-    dx = x.new_empty(x.shape) if x is not None and needs[0] else None
-    dtask = task.new_empty(task.shape) if task is not None and needs[1] else None
-    dw1 = w1.new_empty(w1.shape) if needs[2] else None
-    want_db1 = b1 is not None and needs[3]
+    dx = x.new_empty(x.shape) if x is not None and need.x else None
+    dtask = task.new_empty(task.shape) if task is not None and need.task else None
+    dw1 = w1.new_empty(w1.shape) if need.w1 else None
+    want_db1 = b1 is not None and need.b1
     dw2 = db2 = db1 = None
 
     du = dlogits
@@ -145,11 +146,11 @@ def task_router_backward(
         if not u.numel():
             u = rows.new_empty(rows.shape[0], w1.shape[0])
             _hidden_layer(x, task, w1, b1, None, None, group_ids, activation, u)
-        if needs[4]:
+        if need.w2:
             dw2 = column_sums(u, w2.shape[0], w2.dtype, c=dlogits, activation=activation)
-        if b2 is not None and needs[5]:
+        if b2 is not None and need.b2:
             db2 = column_sums(dlogits, 1, b2.dtype)[0]
-        du = _hidden_grad(dlogits, w2, u, activation) if any(needs[:4]) else du
+        du = _hidden_grad(dlogits, w2, u, activation) if any((need.x, need.task, need.w1, need.b1)) else du
 
     split = 0 if task is None else task.shape[1]
     if x is not None:

@@ -18,12 +18,12 @@
 
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "../registration.h"
 #include "blocks.h"
-#include "ops.h"
 #include "sigmoid.h"
 #include "tensors.h"
 
-namespace cmoe::cpu {
+namespace cmoe::cpu::bindings {
 namespace {
 
 enum class Score { softmax, sigmoid };
@@ -326,4 +326,7 @@ Tensor topk_gate_backward(Tensor dweights, Tensor logits, Tensor indices, OwnedS
   return dlogits;
 }
 
-}  // namespace cmoe::cpu
+CMOE_IMPLEMENT(CPU, topk_gate)
+CMOE_IMPLEMENT(CPU, topk_gate_backward)
+
+}  // namespace cmoe::cpu::bindings

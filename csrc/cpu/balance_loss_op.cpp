@@ -22,11 +22,11 @@
 #include <limits>
 #include <numeric>
 
+#include "../registration.h"
 #include "blocks.h"
-#include "ops.h"
 #include "tensors.h"
 
-namespace cmoe::cpu {
+namespace cmoe::cpu::bindings {
 namespace {
 
 enum class Kind { switch_, importance, z };
@@ -393,4 +393,7 @@ Tensor balance_loss_backward(Tensor dloss, Tensor scores, std::optional<Tensor> 
   return dscores;
 }
 
-}  // namespace cmoe::cpu
+CMOE_IMPLEMENT(CPU, balance_loss)
+CMOE_IMPLEMENT(CPU, balance_loss_backward)
+
+}  // namespace cmoe::cpu::bindings

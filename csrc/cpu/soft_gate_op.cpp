@@ -8,11 +8,11 @@
 // recomputes the gates: logits are the smaller thing to save (half precision as a rule) and one exponential costs less than reading gates
 // back. Inputs are read through their strides: an expanded gradient (y.sum().backward()) is never copied out.
 
-#include "ops.h"
+#include "../registration.h"
 #include "blocks.h"
 #include "sigmoid.h"
 
-namespace cmoe::cpu {
+namespace cmoe::cpu::bindings {
 
 Tensor soft_gate(Tensor logits) {
   require_2d("logits", logits, "[T, E]");
@@ -99,4 +99,7 @@ Tensor soft_gate_backward(Tensor dgates, Tensor logits) {
   return dlogits;
 }
 
-}  // namespace cmoe::cpu
+CMOE_IMPLEMENT(CPU, soft_gate)
+CMOE_IMPLEMENT(CPU, soft_gate_backward)
+
+}  // namespace cmoe::cpu::bindings
