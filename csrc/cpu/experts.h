@@ -1,8 +1,7 @@
 // What the drivers of expert layers share: views of weights and biases, gates, and the parts of a step that several drivers take.
 #pragma once
 
-#include "parallel.h"
-#include "gemm/wgrad.h"
+#include "gemm/grouped_gemm.h"
 
 namespace cmoe::cpu {
 
@@ -117,19 +116,6 @@ struct ExpertsBackward {
 template <class T>
 void experts_backward(const Experts<T>& op, const ExpertsBackward<T>& grads);
 
-// Scratch of each thread, allocated once for an operation.
-class ThreadScratch {
- public:
-  ThreadScratch(int64_t threads, int64_t bytes) : bytes_(round_up(bytes, 4096) + 64), buffer_(threads * bytes_) {
-    for (int64_t thread = 0; thread < threads; ++thread) forbid((*this)[thread] + bytes, bytes_ - bytes);
-  }
-  char* operator[](int64_t thread) const { return buffer_.get() + thread * bytes_; }
-
- private:
-  int64_t bytes_;
-  Buffer buffer_;
-};
-
 template <class T>
 Matrix rows_of(const void* data, Type type, int64_t columns, const int64_t* index = nullptr, int64_t divisor = 1) {
   return {data, columns * size_of(type), type, index, divisor};
@@ -140,43 +126,6 @@ template <class T>
 void pre_activation(const Kernels<T>& kernels, T* row, const T* bias, int64_t n) {
   kernels.rows->add(bias, row, n);
   kernels.rows->round(kernels.type, row, n);
-}
-
-// Packs a shared operand of one segment with all threads.
-template <class T>
-void pack_operand(const Kernels<T>& kernels, const PackedOperand<T>& shared, const Operand& from, int64_t threads) {
-  const int64_t bytes = conversion_bytes(kernels);
-  const ThreadScratch scratch(threads, bytes);
-  parallel(threads, [&](int64_t thread) {
-    const Share share(shared.panels(), thread, threads);
-    shared.pack(share.first, share.last, 0, from, scratch[thread]);
-  });
-}
-
-// f(segment, Lanes) for the blocks of outer lanes that are a thread's: its part of all panels of all segments, in their order.
-template <class T, class F>
-void blocks_of(const Kernels<T>& kernels, const Blocking& p, int64_t segments, int64_t lanes, int64_t thread, int64_t threads, F&& f) {
-  const int64_t width = kernels.panel_width(p.outer), panels = (lanes + width - 1) / width;
-  const Share share(segments * panels, thread, threads);
-  for (int64_t at = share.first; at < share.last;) {
-    const int64_t segment = at / panels, panel = at % panels, count = std::min({p.outer_panels, panels - panel, share.last - at});
-    f(segment, OuterRange{panel * width, std::min(lanes - panel * width, count * width)});
-    at += count;
-  }
-}
-
-// dW = dy^T x of one expert: rows of `dy` and of `x` are the reduction. The shared operand is x, packed.
-template <class T>
-void wgrad(const Kernels<T>& kernels, const PackedOperand<T>& x, const Matrix& dy, int64_t outputs, int64_t inputs, const Gradient& dw,
-           int64_t dw_first, int64_t dw_stride, int64_t threads) {
-  const Blocking p = wgrad_blocking(kernels, outputs, inputs, x.segment_k(), threads);
-  const ThreadScratch scratch(threads, p.bytes());
-  parallel(threads, [&](int64_t thread) {
-    blocks_of(kernels, p, 1, outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
-      char* const rows = dw.data + (dw_first + lanes.first * dw_stride) * size_of(dw.type);
-      WgradBlock<T>(kernels, p, x, dy, lanes, scratch[thread], dw.type, rows, dw_stride * size_of(dw.type)).compute();
-    });
-  });
 }
 
 }  // namespace cmoe::cpu

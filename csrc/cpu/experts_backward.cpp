@@ -122,88 +122,69 @@ class Backward {
   // u of one expert, computed again by the kernels of the forward pass: the same bits.
   void first_layer(int64_t e, char* u) {
     const Kernels<T> kernels = forward_kernels<T>(op_.type, n_, op_.w1, op_.last());
-    const Blocking p = blocking(kernels, op_.w1.along_inputs(), op_.first_outputs(), n_, threads_);
-    const PackedOperand<T> x(kernels, p.shared, n_, 1, op_.inputs);
-    pack_operand(kernels, x, {x_rows(), true}, threads_);
-    const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
-    parallel(threads_, [&](int64_t thread) {
-      T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op_.first_outputs(), thread, threads_, [&](int64_t, const OuterRange& lanes) {
-        op_.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        grouped_gemm_block(
-            kernels, p, x, [&](int64_t) { return op_.w1.outputs(e); }, lanes, scratch[thread],
-            [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) {
-                pre_activation(kernels, rows + r * ld, bias, n);
-                f_.store(op_.type, rows + r * ld, u + ((row0 + r) * op_.first_outputs() + lanes.first) * value_, n);
-              }
-            });
-      });
-    });
+    const auto bias = [&](const ColumnBlock<T>& block) { op_.b1.load(kernels, e, block.first, block.count, block.scratch); };
+    const auto store = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      for (int r = 0; r < done.used; ++r) {
+        pre_activation(kernels, done.row(r), block.scratch, block.count);
+        f_.store(op_.type, done.row(r), u + ((done.row0 + r) * op_.first_outputs() + block.first) * value_, block.count);
+      }
+    };
+    grouped_gemm(kernels, x_rows(), n_, op_.inputs, op_.w1.outputs(e), op_.first_outputs(), Epilogue{1, bias, store}, threads_);
   }
 
   // dh = dy W of the last layer, and all that follows from it row by row.
   void dact_gemm(int64_t e, const char* u, int64_t u_row, char* du, char* weighted_hidden) {
     const bool layers = static_cast<bool>(op_.w2);
-    const Weight& last = op_.last();
-    const Blocking p = blocking(kernels_, !last.along_inputs(), op_.last_inputs(), n_, threads_);
-    const PackedOperand<T> dy(kernels_, p.shared, n_, 1, op_.outputs);
-    pack_operand(kernels_, dy, {dy_rows(), true}, threads_);
-    const int64_t size = sizeof(T), ld_extra = p.row_ld;
-    const ThreadScratch scratch(threads_, p.bytes() + 5 * ld_extra * size);
     const Array<T> partials(grads_.routing_weight_grad ? threads_ * n_ : 0), db(layers ? op_.first_outputs() : 0);
+    std::fill(partials.get(), partials.get() + partials.size(), T(0));
     const Matrix x = x_rows();
-    parallel(threads_, [&](int64_t thread) {
-      T* const pre = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      T *const h = pre + ld_extra, *const slope = h + ld_extra, *const up = slope + ld_extra, *const dup = up + ld_extra;
-      T* const dot = partials.get() + thread * n_;
-      if (grads_.routing_weight_grad) std::fill(dot, dot + n_, T(0));
-      blocks_of(kernels_, p, 1, op_.last_inputs(), thread, threads_, [&](int64_t, const OuterRange& lanes) {
-        T *const db_gate = db.get() + lanes.first, *const db_up = db_gate + op_.hidden;
-        if (du) std::fill(db_gate, db_gate + lanes.count, T(0));
-        if (du && op_.gated) std::fill(db_up, db_up + lanes.count, T(0));
-        grouped_gemm_block(
-            kernels_, p, dy, [&](int64_t) { return last.inputs(e); }, lanes, scratch[thread],
-            [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) {
-                T* const dh = rows + r * ld;
-                const int64_t row = row0 + r;
-                if (!layers) {
-                  f_.load(op_.type, x.row(row) + lanes.first * value_, h, n);
-                } else {
-                  const char* const saved = u + (row * u_row + lanes.first) * value_;
-                  f_.load(op_.type, saved, pre, n);
-                  f_.activate_backward(op_.activation, pre, h, slope, n);
-                  if (op_.gated) {
-                    f_.load(op_.type, saved + op_.hidden * value_, up, n);
-                    std::memcpy(dup, h, size * n);
-                    f_.multiply(up, slope, n);
-                    f_.multiply(up, h, n);
-                  }
-                }
-                if (grads_.routing_weight_grad) dot[row] += f_.dot(dh, h, n);
-                if (weighted_hidden) {
-                  f_.scale(weight(row), h, n);
-                  f_.store(op_.type, h, weighted_hidden + (row * op_.last_inputs() + lanes.first) * value_, n);
-                }
-                f_.scale(weight(row), dh, n);
-                if (du) {
-                  char* const to = du + (row * op_.first_outputs() + lanes.first) * value_;
-                  if (op_.gated) {
-                    f_.multiply(dh, dup, n);
-                    f_.add(dup, db_up, n);
-                    f_.store(op_.type, dup, to + op_.hidden * value_, n);
-                  }
-                  f_.multiply(slope, dh, n);
-                  f_.add(dh, db_gate, n);
-                  f_.store(op_.type, dh, to, n);
-                } else if (!layers && grads_.dx) {
-                  f_.add(dh, dx_.get() + token(row) * op_.inputs + lanes.first, n);
-                }
-              }
-            });
-      });
-    });
+    const auto begin = [&](const ColumnBlock<T>& block) {
+      T *const db_gate = db.get() + block.first, *const db_up = db_gate + op_.hidden;
+      if (du) std::fill(db_gate, db_gate + block.count, T(0));
+      if (du && op_.gated) std::fill(db_up, db_up + block.count, T(0));
+    };
+    const auto rows = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      const int64_t n = block.count, ld = block.ld;
+      T *const pre = block.scratch, *const h = pre + ld, *const slope = h + ld, *const up = slope + ld, *const dup = up + ld;
+      T *const db_gate = db.get() + block.first, *const db_up = db_gate + op_.hidden;
+      for (int r = 0; r < done.used; ++r) {
+        T* const dh = done.row(r);
+        const int64_t row = done.row0 + r;
+        if (!layers) {
+          f_.load(op_.type, x.row(row) + block.first * value_, h, n);
+        } else {
+          const char* const saved = u + (row * u_row + block.first) * value_;
+          f_.load(op_.type, saved, pre, n);
+          f_.activate_backward(op_.activation, pre, h, slope, n);
+          if (op_.gated) {
+            f_.load(op_.type, saved + op_.hidden * value_, up, n);
+            std::memcpy(dup, h, sizeof(T) * n);
+            f_.multiply(up, slope, n);
+            f_.multiply(up, h, n);
+          }
+        }
+        if (grads_.routing_weight_grad) partials[block.thread * n_ + row] += f_.dot(dh, h, n);
+        if (weighted_hidden) {
+          f_.scale(weight(row), h, n);
+          f_.store(op_.type, h, weighted_hidden + (row * op_.last_inputs() + block.first) * value_, n);
+        }
+        f_.scale(weight(row), dh, n);
+        if (du) {
+          char* const to = du + (row * op_.first_outputs() + block.first) * value_;
+          if (op_.gated) {
+            f_.multiply(dh, dup, n);
+            f_.add(dup, db_up, n);
+            f_.store(op_.type, dup, to + op_.hidden * value_, n);
+          }
+          f_.multiply(slope, dh, n);
+          f_.add(dh, db_gate, n);
+          f_.store(op_.type, dh, to, n);
+        } else if (!layers && grads_.dx) {
+          f_.add(dh, dx_.get() + token(row) * op_.inputs + block.first, n);
+        }
+      }
+    };
+    grouped_gemm(kernels_, dy_rows(), n_, op_.outputs, op_.last().inputs(e), op_.last_inputs(), Epilogue{5, begin, rows}, threads_);
     if (grads_.routing_weight_grad)
       for (int64_t thread = 0; thread < threads_; ++thread)
         for (int64_t r = 0; r < n_; ++r) grads_.routing_weight_grad[first_ + r] += partials[thread * n_ + r];
@@ -233,26 +214,17 @@ class Backward {
 
   // dW [outputs, inputs] of one expert.
   void wgrad(const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, const Gradient& dw, int64_t e) {
-    const PackedOperand<T> shared(kernels_, Side::b, inputs, 1, n_);
-    pack_operand(kernels_, shared, {x, false}, threads_);
-    cpu::wgrad(kernels_, shared, dy, outputs, inputs, dw, e * outputs * inputs, inputs, threads_);
+    const int64_t stride = inputs * size_of(dw.type);
+    cpu::wgrad(kernels_, dy, outputs, x, inputs, n_, dw.type, dw.data + e * outputs * stride, stride, threads_);
   }
 
   // dx += du W1.
   void inputs(int64_t e, const char* du) {
-    const Blocking p = blocking(kernels_, !op_.w1.along_inputs(), op_.inputs, n_, threads_);
-    const PackedOperand<T> shared(kernels_, p.shared, n_, 1, op_.first_outputs());
-    pack_operand(kernels_, shared, {rows_of<T>(du, op_.type, op_.first_outputs()), true}, threads_);
-    const ThreadScratch scratch(threads_, p.bytes());
-    parallel(threads_, [&](int64_t thread) {
-      blocks_of(kernels_, p, 1, op_.inputs, thread, threads_, [&](int64_t, const OuterRange& lanes) {
-        grouped_gemm_block(
-            kernels_, p, shared, [&](int64_t) { return op_.w1.inputs(e); }, lanes, scratch[thread],
-            [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) f_.add(rows + r * ld, dx_.get() + token(row0 + r) * op_.inputs + lanes.first, n);
-            });
-      });
-    });
+    const auto add = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      for (int r = 0; r < done.used; ++r) f_.add(done.row(r), dx_.get() + token(done.row0 + r) * op_.inputs + block.first, block.count);
+    };
+    const Matrix rows = rows_of<T>(du, op_.type, op_.first_outputs());
+    grouped_gemm(kernels_, rows, n_, op_.first_outputs(), op_.w1.inputs(e), op_.inputs, epilogue_of(add), threads_);
   }
 
   const Experts<T>& op_;

@@ -14,32 +14,23 @@ void grouped_linear(const Experts<T>& op, const Assignments& rows, const int64_t
     if (n == 0) continue;
     const Kernels<T> kernels = forward_kernels<T>(op.type, n, op.w1, op.w1);
     const RowFunctions<T>& f = *kernels.rows;
-    const Blocking p = blocking(kernels, op.w1.along_inputs(), op.outputs, n, threads);
-    const PackedOperand<T> x(kernels, p.shared, n, 1, op.inputs);
-    pack_operand(kernels, x, {rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor), true}, threads);
-    const ThreadScratch scratch(threads, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
-    parallel(threads, [&](int64_t thread) {
-      T* const bias = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op.outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
-        op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        grouped_gemm_block(
-            kernels, p, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
-            [&](T* block, int64_t ld, int64_t row0, int used, int64_t count) {
-              for (int r = 0; r < used; ++r) {
-                T* const row = block + r * ld;
-                const int64_t i = first + row0 + r;
-                if (activated) {
-                  pre_activation(kernels, row, bias, count);
-                  if (u) f.store(op.type, row, u + (i * op.outputs + lanes.first) * value, count);
-                  f.activate(op.activation, row, row, count);
-                } else {
-                  f.add(bias, row, count);
-                }
-                f.store(op.type, row, y + ((scatter_idx ? scatter_idx[i] : i) * op.outputs + lanes.first) * value, count);
-              }
-            });
-      });
-    });
+    const auto bias = [&](const ColumnBlock<T>& block) { op.b1.load(kernels, e, block.first, block.count, block.scratch); };
+    const auto store = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      for (int r = 0; r < done.used; ++r) {
+        T* const row = done.row(r);
+        const int64_t i = first + done.row0 + r;
+        if (activated) {
+          pre_activation(kernels, row, block.scratch, block.count);
+          if (u) f.store(op.type, row, u + (i * op.outputs + block.first) * value, block.count);
+          f.activate(op.activation, row, row, block.count);
+        } else {
+          f.add(block.scratch, row, block.count);
+        }
+        f.store(op.type, row, y + ((scatter_idx ? scatter_idx[i] : i) * op.outputs + block.first) * value, block.count);
+      }
+    };
+    const Matrix x = rows_of<T>(op.x, op.type, op.inputs, rows.index + first, rows.divisor);
+    grouped_gemm(kernels, x, n, op.inputs, op.w1.outputs(e), op.outputs, Epilogue{1, bias, store}, threads);
   }
 }
 

@@ -38,6 +38,7 @@ void gated_inputs(const Kernels<T>& kernels, const Experts<T>& op, const Gates<T
 template <class T>
 void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u) {
   const Kernels<T> kernels = forward_kernels<T>(op.type, op.tokens, op.w1, op.last());
+  const RowFunctions<T>& f = *kernels.rows;
   const int64_t threads = thread_count(), value = size_of(op.type);
   const Weight& last = op.last();
   const Bias& last_bias = op.last_bias();
@@ -48,49 +49,39 @@ void soft_experts(const Experts<T>& op, const Gates<T>& gates, char* y, char* u)
     const Blocking first = blocking(kernels, op.w1.along_inputs(), op.hidden, op.tokens, threads);
     const PackedOperand<T> x(kernels, first.shared, op.tokens, 1, op.inputs);
     pack_operand(kernels, x, {rows_of<T>(op.x, op.type, op.inputs), true}, threads);
-    const ThreadScratch scratch(threads, first.bytes() + first.row_ld * static_cast<int64_t>(sizeof(T)));
-    parallel(threads, [&](int64_t thread) {
-      T* const bias = reinterpret_cast<T*>(scratch[thread] + first.bytes());
-      char* const conversion = scratch[thread] + first.outer_bytes + first.block_bytes + first.row_bytes;
-      blocks_of(kernels, first, op.experts, op.hidden, thread, threads, [&](int64_t e, const OuterRange& lanes) {
-        op.b1.load(kernels, e, lanes.first, lanes.count, bias);
-        grouped_gemm_block(
-            kernels, first, x, [&](int64_t) { return op.w1.outputs(e); }, lanes, scratch[thread],
-            [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) {
-                T* const row = rows + r * ld;
-                const int64_t token = token0 + r;
-                pre_activation(kernels, row, bias, n);
-                if (u) kernels.rows->store(op.type, row, u + ((token * op.experts + e) * op.hidden + lanes.first) * value, n);
-                kernels.rows->activate(op.activation, row, row, n);
-                kernels.rows->scale(gates(token, e), row, n);
-              }
-              h.write(token0 / kernels.panel_width(first.shared), e, lanes.first, n, rows, ld, used, conversion);
-            });
-      });
-    });
+    const auto bias = [&](const ColumnBlock<T>& block) { op.b1.load(kernels, block.group, block.first, block.count, block.scratch); };
+    const auto gated = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      const int64_t e = block.group, n = block.count;
+      for (int r = 0; r < done.used; ++r) {
+        T* const row = done.row(r);
+        const int64_t token = done.row0 + r;
+        pre_activation(kernels, row, block.scratch, n);
+        if (u) f.store(op.type, row, u + ((token * op.experts + e) * op.hidden + block.first) * value, n);
+        f.activate(op.activation, row, row, n);
+        f.scale(gates(token, e), row, n);
+      }
+      h.write(done.row0 / kernels.panel_width(first.shared), e, block.first, n, done.data, done.ld, done.used, block.conversion);
+    };
+    const auto weight = [&](int64_t e, int64_t) { return op.w1.outputs(e); };
+    grouped_gemm(kernels, first, x, op.experts, op.hidden, weight, Epilogue{1, bias, gated}, threads);
   } else {
     gated_inputs(kernels, op, gates, h, threads);
   }
 
-  const ThreadScratch scratch(threads, second.bytes() + op.experts * second.row_ld * static_cast<int64_t>(sizeof(T)));
-  parallel(threads, [&](int64_t thread) {
-    T* const bias = reinterpret_cast<T*>(scratch[thread] + second.bytes());
-    blocks_of(kernels, second, 1, op.outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
-      if (last_bias)
-        for (int64_t e = 0; e < op.experts; ++e) last_bias.load(kernels, e, lanes.first, lanes.count, bias + e * lanes.count);
-      grouped_gemm_block(
-          kernels, second, h, [&](int64_t e) { return last.outputs(e); }, lanes, scratch[thread],
-          [&](T* rows, int64_t ld, int64_t token0, int used, int64_t n) {
-            for (int r = 0; r < used; ++r) {
-              T* const row = rows + r * ld;
-              if (last_bias)
-                for (int64_t e = 0; e < op.experts; ++e) kernels.rows->axpy(gates(token0 + r, e), bias + e * n, row, n);
-              kernels.rows->store(op.type, row, y + ((token0 + r) * op.outputs + lanes.first) * value, n);
-            }
-          });
-    });
-  });
+  const auto biases = [&](const ColumnBlock<T>& block) {
+    for (int64_t e = 0; last_bias && e < op.experts; ++e)
+      last_bias.load(kernels, e, block.first, block.count, block.scratch + e * block.count);
+  };
+  const auto store = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+    for (int r = 0; r < done.used; ++r) {
+      T* const row = done.row(r);
+      const int64_t token = done.row0 + r;
+      for (int64_t e = 0; last_bias && e < op.experts; ++e) f.axpy(gates(token, e), block.scratch + e * block.count, row, block.count);
+      f.store(op.type, row, y + (token * op.outputs + block.first) * value, block.count);
+    }
+  };
+  const auto weight = [&](int64_t, int64_t e) { return last.outputs(e); };
+  grouped_gemm(kernels, second, h, 1, op.outputs, weight, Epilogue{op.experts, biases, store}, threads);
 }
 
 template void soft_experts(const Experts<float>&, const Gates<float>&, char*, char*);

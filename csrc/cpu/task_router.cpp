@@ -31,57 +31,39 @@ class TaskRouter {
       return;
     }
     const Kernels<T> kernels = forward_kernels<T>(op_.type, op_.groups, op_.w1_task, op_.w1_task);
-    const Blocking p = blocking(kernels, op_.w1_task.along_inputs(), op_.hidden, op_.groups, threads_);
-    const PackedOperand<T> task(kernels, p.shared, op_.groups, 1, op_.task_inputs);
-    pack_operand(kernels, task, {rows_of<T>(op_.task, op_.type, op_.task_inputs), true}, threads_);
-    const ThreadScratch scratch(threads_, p.bytes() + p.row_ld * static_cast<int64_t>(sizeof(T)));
-    parallel(threads_, [&](int64_t thread) {
-      T* const b1 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      blocks_of(kernels, p, 1, op_.hidden, thread, threads_, [&](int64_t, const OuterRange& lanes) {
-        op_.b1.load(kernels_, 0, lanes.first, lanes.count, b1);
-        grouped_gemm_block(
-            kernels, p, task, [&](int64_t) { return op_.w1_task.outputs(0); }, lanes, scratch[thread],
-            [&](T* block, int64_t ld, int64_t group0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) {
-                f_.add(b1, block + r * ld, n);
-                std::copy(block + r * ld, block + r * ld + n, to + (group0 + r) * op_.hidden + lanes.first);
-              }
-            });
-      });
-    });
+    const auto b1 = [&](const ColumnBlock<T>& block) { op_.b1.load(kernels_, 0, block.first, block.count, block.scratch); };
+    const auto store = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      for (int r = 0; r < done.used; ++r) {
+        f_.add(block.scratch, done.row(r), block.count);
+        std::copy(done.row(r), done.row(r) + block.count, to + (done.row0 + r) * op_.hidden + block.first);
+      }
+    };
+    const Matrix task = rows_of<T>(op_.task, op_.type, op_.task_inputs);
+    grouped_gemm(kernels, task, op_.groups, op_.task_inputs, op_.w1_task.outputs(0), op_.hidden, Epilogue{1, b1, store}, threads_);
   }
 
   void forward(T* logits, char* u) {
     if (!op_.bias_rows) first_bias(bias_.get());
-    const int64_t rows = op_.rows(), size = sizeof(T);
+    const int64_t rows = op_.rows();
     if (!op_.inputs || !op_.w2) {
       single(logits, u);
       return;
     }
-    const Blocking p = first_plan();
-    const PackedOperand<T> x(kernels_, p.shared, rows, 1, op_.inputs);
-    pack_operand(kernels_, x, {rows_of<T>(op_.x, op_.type, op_.inputs), true}, threads_);
     const Array<T> sums(threads_ * rows * op_.experts);
-    const ThreadScratch scratch(threads_, p.bytes() + op_.experts * p.row_ld * size);
-    parallel(threads_, [&](int64_t thread) {
-      T* const w2 = reinterpret_cast<T*>(scratch[thread] + p.bytes());
-      T* const sum = sums.get() + thread * rows * op_.experts;
-      std::fill(sum, sum + rows * op_.experts, T(0));
-      blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const OuterRange& lanes) {
-        load_w2(lanes.first, lanes.count, w2);
-        grouped_gemm_block(
-            kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
-            [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) {
-                T* const row = block + r * ld;
-                pre_activation(kernels_, row, bias(token0 + r) + lanes.first, n);
-                if (u) f_.store(op_.type, row, u + ((token0 + r) * op_.hidden + lanes.first) * value_, n);
-                f_.activate(op_.activation, row, row, n);
-                for (int64_t e = 0; e < op_.experts; ++e) sum[(token0 + r) * op_.experts + e] += f_.dot(row, w2 + e * n, n);
-              }
-            });
-      });
-    });
+    std::fill(sums.get(), sums.get() + sums.size(), T(0));
+    const auto second = [&](const ColumnBlock<T>& block) { load_w2(block.first, block.count, block.scratch); };
+    const auto reduce = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      T* const sum = sums.get() + (block.thread * rows + done.row0) * op_.experts;
+      for (int r = 0; r < done.used; ++r) {
+        T* const row = done.row(r);
+        const int64_t token = done.row0 + r, n = block.count;
+        pre_activation(kernels_, row, bias(token) + block.first, n);
+        if (u) f_.store(op_.type, row, u + (token * op_.hidden + block.first) * value_, n);
+        f_.activate(op_.activation, row, row, n);
+        for (int64_t e = 0; e < op_.experts; ++e) sum[r * op_.experts + e] += f_.dot(row, block.scratch + e * n, n);
+      }
+    };
+    first_layer(Epilogue{op_.experts, second, reduce});
     total(logits, sums);
   }
 
@@ -185,7 +167,11 @@ class TaskRouter {
   const T* bias(int64_t token) const {
     return (op_.bias_rows ? op_.bias_rows : bias_.get()) + (op_.task_inputs || op_.bias_rows ? op_.group(token) * op_.hidden : 0);
   }
-  Blocking first_plan() const { return blocking(kernels_, op_.w1.along_inputs(), op_.hidden, op_.rows(), threads_); }
+  template <class E>
+  void first_layer(const E& epilogue) const {
+    grouped_gemm(kernels_, rows_of<T>(op_.x, op_.type, op_.inputs), op_.rows(), op_.inputs, op_.w1.outputs(0), op_.hidden, epilogue,
+                 threads_);
+  }
 
   void load_w2(int64_t first, int64_t n, T* to) const {
     for (int64_t e = 0; e < op_.experts; ++e) {
@@ -198,22 +184,13 @@ class TaskRouter {
   void single(T* logits, char* u) {
     const int64_t rows = op_.rows();
     if (op_.inputs) {  // one layer: logits are the first layer's sums
-      const Blocking p = first_plan();
-      const PackedOperand<T> x(kernels_, p.shared, rows, 1, op_.inputs);
-      pack_operand(kernels_, x, {rows_of<T>(op_.x, op_.type, op_.inputs), true}, threads_);
-      const ThreadScratch scratch(threads_, p.bytes());
-      parallel(threads_, [&](int64_t thread) {
-        blocks_of(kernels_, p, 1, op_.hidden, thread, threads_, [&](int64_t, const OuterRange& lanes) {
-          grouped_gemm_block(
-              kernels_, p, x, [&](int64_t) { return op_.w1.outputs(0); }, lanes, scratch[thread],
-              [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-                for (int r = 0; r < used; ++r) {
-                  f_.add(bias(token0 + r) + lanes.first, block + r * ld, n);
-                  std::copy(block + r * ld, block + r * ld + n, logits + (token0 + r) * op_.hidden + lanes.first);
-                }
-              });
-        });
-      });
+      const auto store = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+        for (int r = 0; r < done.used; ++r) {
+          f_.add(bias(done.row0 + r) + block.first, done.row(r), block.count);
+          std::copy(done.row(r), done.row(r) + block.count, logits + (done.row0 + r) * op_.hidden + block.first);
+        }
+      };
+      first_layer(epilogue_of(store));
       return;
     }
     if (!op_.w2) {
@@ -341,20 +318,11 @@ class TaskRouter {
   }
 
   void inputs_gradient(const Kernels<T>& kernels, const Matrix& du, char* dx) {
-    const int64_t rows = op_.rows();
-    const Blocking p = blocking(kernels, !op_.w1.along_inputs(), op_.inputs, rows, threads_);
-    const PackedOperand<T> shared(kernels, p.shared, rows, 1, op_.hidden);
-    pack_operand(kernels, shared, {du, true}, threads_);
-    const ThreadScratch scratch(threads_, p.bytes());
-    parallel(threads_, [&](int64_t thread) {
-      blocks_of(kernels, p, 1, op_.inputs, thread, threads_, [&](int64_t, const OuterRange& lanes) {
-        grouped_gemm_block(
-            kernels, p, shared, [&](int64_t) { return op_.w1.inputs(0); }, lanes, scratch[thread],
-            [&](T* block, int64_t ld, int64_t token0, int used, int64_t n) {
-              for (int r = 0; r < used; ++r) f_.store(op_.type, block + r * ld, dx + ((token0 + r) * op_.inputs + lanes.first) * value_, n);
-            });
-      });
-    });
+    const auto store = [&](const ColumnBlock<T>& block, const FinishedRows<T>& done) {
+      for (int r = 0; r < done.used; ++r)
+        f_.store(op_.type, done.row(r), dx + ((done.row0 + r) * op_.inputs + block.first) * value_, block.count);
+    };
+    grouped_gemm(kernels, du, op_.rows(), op_.hidden, op_.w1.inputs(0), op_.inputs, epilogue_of(store), threads_);
   }
 
   const Router<T>& op_;

@@ -31,7 +31,8 @@ struct Operand {
   const char* packed = nullptr;  // panels of the outer side that were packed before, all of k one after the other; for one range of lanes
 };
 
-// What an operation computes with: chosen once a call.
+// What an operation computes with: chosen once a call. T, float or double, is the type of sums and epilogues; Type is that of values in
+// memory, which is known at run time only: data are char*.
 template <class T>
 struct Kernels {
   const Microkernel* gemm;
