@@ -94,7 +94,7 @@ def _ops(device: str) -> str:
             continue
         passed = backends.DEVICE_ORDER[device][: backends.DEVICE_ORDER[device].index(chosen)]
         reasons = [f"{name}: {backends.missing_reason(name)}" for name in passed]
-        if backends._selected != "auto":
+        if backends.selected() != "auto":
             reasons = [f"chosen by {'CMOE_BACKEND' if os.environ.get('CMOE_BACKEND') else 'use_backend'}"]
         few = backends.choose(op, device, tokens=1)
         also = f"; {few} up to {backends.FEW} tokens" if few != chosen else ""

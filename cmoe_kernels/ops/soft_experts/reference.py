@@ -126,7 +126,7 @@ def _merges(x: Tensor, gates: Tensor, w2: Tensor | None) -> bool:
     return w2 is None and gates.shape[0] < x.shape[0]
 
 
-def _groups(x: Tensor, gates: Tensor, group_ids: Tensor | None) -> list[tuple[int, Tensor | slice]]:
+def _groups(gates: Tensor, group_ids: Tensor | None) -> list[tuple[int, Tensor | slice]]:
     if group_ids is None:
         return [(0, slice(None))]
     return [(g, (group_ids == g).nonzero()[:, 0]) for g in range(gates.shape[0])]
@@ -138,7 +138,7 @@ def _merged_weight(gate: Tensor, w: Tensor) -> Tensor:
 
 def _merged(x: Tensor, gates: Tensor, w: Tensor, b: Tensor | None, group_ids: Tensor | None) -> Tensor:
     y = x.new_zeros(x.shape[0], w.shape[1])
-    for g, rows in _groups(x, gates, group_ids):
+    for g, rows in _groups(gates, group_ids):
         y[rows] = x[rows] @ _merged_weight(gates[g], w).to(x.dtype).T
         if b is not None:
             y[rows] += (gates[g] @ b.to(gates.dtype)).to(x.dtype)
@@ -153,7 +153,7 @@ def _merged_backward(
     dgates = gates.new_zeros(gates.shape) if need.gates else None
     dw = w.new_zeros(w.shape, dtype=exact) if need.w1 else None
     db = b.new_zeros(b.shape, dtype=exact) if b is not None and need.b1 else None
-    for g, rows in _groups(x, gates, group_ids):
+    for g, rows in _groups(gates, group_ids):
         if dx is not None:
             dx[rows] = dy[rows] @ _merged_weight(gates[g], w).to(x.dtype)
         # What the merged layer's weight and bias would get is shared out to the experts by their gates.

@@ -44,9 +44,6 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 __device__ inline void barrier_sync(uint32_t id, uint32_t threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ inline void barrier_arrive(uint32_t id, uint32_t threads) {
-  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // --- registers per thread of a warpgroup ("setmaxnreg")
 template <int N>
@@ -59,23 +56,12 @@ __device__ inline void more_registers() {
 }
 
 // --- copies of tensors ("cp.async.bulk.tensor"): the box of the map at these coordinates, the fastest first; what lies outside of
-// the tensor is zeros, and is not stored.
+// the tensor is zeros.
 __device__ inline void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 __device__ inline void tma_load(SharedAddress to, const TensorMap& map, SharedAddress barrier, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
                "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
                : "memory");
-}
-__device__ inline void tma_store(const TensorMap& map, SharedAddress from, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(from), "r"(c0), "r"(c1),
-               "r"(c2)
-               : "memory");
-}
-__device__ inline void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all but N groups of this thread's stores have read shared memory.
-template <int N>
-__device__ inline void tma_store_wait() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
 // --- products of a warpgroup ("wgmma.mma_async")

@@ -84,8 +84,6 @@ __device__ void pick(const Accumulator<Tile>& acc, int i, int j, float (&sums)[2
 template <class T>
 struct ForwardEpilogue {
   BiasTable<T> b;
-  const int64_t* bias_index;
-  int64_t bias_rows;
   RoutingWeights routing_weights;
   bool weigh_bias;
   Activation activation;
@@ -95,8 +93,7 @@ struct ForwardEpilogue {
   static constexpr int scratch_bytes = 0;
 
   explicit ForwardEpilogue(const GroupedGemm& p)
-      : b(p.b), bias_index(p.bias_index), bias_rows(p.bias_rows), routing_weights(p.routing_weights), weigh_bias(p.weigh_bias),
-        activation(p.activation), u(p.u), y(p.y) {}
+      : b(p.b), routing_weights(p.routing_weights), weigh_bias(p.weigh_bias), activation(p.activation), u(p.u), y(p.y) {}
 
   template <class Tile>
   __device__ void store(const RowArguments& p, const RowTile& tile, bool known, const WarpPlace<Tile>& place, Accumulator<Tile>& acc,
@@ -129,7 +126,7 @@ struct ForwardEpilogue {
       rows[h].u = u && rows[h].live ? u.at(r, expert, p.groups.rows) : -1;
       rows[h].y = y && rows[h].live ? y.at(r, expert, p.groups.rows) : -1;
     }
-    const bool one_bias = b && known && !bias_index && !p.sum;
+    const bool one_bias = b && known && !p.sum;
     const int64_t column0 = (int64_t{tile.column} * Tile::n + place.warp_n * Tile::warp_n) / halves + 2 * (place.lane % 4);
 #pragma unroll 1
     for (int j = 0; j < Tile::tiles_n; j += halves) {
@@ -152,7 +149,7 @@ struct ForwardEpilogue {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           v[c] = sums[h][c] + (weigh_bias ? row.routing_weight * bias[c] : bias[c]);
-          if (b && !one_bias && row.served && c < left) v[c] += far_bias(p, tile.first + place.row(i, h), n + c);
+          if (b && !one_bias && row.served && c < left) v[c] += summed_bias(p, tile.first + place.row(i, h), n + c);
           up[c] = ups[h][c] + up_bias[c];
         }
         if (activation != Activation::none) {
@@ -175,12 +172,8 @@ struct ForwardEpilogue {
     }
   }
 
-  // A bias by the row's index, or the sum of the experts' by the row's weights.
-  __device__ float far_bias(const RowArguments& p, int64_t r, int64_t n) const {
-    if (bias_index) {
-      const int64_t at = bias_index[r];
-      return at >= 0 && at < bias_rows ? b(at, n) : 0.0f;
-    }
+  // The sum of the experts' biases by the row's weights.
+  __device__ float summed_bias(const RowArguments& p, int64_t r, int64_t n) const {
     float total = 0.0f;
     for (int64_t e = 0; e < p.groups.experts; ++e)
       total += (routing_weights.data ? routing_weights.data[r * routing_weights.row + e * routing_weights.expert] : 1.0f) * b(e, n);

@@ -72,8 +72,6 @@ struct GroupedGemm {
   // Epilogue: v = W x + b (weigh_bias: + weight b; sum: + sum_e weight_e b_e); u gets it, rounded; v = act(v) (gated: act(gate)
   // up); v *= weight (not with weigh_bias or sum); y gets it.
   Table b;
-  const int64_t* bias_index = nullptr;  // the row of b for each row, in place of its expert's; outside 0..bias_rows - 1: no bias
-  int64_t bias_rows = 0;
   RoutingWeights routing_weights;
   bool weigh_bias = false;
   Activation activation = Activation::none;
