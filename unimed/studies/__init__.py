@@ -1,0 +1,1 @@
+"""Studies of training: spectra of gradients, and how tasks pull at shared parameters."""
