@@ -54,6 +54,26 @@ def append_json_line(path: Path, value: Any) -> None:
         file.write(json_line(value).encode())
 
 
+def written_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that `append_json_line` writes; a last line that a kill cut off is removed from the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            one = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error}); move this file away, or name another one") from error
+        if not isinstance(one, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; move this file away, or name another one")
+        found.append(one)
+    if whole != data:
+        write_bytes(path, whole)
+    return found
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

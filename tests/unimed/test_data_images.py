@@ -223,14 +223,12 @@ def test_pictures_handed_over_in_memory_become_rgb_the_same_way():
         PROCESSOR(text=[VQA], images=[Image.fromarray(np.full((4, 4), np.nan, np.float32))])
 
 
-def test_the_answer_tells_what_was_done_to_the_file(tmp_path, monkeypatch):
-    from unimed.inference import ask
+def test_the_answer_tells_what_was_done_to_the_file(tmp_path):
+    from unimed.inference.request import Request, prepare
 
     Image.fromarray(RAMP16).save(tmp_path / "a.png")
-    monkeypatch.setattr(ask, "load_model", lambda *_: (None, None))
-    monkeypatch.setattr(ask, "answers", lambda *args, **kwargs: ["yes"])
-    answer = ask.ask(str(tmp_path / "a.png"), "which organ", "vqa", tmp_path)
-    assert answer.note.startswith("values 0 to 65535 shown as black to white · 5 x 1 pixels shown to the model")
+    asked = prepare(Request(tmp_path / "a.png", "which organ"))
+    assert asked.opened.notes == ("values 0 to 65535 shown as black to white",)
 
 
 # sha256 of the sample's grey values, 8 bits, before they are resized: taken at commit 298e6e7.

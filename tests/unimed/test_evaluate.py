@@ -1,21 +1,16 @@
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.run import answer_table, answered, evaluate_run, odd_answers
-from unimed.inference import ask as ask_module
-from unimed.inference import predict
-from unimed.inference.ask import ask, read_box
-from unimed.records import box as boxes
+from unimed.inference.session import Generated, load
 from unimed.records.example import Example
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import STANDARD
 from unimed.train import config
-from unimed.train.run import examples, load_model
+from unimed.train.run import examples
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -26,64 +21,32 @@ def slab(small_run):
 
 
 @pytest.fixture(scope="module")
-def pair(small_run):
-    return load_model(small_run)
+def session(small_run):
+    return load(small_run)
 
 
 class Parrot:
-    """Stands for a model and its processor: answers every example as `speak` says, and remembers the images."""
+    """Stands for a session: answers every example as `speak` says."""
 
     def __init__(self, speak):
-        self.speak, self.images = speak, []
+        self.speak = speak
+
+    def generate(self, examples, batch_size=40, max_new_tokens=100, blank_images=False, progress=None):
+        return [Generated(self.speak(example, blank_images), 1.0, ()) for example in examples]
 
 
-@pytest.fixture
-def parrots(monkeypatch):
-    def answers(model, processor, part, batch_size=40, max_new_tokens=100, blank_images=False, progress=None):
-        return [model.speak(example, blank_images) for example in part]
-
-    monkeypatch.setattr(evaluate, "answers", answers)
-
-
-def test_batches_do_not_change_answers(pair, slab):
-    model, processor = pair
-    together = predict.answers(model, processor, slab, batch_size=7, max_new_tokens=8)
-    alone = [predict.answers(model, processor, [example], max_new_tokens=8)[0] for example in slab]
-    assert together == alone
-    assert not model.training
-
-
-def test_blanked_means_black_and_only_that(pair, slab, monkeypatch):
-    seen = []
-    model, processor = pair
-    original = type(processor).__call__
-
-    def spy(self, *args, **kwargs):
-        seen.extend(kwargs.get("images") or [])
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(processor), "__call__", spy)
-    predict.answers(model, processor, slab, max_new_tokens=1, blank_images=True)
-    assert seen
-    assert all(np.asarray(image).max() == 0 for image in seen)
-    seen.clear()
-    predict.answers(model, processor, slab, max_new_tokens=1)
-    assert all(np.asarray(image).max() > 0 for image in seen)
-
-
-def test_progress_counts_every_example_once(pair, slab):
-    model, processor = pair
+def test_progress_counts_every_example_once(session, slab):
     counts = []
-    result = evaluate.evaluate(model, processor, slab, batch_size=3, progress=counts.append, max_new_tokens=2)
+    result = evaluate.evaluate(session, slab, batch_size=3, progress=counts.append, max_new_tokens=2)
     assert sum(counts) == len(slab) == len(result["predictions"])
     assert set(result["metrics"]) == set(RELEASED_TASKS)
 
 
-def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run, parrots):
+def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run):
     train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
     perfect = Parrot(lambda example, blanked: "nothing" if blanked else example.answer)
     silent = Parrot(lambda example, blanked: "")
-    rows = evaluate.compare((silent, None), (perfect, None), train_examples, slab)
+    rows = evaluate.compare(silent, perfect, train_examples, slab)
     assert list(rows) == list(evaluate.ROWS)
     for task in RELEASED_TASKS:
         name = TASKS[task].headline
@@ -96,17 +59,17 @@ def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run, parr
     assert rows[evaluate.BLANKED]["metrics"]["qa"] == rows[evaluate.TRAINED]["metrics"]["qa"]
 
 
-def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run, parrots):
+def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run):
     train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
     majority = evaluate.MajorityAnswers.fit(train_examples)
-    rows = evaluate.compare(None, (Parrot(lambda example, blanked: majority.predict(example)), None), train_examples, slab)
+    rows = evaluate.compare(None, Parrot(lambda example, blanked: majority.predict(example)), train_examples, slab)
     assert evaluate.UNTRAINED not in rows
     assert not any(evaluate.verdict(rows).values())
 
 
-def test_a_task_that_training_lacks_has_no_majority_answer_and_no_verdict(slab, parrots):
+def test_a_task_that_training_lacks_has_no_majority_answer_and_no_verdict(slab):
     some = [example for example in slab if example.task in ("vqa", "qa")]
-    perfect = (Parrot(lambda example, blanked: example.answer), None)
+    perfect = Parrot(lambda example, blanked: example.answer)
     rows = evaluate.compare(None, perfect, [example for example in some if example.task == "qa"], some)
     assert set(rows[evaluate.MAJORITY]["metrics"]) == {"qa"}
     assert rows[evaluate.MAJORITY]["predictions"].count(None) == sum(example.task == "vqa" for example in some)
@@ -175,90 +138,3 @@ def test_odd_answers_are_counted_by_task():
 def test_evaluating_what_is_not_a_run_says_so(tmp_path):
     with pytest.raises(UserError, match="not a run of unimed"):
         evaluate_run(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["10,20,30,40", " 10 20 30 40 ", "10, 20, 30, 40"])
-def test_a_box_can_be_typed(text):
-    assert read_box(text, (50, 50)) == (10, 20, 30, 40)
-    assert read_box("{<20><40><60><80>}", (50, 50)) == (10, 20, 30, 40)
-
-
-@pytest.mark.parametrize("text", ["10,20,30", "a,b,c,d", "30,20,10,40", "10,20,30,60", "-1,0,5,5", "nan,0,5,5", "inf,0,5,5", ""])
-def test_a_wrong_box_says_how_to_write_one(text):
-    with pytest.raises(UserError, match="box"):
-        read_box(text, (50, 50))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("x.png", "q", "speech"), "vqa, refer"),
-        (("-", "q", "vqa"), "needs an image"),
-        (("x.png", "q", "qa"), "takes no image"),
-        (("x.png", "", "vqa"), "needs a question"),
-        (("x.png", "q", "vqa"), "no such image"),
-    ],
-)
-def test_asking_wrongly_names_what_is_wrong(arguments, words, small_run):
-    with pytest.raises(UserError, match=words):
-        ask(*arguments, small_run)
-
-
-def test_asking_each_task(small_run, sample_folder, tmp_path):
-    image = str(next((sample_folder / "slake" / "imgs").rglob("source.jpg")))
-    questions = {"vqa": "which plane is shown", "refer": "liver", "identify": "5,5,15,15", "caption": "", "cls": "", "qa": "where?"}
-    for task, question in questions.items():
-        answer = ask("-" if task == "qa" else image, question, task, small_run)
-        assert isinstance(answer.text, str)
-        assert (answer.box is not None) == (task == "identify" or (task == "refer" and boxes.from_text(answer.text) is not None))
-    drawn = tmp_path / "boxed.png"
-    ask(image, "5,5,15,15", "identify", small_run).draw(drawn)
-    assert drawn.stat().st_size > 0
-    with pytest.raises(UserError, match="no box to draw"):
-        ask("-", "where?", "qa", small_run).draw(drawn)
-
-
-@pytest.fixture
-def asked(tmp_path, monkeypatch):
-    """Asks a model that gives one answer about a grey image; returns the answer and the example that the model was shown."""
-    image = tmp_path / "grey.png"
-    Image.new("L", (50, 50), 90).save(image)
-    seen = []
-
-    def reply(text, question, task, run=tmp_path):
-        monkeypatch.setattr(ask_module, "load_model", lambda *_: (None, None))
-        monkeypatch.setattr(ask_module, "answers", lambda model, processor, examples, **settings: seen.extend(examples) or [text])
-        return ask(str(image), question, task, run), seen[-1]
-
-    return reply
-
-
-@pytest.mark.parametrize(
-    ("text", "box", "words"),
-    [
-        ("{<10><20><30><40>}", (5, 10, 15, 20), ""),
-        ("the liver: {<10><20><30><40>}", (5, 10, 15, 20), "among other text"),
-        ("{<30><40><10><20>}", (15, 20, 5, 10), "wrong order"),
-        ("{<10><20><30><40>} {<1><1><2><2>}", (5, 10, 15, 20), "several boxes"),
-    ],
-)
-def test_every_box_in_an_answer_can_be_drawn(asked, tmp_path, text, box, words):
-    answer, _ = asked(text, "liver", "refer")
-    assert answer.box == box
-    assert words in answer.note
-    drawn = tmp_path / "drawn.png"
-    answer.draw(drawn)
-    with Image.open(drawn) as image:
-        assert image.convert("RGB").getpixel((5, 15)) == (255, 138, 31)
-
-
-def test_a_model_of_several_class_lists_is_asked_the_one_that_is_meant(asked, tmp_path):
-    organ, lesion = "Which organ is in the image: liver, spleen?", "Which skin lesion is in the image: melanoma?"
-    (tmp_path / "run.json").write_text(json.dumps({"class_questions": [organ, lesion]}))
-    with pytest.raises(UserError, match=r"2 lists of classes; ask one, or a word of it: Which organ .*\| Which skin lesion"):
-        asked("liver", "", "cls")
-    assert asked("melanoma", "lesion", "cls")[1].question == lesion
-    assert asked("liver", organ, "cls")[1].question == organ
-    assert asked("liver", "Which side: left, right?", "cls")[1].question == "Which side: left, right?"
-    (tmp_path / "run.json").write_text(json.dumps({"class_questions": [organ]}))
-    assert asked("liver", "", "cls")[1].question == organ

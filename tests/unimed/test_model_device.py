@@ -3,11 +3,11 @@ import torch
 from model_samples import QA, small
 
 from unimed.errors import UserError
-from unimed.inference.predict import answers
+from unimed.inference.session import Session, load
 from unimed.models.load import pick_device
 from unimed.models.unimed import UniMedForConditionalGeneration
 from unimed.train import config
-from unimed.train.run import examples, load_model
+from unimed.train.run import examples
 
 
 def gpus(monkeypatch, count):
@@ -40,14 +40,15 @@ def test_a_gpu_answers_in_the_precision_of_training(small_run, small_overrides, 
     moved = []
     monkeypatch.setattr(UniMedForConditionalGeneration, "to", lambda self, device: moved.append((device, self.dtype)) or self)
     gpus(monkeypatch, 1)
-    load_model(run)
+    load(run)
     gpus(monkeypatch, 0)
-    load_model(run)
+    load(run)
     assert moved == [(torch.device("cuda"), dtype), (torch.device("cpu"), torch.float32)]
 
 
 def test_the_model_trains_on_after_an_answer_failed(small_run, small_overrides):
-    model, processor = load_model(small_run, device="cpu")
+    session = load(small_run, device="cpu")
+    model = session.model
     found = examples(config.load("tiny", small_overrides), "slab")[:2]
     model.train()
 
@@ -56,9 +57,9 @@ def test_the_model_trains_on_after_an_answer_failed(small_run, small_overrides):
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        answers(model, broken, found)
+        Session(model, broken).generate(found)
     assert model.training
-    assert len(answers(model, processor, found, max_new_tokens=2)) == 2
+    assert len(session.generate(found, max_new_tokens=2)) == 2
     assert model.training
 
 
@@ -68,7 +69,7 @@ def test_what_does_not_fit_the_positions_is_one_line(small_run, small_overrides)
     assert processor.max_prompt_tokens + processor.max_answer_tokens == positions
     with pytest.raises(UserError, match=f"at most {processor.max_prompt_tokens} are allowed"):
         processor(text=QA.replace("spleen", "spleen " * positions), answers="left")
-    trained, its_processor = load_model(small_run, device="cpu")
+    trained = load(small_run, device="cpu")
     found = examples(config.load("tiny", small_overrides), "slab")[:2]
     with pytest.raises(UserError, match=rf"answer of up to {positions} do not fit the model's {positions} positions"):
-        answers(trained, its_processor, found, max_new_tokens=positions)
+        trained.generate(found, max_new_tokens=positions)

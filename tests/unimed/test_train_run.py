@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
+from unimed.inference.session import load
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.train import config
-from unimed.train.run import build, examples, load_model, train
+from unimed.train.run import build, examples, train
 from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
 
 
@@ -56,7 +57,7 @@ def test_a_run_leaves_its_model_logs_and_settings(whole, recipe):
     record = json.loads((whole / "run.json").read_text())
     assert record["steps"] == 12
     assert record["trained_parameters"] == record["parameters"] > 0
-    model, _ = load_model(whole)
+    model = load(whole).model
     stored = load_file(whole / "checkpoint-12" / "model.safetensors")
     assert stored
     assert all(torch.equal(model.state_dict()[name], value) for name, value in stored.items())
@@ -264,7 +265,7 @@ def test_lora_trains_resumes_and_evaluates(small_overrides, tmp_path, without_ja
     shutil.copytree(killed, moved)
     shutil.rmtree(killed)
     for folder in (moved, moved / "checkpoint-8"):
-        model, _ = load_model(folder)
+        model = load(folder).model
         saved = {name.replace(".modules_to_save.default", "").replace(".default", ""): value for name, value in model.state_dict().items()}
         assert all(torch.equal(saved[name], value) for name, value in ours.items())
     result = evaluate_run(moved)

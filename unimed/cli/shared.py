@@ -38,10 +38,10 @@ def no_bars_of_transformers() -> None:
         logging.disable_progress_bar()
 
 
-def bar() -> Any:
-    from unimed.train.progress import bar
+def bar(where: Console = console) -> Any:
+    from unimed.progress import bar
 
-    return bar(console)
+    return bar(where)
 
 
 def nothing() -> Any:

@@ -109,7 +109,8 @@ def _stored_recipe(recipe: str, llm: str | None, overrides: list[str] | None, na
 
 
 def _may_replace(run: Path, overwrite: bool) -> None:
-    from unimed.train.run import RECIPE_FILE, started_with
+    from unimed.inference.files import RECIPE_FILE
+    from unimed.train.run import started_with
 
     if (run / RECIPE_FILE).exists() and not overwrite and started_with(run).get("command") != "demo":
         raise UserError(f"{run}: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite")

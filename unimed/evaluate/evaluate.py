@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from unimed.inference.predict import answers
+from unimed.inference.session import Session
 from unimed.records.example import Example
 from unimed.tasks import TASKS, metrics
 from unimed.tasks.baselines import MajorityAnswers
@@ -57,8 +57,7 @@ def _quiet_programs() -> Iterator[None]:
 
 
 def evaluate(
-    model: Any,
-    processor: Any,
+    session: Session,
     examples: Sequence[Example],
     batch_size: int = 40,
     blank_images: bool = False,
@@ -66,24 +65,24 @@ def evaluate(
     max_new_tokens: int = 100,
 ) -> dict[str, Any]:
     """{"metrics": {task: {name: value}}, "predictions": [...]}, predictions in the order of the examples."""
-    predictions = _answers(model, processor, examples, batch_size, max_new_tokens, blank_images, progress)
+    predictions = _answers(session, examples, batch_size, max_new_tokens, blank_images, progress)
     return {"metrics": score(examples, predictions), "predictions": predictions}
 
 
-def _answers(model: Any, processor: Any, examples: Sequence[Example], *settings: Any) -> list[str]:
+def _answers(session: Session, examples: Sequence[Example], *settings: Any) -> list[str]:
     """The answers in the order of the examples, task by task: prompts of one task are about equally long, with little padding."""
     found = [""] * len(examples)
     for task in by_task(examples):
         places = [place for place, example in enumerate(examples) if example.task == task]
-        texts = answers(model, processor, [examples[place] for place in places], *settings)
-        for place, text in zip(places, texts, strict=True):
-            found[place] = text
+        made = session.generate([examples[place] for place in places], *settings)
+        for place, one in zip(places, made, strict=True):
+            found[place] = one.text
     return found
 
 
 def compare(
-    untrained: tuple[Any, Any] | None,
-    trained: tuple[Any, Any],
+    untrained: Session | None,
+    trained: Session,
     train_examples: Sequence[Example],
     held_out: Sequence[Example],
     batch_size: int = 40,
@@ -95,9 +94,9 @@ def compare(
     Without an untrained model its row is left out. The majority answers are missing for tasks that the training examples lack.
     """
 
-    def run(row: str, pair: tuple[Any, Any], blank_images: bool, examples: Sequence[Example]) -> list[str]:
+    def run(row: str, session: Session, blank_images: bool, examples: Sequence[Example]) -> list[str]:
         report = (lambda count: progress(row, count)) if progress else None
-        return _answers(*pair, examples, batch_size, max_new_tokens, blank_images, report)
+        return _answers(session, examples, batch_size, max_new_tokens, blank_images, report)
 
     majority = MajorityAnswers.fit(train_examples)
     rows: dict[str, Sequence[str | None]] = {}

@@ -12,6 +12,8 @@ from unimed import NOTICE, io
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.evaluate import BLANKED, MAJORITY
+from unimed.inference.files import RECIPE_FILE
+from unimed.inference.session import Session, load
 from unimed.records.example import Example, digest
 from unimed.tasks import TASKS
 from unimed.tasks.protocol import RELEASED, STANDARD
@@ -52,11 +54,11 @@ def evaluate_run(
     """Writes metrics.json and predictions.json of a trained run and returns the former.
 
     `overrides` change what is evaluated (`evaluate.limit=20`, `data.root=...`); both files say on what. `progress` gets the split's name,
-    row, examples done and their number. `device` and `verify` as in `load_model`.
+    row, examples done and their number. `device` and `verify` as in `unimed.load`.
     """
-    if not (run / training.RECIPE_FILE).is_file():
-        raise UserError(f"{run}: not a run of unimed (no {training.RECIPE_FILE}); train one with: unimed train tiny")
-    stored, recipe = recipes.load(run / training.RECIPE_FILE), recipes.load(run / training.RECIPE_FILE, overrides)
+    if not (run / RECIPE_FILE).is_file():
+        raise UserError(f"{run}: not a run of unimed (no {RECIPE_FILE}); train one with: unimed train tiny")
+    stored, recipe = recipes.load(run / RECIPE_FILE), recipes.load(run / RECIPE_FILE, overrides)
     if recipe.train.threads:
         import torch
 
@@ -66,10 +68,9 @@ def evaluate_run(
     held_out = {split: _held_out(recipe, split) for split in settings.splits}
     seen, untrained, left_out = _before_training(stored)
     majority = seen if recipe.data == stored.data and seen else _some(recipe, "train")
-    trained = training.load_model(run, device, verify)
-    weights = next(trained[0].parameters())
+    trained = load(run, device, verify=verify)
     if untrained is not None:
-        untrained = untrained[0].to(device=weights.device, dtype=weights.dtype), untrained[1]
+        untrained = Session(*untrained, trained.device, trained.dtype)
     splits: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
     for split, examples in held_out.items():
@@ -101,7 +102,7 @@ def evaluate_run(
         "data": {"root": recipe.data.where, "sample": is_sample(recipe.data)},
         "evaluate": dataclasses.asdict(settings),
         "left_out": left_out,
-        "machine": machine.describe() | {"device": str(weights.device), "dtype": str(weights.dtype).removeprefix("torch.")},
+        "machine": machine.describe() | {"device": str(trained.device), "dtype": str(trained.dtype).removeprefix("torch.")},
         "splits": splits,
     }
     io.write_json(run / PREDICTIONS_FILE, predictions)

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from unimed.errors import UserError
+from unimed.models.keys import require_same_keys
 from unimed.models.unimed.card import write_card
 from unimed.models.unimed.configuration import UniMedConfig
 from unimed.models.unimed.modeling import UniMedForConditionalGeneration
@@ -103,20 +104,3 @@ def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLik
     require_same_keys(str(folder), saved, wanted)
     adapted.load_adapter(str(folder), "default", is_trainable=trainable)
     return adapted
-
-
-def require_same_keys(where: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise one UserError that lists what is missing, extra, or of another shape."""
-    wrong = [
-        f"{key} is {list(saved[key])} and must be {list(wanted[key])}"
-        for key in sorted(saved.keys() & wanted.keys())
-        if saved[key] != wanted[key]
-    ]
-    parts = {"missing": sorted(wanted.keys() - saved.keys()), "extra": sorted(saved.keys() - wanted.keys()), "wrong shape": wrong}
-    report = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in parts.items() if keys)
-    if report:
-        raise UserError(f"{where}: the weights do not fit the model: {report}")
-
-
-def _listed(keys: list[str], most: int = 12) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

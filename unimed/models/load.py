@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +16,13 @@ from transformers.utils import logging
 from cmoe_kernels import CMoEConfig
 from cmoe_kernels.nn.convert import from_unimed
 from unimed.errors import UserError
-from unimed.models.adapter import UniMedPeftModel, load_adapter, require_same_keys
+from unimed.models.keys import require_same_keys
 from unimed.models.unimed.configuration import UniMedConfig
 from unimed.models.unimed.modeling import UniMedForConditionalGeneration
 from unimed.models.unimed.processing import UniMedProcessor
+
+if TYPE_CHECKING:
+    from unimed.models.adapter import UniMedPeftModel
 
 
 def load(
@@ -37,6 +40,8 @@ def load(
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
+        from unimed.models.adapter import load_adapter  # peft takes a second to import
+
         where = Path(base) if base is not None else _base(folder, search)
         model = _model(where, dtype)
         return load_adapter(model, folder, trainable), _processor(folder if _has_processor(folder) else where, model.config)
@@ -157,7 +162,7 @@ def import_released(path: str | os.PathLike, **settings: Any) -> Released:
     return Released(config, connector, lora)
 
 
-def apply_released(model: UniMedPeftModel, released: Released) -> None:
+def apply_released(model: "UniMedPeftModel", released: Released) -> None:
     """Put a released checkpoint's connector and LoRA into a model with LoRA of the same sizes."""
     saved = {f"base_model.model.connector.{key}": value for key, value in released.connector.items()} | released.lora
     wanted = {key: value for key, value in _trained(model).items() if "vision_tower" not in key}
@@ -168,7 +173,7 @@ def apply_released(model: UniMedPeftModel, released: Released) -> None:
             wanted[key].copy_(value)
 
 
-def _trained(model: UniMedPeftModel) -> dict[str, Tensor]:
+def _trained(model: "UniMedPeftModel") -> dict[str, Tensor]:
     """The adapter's own tensors under the names that its file has."""
     names: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

@@ -23,7 +23,7 @@ class View:
 @dataclass(frozen=True, eq=False)
 class Example:
     """``question`` is the bare content: the VQA question, the object's name (refer), the box text (identify), the class question (cls),
-    "" (caption).
+    "" (caption). ``answer`` is "" for a question that a user asks.
 
     size: (width, height) of the image that is shown, None where no task needs it. box: pixel xyxy of that image (refer, identify).
     template: what the majority answer may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
@@ -35,11 +35,11 @@ class Example:
     task: str
     dataset: str
     question: str
-    answer: str
-    image: Path | View | np.ndarray | None
-    size: tuple[int, int] | None
-    box: tuple[float, float, float, float] | None
-    template: str
+    answer: str = ""
+    image: Path | View | np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    box: tuple[float, float, float, float] | None = None
+    template: str = ""
     answer_type: str | None = None
     subject: str = ""
     layout: str = ""

@@ -12,6 +12,7 @@ from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
 from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, answered, cell, odd_answers
+from unimed.inference.files import RECIPE_FILE, RUN_FILE
 from unimed.records.example import Example
 from unimed.records.pixels import load_image
 from unimed.report import gallery, plots
@@ -20,7 +21,6 @@ from unimed.tasks import TASKS
 from unimed.tasks.reading import KINDS
 from unimed.tasks.task import task_of
 from unimed.train import config as recipes
-from unimed.train.run import RECIPE_FILE, RUN_FILE
 from unimed.train.trainer import ROUTER_FILE
 
 REPORT_FILE = "report.html"

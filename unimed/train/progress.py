@@ -5,25 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback
 
+from unimed.progress import bar
+
 LINES = 10  # lines of a whole run where there is no terminal
-
-
-def bar(console: Console) -> Progress:
-    """The bar all commands use. Hidden without a terminal; TrainingProgress then prints a line every tenth of the run."""
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 class TrainingProgress(TrainerCallback):

@@ -16,6 +16,7 @@ from typing import Any
 from unimed import io
 from unimed.datasets.load import load_examples, load_set
 from unimed.errors import NoExamples, UserError
+from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.records.example import Example, digest
 from unimed.records.policy import Rules
 from unimed.tasks import RELEASED_TASKS, TASKS, prompts
@@ -23,7 +24,7 @@ from unimed.train import config as recipes
 from unimed.train import machine
 from unimed.train.config import Recipe
 
-RECIPE_FILE, START_FILE, RUN_FILE, MODEL_FOLDER = "recipe.yaml", "start.json", "run.json", "model"
+START_FILE = "start.json"
 
 
 def examples(recipe: Recipe, split: str) -> list[Example]:
@@ -218,35 +219,3 @@ def stored_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
 def started_with(run: Path) -> dict[str, Any]:
     """How a run was started: by which command, in how many processes, on which examples; {} for a run of an earlier version."""
     return io.read_json(run / START_FILE) if (run / START_FILE).is_file() else {}
-
-
-def load_model(run: Path, device: str = "auto", verify: bool = False) -> tuple[Any, Any]:
-    """The trained model and processor of a run (its `model` folder, or a folder that save_pretrained wrote).
-
-    `device`: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". On a GPU a model trained in half precision is loaded so.
-    `verify` hashes every file of the folder first; else only sizes are compared.
-    """
-    folder = run / MODEL_FOLDER if (run / MODEL_FOLDER).is_dir() else run
-    if (folder / io.MANIFEST).is_file():
-        io.verify_folder(folder, hashes=verify)
-    elif verify:
-        raise UserError(f"{folder}: no {io.MANIFEST}, so there is nothing to verify the model by")
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
-    from unimed.models.load import load, pick_device
-
-    place = pick_device(device)
-    home = run.parent if run.name == MODEL_FOLDER or run.name.startswith("checkpoint-") else run
-    stored = stored_recipe(home) if (home / RECIPE_FILE).is_file() else None
-    dtype = precision(stored) if stored and place.type == "cuda" else None
-    archive = Path(stored.language.archive) if stored and stored.language.archive else None
-    search = [archive if archive.is_dir() else archive.parent] if archive else []
-    model, processor = load(folder, dtype=dtype, search=search)
-    return model.to(place), processor
-
-
-def precision(recipe: Recipe) -> Any:
-    """The dtype of products in training, in which a GPU answers, too."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]

@@ -1,0 +1,404 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import unimed
+from unimed import Request
+from unimed.cli import app as cli
+from unimed.errors import UserError
+from unimed.evaluate import evaluate
+from unimed.inference import draw
+from unimed.inference.images import open_source
+from unimed.inference.request import prepare, read_box
+from unimed.inference.rows import answer_rows, read_rows
+from unimed.inference.session import Session
+from unimed.records import box as boxes
+from unimed.records.box import Placement
+from unimed.records.pixels import Opened
+from unimed.train import config
+from unimed.train.run import examples
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def session(small_run):
+    return unimed.load(small_run)
+
+
+@pytest.fixture(scope="module")
+def slab(small_run):
+    return evaluate.spread(examples(config.load(small_run / "recipe.yaml"), "slab"), 5)
+
+
+@pytest.fixture(scope="module")
+def picture(sample_folder):
+    return sorted((sample_folder / "slake" / "imgs").rglob("source.jpg"))[0]
+
+
+def run(*line, **options):
+    return CliRunner().invoke(cli.app, [str(part) for part in line], env={"COLUMNS": "200", "TERM": "dumb"}, **options)
+
+
+def test_inference_needs_nothing_of_training():
+    names = ["unimed.cli.predict", *(f"unimed.inference.{path.stem}" for path in (ROOT / "unimed" / "inference").glob("[a-z]*.py"))]
+    code = f"import sys, {', '.join(names)}, unimed.models.load; print([m for m in sys.modules if m.startswith(('unimed.train', 'peft'))])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
+    for path in (ROOT / "unimed" / "inference").glob("*.py"):
+        assert "unimed.train" not in path.read_text().replace("imports `unimed.train`", "")
+
+
+def test_public_names():
+    for name in unimed.__all__:
+        assert getattr(unimed, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Example'"):
+        unimed.Example  # noqa: B018
+
+
+def test_batches_do_not_change_answers(session, slab):
+    together = session.generate(slab, batch_size=7, max_new_tokens=8, details=True)
+    single = [session.generate([example], max_new_tokens=8, details=True)[0] for example in slab]
+    assert [one.text for one in together] == [one.text for one in single]
+    assert [one.confidence for one in together] == pytest.approx([one.confidence for one in single], rel=1e-3)
+    for one, other, example in zip(together, single, slab, strict=True):
+        assert len(one.gates) == (5 if example.image is not None else 0)
+        assert one.gates == pytest.approx(other.gates, abs=1e-4)
+        assert sum(one.gates) == pytest.approx(1 if one.gates else 0, abs=1e-4)
+    assert not session.model.training
+    plain = session.generate(slab, batch_size=7, max_new_tokens=8)
+    assert [one.text for one in plain] == [one.text for one in together]
+
+
+def test_confidence_is_the_mean_probability_of_the_answer(session, slab):
+    import torch
+
+    example = slab[0]
+    inputs = session._inputs([example], 6)
+    with torch.inference_mode():
+        made = session.model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True
+        )
+    tokens = made.sequences[0, inputs["input_ids"].shape[1] :]
+    chances = [step[0].float().softmax(-1)[token] for step, token in zip(made.logits, tokens, strict=True)]
+    ends = [place for place, token in enumerate(tokens) if token in session._ends]
+    chances = torch.stack(chances[: ends[0] + 1 if ends else None])
+    expected = float(chances.log().mean().exp())
+    assert session.generate([example], max_new_tokens=6, details=True)[0].confidence == pytest.approx(expected, rel=1e-4)
+
+
+def test_blanked_means_black_and_only_that(session, slab, monkeypatch):
+    seen = []
+    original = type(session.processor).__call__
+
+    def spy(self, *args, **kwargs):
+        seen.extend(kwargs.get("images") or [])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(session.processor), "__call__", spy)
+    session.generate(slab, max_new_tokens=1, blank_images=True)
+    assert seen
+    assert all(np.asarray(image).max() == 0 for image in seen)
+    seen.clear()
+    session.generate(slab, max_new_tokens=1)
+    assert all(np.asarray(image).max() > 0 for image in seen)
+
+
+def test_one_image_in_every_form_has_one_answer(session, picture):
+    image = Image.open(picture)
+    forms = [str(picture), picture, image, np.asarray(image), picture.read_bytes(), open_source(picture)]
+    found = [session.answer(form, "which plane is shown", max_new_tokens=6) for form in forms]
+    assert len({answer.text for answer in found}) == 1
+    assert found[0].task == "vqa"
+    assert 0 < found[0].confidence <= 1
+    assert len(found[0].gates) == 5
+    mixed = [Request(form, "liver", "refer", max_new_tokens=5 + place % 2) for place, form in enumerate(forms)]
+    answers = session.answer([*mixed, Request(None, "where?", "qa")])
+    assert [answer.task for answer in answers] == ["refer"] * 6 + ["qa"]
+    assert [answer.text for answer in answers[:6:2]] == [session.answer(picture, "liver", "refer", max_new_tokens=5).text] * 3
+    assert answers[-1].gates == ()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.tile(np.arange(256, dtype=np.uint16) * 257, (8, 1)),
+        np.tile(np.arange(256, dtype=np.int64) * 257, (8, 1)),
+        np.tile(np.arange(256, dtype=np.float64) / 255, (8, 1)),
+        np.tile(np.arange(256, dtype=np.uint8), (8, 1)),
+        np.repeat(np.tile(np.arange(256, dtype=np.uint8), (8, 1))[..., None], 3, axis=2),
+    ],
+    ids=str,
+)
+def test_arrays_of_any_depth_are_shown_alike(array):
+    shown = np.asarray(open_source(array).rgb).astype(int)
+    assert shown.shape == (8, 256, 3)
+    assert abs(shown - np.arange(256)[:, None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (np.zeros((2, 3, 4, 5), np.uint8), "it must be uint8"),
+        (np.zeros((0, 4), np.uint8), "it must be uint8"),
+        (np.array(["a"]), "it must be uint8"),
+        (b"not an image", "image of 12 bytes: not a readable image"),
+        (3, "type int: it must be a path"),
+        ("absent.png", "absent.png: no such image"),
+    ],
+)
+def test_what_is_no_image_is_one_line(source, words):
+    with pytest.raises(UserError, match=words) as caught:
+        open_source(source)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="image in memory"):
+        open_source(np.zeros((4, 4), np.uint8), plane="coronal")
+
+
+def test_pieces_join_to_the_answer(session, picture, slab):
+    for question, task in (("which plane is shown", "vqa"), ("", "caption"), ("liver", "refer")):
+        request = Request(picture, question, task, max_new_tokens=12)
+        pieces = list(session.stream(request))
+        assert "".join(pieces) == session.answer(request).text
+        assert len(pieces) > 1 or len(pieces[0].split()) <= 1 or task == "refer"
+    stream = session.stream(Request(picture, "", "caption", max_new_tokens=400))
+    next(stream)
+    stream.close()  # stops the model: the thread is joined
+    assert not session.model.training
+    with pytest.raises(UserError, match="do not fit the model's"):
+        list(session.stream(Request(picture, "", "caption", max_new_tokens=5000)))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Reads one answer about a grey image of 50 x 50 pixels."""
+    image = tmp_path / "grey.png"
+    Image.new("L", (50, 50), 90).save(image)
+    return lambda text, question, task: (
+        (one := prepare(Request(image, question, task))),
+        Session.read(one, text),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("{<10><20><30><40>}", ""),
+        ("the liver: {<10><20><30><40>}", "chatty"),
+        ("{<30><40><10><20>}", "inverted"),
+        ("{<10><20><30><40>} {<1><1><2><2>}", "unparsable"),
+    ],
+)
+def test_every_box_in_an_answer_can_be_drawn(asked, tmp_path, text, kind):
+    one, answer = asked(text, "liver", "refer")
+    assert answer.box == (5, 10, 15, 20)
+    assert answer.parsed.kind == kind
+    drawn = tmp_path / "drawn.png"
+    draw.save(one.opened, answer.box, drawn)
+    with Image.open(drawn) as image:
+        assert image.convert("RGB").getpixel((5, 15)) == (255, 138, 31)
+    with pytest.raises(UserError, match="no box to draw"):
+        draw.save(one.opened, None, drawn)
+    with pytest.raises(UserError, match="must end in"):
+        draw.save(one.opened, answer.box, tmp_path / "a.bmp")
+
+
+def test_boxes_are_in_pixels_of_the_file():
+    halved = Opened(Image.new("RGB", (50, 20)), ("x",), Placement(a=2.0, e=2.0))
+    one = prepare(Request(halved, "20,8,60,32", "identify"))
+    assert one.box == (20, 8, 60, 32)
+    assert one.example.question == "{<20><20><60><80>}"
+    answer = Session.read(prepare(Request(halved, "liver", "refer")), "{<20><20><60><80>}")
+    assert answer.box == (20, 8, 60, 32)
+    with pytest.raises(UserError, match="which is 0, 0, 100, 40 in pixels of the file"):
+        prepare(Request(halved, "20,8,101,32", "identify"))
+
+
+@pytest.mark.parametrize("text", ["10,20,30,40", " 10 20 30 40 ", "10, 20, 30, 40", "{<20><40><60><80>}"])
+def test_a_box_can_be_typed(text):
+    assert read_box(text, Opened(Image.new("RGB", (50, 50)))) == (10, 20, 30, 40)
+
+
+@pytest.mark.parametrize("text", ["10,20,30", "a,b,c,d", "30,20,10,40", "10,20,30,60", "-1,0,5,5", "nan,0,5,5", "inf,0,5,5", ""])
+def test_a_wrong_box_says_how_to_write_one(text):
+    with pytest.raises(UserError, match="box"):
+        read_box(text, Opened(Image.new("RGB", (50, 50))))
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request("x.png", "q", "speech"), "task 'speech'.*vqa, refer"),
+        (Request(None, "q"), "needs an image"),
+        (Request("x.png", "q", "qa"), "takes no image"),
+        (Request("x.png", ""), "needs a question"),
+        (Request("x.png", "q"), "no such image"),
+        (Request("x.png", "q", max_new_tokens=0), "max_new_tokens=0"),
+    ],
+)
+def test_asking_wrongly_names_what_is_wrong(request_, words):
+    with pytest.raises(UserError, match=words):
+        prepare(request_)
+
+
+def test_asking_each_task(session, picture):
+    questions = {"vqa": "which plane is shown", "refer": "liver", "identify": "5,5,15,15", "caption": "", "cls": "", "qa": "where?"}
+    for task, question in questions.items():
+        answer = session.answer(None if task == "qa" else picture, question, task, max_new_tokens=8)
+        assert isinstance(answer.text, str)
+        assert (answer.box is not None) == (task == "identify" or (task == "refer" and bool(boxes.find(answer.text)[0])))
+    assert session.answer(picture, "5,5,15,15", "identify", max_new_tokens=2).box == (5, 5, 15, 15)
+
+
+def test_a_model_of_several_class_lists_is_asked_the_one_that_is_meant():
+    organ, lesion = "Which organ is in the image: liver, spleen?", "Which skin lesion is in the image: melanoma?"
+    image = Image.new("RGB", (4, 4))
+
+    def asked(question, known):
+        return prepare(Request(image, question, "cls"), known).example.question
+
+    with pytest.raises(UserError, match=r"2 lists of classes; ask one, or a word of it: Which organ .*\| Which skin lesion"):
+        asked("", (organ, lesion))
+    assert asked("lesion", (organ, lesion)) == lesion
+    assert asked(organ, (organ, lesion)) == organ
+    assert asked("Which side: left, right?", (organ, lesion)) == "Which side: left, right?"
+    assert asked("", (organ,)) == organ
+    with pytest.raises(UserError, match="needs the question that lists the classes"):
+        asked("", ())
+
+
+def test_a_wrong_dtype_and_a_broken_recipe_are_one_line(small_run, tmp_path):
+    with pytest.raises(UserError, match="dtype 'int8': it must be auto, fp32"):
+        unimed.load(small_run, dtype="int8")
+    (tmp_path / "model").symlink_to(small_run / "model")
+    (tmp_path / "recipe.yaml").write_text("{]")
+    with pytest.raises(UserError, match="not a recipe"):
+        unimed.load(tmp_path)
+    with pytest.raises(UserError, match="no trained model there"):
+        unimed.load(tmp_path / "absent")
+
+
+@pytest.fixture
+def rows(picture, tmp_path):
+    """A JSONL file of four good rows and four bad ones."""
+    lines = [
+        {"image": str(picture), "question": "which plane is shown"},
+        {"id": "b", "image": str(picture), "task": "caption"},
+        {"image": "absent.png", "question": "which plane"},
+        {"image": str(picture), "question": "liver", "task": "refer"},
+        {"question": "where is the liver?", "task": "qa"},
+        {"image": str(picture), "prompt": "which plane"},
+        {"id": "b", "image": str(picture), "question": "again"},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n")
+    return source
+
+
+def test_rows_go_in_and_answers_come_out(session, small_run, rows, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "answers.jsonl"
+    like = Request(max_new_tokens=6)
+    calls = []
+    original = Session.answer_prepared
+    monkeypatch.setattr(Session, "answer_prepared", lambda self, asked: calls.append(len(asked)) or original(self, asked))
+    done = answer_rows(session, read_rows(rows, like), out, batch=3)
+    assert (done.answered, done.before, len(done.bad)) == (4, 0, 4)
+    assert calls == [3, 1]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in found] == ["1", "b", "4", "5"]
+    assert found[0]["text"] == session.answer(found[0]["image"], found[0]["question"], max_new_tokens=6).text
+    bad = "\n".join(done.bad)
+    for words in (
+        "absent.png: no such image",
+        "rows.jsonl:6: unknown field 'prompt'; valid are",
+        "b: another row",
+        "rows.jsonl:8: not valid",
+    ):
+        assert words in bad
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(lines[0] + lines[1] + lines[2][:20])  # killed while it wrote
+    done = answer_rows(session, read_rows(rows, like), out, batch=3)
+    assert (done.answered, done.before) == (2, 2)
+    assert out.read_bytes() == whole
+    calls.clear()
+    assert answer_rows(session, read_rows(rows, like), out).before == 4
+    assert calls == []
+    with pytest.raises(UserError, match="unknown field 'prompt'"):
+        answer_rows(session, (row for row in read_rows(rows, like) if row.id == "6"), None, strict=True)
+    rows.write_text(rows.read_text().replace("liver", "spleen", 1))
+    with pytest.raises(UserError, match="4: its question was 'liver' and is now 'spleen'; name another --out"):
+        answer_rows(session, read_rows(rows, like), out)
+    other = Session(session.model, session.processor, name="another")
+    with pytest.raises(UserError, match="not by 'another'"):
+        answer_rows(other, read_rows(rows, like), out)
+
+
+def test_predict_takes_a_folder_and_jsonl(small_run, rows, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(small_run.parents[1])
+    shown = run("predict", rows, "--out", tmp_path / "a.jsonl")
+    assert shown.exit_code == 1
+    assert "4 answers, 4 left out" in shown.output
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "one.jpg").write_bytes(picture.read_bytes())
+    (folder / "two.png").write_bytes(b"broken")
+    shown = run("predict", folder, "which plane is shown")
+    assert shown.exit_code == 1
+    lines = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
+    assert [line["id"] for line in lines] == ["one.jpg"]
+    assert "two.png: not a readable image" in shown.output
+    assert run("predict", folder, "which plane", "--strict").exit_code == 2
+    shown = run("predict", picture, "which plane is shown", "--json")
+    assert json.loads(shown.stdout)["task"] == "vqa"
+    for line, words in (
+        (["predict", picture, "q", "--out", tmp_path / "b.jsonl"], "for a folder or a JSONL file"),
+        (["predict", folder, "q", "--save", tmp_path / "b.png"], "holds many"),
+    ):
+        shown = run(*line)
+        assert shown.exit_code == 2
+        assert words in shown.output
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "no file or row there" in run("predict", tmp_path / "empty.jsonl").output
+
+
+def test_chat_streams_and_takes_commands(small_run, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(small_run.parents[1])
+    calls = []
+    original = Session.stream
+    monkeypatch.setattr(Session, "stream", lambda self, request: calls.append(request.question) or original(self, request))
+    drawn = tmp_path / "drawn.png"
+    typed = ["which plane is shown", "and which organ", "/save x.png", "/task identify", "5,5,15,15", f"/save {drawn}", "/task song"]
+    typed += ["/image absent.png", f"/image {picture}", "/save x.png", "/dance", "/help", "/task qa", "where?", "/quit", "never"]
+    shown = run("chat", picture, input="\n".join(typed) + "\n")
+    assert shown.exit_code == 0, shown.output
+    assert calls == ["which plane is shown", "and which organ", "5,5,15,15", "where?"]
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    for words in (
+        "not trained for dialogue: it gets the last question only",
+        "no box to draw",
+        "/task song: no such task",
+        "absent.png: no such image",
+        "no answer yet",
+        "/dance: no such command",
+        "Research use, not for diagnosis",
+    ):
+        assert words in shown.output
+
+
+def test_a_second_question_loads_nothing_again(session, picture, monkeypatch):
+    session.answer(picture, "which plane is shown", max_new_tokens=2)
+    opened = []
+    original = io.open
+    monkeypatch.setattr("builtins.open", lambda file, *args, **kwargs: opened.append(str(file)) or original(file, *args, **kwargs))
+    session.answer(picture, "which organ is shown", max_new_tokens=2)
+    assert [name for name in opened if name != str(picture)] == []

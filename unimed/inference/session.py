@@ -1,0 +1,298 @@
+"""A model that is loaded once and answers: one request, many in batches, or piece by piece. Nothing here imports `unimed.train`."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from unimed import io
+from unimed.errors import UserError
+from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
+from unimed.inference.request import Answer, Asked, Request, prepare
+from unimed.records import box as boxes
+from unimed.records.example import Example
+from unimed.records.pixels import load_image
+from unimed.tasks import TASKS, prompts
+from unimed.tasks.answers import read
+
+BATCH = 16  # requests that one call of the model answers
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Generated(NamedTuple):
+    text: str
+    confidence: float
+    gates: tuple[float, ...]
+
+
+class Session:
+    """A model and its processor on a device. ``class_questions``: the lists of classes that it learned. ``name``: what answers call it."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        class_questions: Sequence[str] = (),
+        name: str = "",
+    ) -> None:
+        self.model = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+        self.processor = processor
+        self.class_questions = tuple(class_questions)
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def dialogue(self) -> bool:
+        """Whether the model was trained on questions that follow one another. None of our recipes does so."""
+        return bool((self.model.config.training or {}).get("dialogue"))
+
+    @overload
+    def answer(self, image: Sequence[Request]) -> list[Answer]: ...
+    @overload
+    def answer(self, image: Any, question: str = "", task: str = "vqa", **options: Any) -> Answer: ...
+
+    def answer(self, image: Any, question: str = "", task: str = "vqa", **options: Any) -> Answer | list[Answer]:
+        """The answer to one question, or to each of a list of requests, in order. A batch gives what each request gives by itself.
+
+        ``options``: the other fields of `Request`.
+        """
+        if isinstance(image, Request):
+            return self._answers([image])[0]
+        if isinstance(image, list | tuple):
+            return [answer for at in range(0, len(image), BATCH) for answer in self._answers(image[at : at + BATCH])]
+        return self._answers([Request(image, question, task, **options)])[0]
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        return self.answer_prepared([prepare(request, self.class_questions) for request in requests])
+
+    def answer_prepared(self, asked: Sequence[Asked]) -> list[Answer]:
+        """The answers to requests whose images are open."""
+        found: dict[int, Answer] = {}
+        for tokens in dict.fromkeys(one.max_new_tokens for one in asked):
+            places = [place for place, one in enumerate(asked) if one.max_new_tokens == tokens]
+            made = self.generate([asked[place].example for place in places], BATCH, tokens, details=True)
+            found |= {place: self.read(asked[place], *one) for place, one in zip(places, made, strict=True)}
+        return [found[place] for place in range(len(asked))]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        examples: Sequence[Example],
+        batch_size: int = 40,
+        max_new_tokens: int = 100,
+        blank_images: bool = False,
+        progress: Callable[[int], None] | None = None,
+        details: bool = False,
+    ) -> list[Generated]:
+        """One greedy answer an example, in order: one beam, no sampling, the evaluation form of the prompt, left padding.
+
+        ``details`` fills confidence and gates. ``progress`` is called with the number of examples just answered.
+        """
+        found: list[Generated] = []
+        with self._answering():
+            for start in range(0, len(examples), batch_size):
+                part = examples[start : start + batch_size]
+                inputs = self._inputs(part, max_new_tokens, blank_images)
+                seen = _Details(self._connector) if details else None
+                options = {"logits_processor": LogitsProcessorList([seen])} if seen else {}
+                with seen or _nothing():
+                    sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
+                length = inputs["input_ids"].shape[1]
+                texts = self.processor.decode_answers(sequences, prompt_length=length)
+                beside = seen.close(sequences[:, length:], self._ends, part) if seen else [(math.nan, ())] * len(part)
+                found += [Generated(text, *one) for text, one in zip(texts, beside, strict=True)]
+                if progress:
+                    progress(len(part))
+        return found
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The answer in pieces, as they are made; joined, they are the text of `answer`. Leaving the loop stops the model."""
+        asked = prepare(request, self.class_questions)
+        pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, failed = threading.Event(), []
+
+        def work() -> None:
+            try:
+                with torch.inference_mode(), self._answering():
+                    inputs = self._inputs([asked.example], asked.max_new_tokens)
+                    self.model.generate(
+                        **inputs, max_new_tokens=asked.max_new_tokens, do_sample=False, num_beams=1, streamer=pieces,
+                        stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
+                    )  # fmt: skip
+            except BaseException as error:  # raised again where the pieces are read
+                failed.append(error)
+                pieces.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        started, space = False, ""
+        try:
+            for piece in pieces:
+                text = space + piece if started else piece.lstrip()
+                kept = text.rstrip()
+                space = text[len(kept) :]
+                started = started or bool(kept)
+                if kept:
+                    yield kept
+        finally:
+            stop.set()
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    @staticmethod
+    def read(asked: Asked, text: str, confidence: float = math.nan, gates: tuple[float, ...] = ()) -> Answer:
+        """A text as the answer to a request whose image is open."""
+        parsed, box, opened = read(asked.example, text), asked.box, asked.opened
+        if TASKS[asked.example.task].box == "answer" and opened and parsed.box:
+            box = opened.to_original(boxes.in_order(boxes.to_pixels(parsed.box, opened.rgb.size)))
+        return Answer(text, box, asked.example.task, confidence, gates, opened.notes if opened else (), parsed)
+
+    @property
+    def _connector(self) -> Any:
+        return (self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).connector
+
+    @property
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _inputs(self, examples: Sequence[Example], max_new_tokens: int, blank_images: bool = False) -> dict[str, Tensor]:
+        images = [load_image(example) for example in examples if example.image is not None]
+        if blank_images:
+            images = [Image.new("RGB", image.size) for image in images]
+        batch = self.processor(
+            text=[prompts.chat(prompts.instruction(example, None)) for example in examples],
+            images=images or None,
+            task=[example.task for example in examples],
+            padding_side="left",
+        )
+        device = self.device
+        inputs = {name: value.to(device) for name, value in batch.items()}
+        length, positions = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        if length + max_new_tokens > positions:
+            what = f"a prompt of {length} tokens and an answer of up to {max_new_tokens}"
+            raise UserError(f"{what} do not fit the model's {positions} positions; shorten the question or max_new_tokens")
+        return inputs
+
+
+class _Details(LogitsProcessor):
+    """Watches one call of `generate`: the probability of each greedy token, and the gates of each image. It changes nothing."""
+
+    def __init__(self, connector: Any) -> None:
+        self.steps: list[Tensor] = []
+        self.gates: list[Tensor] = []
+        self._connector = connector
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores_32 = scores.float()
+        self.steps.append(scores_32.max(-1).values - scores_32.logsumexp(-1))
+        return scores
+
+    def __enter__(self) -> _Details:
+        self._hook = self._connector.register_forward_hook(lambda module, given, out: self.gates.append(out.gates.float().mean(1)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def close(self, made: Tensor, ends: list[int], examples: Sequence[Example]) -> list[tuple[float, tuple[float, ...]]]:
+        """Confidence and gates of each example; a row's tokens count up to and with its end mark."""
+        logs = torch.stack(self.steps, 1).cpu()
+        ended = torch.isin(made.cpu(), torch.tensor(ends))
+        counts = (ended.long().cumsum(1) - ended.long() == 0)[:, : logs.shape[1]]
+        confidence = ((logs * counts).sum(1) / counts.sum(1)).exp().tolist()
+        gates = iter(torch.cat(self.gates).cpu().tolist() if self.gates else [])
+        return [
+            (value, tuple(next(gates)) if example.image is not None else ()) for value, example in zip(confidence, examples, strict=True)
+        ]
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def load(path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto", verify: bool = False) -> Session:
+    """The trained model of a run, of its ``model`` folder, or of a folder that save_pretrained wrote.
+
+    ``device``: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". ``dtype``: "fp32", "bf16", "fp16", or "auto": on a GPU that of
+    training, else as saved. ``verify`` hashes every file of the folder first; else only sizes are compared.
+    """
+    run = Path(path)
+    folder = run / MODEL_FOLDER if (run / MODEL_FOLDER).is_dir() else run
+    if (folder / io.MANIFEST).is_file():
+        io.verify_folder(folder, hashes=verify)
+    elif verify:
+        raise UserError(f"{folder}: no {io.MANIFEST}, so there is nothing to verify the model by")
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
+    from unimed.models.load import load as load_model
+    from unimed.models.load import pick_device
+
+    place = pick_device(device)
+    home = run.parent if run.name == MODEL_FOLDER or run.name.startswith("checkpoint-") else run
+    precision, archive = _trained_with(home / RECIPE_FILE)
+    model, processor = load_model(folder, dtype=_dtype(dtype, precision if place.type == "cuda" else None), search=archive)
+    record = io.read_json(home / RUN_FILE) if (home / RUN_FILE).is_file() else {}
+    return Session(model.to(place), processor, class_questions=[str(one) for one in record.get("class_questions", [])], name=str(run))
+
+
+def _dtype(wanted: str | torch.dtype, trained: str | None) -> torch.dtype | None:
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted == "auto":
+        return DTYPES.get(trained or "")
+    if wanted not in DTYPES:
+        raise UserError(f"dtype {wanted!r}: it must be auto, {', '.join(DTYPES)}, or a torch.dtype")
+    return DTYPES[wanted]
+
+
+def _trained_with(recipe: Path) -> tuple[str | None, list[Path]]:
+    """The precision of training, and where the base model of an adapter may lie, by a run's recipe; nothing where there is none."""
+    if not recipe.is_file():
+        return None, []
+    try:
+        found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        precision, archive = found.get("train", {}).get("precision", "fp32"), found.get("language", {}).get("archive")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{recipe}: not a recipe: {str(error).splitlines()[0]}") from error
+    place = Path(archive) if archive else None
+    return precision, [place if place.is_dir() else place.parent] if place else []
