@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,3 +259,15 @@ def test_public_functions_say_what_they_promise(op):
     text = getattr(cmoe, op).__doc__
     for part in ("Args:", "Returns:", "Raises:", "Deterministic"):
         assert part in text, f"{op} says nothing under {part}"
+
+
+def test_a_library_of_other_sources_is_left_out(monkeypatch):
+    """One from before the schemas were Python's lists no operations: its kernels might take other arguments."""
+    for name, value in {"library": None, "error": None, "stale": False, "_module": object}.items():
+        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="_C.abi3.so"))
+    with pytest.warns(UserWarning, match=r"_C\.abi3\.so was built from other sources, and must be built again; CPU ops run"):
+        native._load()
+    assert native.stale
+    assert native.library is None
