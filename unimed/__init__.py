@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unimed.notice import INSTALL, NOTICE
+
 if TYPE_CHECKING:
     from unimed.inference.request import Answer, Request
     from unimed.inference.session import Session, load
@@ -11,9 +13,6 @@ if TYPE_CHECKING:
     from unimed.tasks import TASKS
 
 __all__ = ["INSTALL", "NOTICE", "TASKS", "Answer", "Box", "Record", "Request", "Session", "load"]
-
-NOTICE = "Research use, not for diagnosis"
-INSTALL = 'pip install "cmoe-kernels[unimed]"'
 
 _PLACES = {
     "Answer": "unimed.inference.request",

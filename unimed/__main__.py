@@ -12,7 +12,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package in ("", "unimed", "cmoe_kernels") or "--debug" in sys.argv:
             raise
-        from unimed import INSTALL
+        from unimed.notice import INSTALL
 
         print(f"error: the package {package} is not installed; get all that unimed needs with: {INSTALL}", file=sys.stderr)
         sys.exit(2)

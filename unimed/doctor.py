@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-from unimed import INSTALL
+from unimed.notice import INSTALL
 
 OPTIONAL = {
     "nibabel": "NIfTI volumes",

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from unimed import NOTICE
 from unimed.cli import data, evaluate, predict, sample, shared, train
 from unimed.cli.shared import console, errors, rank
 from unimed.errors import UserError
+from unimed.notice import NOTICE
 
 app = typer.Typer(
     name="unimed",

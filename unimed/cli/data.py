@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from unimed import NOTICE
+from unimed.notice import NOTICE
 
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record")]
 Folder = Annotated[Path, typer.Argument(help="a folder of records: dataset.json, records-*.jsonl")]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unimed import NOTICE
 from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, no_bars_of_transformers, nothing, run_folder
+from unimed.notice import NOTICE
 
 
 def evaluate(run: RunPath, overrides: Overrides = None, device: Device = "auto", verify: Verify = False, strict: Strict = False) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unimed import NOTICE
 from unimed.cli.shared import Device, Verify, bar, console, errors, model_folder, no_bars_of_transformers
 from unimed.errors import UserError
+from unimed.notice import NOTICE
 
 if TYPE_CHECKING:
     from unimed.inference.request import Answer, Asked, Request

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from unimed import NOTICE
 from unimed.cli.shared import bar, console
+from unimed.notice import NOTICE
 
 
 def build_(

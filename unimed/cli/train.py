@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from unimed import NOTICE
 from unimed.cli.evaluate import score, write_report
 from unimed.cli.sample import build
 from unimed.cli.shared import RUNS, Overrides, Strict, console, no_bars_of_transformers, rank
 from unimed.errors import UserError
+from unimed.notice import NOTICE
 
 
 def train(

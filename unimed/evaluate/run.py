@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed import NOTICE, io
+from unimed import io
 from unimed.errors import NoExamples, UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.evaluate import BLANKED, MAJORITY
 from unimed.inference.files import RECIPE_FILE
 from unimed.inference.session import Session, load
+from unimed.notice import NOTICE
 from unimed.records.example import Example, digest
 from unimed.tasks import TASKS
 from unimed.tasks.protocol import RELEASED, STANDARD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from unimed import NOTICE
+from unimed.notice import NOTICE
 
 STYLE = """
 :root{--ink:#1c2733;--muted:#66758a;--line:#e3e8ee;--back:#f6f8fa;--card:#fff;--accent:#0b6e99;--true:#00d1a0;--guess:#ff8a1f;--bad:#b3261e;--good:#0a7d56}

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unimed import NOTICE
 from unimed.models.unimed.configuration import UniMedConfig
+from unimed.notice import NOTICE
 
 
 def _card(config: UniMedConfig, parameters: int, base: str | None) -> str:
