@@ -15,7 +15,7 @@ VERSIONS := $(BIN)/python -m tools.versions --jobs $(JOBS) --pin "$(TORCH)" --pi
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock test test-triton test-cuda test-full test-latest test-oldest aot mutants roofline gpu-check lint wheel demo docs doctor bench bench-report clean
+.PHONY: help install lock test test-triton test-cuda test-full test-latest test-oldest aot records mutants roofline gpu-check gpu-fill lint wheel demo docs doctor bench bench-history bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,21 +63,27 @@ endif
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/ops tests/triton -k triton
-	$(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/triton/test_capture.py tests/triton/test_aot.py
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(SAMPLE) tests/triton/test_capture.py tests/triton/test_aot.py
 
 # A process of its own here too: the emulated kernels take the place of the backend "cuda" on the CPU.
 test-cuda: lint  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
 	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/ops tests/emulation -k "cuda or emulation"
 
-aot: install  ## compile the Triton kernels for sm_80, sm_90, sm_100 and gfx942: benchmarks/results/aot.json
+records: install  ## every generated record that is stale, anew (CHECK=1: which are; ONLY=aot,sass,roofline,verdicts: those)
+	$(BIN)/python -m tools.records --jobs $(JOBS) $(if $(CHECK),--check) $(if $(ONLY),--only $(ONLY))
+
+aot: install  ## all of benchmarks/results/aot.json anew: the Triton kernels compiled for sm_80, sm_90, sm_100 and gfx942
 	$(BIN)/python -m benchmarks.inspection.aot --jobs $(JOBS) --write
 
-roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that are not here would need at least: benchmarks/results/roofline.json
-	$(BIN)/python -m benchmarks.inspection.roofline --write
+roofline: install  ## FLOPs, bytes and launches of every op, and what GPUs that are not here would need at least
+	$(BIN)/python -m benchmarks.inspection.roofline
 
 # Installs nothing: with the Python, torch and peers found there.
-gpu-check:  ## on a machine with a GPU: the tests natively, then ours beside the peers found there; offline, resumable
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
+gpu-check:  ## on a machine with a GPU: values, sanitizers, times beside the peers found there, tests; offline, resumable (MINUTES=8 LIBRARY=x.whl)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(if $(MINUTES),--minutes $(MINUTES)) $(if $(LIBRARY),--library $(LIBRARY))
+
+gpu-fill:  ## preferred.json, tiles.json and README's status from a result: make gpu-fill FILE=benchmarks/results/gpu-....json
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_fill $(FILE)
 
 test-latest: install  ## the newest of everything beyond the ranges in .venv-latest: unimed, integrations, README and examples on it
 	$(VERSIONS) latest
@@ -105,7 +111,10 @@ doctor: install  ## what is built, what each op uses here, and why
 	$(BIN)/python -m cmoe_kernels
 
 bench: install  ## time every op against its peers (hours; ARGS="--only soft_connector --threads 2"; ARGS=--help explains)
-	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-history: install  ## a history of ours, by pytest-benchmark: make bench-history ONLY="soft_connector and T256" (default: the tiny shapes)
+	$(BIN)/python -m pytest -q benchmarks/history.py -k "$(or $(ONLY),tiny)" -p no:cacheprovider --benchmark-autosave --benchmark-compare
 
 bench-report: install  ## README's table from benchmarks/results/; `make docs` writes the page of all rows and the plots
 	$(BIN)/python -m benchmarks.report

@@ -1,6 +1,7 @@
 """Time every op against its peers on this machine.
 
     python -m benchmarks                                  all cases at real sizes (two hours on two cores; 8 GiB)
+    python -m benchmarks --device cuda                    on a GPU: our Triton and CUDA kernels beside the peers found there
     python -m benchmarks --list                           what there is
     python -m benchmarks --only soft_connector            one case; its other results in the file stay
     python -m benchmarks --only soft_connector/released/T256/bfloat16
@@ -23,7 +24,7 @@ a wheel that is not to be installed:
 
 _C.abi3.so is for machines with avx512_bf16; _C_AVX512 and _C_AVX2 lie beside it.
 
-`python -m pytest benchmarks/history.py --benchmark-autosave -k tiny` keeps a history of ours with pytest-benchmark.
+`make bench-history` keeps a history of ours with pytest-benchmark, from the same cases.
 """
 
 import argparse
@@ -32,14 +33,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import cases, machine, peers, record
+from cmoe_kernels import backends
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=[record.SUITE], default=record.SUITE, help="which suite; the CPU's is the only one so far")
+    parser.add_argument("--device", choices=list(record.SUITES), default="cpu", help="where (default: cpu)")
+    parser.add_argument("--backend", choices=backends.BACKENDS, help="ours by that backend only (default: on a GPU by triton and by cuda)")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose key contains one of these words (comma-separated)")
     parser.add_argument("--list", action="store_true", help="print the keys of the chosen cases and stop")
+    parser.add_argument("--missing", action="store_true", help="only cases that the results file lacks, or that no time was left for")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing after this time")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few calls; writes only with --out")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of our kernels (default: torch's)")
     parser.add_argument("--seconds", type=float, default=20, metavar="S", help="time for each pair, but at least five calls (default: 20)")
@@ -52,8 +59,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--threads is {options.threads}, must be at least 1")
     if options.vllm is not None and not options.vllm.is_file():
         parser.error(f"--vllm {options.vllm}: no such file")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    if machine.EMULATED:
+        from tests.emulation import library
+
+        library.install()
     try:
-        options.chosen = cases.select(options.only, options.quick)
+        options.chosen = cases.select(options.only, options.quick, options.device, ours(options.device, options.backend))
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -64,19 +77,31 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{i.key:52} {i.case.title}" for i in options.chosen))
         return 0
+    until = time.monotonic() + 60 * (options.minutes or float("inf"))
     if options.keep_pages:
         machine.keep_pages()
     if options.vllm is not None:
         os.environ[peers.VLLM_VARIABLE] = str(options.vllm.resolve())
     threads = record.set_threads(options.threads)
-    described, run = machine.describe(), machine.run_info(threads)
+    described, run = machine.describe(options.device), machine.run_info(threads, options.device)
     out = options.out or (None if options.quick else record.RESULTS / f"{machine.slug(described, threads)}.json")
     seconds, least = (min(options.seconds, 0.1), 3) if options.quick else (options.seconds, 5)
-    print(f"{described['cpu']}, {threads} threads, {', '.join(described['flags'])}; copies {run['copy_gbps']} GB/s", flush=True)
+    where = described.get("gpu") or f"{described['cpu']}, {threads} threads, {', '.join(described['flags'])}"
+    print(f"{where}; copies {run['copy_gbps']} GB/s", flush=True)
+    chosen = options.chosen
+    if options.missing and out is not None:
+        kept = {key: str(case) for key, case in record.load(out).get("cases", {}).items()}
+        chosen = [i for i in chosen if i.key not in kept or record.NO_TIME in kept[i.key]]
+    if options.device == "cuda":  # minutes are few there: first what tells most
+        chosen = sorted(chosen, key=lambda i: (i.dtype != torch.bfloat16, i.tokens != cases.TOKENS[-1]))
     wrong = 0
-    for instance in options.chosen:
+    for instance in chosen:
         begin = time.monotonic()
-        measured = record.measure(instance, run, seconds, least, instance.case.memory and not (options.no_memory or options.quick))
+        if begin > until:
+            print(f"\n{instance.key}: {record.NO_TIME}", flush=True)
+            continue
+        memory = instance.case.memory and not (options.no_memory or options.quick)
+        measured = record.measure(instance, run, seconds, least, memory, until)
         print(f"\n{instance.key}  ({time.monotonic() - begin:.0f} s)\n{describe(measured)}", flush=True)
         wrong += "ours" in measured["wrong"]
         if out is not None:
@@ -84,6 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
     if out is not None:
         print(f"\nkept in {out}; `make bench-report` draws them")
     return 1 if wrong else 0
+
+
+def ours(device: str, backend: str | None) -> tuple[str | None, ...]:
+    """The backends that ours is timed with."""
+    if backend or device == "cpu":
+        return (backend,)
+    return tuple(b for b in ("triton", "cuda") if all(b in backends.serving(op, device) for op in backends.OPS)) or (None,)
 
 
 def describe(measured: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 TASKS = cmoe.nn.config.TASKS
 # Tokens of the gates and of the loss: a batch of 16 images of 256 tokens.
 GATE_TOKENS = 4096
+# On a GPU, where 1024 tokens are few, also these.
+GPU_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,24 @@ class Instance:
     shape: Shape
     tokens: int
     dtype: torch.dtype
+    device: str = "cpu"
+    # The backend of ours; None: the one that the device takes by itself.
+    backend: str | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.case.name}/{self.shape.name}/T{self.tokens}/{str(self.dtype).removeprefix('torch.')}"
+        backend = f"/{self.backend}" if self.backend else ""
+        return f"{self.case.name}/{self.shape.name}/T{self.tokens}/{str(self.dtype).removeprefix('torch.')}{backend}"
 
     def make(self) -> Work:
-        """Inputs and weights, the same for every run."""
+        """Inputs and weights, the same for every run on a device."""
         torch.manual_seed(0)
-        return self.case.make(self.shape, self.tokens, self.dtype)
+        # Not around the calls as well: torch would look at each of them for tensors to be made.
+        with torch.device(self.device):
+            work = self.case.make(self.shape, self.tokens, self.dtype)
+        if self.backend:
+            work.ours = on_backend(work.ours, self.backend)
+        return work
 
 
 @dataclass(frozen=True)
@@ -58,28 +69,39 @@ class Case:
     at: tuple[At, ...]
     memory: bool = False
 
-    def instances(self) -> Iterator[Instance]:
+    def instances(self, device: str = "cpu", backend: str | None = None) -> Iterator[Instance]:
         for at in self.at:
+            more = (GPU_TOKENS,) if device == "cuda" and TOKENS[-1] in at.tokens else ()
             for dtype in at.dtypes:
-                for tokens in at.tokens:
-                    yield Instance(self, SHAPES[at.shape], tokens, dtype)
+                for tokens in (*at.tokens, *more):
+                    yield Instance(self, SHAPES[at.shape], tokens, dtype, device, backend)
 
 
-def in_reference(make: Callable[[], Step], ops: Iterable[str], dtype: torch.dtype) -> Callable[[], Step]:
-    """Our own step on the reference backend; backward follows the backend of forward."""
+def on_backend(make: Callable[[], Step], backend: str) -> Callable[[], Step]:
+    """A step of ours on one backend; backward follows the backend of forward."""
 
     def build() -> Step:
-        if all(backends.choose(op, "cpu", dtype) == "reference" for op in ops):
-            raise Skipped("ours is the reference backend here")
-        step = make()
+        with cmoe.use_backend(backend):
+            step = make()
         forward = step.forward
 
-        def on_reference() -> Tensor:
-            with cmoe.use_backend("reference"):
+        def chosen() -> Tensor:
+            with cmoe.use_backend(backend):
                 return forward()
 
-        step.forward = on_reference
+        step.forward = chosen
         return step
+
+    return build
+
+
+def in_reference(make: Callable[[], Step], ops: Iterable[str], dtype: torch.dtype, device: str) -> Callable[[], Step]:
+    """Our own step on the reference backend."""
+
+    def build() -> Step:
+        if all(backends.choose(op, device, dtype) == "reference" for op in ops):
+            raise Skipped("ours is the reference backend here")
+        return on_backend(make, "reference")()
 
     return build
 
@@ -93,7 +115,7 @@ def _work(
     **rest,
 ) -> Work:
     if reference:
-        others = {**others, "reference": in_reference(ours, ops, dtype)}
+        others = {**others, "reference": in_reference(ours, ops, dtype, torch.get_default_device().type)}
     return Work(ours=ours, peers=others, ops=ops, dtype=dtype, **rest)
 
 
@@ -120,8 +142,8 @@ def _linear_weight(*shape: int, dtype: torch.dtype) -> Tensor:
 # --- the connector -----------------------------------------------------------------------------------------------------------
 def _connector(shape: Shape, tokens: int, dtype: torch.dtype, train: bool, recompute: bool = False, prepacked: bool = False) -> Work:
     """The soft connector on frozen image tokens of one task."""
-    if prepacked and not hasattr(cmoe.CMoEConnector, "prepack"):
-        raise Skipped("CMoEConnector has no prepack() yet")
+    if prepacked and torch.get_default_device().type != "cpu":
+        raise Skipped("prepack() is for CPUs")
     config = cmoe.CMoEConfig(
         in_features=shape.D,
         out_features=shape.O,
@@ -186,8 +208,8 @@ def _gemm(shape: Shape, tokens: int, dtype: torch.dtype, form: str) -> Work:
         if form == "forward":
             return cmoe.grouped_linear(x, w, None, offsets)
         needs = [form == "dx", form == "dw", False]
-        backend = backends.choose("grouped_linear", "cpu", dtype)
-        none = torch.empty(0, dtype=dtype)
+        backend = backends.choose("grouped_linear", x.device.type, dtype)
+        none = x.new_empty(0)
         dx, dw, _ = backends.run("grouped_linear_backward", backend, x.device, dy, x, w, None, offsets, None, None, none, 1, None, needs)
         return dx if form == "dx" else dw[0]
 
@@ -345,6 +367,8 @@ def _sparse(shape: Shape, tokens: int, dtype: torch.dtype, train: bool) -> Work:
     others["torch grouped_mm"] = whole(peers.torch_grouped_mm)
     for name in ("eager", "batched_mm", "grouped_mm"):
         others[f"transformers {name}"] = whole(peers.transformers_experts, implementation=name)
+    for name, formula in peers.GPU_PEERS.items():
+        others[name] = whole(formula)
     others["vllm"] = functools.partial(vllm, packing=False)
     others["vllm, packing inside"] = functools.partial(vllm, packing=True)
     # Experts that nobody chose are not read forward; their zero gradients are written.
@@ -508,10 +532,11 @@ CASES = {
 }
 
 
-def select(only: str = "", tiny: bool = False) -> list[Instance]:
-    """Instances whose key contains one of the comma-separated words of ``only``; tiny shapes or the others."""
+def select(only: str = "", tiny: bool = False, device: str = "cpu", ours: Iterable[str | None] = (None,)) -> list[Instance]:
+    """Instances whose key contains one of the comma-separated words of ``only``; tiny shapes or the others; ``ours``: the backends."""
     words = [w for w in only.split(",") if w]
-    found = [i for case in CASES.values() for i in case.instances() if (i.shape.name in TINY) == tiny]
+    every = (i for case in CASES.values() for backend in ours for i in case.instances(device, backend))
+    found = [i for i in every if (i.shape.name in TINY) == tiny]
     chosen = [i for i in found if not words or any(word in i.key for word in words)]
     unknown = [w for w in words if not any(w in i.key for i in found)]
     if unknown:

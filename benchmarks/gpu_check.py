@@ -1,15 +1,15 @@
-"""On a machine with a GPU: the same tests natively, then ours against the peers found there. `make gpu-check`.
+"""On a machine with a GPU: what its kernels are worth there, in the order of what each step tells. `make gpu-check MINUTES=8`.
 
-    python -m benchmarks.gpu_check [--device cuda] [--only words] [--again] [--prefer] [--out benchmarks/results]
+    python -m benchmarks.gpu_check [--minutes M] [--library FILE] [--only words] [--again] [--out benchmarks/results]
+    python -m benchmarks.gpu_fill FILE                preferred.json, tiles.json and README's status from a result
 
-Offline, with the torch found there; nothing is installed. Each step is a process of its own that ends within ten minutes, and its result is
-written at once to gpu-<device>.json, so an interrupted check goes on where it was: a step that passed is not run again while the sources,
-torch and the device are the same (``--again`` runs it all the same). A peer or a package that is absent is a skip with its reason.
-The last lines say what was verified, what failed and what was not run. `--device cpu` is a dry run of this driver and says so.
+Offline, with the torch found there (2.10 or newer), triton and pytest; nothing is installed. The native library is the one beside the
+package; else the one in ``--library`` (a wheel or a .so), in dist/ or in an installed cmoe-kernels; else it is built with the nvcc found.
 
-``--prefer`` then notes in cmoe_kernels/ops/preferred.json, for this architecture, which of the CUDA and the Triton kernels of each op took
-less time over all shapes, with up to 64 tokens and with more: `auto` takes that one from then on. On sm_90 the products of both
-architectures are checked and timed.
+Each step is a process of its own with its share of the minutes; what one leaves goes to the later ones. Results are written after every
+step to gpu-<device>.json, in the form of the other benchmarks. The next call goes on from there while sources, torch and device are the
+same: steps that were not reached first, then those whose time ran out, then those that failed. A package that is absent is a skip with
+its reason. `--device cpu` is a dry run of this driver and says so.
 """
 
 import argparse
@@ -18,119 +18,216 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu_bench
+from benchmarks import machine, peers, record, report
+from benchmarks.__main__ import describe
 from cmoe_kernels import backends, native
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 9.5 * 60
-PACKAGES = ("torch", "triton", "transformers", "pytest", *gpu_bench.PACKAGES)
+# A step that would have less time than this is left to the next call: importing torch and collecting tests takes as long.
+LEAST = 15.0
+BUILD = 180.0
+PACKAGES = ("torch", "triton", "transformers", "pytest", *peers.GPU_PEERS)
+SANITIZERS = ("memcheck", "racecheck")
+# Below this ratio to the fastest peer, tiles are timed.
+LOST = 1.0
+NO_TIME = "no time was left"
+Results = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command that says by its exit code whether something holds."""
+    """A command that says by its exit code whether something holds.
+
+    ``share``: the minutes that it has at least, where they are left, and its part of longer times, against the other steps.
+    """
 
     name: str
     command: tuple[str, ...]
+    share: float = 1.0
     env: dict[str, str] = dataclasses.field(default_factory=dict)
-    limit: float = LIMIT
+    # Further arguments, known when its turn comes; or why it has nothing to do.
+    arguments: Callable[[Results], tuple[str, ...] | str] = lambda results: ()
+    # Its time is the limit, not a share: what is cut off in the middle would be worth nothing.
+    firm: float | None = None
 
     @property
-    def is_pytest(self) -> bool:
-        return "pytest" in self.command
+    def kind(self) -> str:
+        return "pytest" if "pytest" in self.command else "times" if "benchmarks" in self.command else "other"
 
 
-def pytest(name: str, *arguments: str, **env: str) -> Step:
-    return Step(name, (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments), env)
+def pytest(name: str, share: float, *arguments: str, before: tuple[str, ...] = (), needs: str = "", **env: str) -> Step:
+    return Step(name, (*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments), share, env, _needs(needs))
 
 
-def steps(device: str) -> list[Step]:
-    """What is checked, in order: values first, times last."""
-    tests = [
-        *(pytest(f"promises of {op}", "tests/ops/test_promises.py", "-k", op) for op in backends.OPS),
-        pytest("edge sizes", "tests/ops/test_edges.py"),
-        pytest("wrong input", "tests/ops/test_errors.py"),
-        pytest("wrong input, values read", "tests/ops/test_errors.py", "tests/nn/test_connector.py", "-k", "wrong", CMOE_CHECK="1"),
-        pytest("algebra and other implementations", "tests/ops/test_algebra.py", "tests/ops/test_outside_oracles.py"),
-        pytest("golden", "tests/nn/test_golden.py", "tests/triton/test_golden.py"),
-        pytest("connector", "tests/nn/test_connector.py", "tests/nn/test_convert.py"),
-        pytest("graphs, synchronisation, TF32, bad indices", "tests/gpu"),
+def times(name: str, share: float, only: str, device: str, *more: str, **rest: Any) -> Step:
+    quick = ("--seconds", "0.5") if device == "cuda" else ("--quick", *(("--backend", "cuda") if machine.EMULATED else ()))
+    command = (sys.executable, "-m", "benchmarks", "--device", device, "--missing", *quick, *more, "--only", only)
+    return Step(name, command, share, **rest)
+
+
+def _needs(what: str) -> Callable[[Results], tuple[str, ...] | str]:
+    """A skip where the environment lacks something."""
+    return lambda results: f"no {what} here" if what and not results["environment"].get(what) else ()
+
+
+def steps(device: str, library: Path | None = None) -> list[Step]:
+    """What is checked, in the order of what it tells."""
+    provide = (sys.executable, "-m", "benchmarks.gpu_check", "--provide", "--device", device)
+    todo = [Step("the native library", (*provide, *(("--library", str(library)) if library else ())), firm=BUILD)]
+    todo += [pytest(f"values of the {b} kernels", 1.0, "tests/ops/test_promises.py", "-k", f"test_precision and {b}") for b in GPU_BACKENDS]
+    todo.append(pytest("golden cases", 0.4, "tests/nn/test_golden.py", "tests/triton/test_golden.py"))
+    sanitizer = compute_sanitizer()
+    for tool in SANITIZERS:
+        before = (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--target-processes", "all")
+        chosen = ("tests/ops/test_promises.py", "-k", "test_precision and cuda and float32", "--sample", "7")
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        todo.append(pytest(f"compute-sanitizer {tool}", 0.4, *chosen, before=before, needs="compute-sanitizer", **env))
+    tiny = device == "cpu"
+    shapes = ("tiny/T1/bf", "tiny/T1/bf", "tiny_gated/T1/bf") if tiny else ("released/", "cumo/", "mixtral/")
+    for name, shape, cases in zip(("connector", "CuMo's experts", "Mixtral-like experts"), shapes, WORKS, strict=True):
+        todo.append(times(f"times: {name}", 1.0, ",".join(f"{case}/{shape}" for case in cases), device))
+    todo.append(times("times: the ops", 0.8, ",".join(f"{case}/{'tiny/T1/' if tiny else ''}" for case in OP_CASES), device))
+    todo.append(times("tiles of what lost", 0.6, "", device, "--backend", "triton", arguments=lost, env={"CMOE_AUTOTUNE": "1"}))
+    todo.append(pytest("CUDA graphs", 0.3, "tests/gpu", "-k", "graph"))
+    sm80 = {"CMOE_CUDA_SM90": "0"}
+    todo += [
+        pytest("synchronisation, TF32, bad indices, sizes", 0.5, "tests/gpu", "-k", "not graph"),
+        pytest("CUDA products of sm_80", 0.3, "tests/ops/test_promises.py", "-k", "cuda and experts and precision", needs="sm_90a", **sm80),
+        *(pytest(f"promises of {op}", 0.4, "tests/ops/test_promises.py", "-k", f"{op} and not test_precision") for op in backends.OPS),
+        pytest("edge sizes", 0.3, "tests/ops/test_edges.py"),
+        pytest("wrong input", 0.2, "tests/ops/test_errors.py"),
+        pytest("wrong input, values read", 0.2, "tests/ops/test_errors.py", "tests/nn/test_connector.py", "-k", "wrong", CMOE_CHECK="1"),
+        pytest("algebra and other implementations", 0.2, "tests/ops/test_algebra.py", "tests/ops/test_outside_oracles.py"),
+        pytest("connector", 0.3, "tests/nn/test_connector.py", "tests/nn/test_convert.py"),
     ]
-    times = [times_of(shape, tokens, device) for shape, tokens in (gpu_bench.AT if device == "cuda" else gpu_bench.DRY)]
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and native.cuda_kernels().built:
-        # There the CUDA products of two architectures run: those of sm_80 by themselves, for their values and for comparison.
-        sm80 = {"CMOE_CUDA_SM90": "0"}
-        tests.append(
-            pytest(
-                "CUDA products of sm_80", "tests/ops/test_promises.py", "tests/gpu", "-k", "cuda and (experts or tiles or chunks)", **sm80
-            )
-        )
-        times += [
-            dataclasses.replace(times_of(shape, tokens, device, "--backend", "cuda"), name=f"{SM80} of {shape} at T = {tokens}", env=sm80)
-            for shape, tokens in gpu_bench.AT
-        ]
-    return tests + times
+    return todo
 
 
-SM80 = "times with CUDA products of sm_80"
+GPU_BACKENDS = ("triton", "cuda")
+_SPARSE = ("sparse_experts", "sparse_experts_forward")
+WORKS = (("soft_connector", "soft_connector_forward"), _SPARSE, _SPARSE)
+OP_CASES = ("task_router", "soft_experts", "grouped_linear", "soft_gate", "topk_gate", "balance_loss")
 
 
-def times_of(shape: str, tokens: int, device: str, *options: str) -> Step:
-    command = (sys.executable, "-m", "benchmarks.gpu_bench", "--device", device, "--shape", shape, "--tokens", str(tokens), *options)
-    return Step(f"times of {shape} at T = {tokens}", command)
+def compute_sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or next(
+        (p for p in ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer") if Path(p).exists()),
+        None,
+    )
 
 
-def run(step: Step, device: str) -> dict[str, Any]:
+def lost(results: Results) -> tuple[str, ...] | str:
+    """The Triton cases that a peer outran, the worst first."""
+    ratios = {
+        key: min(peer["ratio"] for name, peer in case["peers"].items() if name != report.OWN)
+        for key, case in results["cases"].items()
+        if case.get("backend") == "triton" and set(case["peers"]) - {report.OWN}
+    }
+    if not ratios:
+        return "no time was measured"
+    return (
+        ("--only", ",".join(key for key in sorted(ratios, key=ratios.__getitem__) if ratios[key] < LOST))
+        if min(ratios.values()) < LOST
+        else ("Triton is ahead everywhere")
+    )
+
+
+# --- one step -----------------------------------------------------------------------------------------------------------------
+def run(step: Step, device: str, results: Results, seconds: float) -> Results:
     """Run one step: its status (passed, failed, skipped, timeout), seconds, and what pytest or the benchmark reported."""
-    if step.is_pytest and importlib.util.find_spec("pytest") is None:
-        return {"status": "skipped", "seconds": 0.0, "skip_reasons": ["pytest is not installed"]}
-    env = {**os.environ, "CMOE_TEST_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **step.env}
-    if device == "cuda":
-        env.pop("TRITON_INTERPRET", None)
+    more = step.arguments(results)
+    if step.kind == "pytest" and importlib.util.find_spec("pytest") is None:
+        more = "pytest is not installed"
+    if isinstance(more, str):
+        return {"status": "skipped", "seconds": 0.0, "skip_reasons": [more]}
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report")
-        command = [*step.command, f"--junitxml={report}" if step.is_pytest else f"--write={report}"]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        try:
-            output, _ = process.communicate(timeout=step.limit)
-            # pytest ends with 5 where it collected nothing.
-            status = {0: "passed", 5: "skipped" if step.is_pytest else "failed"}.get(process.returncode, "failed")
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, status = process.communicate()[0], "timeout"
-        record: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-        if report.exists() and report.stat().st_size:
-            record |= _tests(report) if step.is_pytest else json.loads(report.read_text())
-    if status == "passed" and record.get("tests") == 0:
-        record["status"] = "skipped"
-    if record["status"] in ("failed", "timeout"):
-        record["output"] = output[-4000:]
-    return record
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        env = {**os.environ, "CMOE_TEST_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **step.env}
+        if "CMOE_AUTOTUNE" in step.env:
+            env["XDG_CACHE_HOME"] = name
+        if device == "cuda":
+            env.pop("TRITON_INTERPRET", None)
+        # Triton compiles on the CPU, so the tests of one step are shared out among processes; not under compute-sanitizer.
+        parts = min(8, max(1, (os.cpu_count() or 1) // 2)) if device == "cuda" and step.command[0] == sys.executable else 1
+        commands = []
+        for part in range(parts if step.kind == "pytest" else 1):
+            command = [*step.command, *more]
+            if step.kind == "pytest":
+                command += [
+                    f"--junitxml={folder / f'{part}.xml'}",
+                    "--part",
+                    f"{part + 1}/{parts}",
+                    "--seconds",
+                    f"{max(0.8 * seconds, seconds - 30):.0f}",
+                ]
+            elif step.kind == "times":
+                document = {k: results[k] for k in ("suite", "machine", "threads", "cases")}
+                if "CMOE_AUTOTUNE" not in step.env:
+                    (folder / "times.json").write_text(json.dumps(document))
+                command += ["--out", str(folder / "times.json"), "--minutes", f"{0.8 * seconds / 60:.2f}"]
+            else:
+                command.append(f"--write={folder / 'report.json'}")
+            commands.append(command)
+        output, codes = _run(commands, env, seconds)
+        taken: Results = {"seconds": round(time.monotonic() - start, 1)}
+        taken |= _tests(folder) if step.kind == "pytest" else {}
+        if (folder / "report.json").exists():
+            taken |= json.loads((folder / "report.json").read_text())
+        if (folder / "times.json").exists():
+            taken["document"] = json.loads((folder / "times.json").read_text())
+        tiles = folder / "cmoe_kernels" / "tiles.json"
+        if tiles.exists():
+            taken["tiles"] = json.loads(tiles.read_text())
+    late = None in codes or NO_TIME in taken.get("skip_reasons", []) or record.NO_TIME in json.dumps(taken.get("document", {}))
+    # pytest ends with 5 where it collected nothing.
+    bad = [code for code in codes if code not in (0, None) and not (step.kind == "pytest" and code == 5)]
+    status = "failed" if bad else "timeout" if late else "passed"
+    if status == "passed" and step.kind == "pytest" and not taken.get("tests"):
+        status = "skipped"
+    return {"status": status, **taken, **({"output": output[-4000:]} if status in ("failed", "timeout") else {})}
 
 
-def _tests(report: Path) -> dict[str, Any]:
+def _run(commands: list[list[str]], env: dict[str, str], seconds: float) -> tuple[str, list[int | None]]:
+    """Run commands beside each other; what they wrote, and exit statuses: None for one that was ended because time was up."""
+    end, codes = time.monotonic() + seconds, []
+    with tempfile.TemporaryFile("w+") as log:
+        begun = [subprocess.Popen(c, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) for c in commands]
+        for process in begun:
+            try:
+                codes.append(process.wait(max(0.0, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                codes.append(None)
+        log.seek(0)
+        return log.read(), codes
+
+
+def _tests(folder: Path) -> Results:
     """How many tests ran, were skipped (with each reason once) and failed (by name)."""
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    cases = [
+        case for path in sorted(folder.glob("*.xml")) if path.stat().st_size for case in ElementTree.parse(path).getroot().iter("testcase")
+    ]
     skips = [e for case in cases for e in case.iter("skipped")]
     reasons = sorted({_reason(e) for e in skips})
     failed = [
@@ -149,22 +246,62 @@ def _reason(skip: ElementTree.Element) -> str:
 
 
 # --- what was found here ----------------------------------------------------------------------------------------------------
-def environment(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"device": device_name(device), "python": platform.python_version(), "system": platform.platform()}
+def provide(device: str, given: Path | None) -> Results:
+    """See that the package has a native library, and say where it came from and what is there then.
+
+    Raises:
+        ValueError: ``given`` holds none.
+    """
+    target, said = ROOT / "cmoe_kernels", "as it lay beside the package"
+    there = next(target.glob("_C*.so"), None)
+    if given is not None or there is None:
+        found = given or next((ROOT / "dist").glob("*.whl"), None) or _installed()
+        if found is not None:
+            said = f"from {found.name}"
+            (target / "_C.abi3.so").write_bytes(_library_in(found))
+        elif device == "cuda":
+            start = time.monotonic()
+            built = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False)
+            said = f"built here in {time.monotonic() - start:.0f} s" if not built.returncode else "absent: the build failed"
+        else:
+            said = "absent"
+    code = f"import json; from benchmarks.gpu_check import environment; print(json.dumps(environment({device!r})))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {"library": said, "environment": json.loads(done.stdout.splitlines()[-1])}
+
+
+def _library_in(path: Path) -> bytes:
+    """The library itself, or the one in a wheel."""
+    if path.suffix != ".whl":
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as wheel:
+        names = [name for name in wheel.namelist() if re.fullmatch(r"cmoe_kernels/_C[^/]*\.so", name)]
+        if len(names) != 1:
+            raise ValueError(f"{path} holds {len(names)} native libraries, must hold one")
+        return wheel.read(names[0])
+
+
+def _installed() -> Path | None:
+    """The library of an installed cmoe-kernels."""
+    try:
+        files = importlib.metadata.files("cmoe-kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(f.locate()) for f in files if re.fullmatch(r"cmoe_kernels/_C[^/]*\.so", str(f)) and Path(f.locate()).exists()), None)
+
+
+def environment(device: str) -> Results:
+    found: Results = {"device": device_name(device), "python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         found[package] = _version(package)
+    kernels = native.cuda_kernels()
     found["native library"] = str(native.library) if native.library else f"absent: {native.error}"
-    found["CUDA kernels"] = native.cuda_kernels().built or f"none: {native.cuda_kernels().error}"
+    found["CUDA kernels"] = kernels.built or f"none: {kernels.error}"
     found["backends"] = {op: backends.serving(op, device) for op in backends.OPS}
+    found["compute-sanitizer"] = device == "cuda" and compute_sanitizer()
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-            "hip": torch.version.hip,
-        }
+        found |= machine.gpu()
+        found["sm_90a"] = found["capability"] == "9.0" and "sm_90a" in kernels.built
     return found
 
 
@@ -191,111 +328,115 @@ def fingerprint(device: str) -> str:
 
 
 # --- the check --------------------------------------------------------------------------------------------------------------
-def check(device: str, todo: Sequence[Step], path: Path, again: bool = False) -> dict[str, Any]:
-    """Run the steps that have not passed yet and keep the results in ``path``."""
+def check(
+    device: str,
+    todo: Sequence[Step],
+    path: Path,
+    minutes: float = float("inf"),
+    again: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Results:
+    """Run the steps that have not passed yet while there is time, and keep the results in ``path`` after each."""
+    end = clock() + 60 * minutes
     results = json.loads(path.read_text()) if path.exists() else {}
     mark = fingerprint(device)
     if results.get("fingerprint") != mark:
         if results:
             print(f"{path.name} is of other sources, another torch or another device: starting anew", flush=True)
-        results = {"fingerprint": mark, "dry_run": device != "cuda", "environment": environment(device), "steps": {}}
+        results = {"fingerprint": mark, "dry_run": device != "cuda", "suite": "dry run" if device != "cuda" else record.SUITES[device]}
+        results |= {"environment": environment(device), "machine": machine.describe(device), "threads": torch.get_num_threads()}
+        results |= {"steps": {}, "cases": {}}
+    order = ("not run", "timeout", "failed", "skipped", *(("passed",) if again else ()))
+    status = {step.name: results["steps"].get(step.name, {}).get("status", "not run") for step in todo}
+    left = sorted((step for step in todo if status[step.name] in order), key=lambda step: 0 if again else order.index(status[step.name]))
     for step in todo:
-        before = results["steps"].get(step.name, {})
-        if before.get("status") == "passed" and not again:
+        if step not in left:
             print(f"{step.name:45} passed before", flush=True)
+    while left:
+        step, shares = left[0], sum(s.share for s in left if s.firm is None)
+        remaining = end - clock()
+        seconds = min(LIMIT, remaining, step.firm if step.firm is not None else max(60 * step.share, remaining * step.share / shares))
+        left.pop(0)
+        if seconds < LEAST:
             continue
         print(f"{step.name:45} ", end="", flush=True)
-        record = results["steps"][step.name] = run(step, device)
+        found = run(step, device, results, seconds)
+        _merge(results, step, found)
         results["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Replaced in one go, so that an interruption leaves the file of the step before.
         path.with_suffix(".part").write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".part").replace(path)
-        print(f"{record['status']:8} {record['seconds']:6.1f} s", flush=True)
+        print(f"{found['status']:8} {found['seconds']:6.1f} s", flush=True)
     return results
 
 
-def summary(results: dict[str, Any], todo: Sequence[Step]) -> str:
+def _merge(results: Results, step: Step, found: Results) -> None:
+    """A step's record into the results: what was found and timed lies at the top, where the report looks for it."""
+    results["environment"] = found.pop("environment", results["environment"])
+    document = found.pop("document", None)
+    if document is not None and "CMOE_AUTOTUNE" in step.env:
+        found["cases"] = document["cases"]
+    elif document is not None:
+        results["cases"] = document["cases"]
+    results["steps"][step.name] = found
+
+
+def summary(results: Results, todo: Sequence[Step]) -> str:
     """What was verified, what failed and what was not run, in plain lines."""
     found, done = results["environment"], results["steps"]
     where = f"{found['device']}, torch {found['torch']}, triton {found['triton']}"
     lines = [f"Dry run on the CPU ({where}): nothing here ran on a GPU." if results["dry_run"] else f"On {where}:"]
     for step in todo:
-        record = done.get(step.name, {"status": "not run"})
-        status = record["status"]
-        detail = f"{record['tests']} tests, {record['skipped']} skipped" if "tests" in record else ""
-        if status == "failed" and record.get("failures"):
-            detail += f"; failed: {', '.join(record['failures'][:5])}" + (" ..." if len(record["failures"]) > 5 else "")
+        taken = done.get(step.name, {"status": "not run"})
+        status = taken["status"]
+        detail = f"{taken['tests']} tests, {taken['skipped']} skipped" if "tests" in taken else taken.get("library", "")
+        if status == "failed" and taken.get("failures"):
+            detail += f"; failed: {', '.join(taken['failures'][:5])}" + (" ..." if len(taken["failures"]) > 5 else "")
         lines.append(f"  {status:8} {step.name}" + (f" ({detail})" if detail else ""))
-        lines += [f"           skipped: {reason}" for reason in record.get("skip_reasons", [])]
-        for row in record.get("rows", []):
-            lines.append(f"           {gpu_bench.line(row)}")
-    counts = [sum(done.get(step.name, {}).get("status") == s for step in todo) for s in ("passed", "failed", "timeout", "skipped")]
-    lines.append("{} steps passed, {} failed, {} ran out of time, {} had nothing to run here".format(*counts))
+        lines += [f"           skipped: {reason}" for reason in taken.get("skip_reasons", [])]
+    for key, case in results["cases"].items():
+        lines.append(f"{key}\n{describe(case)}")
+    counts = [sum(done.get(s.name, {"status": "not run"})["status"] == of for s in todo) for of in STATUSES]
+    lines.append("{} steps passed, {} failed, {} ran out of time, {} had nothing to run here, {} were not reached".format(*counts))
     return "\n".join(lines)
 
 
-# --- which of two backends is faster ------------------------------------------------------------------------------------------
-def preferences(results: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Of each op, for few and for many tokens, "cuda" or "triton": by the geometric mean of times over shapes and passes.
-
-    "unmeasured" unless both ran everywhere.
-    """
-    times: dict[tuple[str, str], dict[str, dict[tuple[str, str], float]]]
-    times = {(op, tokens): {"cuda": {}, "triton": {}} for op in backends.OPS for tokens in ("few", "many")}
-    for step, record in results["steps"].items():
-        for row in record.get("rows", []) if not step.startswith(SM80) else []:
-            ours = next((peer["ours"]["p50_ms"] for peer in row["peers"].values() if "ours" in peer), None)
-            if ours is not None and row["backend"] in ("cuda", "triton"):
-                tokens = "few" if row["tokens"] <= backends.FEW else "many"
-                times[row["op"], tokens][row["backend"]][step, row["pass"]] = ours
-    found: dict[str, dict[str, str]] = {op: {} for op in backends.OPS}
-    for (op, tokens), by_backend in times.items():
-        cuda, triton = by_backend["cuda"], by_backend["triton"]
-        if not cuda or cuda.keys() != triton.keys():
-            found[op][tokens] = "unmeasured"
-        else:
-            found[op][tokens] = "cuda" if sum(math.log(cuda[at] / triton[at]) for at in cuda) < 0 else "triton"
-    return found
-
-
-def note_preferences(results: dict[str, Any], path: Path) -> dict[str, dict[str, str]]:
-    """Write them into the table, for the architecture of the results; what was not measured leaves the line as it was."""
-    table = json.loads(path.read_text())
-    arch = "sm_" + results["environment"]["capability"].replace(".", "")
-    noted = table.setdefault(arch, {})
-    for op, found in preferences(results).items():
-        before = noted.setdefault(op, found)
-        before |= {tokens: backend for tokens, backend in found.items() if backend != "unmeasured"}
-    path.write_text(json.dumps(table, indent=1) + "\n")
-    return noted
+STATUSES = ("passed", "failed", "timeout", "skipped", "not run")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run of this driver at tiny shapes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop in this time; the next call goes on")
+    parser.add_argument("--library", type=Path, help="a wheel or a native library that was built elsewhere")
     parser.add_argument("--only", default="", help="comma-separated words; the steps whose name has one")
     parser.add_argument("--again", action="store_true", help="run steps that passed before, too")
-    parser.add_argument("--prefer", action="store_true", help="note the faster GPU backend of each op in ops/preferred.json")
+    parser.add_argument("--provide", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
+    if options.library is not None and not options.library.is_file():
+        parser.error(f"--library {options.library}: no such file")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: torch finds no GPU here; --device cpu makes a dry run of the driver", file=sys.stderr)
         return 2
+    if options.provide:
+        options.write.write_text(json.dumps(provide(options.device, options.library)))
+        return 0
     words = [word for word in options.only.split(",") if word]
-    todo = [step for step in steps(options.device) if not words or any(word in step.name for word in words)]
+    todo = [step for step in steps(options.device, options.library) if not words or any(word in step.name for word in words)]
     if not todo:
         print(f"gpu-check: no step has one of {', '.join(words)} in its name", file=sys.stderr)
         return 2
     name = re.sub(r"[^a-z0-9]+", "-", device_name(options.device).lower()).strip("-")
     path = options.out / f"gpu-{name}.json"
-    results = check(options.device, todo, path, options.again)
+    results = check(options.device, todo, path, options.minutes, options.again)
     print(summary(results, todo))
     print(f"written to {path}")
-    if options.prefer and options.device == "cuda":
-        noted = note_preferences(results, Path(backends.__file__).parent / "ops" / "preferred.json")
-        print("; ".join(f"{op}: {of['few']} for few tokens, {of['many']} for many" for op, of in noted.items()))
-    return int(any(results["steps"][step.name]["status"] in ("failed", "timeout") for step in todo))
+    return int(any(results["steps"].get(step.name, {}).get("status") == "failed" for step in todo))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Our side of every case under pytest-benchmark, which keeps a history and compares runs. Collected only when asked for:
+"""Our side of every case under pytest-benchmark, which keeps a history and compares with the run before. Collected only when asked for:
 
-    python -m pytest benchmarks/history.py -k "soft_connector and released and T256" --benchmark-autosave
-    python -m pytest-benchmark compare
+    make bench-history ONLY="soft_connector and released and T256"
+    python -m pytest_benchmark compare
 
 The numbers of README and docs/ come from ``python -m benchmarks``, which times a peer beside ours.
 """

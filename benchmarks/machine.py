@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-COPY_BYTES = 256 * 2**20
-GEMM_SIDE = 2048
+# The CUDA kernels on the CPU (tests/emulation), as in the tests.
+EMULATED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 # glibc's malloc maps every large block anew and unmaps it when it is freed; with these in the environment it keeps what it has.
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # What decides which kernels run; the rest of a CPU's flags does not.
@@ -34,7 +36,29 @@ def keep_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEEP_PAGES)
 
 
-def describe() -> dict[str, Any]:
+def clock(device: str) -> Callable[[], float]:
+    """The time after all that the device was given to do."""
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now if device == "cuda" else time.perf_counter
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU that torch uses."""
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu_memory_gib": round(found.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
     """The machine itself: what stays from run to run."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = dict(re.findall(r"^(model name|flags|cpu family|model)\s*: (.*)$", info, flags=re.MULTILINE))
@@ -48,11 +72,14 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(int(memory[1]) / 2**20) if memory else None,
         "system": f"{platform.system()} {platform.machine()}",
         **({"pages": "kept"} if keeps_pages() else {}),
+        **(gpu() if device == "cuda" else {}),
     }
 
 
 def slug(machine: dict[str, Any], threads: int) -> str:
-    """A file name for a machine and a number of threads."""
+    """A file name for a machine, and for a number of threads where a CPU is measured."""
+    if "gpu" in machine:
+        return re.sub(r"[^a-z0-9]+", "-", f"gpu {machine['gpu']}".lower()).strip("-")
     words = re.sub(r"\([^)]*\)|@.*|CPU|Processor", " ", machine["cpu"])
     tier = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in machine["flags"]), "generic")
     pages = f"pages {machine['pages']}" if "pages" in machine else ""
@@ -61,6 +88,8 @@ def slug(machine: dict[str, Any], threads: int) -> str:
 
 def memory_of(machine: dict[str, Any]) -> str:
     """Where the memory of a run's results came from, for people."""
+    if "gpu" in machine:
+        return "Memory is torch's on every side."
     if "pages" in machine:
         return "Memory that was freed stays in the process (--keep-pages), so results lie in pages used before."
     return (
@@ -69,8 +98,9 @@ def memory_of(machine: dict[str, Any]) -> str:
     )
 
 
-def run_info(threads: int) -> dict[str, Any]:
+def run_info(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What may change from run to run, with the peaks measured now."""
+    side = GEMM_SIDE[device]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -78,8 +108,8 @@ def run_info(threads: int) -> dict[str, Any]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "threads": threads,
-        "copy_gbps": round(copy_bandwidth(), 2),
-        "gemm_loop": f"torch.mm {GEMM_SIDE}^3",
+        "copy_gbps": round(copy_bandwidth(device), 2),
+        "gemm_loop": f"torch.mm {side}^3",
         "gemm_gflops": {},
     }
 
@@ -97,27 +127,28 @@ def _commit() -> str:
         return "unknown"
 
 
-def best(call: Callable[[], Any], calls: int = 7) -> float:
+def best(call: Callable[[], Any], calls: int = 7, device: str = "cpu") -> float:
     """The shortest of several calls, in seconds: a peak is what the machine can do, not what it does on average."""
     call()
-    times = []
+    times, now = [], clock(device)
     for _ in range(calls):
-        start = time.perf_counter()
+        start = now()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times)
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(device: str = "cpu") -> float:
     """GB/s of a copy far larger than the caches; bytes read and bytes written both count."""
-    source = torch.ones(COPY_BYTES // 4)
+    source = torch.ones(COPY_BYTES[device] // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / best(lambda: target.copy_(source)) / 1e9
+    return 2 * COPY_BYTES[device] / best(lambda: target.copy_(source), device=device) / 1e9
 
 
 @functools.cache
-def gemm_rate(dtype: torch.dtype) -> float:
+def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """GFLOP/s of the best large product in a dtype: torch.mm on random data (zeros flatter), into an existing buffer."""
-    a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE).to(dtype) for _ in range(2))
+    side = GEMM_SIDE[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * GEMM_SIDE**3 / best(lambda: torch.mm(a, b, out=out)) / 1e9
+    return 2 * side**3 / best(lambda: torch.mm(a, b, out=out), device=device) / 1e9

@@ -172,7 +172,7 @@ def expert_loop(s: Sparse, leaves: Leaves) -> Callable[[], Tensor]:
     each = expert_weights(leaves, "", s.w1, s.b1, s.w2, s.b2)
 
     def forward() -> Tensor:
-        y = torch.zeros(x.shape[0], s.w2.shape[1], dtype=x.dtype)
+        y = x.new_zeros(x.shape[0], s.w2.shape[1])
         for e, (w1, b1, w2, b2) in enumerate(each):
             token, place = torch.where(s.indices == e)
             h = activate(s.activation, leaves.linear(x[token], w1, b1), s.gated)
@@ -198,7 +198,7 @@ def torch_grouped_mm(s: Sparse, leaves: Leaves | None) -> Callable[[], Tensor]:
         h = activate(s.activation, u if p.b1 is None else u + p.b1[flat[order]], s.gated)
         out = F.grouped_mm(h, p.w2.transpose(1, 2), offs=ends)
         out = (out if p.b2 is None else out + p.b2[flat[order]]) * p.weights.flatten()[order, None]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return out[back].view(-1, k, out.shape[1]).sum(1).to(p.x.dtype)
 
     return forward
@@ -231,8 +231,91 @@ def transformers_experts(s: Sparse, leaves: Leaves | None, implementation: str) 
     return lambda: module(p.x, s.indices, p.weights)
 
 
+def scattermoe(s: Sparse, leaves: Leaves | None) -> Callable[[], Tensor]:
+    _gpu_package("scattermoe", s)
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    p, k = s.whole(leaves), s.indices.shape[1]
+
+    def forward() -> Tensor:
+        order = flatten_sort_count(s.indices, s.w1.shape[0])
+        u = parallel_linear(p.x, p.w1.permute(0, 2, 1), k, *order, expert_biases=p.b1, grouped_out=True)
+        h, gates = activate(s.activation, u, s.gated), p.weights.to(p.x.dtype)
+        return parallel_linear(h, p.w2.permute(0, 2, 1), 1, *order, expert_biases=p.b2, grouped_in=True, gates=gates)
+
+    return forward
+
+
+def sonicmoe(s: Sparse, leaves: Leaves | None) -> Callable[[], Tensor]:
+    _gpu_package("sonicmoe", s, gated=True)
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+
+    p, (tokens, k), experts = s.whole(leaves), s.indices.shape, s.w1.shape[0]
+    rows = torch.arange(tokens, dtype=torch.int32, device=s.x.device).repeat_interleave(k)
+
+    def forward() -> Tensor:
+        # Gate and up rows take turns there, and the experts come last.
+        pairs = torch.stack(p.w1.chunk(2, 1), 2).flatten(1, 2)
+        y, _ = moe_general_routing_inputs(
+            p.x, p.weights.flatten(), rows, s.indices.flatten().int(), pairs.permute(1, 2, 0), None, p.w2.permute(1, 2, 0), None,
+            experts, torch.cuda.current_stream().cuda_stream, ActivationType.SWIGLU, not torch.is_grad_enabled(),
+        )  # fmt: skip
+        return y
+
+    return forward
+
+
+def liger_kernel(s: Sparse, leaves: Leaves | None) -> Callable[[], Tensor]:
+    _gpu_package("liger_kernel", s, gated=True)
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    p = s.whole(leaves)
+    return lambda: LigerFusedMoEFunction.apply(p.x, p.w1, p.w2, s.indices.int(), p.weights)
+
+
+def megablocks(s: Sparse, leaves: Leaves | None) -> Callable[[], Tensor]:
+    _gpu_package("megablocks", s, gated=True)
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import ParallelDroplessMLP
+
+    p, experts = s.whole(leaves), s.w1.shape[0]
+    layer = ParallelDroplessMLP(
+        Arguments(
+            hidden_size=s.x.shape[1], ffn_hidden_size=s.w2.shape[2], moe_num_experts=experts, moe_top_k=s.indices.shape[1], mlp_type="glu",
+            mlp_impl="grouped", bias=False, return_bias=False, activation_fn=F.silu, fp16=False, bf16=True, device=s.x.device,
+        )
+    )  # fmt: skip
+    for name in ("w1", "v1", "w2"):
+        del layer.mlp._parameters[name]
+    scores = s.x.new_zeros(s.x.shape[0], experts)
+
+    def forward() -> Tensor:
+        # Ours flow in as they are: a parameter would be a leaf of its own.
+        layer.mlp.w1, layer.mlp.v1 = (w.flatten(0, 1) for w in p.w1.chunk(2, 1))
+        layer.mlp.w2 = p.w2.transpose(1, 2).flatten(0, 1)
+        return layer(p.x[:, None], scores, p.weights.to(p.x.dtype), s.indices)[:, 0]
+
+    return forward
+
+
+# Called as their sources say, on a machine without a GPU: not run yet.
+GPU_PEERS = {"scattermoe": scattermoe, "sonicmoe": sonicmoe, "liger_kernel": liger_kernel, "megablocks": megablocks}
+
+
+def _gpu_package(name: str, s: Sparse, gated: bool = False) -> None:
+    if s.x.device.type != "cuda":
+        raise Skipped("it is for GPUs")
+    if importlib.util.find_spec(name) is None:
+        raise Skipped("not installed")
+    if gated and (not s.gated or s.w2.shape[1] != s.x.shape[1]):
+        raise Skipped("compared with gated experts without biases, as wide out as in")
+
+
 def vllm_experts(s: Sparse, packing: bool) -> Callable[[], Tensor]:
     """vLLM's CPU operator; ``packing``: its weights are packed inside the call, as ours are."""
+    if s.x.device.type != "cpu":
+        raise Skipped("vLLM's operator here is for CPUs")
     load_vllm()
     ops = torch.ops._C
     if not s.gated:

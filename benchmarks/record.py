@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,18 @@ import torch
 
 from benchmarks import machine, timer
 from benchmarks.cases import Instance
-from benchmarks.steps import PEER_SLACK, Rule, Skipped, WrongResult
+from benchmarks.steps import PEER_SLACK, Rule, Skipped, Step, WrongResult
 from cmoe_kernels import backends
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
-SUITE = "cpu"
+NO_TIME = "no time was left for it"
+# By device.
+SUITES = {"cpu": "cpu", "cuda": "gpu"}
 
 
-def measure(instance: Instance, run: dict[str, Any], seconds: float, least: int, memory: bool) -> dict[str, Any]:
+def measure(
+    instance: Instance, run: dict[str, Any], seconds: float, least: int, memory: bool, until: float = float("inf")
+) -> dict[str, Any]:
     """Check, then time, ours against each peer in turn.
 
     Args:
@@ -26,24 +32,27 @@ def measure(instance: Instance, run: dict[str, Any], seconds: float, least: int,
         run: what ``machine.run_info`` gave; the GEMM rate of the instance's dtype is added to a copy.
         seconds: time for each pair, unless ``least`` calls take longer.
         least: timed calls of each side at least.
-        memory: also measure peak memory, in processes of their own.
+        memory: also measure peak memory, on a CPU in processes of their own.
+        until: the time, by time.monotonic, after which no peer is begun.
 
     Returns:
         a record for the file. Where our result is wrong it holds the error and no time; where a peer's is, the peer is under "wrong".
     """
     dtype = str(instance.dtype).removeprefix("torch.")
+    rate = machine.gemm_rate(instance.dtype, instance.device)
     record = {
         "case": instance.case.name,
         "title": instance.case.title,
         "shape": instance.shape.name,
         "tokens": instance.tokens,
         "dtype": dtype,
-        "run": {**run, "gemm_gflops": {dtype: round(machine.gemm_rate(instance.dtype), 1)}},
+        **({"backend": instance.backend} if instance.backend else {}),
+        "run": {**run, "gemm_gflops": {dtype: round(rate, 1)}},
         **{"peers": {}, "skipped": {}, "wrong": {}},
-        **_timed(instance, run["copy_gbps"], machine.gemm_rate(instance.dtype), seconds, least),
+        **_timed(instance, run["copy_gbps"], rate, seconds, least, until),
     }
     # By now the weights are freed: the processes make their own.
-    if memory and record["peers"]:
+    if memory and record["peers"] and instance.device == "cpu":
         for name, side in {"ours": record["ours"], **record["peers"]}.items():
             try:
                 side["peak_bytes"] = peak_bytes(instance.key, name, run["threads"])
@@ -52,29 +61,34 @@ def measure(instance: Instance, run: dict[str, Any], seconds: float, least: int,
     return record
 
 
-def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: float, least: int) -> dict[str, Any]:
+def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: float, least: int, until: float) -> dict[str, Any]:
     try:
         work = instance.make()
-    except Skipped as reason:
-        return {"skipped": {"ours": str(reason)}}
+    except (Skipped, torch.OutOfMemoryError) as reason:
+        return {"skipped": {"ours": str(reason).splitlines()[0]}}
     about = {
         "flops": work.flops,
         "bytes": work.bytes,
         "baseline": work.baseline,
-        "served_by": {op: backends.choose(op, "cpu", work.dtype) for op in work.ops},
+        "served_by": {op: instance.backend or backends.choose(op, instance.device, work.dtype) for op in work.ops},
     }
     try:
         rule = Rule(work)
         ours = work.ours()
         rule.check(ours)
+    except torch.OutOfMemoryError as error:
+        return {**about, "skipped": {"ours": _reason(error)}}
     except Exception as error:
         return {**about, "wrong": {"ours": _reason(error)}}
     peers: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     wrong: dict[str, str] = {}
     pooled: list[float] = []
+    clock = machine.clock(instance.device)
     for name, make in work.peers.items():
         try:
+            if time.monotonic() > until:
+                raise Skipped(NO_TIME)
             peer = make()
             rule.check(peer, PEER_SLACK)
         except Skipped as reason:
@@ -86,14 +100,17 @@ def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: fl
         except Exception as error:  # other people's code: one that fails must not end a run of hours
             skipped[name] = f"it failed: {_reason(error)}"
             continue
-        mine, theirs = timer.alternate(ours, peer, seconds, least)
+        mine, theirs = timer.alternate(ours, peer, seconds, least, clock=clock)
         pooled += mine.seconds
         peers[name] = {
             **theirs.summary(),
             "ours_p50_ms": mine.summary()["p50_ms"],
             "ratio": round(timer.ratio(mine, theirs), 4),
             "saved_bytes": peer.saved_bytes(work.given),
+            **_peak_on_gpu(peer, instance.device),
         }
+    if not pooled:
+        return {**about, "skipped": skipped, "wrong": wrong}
     times = timer.Times(tuple(pooled))
     gflops, gbps = (x / times.quantile(0.5) / 1e9 for x in (work.flops, work.bytes))
     rates = {
@@ -102,8 +119,19 @@ def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: fl
         "gemm_share": round(gflops / gemm_gflops, 4),
         "copy_share": round(gbps / copy_gbps, 4),
         "saved_bytes": ours.saved_bytes(work.given),
+        **_peak_on_gpu(ours, instance.device),
     }
     return {**about, "ours": {**times.summary(), **rates}, "peers": peers, "skipped": skipped, "wrong": wrong}
+
+
+def _peak_on_gpu(step: Step, device: str) -> dict[str, int]:
+    """What one call needs above what is there before it."""
+    if device != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
 def _reason(error: Exception) -> str:
@@ -132,7 +160,8 @@ def merge(path: Path, described: dict[str, Any], key: str, record: dict[str, Any
         ValueError: the file is of another machine or number of threads.
     """
     threads = record["run"]["threads"]
-    document = load(path) or {"suite": SUITE, "machine": described, "threads": threads, "cases": {}}
+    suite = SUITES["cuda" if "gpu" in described else "cpu"]
+    document = load(path) or {"suite": suite, "machine": described, "threads": threads, "cases": {}}
     if (document["machine"], document["threads"]) != (described, threads):
         held = f"{document['machine']['cpu']}, {document['threads']} threads"
         raise ValueError(f"{path} holds results of another machine or number of threads ({held}); give --out another name")
@@ -143,10 +172,10 @@ def merge(path: Path, described: dict[str, Any], key: str, record: dict[str, Any
     os.replace(part, path)
 
 
-def documents(folder: Path = RESULTS, suite: str = SUITE) -> list[dict[str, Any]]:
-    """All results of a suite in a folder, ordinary runs before those that kept pages."""
+def documents(folder: Path = RESULTS, suites: Collection[str] = tuple(SUITES.values())) -> list[dict[str, Any]]:
+    """All results of some suites in a folder, ordinary runs before those that kept pages."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted((d for d in found if isinstance(d, dict) and d.get("suite") == suite), key=lambda d: "pages" in d["machine"])
+    return sorted((d for d in found if isinstance(d, dict) and d.get("suite") in suites), key=lambda d: "pages" in d["machine"])
 
 
 def set_threads(threads: int | None) -> int:

@@ -72,8 +72,13 @@ def rows(document: dict[str, Any]) -> list[Record]:
     """The records of real shapes, in the order of the table of cases."""
     from benchmarks.cases import CASES
 
-    order = [i.key for case in CASES.values() for i in case.instances()]
-    keys = sorted(document["cases"], key=lambda k: (order.index(k) if k in order else len(order), k))
+    order = [i.key for case in CASES.values() for i in case.instances("cuda")]
+
+    def place(key: str) -> tuple[int, str]:
+        without_backend = "/".join(key.split("/")[:4])
+        return (order.index(without_backend) if without_backend in order else len(order), key)
+
+    keys = sorted(document["cases"], key=place)
     return [document["cases"][k] for k in keys if document["cases"][k]["shape"] not in TINY]
 
 
@@ -94,7 +99,7 @@ def losses(document: dict[str, Any]) -> list[str]:
 
 
 def _name(r: Record) -> str:
-    return f"{r['case']}/{r['shape']}/T{r['tokens']}/{r['dtype']}"
+    return "/".join([r["case"], r["shape"], f"T{r['tokens']}", r["dtype"], *([r["backend"]] if "backend" in r else [])])
 
 
 def about(document: dict[str, Any]) -> str:
@@ -110,8 +115,12 @@ def about(document: dict[str, Any]) -> str:
         for dtype, rate in run["gemm_gflops"].items():
             gemm.setdefault(dtype, []).append(rate)
     peaks = ", ".join(f"{dtype} {_span(rates)}" for dtype, rates in sorted(gemm.items()))
+    cpu = f"{m['cpu']} (family/model {m['family_model']}, {m['cores']} cores, {', '.join(m['flags'])}), {document['threads']} threads"
+    gpu = ""
+    if "gpu" in m:
+        gpu = f"{m['gpu']} (compute capability {m['capability']}, {m['multiprocessors']} SMs, {m['gpu_memory_gib']} GiB) beside "
     return (
-        f"{m['cpu']} (family/model {m['family_model']}, {m['cores']} cores, {', '.join(m['flags'])}), {document['threads']} threads, "
+        f"{gpu}{cpu}, "
         f"torch {distinct('torch')}, commit {distinct('commit')}, {days([run['date'] for run in runs])}. "
         f"Measured in the same runs: a copy moves {_span(copy)} GB/s "
         f"(read and written bytes), {distinct('gemm_loop')} reaches {peaks} GFLOP/s. {machine.memory_of(m)}"
@@ -379,7 +388,7 @@ def plot_roofline(document: dict[str, Any], path: Path) -> None:
 def write_pages(folder: Path) -> None:
     """The page and its plots."""
     documents = record.documents()
-    (folder / "benchmarks.md").write_text(markdown(documents, record.documents(suite=MODELS)))
+    (folder / "benchmarks.md").write_text(markdown(documents, record.documents(suites=[MODELS])))
     for document in documents:
         if timed(rows(document)):
             plot_ratios(document, folder / f"benchmarks-{slug(document)}-ratios.svg")
@@ -387,7 +396,7 @@ def write_pages(folder: Path) -> None:
 
 
 def main() -> None:
-    README.write_text(insert(README.read_text(), readme(record.documents(), record.documents(suite=MODELS))))
+    README.write_text(insert(README.read_text(), readme(record.documents(), record.documents(suites=[MODELS]))))
     print(f"wrote the table in {README.name}; `make docs` writes the page and the plots")
 
 

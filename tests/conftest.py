@@ -1,5 +1,6 @@
 """For every test: one thread, a fixed seed, and memory that torch.empty leaves poisoned, so that an unwritten output shows as NaN."""
 
+import time
 from collections import defaultdict
 
 import pytest
@@ -11,6 +12,7 @@ from tests.emulation import library
 from tests.ops.cases import DEVICE
 
 SAMPLED = pytest.StashKey[str]()
+BEGUN = pytest.StashKey[float]()
 
 if DEVICE != "cpu":  # before the test files are imported: some make tensors for their parameters
     torch.set_default_device(DEVICE)
@@ -46,6 +48,18 @@ def pytest_make_parametrize_id(val, argname):
 
 def pytest_addoption(parser):
     parser.addoption("--sample", type=int, metavar="N", help="run at most N cases of each parametrised test (tests/sampling.py)")
+    parser.addoption("--part", metavar="I/N", help="run every N-th test from the I-th on: processes of `make gpu-check` share them out")
+    parser.addoption("--seconds", type=float, metavar="S", help="begin no test after this time; the rest is skipped with that reason")
+
+
+def pytest_configure(config):
+    config.stash[BEGUN] = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - item.config.stash[BEGUN] > seconds:
+        pytest.skip("no time was left")
 
 
 @pytest.hookimpl(trylast=True)  # after -k, so that its choice is sampled
@@ -64,11 +78,19 @@ def pytest_collection_modifyitems(items, config):
         for name, found in cases.items():
             keep = sampling.chosen(name, [item.callspec.id.split("-") for item in found], most)
             left_out |= set(found) - {found[i] for i in keep}
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = [item for item in items if item not in left_out]
+        _leave_out(items, config, left_out)
         config.stash[SAMPLED] = f"--sample {most}: {len(left_out)} further cases of tests with more are left to `make test-full`"
         if hasattr(config, "workeroutput"):  # a worker of xdist: its main process prints the line
             config.workeroutput["sampled"] = config.stash[SAMPLED]
+
+    if part := config.getoption("--part"):
+        first, step = map(int, part.split("/"))
+        _leave_out(items, config, {item for place, item in enumerate(items) if place % step != first - 1})
+
+
+def _leave_out(items, config, left_out):
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -64,7 +64,8 @@ print(
             "extras": [
                 m
                 for m in sys.modules
-                if m in ("unimed", "transformers", "peft", "accelerate") or (m.startswith("cmoe_kernels") and "triton" in m)
+                if m in ("unimed", "transformers", "peft", "accelerate")
+                or (m.startswith("cmoe_kernels") and ("triton" in m or m.startswith(("cmoe_kernels.ops.gemm", "cmoe_kernels.ops.rows"))))
             ],
             "unimed": importlib.util.find_spec("unimed") is not None,
         }

@@ -401,6 +401,12 @@ def _report(which: tuple[str, str]) -> dict[str, Any]:
     return next(launch for launch in launches(target) if launch.key == key).report()
 
 
+def _keep(target: str, current: set[str], fresh: dict[str, dict[str, Any]]) -> None:
+    """Put fresh rows of a target into the file, without rows of launches that are gone."""
+    kept = [r for r in read() if r["key"] not in fresh and (r["target"] != target or r["key"] in current)]
+    write(sorted([*kept, *fresh.values()], key=lambda r: [r[n] for n in ("target", "kernel", "operand", "tile", "key")]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
@@ -425,9 +431,10 @@ def main() -> None:
                     f"{row['registers']} registers, {row['spills']} spills, {row['shared']} bytes shared, {row['mma']} matrix instructions"
                 )
                 print(f"{target} {len(fresh)}/{len(wanted)} {time.perf_counter() - start:.0f} s: {what}: {found}", flush=True)
-                if options.write and (len(fresh) % 10 == 0 or len(fresh) == len(wanted)):
-                    kept = [r for r in read() if r["key"] not in fresh and (r["target"] != target or r["key"] in current)]
-                    write(sorted([*kept, *fresh.values()], key=lambda r: [r[n] for n in ("target", "kernel", "operand", "tile", "key")]))
+                if options.write and len(fresh) % 10 == 0:
+                    _keep(target, current, fresh)
+        if options.write:
+            _keep(target, current, fresh)
 
 
 if __name__ == "__main__":

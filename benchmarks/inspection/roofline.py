@@ -478,22 +478,26 @@ def plot(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def text(rows: list[Row]) -> str:
+    """What the file holds."""
+    document = {
+        "what": "predictions from counts and published peaks; nothing was measured",
+        "gpus": {name: {"flops": gpu.flops, "bandwidth": gpu.bandwidth, "source": gpu.source} for name, gpu in GPUS.items()},
+        "shapes": {name: vars(SHAPES[name]) for name in NAMES},
+    }
+    records = ",\n".join("  " + json.dumps(row.record()) for row in rows)
+    return json.dumps(document, indent=1).removesuffix("\n}") + f',\n "rows": [\n{records}\n ]\n}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     options = parser.parse_args()
     rows = predict()
-    text = page(rows)
-    print(text)
+    print(page(rows))
     if options.write:
-        document = {
-            "what": "predictions from counts and published peaks; nothing was measured",
-            "gpus": {name: {"flops": gpu.flops, "bandwidth": gpu.bandwidth, "source": gpu.source} for name, gpu in GPUS.items()},
-            "shapes": {name: vars(SHAPES[name]) for name in NAMES},
-        }
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        records = ",\n".join("  " + json.dumps(row.record()) for row in rows)
-        RESULTS.write_text(json.dumps(document, indent=1).removesuffix("\n}") + f',\n "rows": [\n{records}\n ]\n}}\n')
+        RESULTS.write_text(text(rows))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ RUN = {
 
 @pytest.fixture(autouse=True)
 def _known_rate(monkeypatch):
-    monkeypatch.setattr(machine, "gemm_rate", lambda dtype: 100.0)
+    monkeypatch.setattr(machine, "gemm_rate", lambda *_: 100.0)
 
 
 def instance(key, **changes):
@@ -151,7 +151,7 @@ def test_merging_keeps_the_other_cases(tmp_path):
 
 
 def test_the_driver_runs_lists_and_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda: 20.0)
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda *_: 20.0)
     assert driver.main(["--list", "--only", "gemm_dw"]) == 0
     assert "gemm_dw/released/T256/bfloat16" in capsys.readouterr().out
     out = tmp_path / "results.json"
@@ -242,7 +242,7 @@ def test_plots_repeat_byte_for_byte(tmp_path):
 
 
 def test_readme_is_that_of_the_results():
-    documents, models = record.documents(), record.documents(suite=report.MODELS)
+    documents, models = record.documents(), record.documents(suites=[report.MODELS])
     text = report.README.read_text()
     assert report.insert(text, report.readme(documents, models)) == text, "run `make bench-report`"
     assert [

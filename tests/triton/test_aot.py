@@ -33,6 +33,11 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 RESIDENT = {4: 2, 8: 1}
 
 
+def on(target, *marks):
+    """A target's tests in one worker of xdist (--dist loadgroup), which records its launches once."""
+    return pytest.param(target, marks=(pytest.mark.xdist_group(target), *marks))
+
+
 def within_budget(row):
     assert row["shared"] <= SHARED[row["target"]], row
     fast = row["operand"] in ("bf16", "fp16", "tf32") and row["aligned"]
@@ -48,7 +53,7 @@ def within_budget(row):
         assert (row["tma"] > 0) == (row["target"] == "sm_90" and row["descriptors"] > 0), row
 
 
-@pytest.mark.parametrize("target", aot.PROVEN)
+@pytest.mark.parametrize("target", [on(target) for target in aot.PROVEN])
 def test_configurations_in_bf16(target):
     launches = aot.cover(aot.bf16(target))
     for i in range(len(launches)) if FULL else chosen(target, [(launch.kernel,) for launch in launches], 32):
@@ -56,7 +61,7 @@ def test_configurations_in_bf16(target):
 
 
 # To record the launches of those that are only reported takes longer than it shows.
-TARGETS = [pytest.param(target, marks=() if target in aot.PROVEN else pytest.mark.full) for target in aot.TARGETS]
+TARGETS = [on(target, *(() if target in aot.PROVEN else (pytest.mark.full,))) for target in aot.TARGETS]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -89,7 +94,7 @@ def test_the_page_has_a_line_for_each_row():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", aot.PROVEN)
+@pytest.mark.parametrize("target", [on(target) for target in aot.PROVEN])
 def test_every_form_of_a_product_in_bf16(target):
     for launch in aot.bf16(target):
         if launch.product:
@@ -97,7 +102,7 @@ def test_every_form_of_a_product_in_bf16(target):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", list(aot.TARGETS))
+@pytest.mark.parametrize("target", [on(target) for target in aot.TARGETS])
 def test_the_compiler_says_what_is_committed(target):
     for launch in aot.compiled(target):
         assert launch.report() == committed()[launch.key]
