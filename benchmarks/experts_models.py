@@ -196,7 +196,8 @@ def main() -> None:
         keep("lora", {**lora_memory(experts=32), "run": run})
         print(json.dumps(document["lora"], indent=1))
         return
-    run["gemm_gflops"] = {"bfloat16": round(machine.gemm_rate(torch.bfloat16), 1)}
+    side = machine.GEMM_SIDE["cpu"]
+    run |= {"gemm_loop": f"torch.mm {side}^3", "gemm_gflops": {"bfloat16": round(machine.gemm_rate(torch.bfloat16, "cpu", side), 1)}}
     layers = {step: options.layers or LAYERS[step] for step in LAYERS if step in options.steps}
     model = build(max(layers.values()))
     print(f"{described['cpu']}, {threads} threads; cmoe is served by {run['served_by']}; ratio: how many times faster cmoe is", flush=True)

@@ -99,8 +99,7 @@ def memory_of(machine: dict[str, Any]) -> str:
 
 
 def run_info(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """What may change from run to run, with the peaks measured now."""
-    side = GEMM_SIDE[device]
+    """What may change from run to run, with the bandwidth measured now."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -109,8 +108,6 @@ def run_info(threads: int, device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": threads,
         "copy_gbps": round(copy_bandwidth(device), 2),
-        "gemm_loop": f"torch.mm {side}^3",
-        "gemm_gflops": {},
     }
 
 
@@ -146,9 +143,8 @@ def copy_bandwidth(device: str = "cpu") -> float:
 
 
 @functools.cache
-def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """GFLOP/s of the best large product in a dtype: torch.mm on random data (zeros flatter), into an existing buffer."""
-    side = GEMM_SIDE[device]
+def gemm_rate(dtype: torch.dtype, device: str, side: int) -> float:
+    """GFLOP/s of the best product of a size in a dtype: torch.mm on random data (zeros flatter), into an existing buffer."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * side**3 / best(lambda: torch.mm(a, b, out=out), device=device) / 1e9

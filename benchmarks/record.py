@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import machine, timer
 from benchmarks.cases import Instance
+from benchmarks.shapes import TINY
 from benchmarks.steps import PEER_SLACK, Rule, Skipped, Step, WrongResult
 from cmoe_kernels import backends
 
@@ -29,7 +30,7 @@ def measure(
 
     Args:
         instance: what to measure.
-        run: what ``machine.run_info`` gave; the GEMM rate of the instance's dtype is added to a copy.
+        run: what ``machine.run_info`` gave; the GEMM rate in the instance's dtype is added to a copy.
         seconds: time for each pair, unless ``least`` calls take longer.
         least: timed calls of each side at least.
         memory: also measure peak memory, on a CPU in processes of their own.
@@ -39,7 +40,8 @@ def measure(
         a record for the file. Where our result is wrong it holds the error and no time; where a peer's is, the peer is under "wrong".
     """
     dtype = str(instance.dtype).removeprefix("torch.")
-    rate = machine.gemm_rate(instance.dtype, instance.device)
+    side = 128 if instance.shape.name in TINY else machine.GEMM_SIDE[instance.device]
+    rate = machine.gemm_rate(instance.dtype, instance.device, side)
     record = {
         "case": instance.case.name,
         "title": instance.case.title,
@@ -47,7 +49,7 @@ def measure(
         "tokens": instance.tokens,
         "dtype": dtype,
         **({"backend": instance.backend} if instance.backend else {}),
-        "run": {**run, "gemm_gflops": {dtype: round(rate, 1)}},
+        "run": {**run, "gemm_loop": f"torch.mm {side}^3", "gemm_gflops": {dtype: round(rate, 1)}},
         **{"peers": {}, "skipped": {}, "wrong": {}},
         **_timed(instance, run["copy_gbps"], rate, seconds, least, until),
     }

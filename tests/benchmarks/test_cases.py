@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from benchmarks import peers
 from benchmarks.cases import CASES, select
 from benchmarks.shapes import SHAPES, TINY
 from benchmarks.steps import PEER_SLACK, ROWS, Exact, Leaves, Rule, Skipped, Step, WrongResult, sample, sampled_rows
@@ -38,10 +39,16 @@ def test_ours_and_every_peer_give_the_result(instance):
     assert work.baseline in ran
 
 
-@pytest.mark.parametrize("name", ["compiled loop", pytest.param("compiled fused", marks=pytest.mark.full)])
+@pytest.mark.full  # Inductor takes most of a minute for a connector
+@pytest.mark.parametrize("name", ["compiled loop", "compiled fused"])
 def test_compiled_peers_give_the_result(name):
     work = next(i for i in TINIES if i.case.name == "soft_connector").make()
     Rule(work).check(work.peers[name](), PEER_SLACK)
+
+
+def test_a_compiled_peer_gives_the_result():
+    work = next(i for i in TINIES if i.case.name == "topk_gate").make()
+    Rule(work).check(peers.compiled(work.peers["torch"])(), PEER_SLACK)
 
 
 def test_every_case_has_a_tiny_shape_and_real_ones():

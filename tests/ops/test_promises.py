@@ -16,7 +16,14 @@ from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, backends_of
 from tests.sampling import FULL
 
 # Interpreted and emulated kernels are slow: there CI checks one form per op where the numbers of a form do not matter.
-SAMPLED = ONE_PER_OP if (backends.INTERPRETED or library.WANTED) and not FULL else CASES
+SLOW = (backends.INTERPRETED or library.WANTED) and not FULL
+SAMPLED = ONE_PER_OP if SLOW else CASES
+# Inputs of a compiled call, and whether its shapes are dynamic; the graph is the same Python whatever serves the op.
+COMPILED = [
+    (torch.float32, "dynamic"),
+    (torch.bfloat16, "static"),
+    *([] if SLOW else [(torch.float32, "static"), (torch.bfloat16, "dynamic")]),
+]
 
 
 def output_grad(y: Tensor) -> Tensor:
@@ -99,15 +106,14 @@ def test_gradcheck(case, backend):
             torch.autograd.gradcheck(call, tuple(arguments[n] for n in names))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "shapes"), COMPILED, ids=str)
 @on_backends(ONE_PER_OP)
-def test_compile_fullgraph(case, backend, dtype, dynamic):
+def test_compile_fullgraph(case, backend, dtype, shapes):
     # An op is opaque to Inductor, whatever serves it: one backend meets Inductor, the others Dynamo and AOTAutograd.
     ordinary = not backends.INTERPRETED and not library.WANTED and backend == backends_of(case.op)[0]
-    inductor = FULL or (ordinary and dynamic == (dtype == torch.float32))
+    inductor = FULL or (ordinary and (dtype, shapes) in COMPILED[:2])
     torch._dynamo.reset()
-    compiled = torch.compile(case.call, fullgraph=True, dynamic=dynamic, backend="inductor" if inductor else "aot_eager")
+    compiled = torch.compile(case.call, fullgraph=True, dynamic=shapes == "dynamic", backend="inductor" if inductor else "aot_eager")
     with cmoe.use_backend(backend):
         for seed in (0, 1):
             arguments = case.make(dtype, seed=seed)
