@@ -116,10 +116,10 @@ class Build:
             subprocess.run(command, check=True, env=environment)
             return
         print("ninja was not found: files are compiled one after another, all of them. pip install ninja is faster.", flush=True)
-        for target, line in self.commands.items():
+        for target in targets or self.commands:
             target.parent.mkdir(parents=True, exist_ok=True)
-            print(line, flush=True)
-            subprocess.run(line, shell=True, check=True, env=environment)
+            print(self.commands[target], flush=True)
+            subprocess.run(self.commands[target], shell=True, check=True, env=environment)
 
 
 def _path(path: str) -> str:
