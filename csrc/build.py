@@ -150,13 +150,14 @@ def compile_command(torch: Path) -> list[str]:
 
 def tiers_of_compiler() -> list[str]:
     """The instruction sets for which the compiler makes code: none but the generic one where it targets no x86-64."""
+    return [tier for tier in TIERS if _takes(tuple(compiler()), tier)]
+
+
+@functools.cache
+def _takes(command: tuple[str, ...], tier: str) -> bool:
     probe = "#if !defined(__x86_64__)\n#error\n#endif\n#include <immintrin.h>\n"
-
-    def takes(flags: list[str]) -> bool:
-        command = [*compiler(), *flags, "-x", "c++", "-fsyntax-only", "-"]
-        return subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0
-
-    return [tier for tier, flags in TIERS.items() if takes(flags)]
+    line = [*command, *TIERS[tier], "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(line, input=probe, text=True, capture_output=True).returncode == 0
 
 
 def built(sources: list[str], tiers: list[str]) -> list[str]:
