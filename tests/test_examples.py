@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -37,6 +38,25 @@ def test_minigpt4_trains_the_connector_alone():
     model(torch.randn(2, 3, 32, 32), ["vqa", "refer"], torch.tensor([[1, 3, 4, 9]] * 2), torch.tensor([[5, 6]] * 2)).backward()
     with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_grad == {name for name, _ in model.named_parameters() if name.startswith("connector.")}
+
+
+def test_unimed_ask(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from unimed.models.build import build_tiny
+
+    image = tmp_path / "a.png"
+    Image.new("RGB", (80, 64), (90, 90, 90)).save(image)
+    model, processor = build_tiny(
+        ["[INST] <Img><ImageHere></Img> [vqa] which plane is shown [/INST]", "axial coronal"], image_size=32, vocab_size=400
+    )
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "run.json").write_text('{"class_questions": ["Which organ is in the image: liver, spleen?"]}')
+    answers = load("unimed_ask").main(str(tmp_path / "run"), str(image), str(tmp_path / "boxed.png"))
+    assert [answer.task for answer in answers] == ["vqa", "refer", "identify", "cls", "qa"]
+    assert answers[2].box == (10, 10, 60, 60)
+    assert (tmp_path / "boxed.png").read_bytes().startswith(b"\x89PNG")
+    assert "caption: " in capsys.readouterr().out
 
 
 def test_every_example_is_run():

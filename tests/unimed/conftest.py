@@ -44,7 +44,7 @@ def evaluated_run(small_run):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overlap, "has_coco", lambda: False)
-        evaluate_run(small_run)
+        evaluate_run(small_run, untrained=True)
     return small_run
 
 
@@ -62,7 +62,7 @@ def test_only_run(small_run, sample_folder, tmp_path_factory):
         shutil.copytree(sample_folder / name, root / name)
     for name in ("slake/train.txt", "slake/validate.txt", "medqa/questions/US/train.jsonl", "medqa/questions/US/dev.jsonl"):
         (root / name).unlink()
-    return run, root, evaluate_run(run, [f"data.root={root}", "evaluate.splits=[test]", "evaluate.limit=3"])
+    return run, root, evaluate_run(run, [f"data.root={root}", "evaluate.splits=[test]", "evaluate.limit=3"], untrained=True)
 
 
 @pytest.fixture

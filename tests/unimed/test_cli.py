@@ -294,7 +294,7 @@ def test_the_demo_does_it_all(small_overrides, sample_folder, tmp_path, monkeypa
     assert result.exit_code == 0, result.output
     made = tmp_path / "runs" / "demo"
     names = {path.name for path in made.iterdir()}
-    assert {"report.html", "metrics.json", "predictions.json", "metrics.jsonl", "router.json", "model"} <= names
+    assert {"report.html", "metrics.json", "predictions.jsonl", "metrics.jsonl", "router.json", "model"} <= names
     for words in (
         NOTICE,
         "majority answer",

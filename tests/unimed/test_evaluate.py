@@ -1,11 +1,16 @@
 import json
+import shutil
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unimed.errors import UserError
-from unimed.evaluate import evaluate
-from unimed.evaluate.run import answer_table, answered, evaluate_run, odd_answers
-from unimed.inference.session import Generated, load
+from unimed.evaluate import evaluate, intervals
+from unimed.evaluate.predictions import read_predictions
+from unimed.evaluate.run import against, answer_table, answered, drawn_by, evaluate_run, odd_answers
+from unimed.inference.session import Generated, Session, load
 from unimed.records.example import Example
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import STANDARD
@@ -36,10 +41,10 @@ class Parrot:
 
 
 def test_progress_counts_every_example_once(session, slab):
-    counts = []
-    result = evaluate.evaluate(session, slab, batch_size=3, progress=counts.append, max_new_tokens=2)
-    assert sum(counts) == len(slab) == len(result["predictions"])
-    assert set(result["metrics"]) == set(RELEASED_TASKS)
+    counts = Counter()
+    rows = evaluate.compare(None, session, [], slab, batch_size=3, max_new_tokens=2, progress=lambda row, n: counts.update({row: n}))
+    assert counts == {evaluate.TRAINED: len(slab), evaluate.BLANKED: sum(example.image is not None for example in slab)}
+    assert set(rows[evaluate.TRAINED]["metrics"]) == set(RELEASED_TASKS)
 
 
 def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run):
@@ -85,18 +90,23 @@ def test_spread_takes_an_even_share_of_every_task():
 
 def test_evaluating_a_run_writes_its_metrics_and_predictions(evaluated_run):
     result = json.loads((evaluated_run / "metrics.json").read_text())
-    stored = json.loads((evaluated_run / "predictions.json").read_text())
+    stored = read_predictions(evaluated_run)
     assert result["notice"] == "Research use, not for diagnosis"
     assert set(result["splits"]) == {"slab", "subject"}
     for split, part in result["splits"].items():
         assert part["counts"] == dict.fromkeys(RELEASED_TASKS, 4)
         assert set(part["rows"]) == set(evaluate.ROWS)
         assert set(part["better"]) == set(RELEASED_TASKS)
-        assert all(len(texts) == len(stored[split]["ids"]) == 24 for texts in stored[split]["rows"].values())
-        held_out = {example.id: example for example in examples(config.load(evaluated_run / "recipe.yaml"), split)}
+        rows = stored[split]["rows"]
+        assert {row: len(texts) for row, texts in rows.items()} == {"untrained": 24, "trained": 24, "image blanked": 20}
         assert part["rows"][evaluate.TRAINED]["refer"].keys() >= {"empty", "unparsable", "inverted", "chatty", "miou", "miou_strict"}
-        again = evaluate.score([held_out[key] for key in stored[split]["ids"]], stored[split]["rows"][evaluate.TRAINED])
+        again = evaluate.score(answered(stored[split]["data"]), [text for _, text in sorted(rows[evaluate.TRAINED].items())])
         assert again == part["rows"][evaluate.TRAINED]
+        assert part["drawn"] == dict.fromkeys(RELEASED_TASKS, "images") | {"qa": "questions"}
+        for row, tasks in part["intervals"].items():
+            for task, metrics in tasks.items():
+                for metric, (low, high) in metrics.items():
+                    assert low <= part["rows"][row][task][metric] <= high
     header, lines = answer_table(result)
     assert len(header) == 7
     assert [[row[0] for row in rows] for rows in lines.values()] == [list(evaluate.ROWS)] * 2
@@ -114,9 +124,9 @@ def test_a_test_only_set_can_be_evaluated(test_only_run):
     for strict in (False, True):
         _, lines = answer_table(result, strict)
         assert [row[1:] for row in lines["test"] if row[0] == evaluate.MAJORITY] == [["not fitted"] * 4]
-    stored = json.loads((run / "predictions.json").read_text())["test"]
+    stored = read_predictions(run)["test"]
     assert stored["data"]["root"] == str(root)
-    assert [example.id for example in answered(stored["data"])] == stored["ids"]
+    assert len(answered(stored["data"])) == len(stored["rows"][evaluate.TRAINED]) == 12
 
 
 def test_a_split_that_the_data_lacks_is_named_with_those_it_has(small_run, test_only_run):
@@ -138,3 +148,111 @@ def test_odd_answers_are_counted_by_task():
 def test_evaluating_what_is_not_a_run_says_so(tmp_path):
     with pytest.raises(UserError, match="not a run of unimed"):
         evaluate_run(tmp_path)
+
+
+@pytest.fixture
+def copy(evaluated_run, tmp_path):
+    """The evaluated run, to be changed."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many examples the model answered, call by call."""
+    found = []
+    original = Session.generate
+    monkeypatch.setattr(Session, "generate", lambda self, part, *rest: found.append(len(part)) or original(self, part, *rest))
+    return found
+
+
+def test_an_interrupted_evaluation_goes_on(copy, calls):
+    whole = (copy / "predictions.jsonl").read_text()
+    scores = json.loads((copy / "metrics.json").read_text())["splits"]
+    lines = whole.splitlines(keepends=True)
+    (copy / "predictions.jsonl").write_text("".join(lines[:20]) + lines[20][:15])  # killed while it wrote
+    result = evaluate_run(copy, untrained=True)
+    assert sum(calls) == len(lines) - 20
+    assert sorted((copy / "predictions.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
+    assert [part["rows"] for part in result["splits"].values()] == [part["rows"] for part in scores.values()]
+    calls.clear()
+    evaluate_run(copy, untrained=True)
+    assert calls == []
+    evaluate_run(copy, ["evaluate.limit=3"])  # other examples: nothing is taken over
+    assert sum(calls) == 2 * (18 + 15)
+    calls.clear()
+    manifest = copy / "model" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")  # another model
+    evaluate_run(copy, ["evaluate.limit=3"])
+    assert sum(calls) == 2 * (18 + 15)
+
+
+def test_a_file_of_answers_that_is_not_ours_is_one_line(copy):
+    for text in ("{]\n", "[1]\n"):
+        (copy / "predictions.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"predictions.jsonl:1: not"):
+            evaluate_run(copy)
+    (copy / "predictions.jsonl").write_text('{"format": 0}\n')
+    with pytest.raises(UserError, match="make it again with: unimed evaluate"):
+        read_predictions(copy)
+
+
+def test_the_untrained_row_is_an_option(copy):
+    result = evaluate_run(copy)
+    assert all(list(part["rows"]) == ["majority answer", "image blanked", "trained"] for part in result["splits"].values())
+    assert result["left_out"] == {}
+
+
+def test_a_run_against_itself_differs_by_nothing_and_against_another_by_the_scores(copy, evaluated_run):
+    same = against(copy, evaluated_run)
+    assert set(same["slab"]) == set(RELEASED_TASKS)
+    found = [one for tasks in same.values() for task in tasks.values() for one in task.values() if isinstance(one, dict)]
+    assert all(one == {"difference": 0, "interval": [0, 0]} for one in found)
+    lines = [json.loads(line) for line in (copy / "predictions.jsonl").read_text().splitlines()]
+    examples = {split: answered(part["data"]) for split, part in read_predictions(copy).items()}
+    for line in lines[1:]:
+        if line["row"] == "trained":
+            line["text"] = examples[line["split"]][line["place"]].answer
+    (copy / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = json.loads((evaluated_run / "metrics.json").read_text())["splits"]
+    for split, tasks in against(copy, evaluated_run).items():
+        assert tasks["cls"]["drawn"] == "images"
+        found = tasks["cls"]["accuracy"]
+        assert found["difference"] == pytest.approx(1 - scores[split]["rows"]["trained"]["cls"]["accuracy"])
+        assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    evaluate_run(copy, ["evaluate.limit=3"])
+    with pytest.raises(UserError, match="other examples than"):
+        against(copy, evaluated_run)
+
+
+def example(at, subject="", image="a.png"):
+    return Example(str(at), "cls", "d", "Which: a, b?", "a", image and Path(image), None, None, "t", subject=subject)
+
+
+def test_patients_are_drawn_where_there_are_ten(monkeypatch):
+    assert intervals.groups([example(at, f"p{at % 10}") for at in range(40)])[0] == "patients"
+    assert intervals.groups([example(at, f"p{at % 9}") for at in range(40)])[0] == "images"
+    assert intervals.groups([example(at, f"p{at % 10}" if at else "") for at in range(40)])[0] == "images"
+    assert intervals.groups([example(at, image=None) for at in range(3)])[0] == "questions"
+    assert drawn_by({"drawn": {"vqa": "images", "cls": "patients", "refer": "images"}}) == "over images: vqa, refer; over patients: cls"
+
+
+def test_an_interval_is_as_wide_as_its_groups_are_few():
+    rng = np.random.default_rng(0)
+    each = rng.integers(0, 2, (400, 1)).astype(float)
+    ((low, high),) = intervals.interval(each, list(range(400)))
+    expected = 1.96 * float(each.std()) / 20
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
+    assert low < each.mean() < high
+    each = np.repeat(each[:40], 10, axis=0)  # forty patients, each with ten equal answers
+    ((one, other),) = intervals.interval(each, [at // 10 for at in range(400)])
+    assert other - one > 2.5 * (high - low)
+    assert intervals.interval(each, [at // 10 for at in range(400)]) == [[one, other]]
+
+
+def test_a_score_that_is_no_mean_has_no_interval(monkeypatch):
+    part, texts = [example(at) for at in range(4)], ["a", "b", "a", "a"]
+    assert intervals.singles("cls", part, texts, ["accuracy"])[:, 0].tolist() == [1, 0, 1, 1]
+    monkeypatch.setattr(intervals.metrics, "score", lambda task, given, examples, coco: {"accuracy": float(len(given) > 1)})
+    assert intervals.singles("cls", part, texts, ["accuracy"]) is None

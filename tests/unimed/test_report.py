@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from unimed.errors import UserError
-from unimed.evaluate.run import answered
 from unimed.records.example import Example
 from unimed.report import gallery, plots, report
 from unimed.report.router import RouterHistory, describe
@@ -130,18 +129,22 @@ def test_the_page_shows_what_was_answered_or_says_that_it_cannot(test_only_run, 
     run, root, _ = test_only_run
     copy = tmp_path / "data"
     shutil.copytree(root, copy)
-    stored = json.loads((run / "predictions.json").read_text())
-    stored["test"]["data"]["root"] = str(copy)
     moved = tmp_path / "run"
     shutil.copytree(run, moved)
-    (moved / "predictions.json").write_text(json.dumps(stored))
-    assert [example.id for example in answered(stored["test"]["data"])] == stored["test"]["ids"]
+    path = moved / "predictions.jsonl"
+    path.write_text(path.read_text().replace(json.dumps(str(root)), json.dumps(str(copy))))
+    report.write(moved)
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:-20]))
+    with pytest.raises(UserError, match=r"lacks answers of the 'test' split; finish it with: unimed evaluate"):
+        report.write(moved)
+    path.write_text(whole)
     lines = copy / "medqa" / "questions" / "US" / "test.jsonl"
     lines.write_text(lines.read_text().replace('answer": "', 'answer": "not '))
     with pytest.raises(UserError, match=r"not those that were answered.*unimed evaluate"):
         report.write(moved)
     result = json.loads((moved / "metrics.json").read_text())
-    del result["strict"]
+    del result["splits"]["test"]["intervals"]
     (moved / "metrics.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match=r"older version.*unimed evaluate"):
         report.write(moved)
@@ -160,10 +163,10 @@ def test_subjects_that_training_shows_are_counted(html):
 def test_text_of_a_model_cannot_become_markup(evaluated_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
-    stored = json.loads((run / "predictions.json").read_text())
-    for part in stored.values():
-        part["rows"]["trained"] = ["<script>alert(1)</script>" for _ in part["rows"]["trained"]]
-    (run / "predictions.json").write_text(json.dumps(stored))
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["text"] = "<script>alert(1)</script>"
+    (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report.write(run).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -174,7 +177,7 @@ def test_the_same_run_gives_the_same_page(evaluated_run, html):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("metrics.json", "unimed evaluate"), ("recipe.yaml", "unimed train"), ("predictions.json", "unimed evaluate")]
+    ("name", "words"), [("metrics.json", "unimed evaluate"), ("recipe.yaml", "unimed train"), ("predictions.jsonl", "unimed evaluate")]
 )
 def test_what_is_missing_is_named_with_its_command(evaluated_run, tmp_path, name, words):
     run = tmp_path / "run"

@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, no_bars_of_transformers, nothing, run_folder
+from unimed.errors import UserError
 from unimed.notice import NOTICE
 
 
-def evaluate(run: RunPath, overrides: Overrides = None, device: Device = "auto", verify: Verify = False, strict: Strict = False) -> None:
-    """Score a run on the held-out slabs and the held-out subject, beside answers that need no image.
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    against: Annotated[str | None, typer.Option(help="another run: the difference on the same examples, with its interval")] = None,
+    data: Annotated[Path | None, typer.Option(help="other data: a folder of records, or of a published layout")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="which split; may stand several times")] = None,
+    protocol: Annotated[str | None, typer.Option(help="released or standard; by default the recipe's data and both tables")] = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="add the row of the model before training")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="write the scores here, too")] = None,
+    device: Device = "auto",
+    verify: Verify = False,
+    strict: Strict = False,
+) -> None:
+    """Score a run on held-out data, beside answers that need no image, with 95 % intervals.
 
-    Writes metrics.json and predictions.json into the run.
+    Writes predictions.jsonl and metrics.json into the run. After an interruption the same command goes on.
 
     Examples:
 
       [cyan]unimed evaluate tiny[/]
 
+      [cyan]unimed evaluate tiny --data hospital --split test --json scores.json[/]
+
+      [cyan]unimed evaluate soft --against hard[/]
+
       [cyan]unimed evaluate tiny evaluate.limit=20 'evaluate.splits=[slab]'[/]
     """
-    score(run_folder(run), [*(overrides or []), *["data.strict=true"] * strict], device, verify)
+    from unimed import io
+    from unimed.tasks.protocol import PROTOCOLS
+
+    if protocol not in (None, *PROTOCOLS):
+        raise UserError(f"--protocol {protocol}: it must be {' or '.join(PROTOCOLS)}")
+    changed = [*_data_overrides(data), *([f"evaluate.splits=[{','.join(split)}]"] if split else [])]
+    changed += [*([f"data.protocol={protocol}"] if protocol else []), *(overrides or []), *["data.strict=true"] * strict]
+    folder, other = run_folder(run), run_folder(against) if against else None
+    if other is not None and other.resolve() == folder.resolve():
+        raise UserError(f"--against {against}: it is the run itself")
+    if other is not None:
+        score(other, changed, device, verify, False, protocol)
+    result = score(folder, changed, device, verify, untrained, protocol)
+    if other is not None:
+        from unimed.evaluate.run import against as difference
+
+        result["against"] = {"run": str(other), "splits": difference(folder, other)}
+        _show_difference(result, protocol)
+    if json is not None:
+        io.write_json(json, result)
+        console.print(f"scores: {json}", highlight=False)
+
+
+def _data_overrides(data: Path | None) -> list[str]:
+    """Overrides that put this folder in the place of the run's data."""
+    if data is None:
+        return []
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    if not (data / "dataset.json").is_file():
+        return [f"data.root={data}"]
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", data.resolve().name).lstrip("_-") or "data"
+    return [f"data.sets.{name}.root={data}"]
 
 
 def report(run: RunPath) -> None:
@@ -32,11 +84,18 @@ def report(run: RunPath) -> None:
     write_report(run_folder(run))
 
 
-def score(run: Path, overrides: list[str] | None, device: str = "auto", verify: bool = False) -> None:
+def score(
+    run: Path,
+    overrides: list[str] | None,
+    device: str = "auto",
+    verify: bool = False,
+    untrained: bool = False,
+    protocol: str | None = None,
+) -> dict[str, Any]:
     from rich.table import Table
 
     from unimed.evaluate.evaluate import TRAINED
-    from unimed.evaluate.run import answer_table, evaluate_run, odd_answers
+    from unimed.evaluate.run import answer_table, drawn_by, evaluate_run, interval_cell, odd_answers
     from unimed.tasks import TASKS
 
     no_bars_of_transformers()
@@ -51,8 +110,10 @@ def score(run: Path, overrides: list[str] | None, device: str = "auto", verify: 
             if done == total and not console.is_terminal:
                 console.print(f"evaluation of {split}: {row}, {total} answers", highlight=False)
 
-        result = evaluate_run(run, overrides, show, device, verify)
-    for strict, what in ((False, "headline metric of each task"), (True, "the same answers, scored strictly")):
+        result = evaluate_run(run, overrides, show, device, verify, untrained)
+    tables = ((False, "headline metric of each task"), (True, "the same answers, scored strictly"))
+    shown = [(strict, what) for strict, what in tables if protocol is None or strict == (protocol == "standard")]
+    for strict, what in shown:
         header, lines = answer_table(result, strict)
         table = Table(title=f"{result['run']}: {what} · {NOTICE}")
         for i, text in enumerate(header):
@@ -60,21 +121,49 @@ def score(run: Path, overrides: list[str] | None, device: str = "auto", verify: 
         for split, rows in lines.items():
             table.add_row(f"[italic]{result['splits'][split]['name']}[/]")
             for row in rows:
-                table.add_row(*row, style="bold" if row[0] == TRAINED else None, end_section=row[0] == TRAINED)
+                table.add_row(*row, style="bold" if row[0] == TRAINED else None)
+            part, metrics = result["splits"][split], result["strict" if strict else "headline"]
+            cells = [interval_cell(part, TRAINED, task, metrics[task]) for task in (name.partition("\n")[0] for name in header[1:])]
+            table.add_row("  95 % interval", *cells, style="dim", end_section=True)
         console.print(table)
         for name in header[1:]:
             task = name.partition("\n")[0]
             console.print(f"{' '.join(name.split())}: {TASKS[task].nature[strict]}", style="dim", highlight=False, soft_wrap=True)
+    for part in result["splits"].values():
+        console.print(f"{part['name']}: intervals by bootstrap {drawn_by(part)}", style="dim", highlight=False, soft_wrap=True)
     for row, reason in result["left_out"].items():
         console.print(f"{row}: left out ({reason})", style="yellow", highlight=False, soft_wrap=True)
     for part in result["splits"].values():
-        for better, how in ((part["better"], ""), (part["better_strict"], "scored strictly, ")):
+        verdicts = ((False, part["better"], ""), (True, part["better_strict"], "scored strictly, "))
+        for better, how in [(better, how) for strict, better, how in verdicts if protocol is None or strict == (protocol == "standard")]:
             good = [task for task, is_better in better.items() if is_better]
             count = f"{len(good)} of {len(better)} tasks: {', '.join(good) or 'none'}"
             console.print(f"{part['name']}: {how}better than the baselines on {count}", highlight=False, soft_wrap=True)
         odd = [f"{task} {count} {kind}" for task, kinds in odd_answers(part, TRAINED).items() for kind, count in kinds.items()]
         console.print(f"{part['name']}: answers that are not simply one: {', '.join(odd) or 'none'}", highlight=False, soft_wrap=True)
     _show_gates(run)
+    return result
+
+
+def _show_difference(result: dict[str, Any], protocol: str | None) -> None:
+    from rich.table import Table
+
+    for strict in (False, True):
+        if protocol is not None and strict != (protocol == "standard"):
+            continue
+        metrics = result["strict" if strict else "headline"]
+        table = Table(title=f"{result['run']} less {result['against']['run']}, on the same examples{', scored strictly' * strict}")
+        for text in ("split", "task", "difference", "95 % interval", "bootstrap over"):
+            table.add_column(text, no_wrap=True)
+        for split, tasks in result["against"]["splits"].items():
+            for task, found in tasks.items():
+                one = found[metrics[task]]
+                low, high = one["interval"]
+                clear = "bold" if low > 0 or high < 0 else None
+                name = result["splits"][split]["name"]
+                table.add_row(name, task, f"{one['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", found["drawn"], style=clear)
+        console.print(table)
+    console.print("bold: the interval leaves out zero", style="dim", highlight=False)
 
 
 def _show_gates(run: Path) -> None:

@@ -79,7 +79,7 @@ def demo(
     _may_replace(run, overwrite)
     build(Path(loaded.data.root))
     _train(loaded, run, resume=False, overwrite=True, command="demo")
-    score(run, None)
+    score(run, None, untrained=True)
     write_report(run)
     console.print(f"demo: {(time.perf_counter() - start) / 60:.1f} minutes in all", highlight=False)
 

@@ -6,13 +6,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from unimed.inference.session import Session
 from unimed.records.example import Example
 from unimed.tasks import TASKS, metrics
+from unimed.tasks import protocol as protocols
 from unimed.tasks.baselines import MajorityAnswers
-from unimed.tasks.protocol import RELEASED, Protocol
+
+
+class Store(Protocol):
+    """Keeps the answers of one split by row and place."""
+
+    def there(self, row: str) -> dict[int, str]: ...
+    def add(self, row: str, places: Sequence[int], examples: Sequence[Example], texts: Sequence[str]) -> None: ...
+
 
 UNTRAINED, MAJORITY, BLANKED, TRAINED = ROWS = ("untrained", "majority answer", "image blanked", "trained")
 
@@ -56,28 +64,39 @@ def _quiet_programs() -> Iterator[None]:
         os.close(kept)
 
 
-def evaluate(
+def _answers(
     session: Session,
     examples: Sequence[Example],
-    batch_size: int = 40,
-    blank_images: bool = False,
-    progress: Callable[[int], None] | None = None,
-    max_new_tokens: int = 100,
-) -> dict[str, Any]:
-    """{"metrics": {task: {name: value}}, "predictions": [...]}, predictions in the order of the examples."""
-    predictions = _answers(session, examples, batch_size, max_new_tokens, blank_images, progress)
-    return {"metrics": score(examples, predictions), "predictions": predictions}
+    row: str,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: Callable[[str, int], None] | None,
+    store: Store | None,
+) -> list[str | None]:
+    """The answers in the order of the examples, made task by task: prompts of one task are about equally long, with little padding.
 
-
-def _answers(session: Session, examples: Sequence[Example], *settings: Any) -> list[str]:
-    """The answers in the order of the examples, task by task: prompts of one task are about equally long, with little padding."""
-    found = [""] * len(examples)
+    With blanked images, examples without an image have None.
+    """
+    blank = row == BLANKED
+    found: dict[int, str] = dict(store.there(row)) if store else {}
+    if found and progress:
+        progress(row, len(found))
     for task in by_task(examples):
-        places = [place for place, example in enumerate(examples) if example.task == task]
-        made = session.generate([examples[place] for place in places], *settings)
-        for place, one in zip(places, made, strict=True):
-            found[place] = one.text
-    return found
+        places = [
+            place
+            for place, example in enumerate(examples)
+            if example.task == task and place not in found and not (blank and example.image is None)
+        ]
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            part = [examples[place] for place in batch]
+            texts = [one.text for one in session.generate(part, batch_size, max_new_tokens, blank)]
+            found |= dict(zip(batch, texts, strict=True))
+            if store:
+                store.add(row, batch, part, texts)
+            if progress:
+                progress(row, len(batch))
+    return [found.get(place) for place in range(len(examples))]
 
 
 def compare(
@@ -88,30 +107,28 @@ def compare(
     batch_size: int = 40,
     max_new_tokens: int = 100,
     progress: Callable[[str, int], None] | None = None,
+    store: Store | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Row name -> {"metrics", "predictions"} on the held-out examples, for the rows of the table.
 
-    Without an untrained model its row is left out. The majority answers are missing for tasks that the training examples lack.
+    Without an untrained model its row is left out. The majority answers are missing for tasks that the training examples lack. Answers
+    that ``store`` has are not made again, and new ones go there. ``progress`` gets a row and the number of its examples just answered.
     """
-
-    def run(row: str, session: Session, blank_images: bool, examples: Sequence[Example]) -> list[str]:
-        report = (lambda count: progress(row, count)) if progress else None
-        return _answers(session, examples, batch_size, max_new_tokens, blank_images, report)
-
+    settings = (batch_size, max_new_tokens, progress, store)
     majority = MajorityAnswers.fit(train_examples)
     rows: dict[str, Sequence[str | None]] = {}
     if untrained is not None:
-        rows[UNTRAINED] = run(UNTRAINED, untrained, False, held_out)
+        rows[UNTRAINED] = _answers(untrained, held_out, UNTRAINED, *settings)
     rows[MAJORITY] = [majority.predict(example) if example.task in majority.tasks else None for example in held_out]
-    trained_answers = rows[TRAINED] = run(TRAINED, trained, False, held_out)
-    with_image = [example for example in held_out if example.image is not None]
-    blind = iter(run(BLANKED, trained, True, with_image))
+    rows[TRAINED] = _answers(trained, held_out, TRAINED, *settings)
+    blind = _answers(trained, held_out, BLANKED, *settings)
     # A question without an image has the same answer with the image blanked.
-    rows[BLANKED] = [text if example.image is None else next(blind) for example, text in zip(held_out, trained_answers, strict=True)]
+    pairs = zip(held_out, blind, rows[TRAINED], strict=True)
+    rows[BLANKED] = [seen if example.image is None else unseen for example, unseen, seen in pairs]
     return {row: {"metrics": score(held_out, rows[row]), "predictions": rows[row]} for row in ROWS if row in rows}
 
 
-def verdict(rows: dict[str, dict[str, Any]], protocol: Protocol = RELEASED) -> dict[str, bool]:
+def verdict(rows: dict[str, dict[str, Any]], protocol: protocols.Protocol = protocols.RELEASED) -> dict[str, bool]:
     """Task -> whether the trained model's metric beats the majority answers and, for a task with images, its own on black images.
 
     A task without majority answers has no verdict.

@@ -10,8 +10,9 @@ from typing import Any
 
 from unimed import io
 from unimed.errors import NoExamples, UserError
-from unimed.evaluate import evaluate
-from unimed.evaluate.evaluate import BLANKED, MAJORITY
+from unimed.evaluate import evaluate, intervals
+from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
+from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions, fingerprint, read_predictions
 from unimed.inference.files import RECIPE_FILE
 from unimed.inference.session import Session, load
 from unimed.notice import NOTICE
@@ -22,7 +23,7 @@ from unimed.train import config as recipes
 from unimed.train import machine
 from unimed.train import run as training
 
-METRICS_FILE, PREDICTIONS_FILE = "metrics.json", "predictions.json"
+METRICS_FILE = "metrics.json"
 SAMPLE_FILE = "sample.json"  # stands at the root of the built-in sample, and of nothing else
 SPLIT_NAMES = {
     "train": "training split",
@@ -51,11 +52,13 @@ def evaluate_run(
     progress: Callable[[str, str, int, int], None] | None = None,
     device: str = "auto",
     verify: bool = False,
+    untrained: bool = False,
 ) -> dict[str, Any]:
-    """Writes metrics.json and predictions.json of a trained run and returns the former.
+    """Writes predictions.jsonl and metrics.json of a trained run and returns the latter.
 
-    `overrides` change what is evaluated (`evaluate.limit=20`, `data.root=...`); both files say on what. `progress` gets the split's name,
-    row, examples done and their number. `device` and `verify` as in `unimed.load`.
+    `overrides` change what is evaluated (`evaluate.limit=20`, `data.root=...`); both files say on what. Answers of an earlier call that
+    was interrupted are kept. `progress` gets the split's name, row, examples done and their number. `untrained` adds the row of the model
+    before training. `device` and `verify` as in `unimed.load`.
     """
     if not (run / RECIPE_FILE).is_file():
         raise UserError(f"{run}: not a run of unimed (no {RECIPE_FILE}); train one with: unimed train tiny")
@@ -65,20 +68,30 @@ def evaluate_run(
 
         torch.set_num_threads(recipe.train.threads)
     settings = recipe.evaluate
-    data = dataclasses.asdict(recipe.data)
     held_out = {split: _held_out(recipe, split) for split in settings.splits}
-    seen, untrained, left_out = _before_training(stored)
+    seen = _trained_on(stored)
+    before, left_out = _before_training(stored, seen) if untrained else (None, {})
     majority = seen if recipe.data == stored.data and seen else _some(recipe, "train")
     trained = load(run, device, verify=verify)
-    if untrained is not None:
-        untrained = Session(*untrained, trained.device, trained.dtype)
+    where = {"device": trained.device.type, "dtype": str(trained.dtype).removeprefix("torch.")}
+    if before is not None:
+        before = Session(*before, trained.device, trained.dtype)
+    about = {
+        "model": fingerprint(run),
+        "data": dataclasses.asdict(recipe.data),
+        "splits": {split: {"limit": settings.limit, "sha256": digest(examples)} for split, examples in held_out.items()},
+        "max_new_tokens": settings.max_new_tokens,
+        **where,
+    }
+    answers = Predictions(run / PREDICTIONS_FILE, about)
     splits: dict[str, Any] = {}
-    predictions: dict[str, Any] = {}
     for split, examples in held_out.items():
         name = split_name(recipe.data, split)
         report = _counter(progress, name, len(examples), sum(example.image is not None for example in examples))
         start = time.perf_counter()
-        rows = evaluate.compare(untrained, trained, majority, examples, settings.batch_size, settings.max_new_tokens, report)
+        store = _SplitStore(answers, split)
+        rows = evaluate.compare(before, trained, majority, examples, settings.batch_size, settings.max_new_tokens, report, store)
+        found, drawn = _intervals(examples, {row: one["predictions"] for row, one in rows.items()})
         splits[split] = {
             "name": name,
             "counts": {task: len(found) for task, found in evaluate.by_task(examples).items()},
@@ -87,11 +100,8 @@ def evaluate_run(
             "seconds": round(time.perf_counter() - start, 1),
             "facts": _facts(seen, examples),
             "rows": {row: rows[row]["metrics"] for row in rows},
-        }
-        predictions[split] = {
-            "data": {**data, "split": split, "limit": settings.limit, "sha256": digest(examples)},
-            "ids": [example.id for example in examples],
-            "rows": {row: rows[row]["predictions"] for row in rows},
+            "drawn": drawn,
+            "intervals": found,
         }
     asked = evaluate.by_task([example for examples in held_out.values() for example in examples])
     result = {
@@ -100,14 +110,74 @@ def evaluate_run(
         "seed": recipe.train.seed,
         "headline": RELEASED.metrics(asked),
         "strict": STANDARD.metrics(asked),
-        "data": {"root": recipe.data.where, "sample": is_sample(recipe.data)},
+        "data": {"root": recipe.data.where, "sample": is_sample(recipe.data), "protocol": recipe.data.protocol},
         "evaluate": dataclasses.asdict(settings),
         "left_out": left_out,
-        "machine": machine.describe() | {"device": str(trained.device), "dtype": str(trained.dtype).removeprefix("torch.")},
+        "machine": machine.describe() | {**where, "device": str(trained.device)},
         "splits": splits,
     }
-    io.write_json(run / PREDICTIONS_FILE, predictions)
     io.write_json(run / METRICS_FILE, result)
+    return result
+
+
+@dataclasses.dataclass
+class _SplitStore:
+    """The part of the file of answers that holds one split."""
+
+    answers: Predictions
+    split: str
+
+    def there(self, row: str) -> dict[int, str]:
+        return self.answers.there(self.split, row)
+
+    def add(self, row: str, places: Sequence[int], examples: Sequence[Example], texts: Sequence[str]) -> None:
+        self.answers.add(self.split, row, places, examples, texts)
+
+
+def _table_metrics(task: str) -> list[str]:
+    """The metrics of a task that tables show: headline and strict."""
+    return list(dict.fromkeys((TASKS[task].headline, TASKS[task].strict)))
+
+
+def _intervals(examples: Sequence[Example], rows: dict[str, Sequence[str | None]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Row -> task -> metric -> [lowest, highest], and for each task what was drawn."""
+    found: dict[str, Any] = {row: {} for row in rows}
+    drawn: dict[str, str] = {}
+    for task in evaluate.by_task(examples):
+        places = [place for place, example in enumerate(examples) if example.task == task]
+        part, names = [examples[place] for place in places], _table_metrics(task)
+        drawn[task], members = intervals.groups(part)
+        for row, given in rows.items():
+            texts = [text for place in places if (text := given[place]) is not None]
+            each = intervals.singles(task, part, texts, names) if len(texts) == len(part) else None
+            if each is not None:
+                found[row][task] = dict(zip(names, intervals.interval(each, members), strict=True))
+    return found, drawn
+
+
+def against(run: Path, other: Path) -> dict[str, Any]:
+    """Split -> task -> metric -> the trained row of `run` less that of `other`, with its interval, paired by example.
+
+    Both runs must have been evaluated on the same examples.
+    """
+    ours, theirs = read_predictions(run), read_predictions(other)
+    result: dict[str, Any] = {}
+    for split, part in ours.items():
+        if theirs.get(split, {}).get("data", {}).get("sha256") != part["data"]["sha256"]:
+            raise UserError(f"{other}: its {split!r} split has other examples than {run}; evaluate both on the same data")
+        examples = answered(part["data"])
+        result[split] = {}
+        for task in evaluate.by_task(examples):
+            places = [place for place, example in enumerate(examples) if example.task == task]
+            asked, names = [examples[place] for place in places], _table_metrics(task)
+            texts = [[one["rows"][TRAINED][place] for place in places] for one in (part, theirs[split])]
+            each = [intervals.singles(task, asked, one, names) for one in texts]
+            if each[0] is None or each[1] is None:
+                continue
+            less = each[0] - each[1]
+            drawn, members = intervals.groups(asked)
+            for name, value, ends in zip(names, less.mean(0), intervals.interval(less, members), strict=True):
+                result[split].setdefault(task, {"drawn": drawn})[name] = {"difference": float(value), "interval": ends}
     return result
 
 
@@ -130,7 +200,7 @@ def _some(recipe: recipes.Recipe, split: str) -> list[Example]:
 
 
 def answered(spec: dict[str, Any]) -> list[Example]:
-    """The examples of one split that predictions.json answers, read again from where they were; a UserError when they are others now."""
+    """The examples of one split that predictions.jsonl answers, read again from where they were; a UserError when they are others now."""
     names = {item.name for item in dataclasses.fields(recipes.Data)}
     sets = {name: recipes.DataSet(**one) for name, one in spec.get("sets", {}).items()}
     recipe = recipes.Recipe(data=recipes.Data(**{**{name: value for name, value in spec.items() if name in names}, "sets": sets}))
@@ -141,14 +211,20 @@ def answered(spec: dict[str, Any]) -> list[Example]:
     return found
 
 
-def _before_training(stored: recipes.Recipe) -> tuple[list[Example], Any, dict[str, str]]:
-    """What the run was trained on and its model before that; where they cannot be had any more, the reason, by row."""
-    seen: list[Example] = []
+def _trained_on(stored: recipes.Recipe) -> list[Example]:
+    """What the run was trained on; nothing where it is not there any more."""
     try:
-        seen = training.examples(stored, "train")
-        return seen, training.build(stored, seen), {}
+        return training.examples(stored, "train")
+    except UserError:
+        return []
+
+
+def _before_training(stored: recipes.Recipe, seen: Sequence[Example]) -> tuple[Any, dict[str, str]]:
+    """The model of the run before training; where it cannot be had any more, the reason, by row."""
+    try:
+        return training.build(stored, seen or training.examples(stored, "train")), {}
     except UserError as error:
-        return seen, None, {evaluate.UNTRAINED: str(error)}
+        return None, {evaluate.UNTRAINED: str(error)}
 
 
 def _facts(seen: Sequence[Example], examples: Sequence[Example]) -> dict[str, Any]:
@@ -195,6 +271,20 @@ def cell(part: dict[str, Any], row: str, task: str, metric: str) -> str:
     if scores:
         return f"{scores[metric]:.3f}"
     return "not fitted" if row == MAJORITY and task in part["counts"] else "–"
+
+
+def interval_cell(part: dict[str, Any], row: str, task: str, metric: str) -> str:
+    """The interval of one value of the table as text; "" where there is none."""
+    ends = part["intervals"].get(row, {}).get(task, {}).get(metric)
+    return f"{ends[0]:.2f}–{ends[1]:.2f}" if ends else ""
+
+
+def drawn_by(part: dict[str, Any]) -> str:
+    """What the intervals of a split were drawn over, in a few words."""
+    by_kind: dict[str, list[str]] = {}
+    for task, kind in part["drawn"].items():
+        by_kind.setdefault(kind, []).append(task)
+    return "; ".join(f"over {kind}: {', '.join(tasks)}" for kind, tasks in by_kind.items())
 
 
 def odd_answers(part: dict[str, Any], row: str) -> dict[str, dict[str, int]]:

@@ -11,7 +11,8 @@ from typing import Any
 from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
-from unimed.evaluate.run import METRICS_FILE, PREDICTIONS_FILE, answered, cell, odd_answers
+from unimed.evaluate.predictions import PREDICTIONS_FILE, read_predictions
+from unimed.evaluate.run import METRICS_FILE, answered, cell, odd_answers
 from unimed.inference.files import RECIPE_FILE, RUN_FILE
 from unimed.records.example import Example
 from unimed.records.pixels import load_image
@@ -45,11 +46,9 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     say = progress or (lambda text: None)
     recipe = recipes.load(run / RECIPE_FILE)
     record, result = io.read_json(run / RUN_FILE), io.read_json(run / METRICS_FILE)
-    predictions = io.read_json(run / PREDICTIONS_FILE)
-    if "strict" not in result or not all("data" in part for part in predictions.values()):
-        raise UserError(
-            f"{run}: {METRICS_FILE} and {PREDICTIONS_FILE} are of an older version; make them again with: unimed evaluate {run}"
-        )
+    predictions = read_predictions(run)
+    if "intervals" not in next(iter(result.get("splits", {}).values()), {}):
+        raise UserError(f"{run}: {METRICS_FILE} is of an older version; make it again with: unimed evaluate {run}")
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     history = io.read_json(run / ROUTER_FILE)
     say("plots")
@@ -57,7 +56,10 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     for split in result["splits"]:
         name = result["splits"][split]["name"]
         say(f"images of the {name}")
-        examples, given = answered(predictions[split]["data"]), predictions[split]["rows"][TRAINED]
+        examples, by_place = answered(predictions[split]["data"]), predictions[split]["rows"].get(TRAINED, {})
+        if set(by_place) != set(range(len(examples))):
+            raise UserError(f"{run}: {PREDICTIONS_FILE} lacks answers of the {split!r} split; finish it with: unimed evaluate {run}")
+        given = [by_place[place] for place in range(len(examples))]
         if any(task_of(example).box == "answer" for example in examples):
             sections.append((f"boxes-{split}", f"Boxes: {name}", _boxes(examples, given, result["data"]["sample"])))
         text = lead("One right and one wrong answer for each task, chosen by the size of the image so that there is something to see.")
