@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any
 from unimed.notice import INSTALL, NOTICE
 
 if TYPE_CHECKING:
+    from unimed.datasets import DATASETS
     from unimed.inference.request import Answer, Request
     from unimed.inference.session import Session, load
     from unimed.records.box import Box
     from unimed.records.record import Record
     from unimed.tasks import TASKS
 
-__all__ = ["INSTALL", "NOTICE", "TASKS", "Answer", "Box", "Record", "Request", "Session", "load"]
+__all__ = ["DATASETS", "INSTALL", "NOTICE", "TASKS", "Answer", "Box", "Record", "Request", "Session", "load"]
 
 _PLACES = {
     "Answer": "unimed.inference.request",
     "Box": "unimed.records.box",
+    "DATASETS": "unimed.datasets",
     "Record": "unimed.records.record",
     "Request": "unimed.inference.request",
     "Session": "unimed.inference.session",

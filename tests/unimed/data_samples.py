@@ -129,7 +129,21 @@ def medmnist(root, name="organsmnist_28", labels=((4,), (5,), (10,))):
     return root
 
 
+VQA_RAD = [
+    {"qid": 0, "image_name": "a.jpg", "question": "Is it  normal?", "answer": "No", "answer_type": "CLOSED ", "phrase_type": "freeform"},
+    {"qid": 1, "image_name": "a.jpg", "question": "How many?", "answer": 4, "answer_type": "OPEN", "phrase_type": "test_freeform"},
+    {"qid": 2, "image_name": "b.jpg", "question": "Where?", "answer": "Left", "answer_type": "OPEN", "phrase_type": "para"},
+]
+
+
+def vqa_rad(root, rows=VQA_RAD):
+    picture(root / "VQA_RAD Image Folder" / "a.jpg")
+    picture(root / "VQA_RAD Image Folder" / "b.jpg", (30, 20))
+    write(root / "VQA_RAD Dataset Public.json", rows)
+    return root
+
+
 LAYOUTS = {
-    "slake": slake, "published slake": published_slake, "sa-med2d": sa_med2d, "path-vqa": path_vqa, "reports": reports, "medpix": medpix,
-    "medqa": medqa, "pubmedqa": pubmedqa, "medmnist": medmnist,
+    "slake": slake, "published slake": published_slake, "sa-med2d": sa_med2d, "path-vqa": path_vqa, "mimic-cxr": reports, "medpix": medpix,
+    "medqa": medqa, "pubmedqa": pubmedqa, "medmnist": medmnist, "vqa-rad": vqa_rad,
 }  # fmt: skip

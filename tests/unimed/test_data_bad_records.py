@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.datasets import load, load_examples
+from unimed.datasets import DATASETS, load_examples
+from unimed.datasets.items import read_items
 from unimed.errors import UserError
 from unimed.io import inside
 from unimed.records.box import clip
@@ -318,7 +319,7 @@ def test_two_folders_of_one_layout_have_names_and_ids_of_their_own(tmp_path):
     medmnist(tmp_path / "west", "pneumoniamnist", ((0,), (1,)))
     found = load_examples(tmp_path, "train")
     names = {example.dataset for example in found}
-    assert names == {"north", "south", "medqa-reports", "medqa", "north-organsmnist_28", "south-organsmnist_28", "pneumoniamnist"}
+    assert names == {"north", "south", "medqa-mimic-cxr", "medqa", "north-organsmnist_28", "south-organsmnist_28", "pneumoniamnist"}
     assert len({example.id for example in found}) == len(found)
     assert all(example.id.startswith(f"{example.dataset}/") for example in found)
     captions = [example for example in found if example.task == "caption"]
@@ -426,7 +427,7 @@ def _mutated(value, draw):
 @given(st.data())
 def test_mutated_data_ends_in_a_count_or_in_one_line(data):
     name = data.draw(st.sampled_from(sorted(data_samples.LAYOUTS)))
-    layout = next(layout for layout in load.LAYOUTS if layout.name in name)
+    layout = next(layout for layout in DATASETS.values() if layout.name in name)
     with tempfile.TemporaryDirectory() as folder:
         root = data_samples.LAYOUTS[name](Path(folder))
         path = data.draw(st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file())))
@@ -444,7 +445,7 @@ def test_mutated_data_ends_in_a_count_or_in_one_line(data):
         tally = Tally(layout.name, root, "train")
         message, found = "", []
         try:
-            found = layout.read(tally)
+            found = read_items(layout, tally)
         except UserError as error:
             message = str(error)
         assert "\n" not in message

@@ -101,7 +101,7 @@ def test_r2gen_annotation(tmp_path, folder, caplog):
     ]
     write(tmp_path / "annotation.json", {"train": records, "val": [], "test": records[:1]})
     (only,) = load_examples(tmp_path, "train")
-    assert "reports (train): 1 of 2 records left out: 1 with a missing image (first: annotation.json: train[1]" in caplog.text
+    assert "mimic-cxr (train): 1 of 2 records left out: 1 with a missing image (first: annotation.json: train[1]" in caplog.text
     assert (only.task, only.dataset, only.subject, only.question) == ("caption", "mimic-cxr", "10", "")
     assert only.answer.startswith("Heart normal. word")
     assert len(only.answer.split()) == 50

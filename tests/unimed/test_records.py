@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.datasets import load_examples
-from unimed.datasets.records import read_examples
+from unimed.datasets import DATASETS, load_examples
+from unimed.datasets.items import read_items
 from unimed.errors import UserError
 from unimed.records import convert, jsonl
 from unimed.records.imports import import_rows, splits
@@ -529,7 +529,7 @@ def test_mutated_records_end_in_a_count_or_in_one_line(data):
             text = _flipped((json.dumps(ONE) + "\n").encode() * 2, data.draw(st.integers(0, 10**6)))
         (root / "records-00000.jsonl").write_bytes(text)
         tally = Tally("mine", root, "train")
-        found, error = attempt(lambda: read_examples(tally))
+        found, error = attempt(lambda: read_items(DATASETS["records"], tally))
         if error is not None:
             assert "\n" not in error
             return

@@ -2,51 +2,19 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from unimed.datasets import medmnist, reports, slake, textqa
-from unimed.datasets import records as record_examples
+from unimed.datasets.items import read_items
+from unimed.datasets.spec import DATASETS, DatasetSpec
 from unimed.errors import NoExamples, UserError
-from unimed.records import jsonl
 from unimed.records.example import Example
 from unimed.records.policy import Rules, Tally, log
 from unimed.tasks import RELEASED_TASKS, TASKS
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
-
-
-class Layout(NamedTuple):
-    """A form of data sets.
-
-    certain: the files that `matches` looks for are of no other form, so a folder without one good record is an error.
-    names: what the data sets of a folder are called, where that is not the layout's name.
-    """
-
-    name: str
-    description: str
-    matches: Callable[[Path], bool]
-    read: Callable[[Tally], list[Example]]
-    certain: bool = True
-    names: Callable[[Path], list[str]] | None = None
-
-
-LAYOUTS = (
-    Layout(
-        "records", "records (dataset.json, records-*.jsonl)", jsonl.is_records, record_examples.read_examples, names=record_examples.names
-    ),
-    Layout("slake", "SLAKE (imgs/, train.json or train.txt)", slake.is_slake, slake.read_slake),
-    Layout("sa-med2d", "SA-Med2D (regions_small_*/, images_small_*/)", slake.is_sa_med2d, slake.read_sa_med2d),
-    Layout("path-vqa", "Path-VQA (<split>_vqa.json or .pkl, images/)", slake.is_path_vqa, slake.read_path_vqa),
-    Layout("medmnist", "MedMNIST (*.npz)", medmnist.is_medmnist, medmnist.read_medmnist, False, medmnist.archives),
-    Layout("reports", "reports (annotation.json, images/ or files/)", reports.is_annotated, reports.read_annotated),
-    Layout("medpix", "MedPix (MedPix_single_<split>.csv)", reports.is_medpix, reports.read_medpix),
-    Layout("medqa", "MedQA (questions/US/*.jsonl)", textqa.is_medqa, textqa.read_medqa),
-    Layout("pubmedqa", "PubMedQA (ori_pqal.json or <split>_set.json)", textqa.is_pubmedqa, textqa.read_pubmedqa),
-)
 
 
 def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Example]:
@@ -63,16 +31,16 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, ru
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
-    found = [(layout, folder) for folder in folders for layout in LAYOUTS if layout.matches(folder)]
+    found = [(layout, folder) for folder in folders for layout in DATASETS.values() if layout.matches(folder)]
     if not found and split in SPLITS:
-        known = "; ".join(layout.description for layout in LAYOUTS)
+        known = "; ".join(layout.files for layout in DATASETS.values())
         raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
     names = _names(found)
     tallies = []
     examples: list[Example] = []
     for (layout, folder), name in zip(found, names, strict=True) if SPLIT.fullmatch(split) else ():
         tally = Tally(name or layout.name, folder, SPLITS.get(split, split), rules or Rules(), name)
-        read = layout.read(tally)
+        read = read_items(layout, tally)
         if layout.certain:
             tally.close(len(read))
         tallies.append(tally)
@@ -91,20 +59,19 @@ def load_set(
     name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None
 ) -> list[Example]:
     """All examples of a split of the one data set in the folder ``root``, whose layout is known and whose examples carry ``name``."""
-    by_name = {one.name: one for one in LAYOUTS}
-    if layout not in by_name:
-        raise UserError(f"data.sets.{name}.layout={layout!r}: no such layout; known are {', '.join(by_name)}")
+    if layout not in DATASETS:
+        raise UserError(f"data.sets.{name}.layout={layout!r}: no such layout; known are {', '.join(DATASETS)}")
     if not root.is_dir():
         raise UserError(f"data.sets.{name}.root={root}: no such folder")
-    if not by_name[layout].matches(root):
-        raise UserError(f"data.sets.{name}.root={root}: not a folder of the layout {by_name[layout].description}")
+    if not DATASETS[layout].matches(root):
+        raise UserError(f"data.sets.{name}.root={root}: not a folder of the layout {DATASETS[layout].files}")
     tally = Tally(name, root, SPLITS.get(split, split), rules or Rules(), name)
-    examples = by_name[layout].read(tally)
+    examples = read_items(DATASETS[layout], tally)
     tally.close(len(examples))
     return _of_tasks(_one_of_each_id(examples), tasks)
 
 
-def _names(found: Sequence[tuple[Layout, Path]]) -> list[str]:
+def _names(found: Sequence[tuple[DatasetSpec, Path]]) -> list[str]:
     """The folder's name where another folder has a data set of the same name; else "", for the layout's own."""
     own = [layout.names(folder) if layout.names else [layout.name] for layout, folder in found]
     often = Counter(name for names in own for name in names)

@@ -4,16 +4,17 @@ Images are [N, H, W], [N, H, W, 1] or [N, H, W, 3]; of volumes, [N, D, H, W], th
 an image, or [N, classes] of zeros and ones, any number of findings an image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from unimed.records import files as records
-from unimed.records.example import Example
+from unimed.datasets.spec import DatasetSpec
+from unimed.records import files
 from unimed.records.policy import BadRecord, Tally
-from unimed.records.text import clean
+from unimed.records.record import ImageRef, Label, Labels, Record, made
+from unimed.records.source import Source
 
 _ORGANS = (
     "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right", "pancreas",
@@ -82,7 +83,6 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "vesselmnist3d": ("vessel", ("healthy vessel", "aneurysm")),
     "synapsemnist3d": ("synapse", ("inhibitory synapse", "excitatory synapse")),
 }  # fmt: skip
-NOTHING = "no finding"
 
 
 class Classes(NamedTuple):
@@ -99,18 +99,7 @@ def class_name(name: str) -> str:
     return f"{side} {part}" if part and side in ("left", "right") else name
 
 
-def class_list(names: Sequence[str]) -> str:
-    """The names, with semicolons where one of them holds a comma."""
-    return ("; " if any("," in name for name in names) else ", ").join(names)
-
-
-def class_question(what: str, names: Sequence[str], several: bool = False) -> str:
-    """The question that lists the classes, of which one or several are right."""
-    listed = class_list(names)
-    return f"Which {what}s are in the image: {listed}, or {NOTHING}?" if several else f"Which {what} is in the image: {listed}?"
-
-
-def is_medmnist(folder: Path) -> bool:
+def matches(folder: Path) -> bool:
     """Any .npz file."""
     return any(folder.glob("*.npz"))
 
@@ -120,19 +109,17 @@ def archives(folder: Path) -> list[str]:
     return [path.stem for path in sorted(folder.glob("*.npz"))]
 
 
-def read_medmnist(tally: Tally) -> list[Example]:
+def read(source: Source) -> Iterator[tuple[str, Record]]:
     """All archives of the folder, one after the other. One that cannot be used is left out, its images are counted."""
-    examples: list[Example] = []
-    for path in sorted(tally.folder.glob("*.npz")):
+    for path in sorted(source.folder.glob("*.npz")):
         images = 1  # of an archive that cannot even be opened
         try:
-            arrays = _arrays(path, tally.split)
+            arrays = _arrays(path, source.split)
             if arrays is not None:
                 images = arrays[0].shape[0] if arrays[0].ndim else 1
-                examples += _examples(tally, path, *arrays, _classes(path, tally.split))
+                yield from _records(source, path, *arrays, _classes(path, source.split))
         except BadRecord as error:
-            tally.leave_out(error, images)
-    return examples
+            source.tally.leave_out(error, images)
 
 
 def _arrays(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -157,16 +144,16 @@ def _classes(path: Path, split: str) -> Classes:
     """Class names from `<name>.json` beside the archive, else from the known sets by the file's name (`organsmnist_224.npz`)."""
     beside = path.with_suffix(".json")
     if beside.is_file():
-        table = records.read_json(beside, dict)
-        label = records.field(table, "label", str(beside), dict)
+        table = files.read_json(beside, dict)
+        label = files.field(table, "label", str(beside), dict)
         if not label or set(label) != {str(i) for i in range(len(label))}:
             raise _wrong_names(f"{beside}: label keys {', '.join(label)}, expected 0 to {len(label) - 1}")
         subjects = table.get("subjects") or {}
         of_split = (subjects.get(split) or []) if isinstance(subjects, dict) else None
         if not isinstance(of_split, list):
-            raise _wrong_names(f"{beside}: subjects are {records.short(subjects)}, expected a list for each split")
-        names = [class_name(records.name(label[str(i)])) for i in range(len(label))]
-        return Classes(records.name(table.get("what", "class")), names, [records.name(subject) for subject in of_split])
+            raise _wrong_names(f"{beside}: subjects are {files.short(subjects)}, expected a list for each split")
+        names = [class_name(files.name(label[str(i)])) for i in range(len(label))]
+        return Classes(files.name(table.get("what", "class")), names, [files.name(subject) for subject in of_split])
     known = KNOWN.get(path.stem.split("_")[0])
     if known is None:
         expected = f'put {{"label": {{"0": "name", ...}}}} in {beside.name}'
@@ -180,10 +167,11 @@ def _wrong_names(message: str) -> BadRecord:
     return BadRecord("in an archive with wrong class names", message)
 
 
-def _examples(tally: Tally, path: Path, images: np.ndarray, labels: np.ndarray, classes: Classes) -> Iterator[Example]:
-    split, dataset = tally.split, f"{tally.folder_name}-{path.stem}" if tally.folder_name else path.stem
+def _records(source: Source, path: Path, images: np.ndarray, labels: np.ndarray, classes: Classes) -> Iterator[tuple[str, Record]]:
+    split, dataset = source.split, files.name(path.stem)
+    called = f"{source.tally.folder_name}-{dataset}" if source.tally.folder_name else dataset
     what, names, subjects = classes
-    images = _slices(tally, path, images)
+    images = _slices(source.tally, path, images)
     several = labels.ndim == 2 and labels.shape[1] > 1
     shape = (len(images), len(names)) if several else (len(images), 1)
     if labels.shape not in (shape, shape[:1]) or labels.dtype.kind not in "iub":
@@ -191,24 +179,29 @@ def _examples(tally: Tally, path: Path, images: np.ndarray, labels: np.ndarray, 
         raise BadRecord("in an archive of another form", f"{path}: {split}_labels is {labels.dtype} {labels.shape}, expected {wanted}")
     if subjects and len(subjects) != len(images):
         raise _wrong_names(f"{path.with_suffix('.json')}: {len(subjects)} subjects for {len(images)} images of {split}")
-    question = class_question(what, names, several)
-    size = (images.shape[2], images.shape[1])
-    for number, image in enumerate(images):
-        with tally.record():
-            answer = clean(_answer(labels[number], names, f"{path}: {split} image {number}"), 0 if several else tally.rules.max_words)
-            key, subject = f"{dataset}/{split}/{number}", subjects[number] if subjects else ""
-            yield Example(key, "cls", dataset, question, answer, image, size, None, f"cls/{what}", None, subject, path.stem.split("_")[0])
+    member = f"{path.name}/{split}_images"
+    source.images.arrays[member] = images
+    source.classes[what] = names
+    for number in range(len(images)):
+        where = f"{path}: {split} image {number}"
+        with source.tally.record():
+            key = f"{split}/{number}"
+            one = _annotation(labels[number], what, names, key, where)
+            values = {"patient": subjects[number] if subjects else "", "source": dataset.split("_")[0]}
+            record = source.record(where, key, dataset, images=(ImageRef(path=member, frame=number),), annotations=(one,), **values)
+            yield where, record.model_copy(update={"dataset": called})
 
 
-def _answer(label: Any, names: list[str], where: str) -> str:
+def _annotation(label: Any, what: str, names: list[str], key: str, where: str) -> Label | Labels:
     if np.size(label) > 1:
         if not np.isin(label, (0, 1)).all():
-            raise BadRecord("with a label out of range", f"{where}: labels {records.short(label.tolist())}, expected 0 and 1")
-        return ", ".join(name for name, there in zip(names, label, strict=True) if there) or NOTHING
+            raise BadRecord("with a label out of range", f"{where}: labels {files.short(label.tolist())}, expected 0 and 1")
+        by = {there: tuple(name for name, one in zip(names, label, strict=True) if bool(one) == there) for there in (True, False)}
+        return made(Labels, where, set=what, present=by[True], absent=by[False], task="cls", id=key)
     index = int(np.reshape(label, -1)[0])
     if not 0 <= index < len(names):
         raise BadRecord("with a label out of range", f"{where}: label {index}, but {len(names)} class names")
-    return names[index]
+    return made(Label, where, set=what, value=names[index], id=key)
 
 
 def _slices(tally: Tally, path: Path, images: np.ndarray) -> np.ndarray:
@@ -223,3 +216,19 @@ def _slices(tally: Tally, path: Path, images: np.ndarray) -> np.ndarray:
             "in an archive of another form", f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]"
         )
     return images * 255 if images.size and images.max() == 1 else images  # a mask of zeros and ones would be black
+
+
+SPEC = DatasetSpec(
+    name="medmnist",
+    title="MedMNIST",
+    files="MedMNIST (*.npz)",
+    matches=matches,
+    read=read,
+    tasks=("cls",),
+    ratio={"cls": 4},
+    licence="CC BY 4.0; DermaMNIST CC BY-NC 4.0",
+    citation="Yang et al., MedMNIST v2: a benchmark for 2D and 3D biomedical image classification, Scientific Data 2023",
+    where="https://medmnist.com",
+    certain=False,
+    names=archives,
+)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from unimed.datasets.records import TASKS_OF, label_values
+from unimed.datasets.items import tasks_of
+from unimed.datasets.records import label_values
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.box import clip
@@ -146,7 +147,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
 def _faults(record: Record, where: str, looker: Images | None, classes: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
     for number, one in enumerate(record.annotations):
         place = f"{where}: annotations.{number}"
-        if one.task not in TASKS_OF.get(one.kind, ("",)):
+        if one.task not in tasks_of(one.kind):
             yield "annotations with an unknown task", f"{place}: task {one.task!r} of a {one.kind}"
         if isinstance(one, Label) and one.value not in classes.get(one.set, []):
             yield "labels outside their classes", f"{place}: {one.value!r} is no class of {one.set!r}: {short(classes.get(one.set, []))}"

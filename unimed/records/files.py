@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from unimed.errors import UserError
-from unimed.io import inside
 from unimed.records.box import Placement
 from unimed.records.example import View
 from unimed.records.pixels import open_image, open_view, placed_size
@@ -125,16 +124,16 @@ def field(record: Any, key: str, where: str, kind: type | tuple[type, ...] = str
     return record[key]
 
 
-def text(record: Any, key: str, where: str, tally: Tally, kind: type | tuple[type, ...] = str) -> str:
-    """The cleaned text of a field, which must hold some."""
-    return cleaned(field(record, key, where, kind), key, where, tally)
+def text(record: Any, key: str, where: str, kind: type | tuple[type, ...] = str) -> str:
+    """The text of a field, which must hold some."""
+    return cleaned(field(record, key, where, kind), key, where)
 
 
-def cleaned(value: Any, key: str, where: str, tally: Tally) -> str:
-    """``value`` as text, cleaned by the protocol; empty or not Unicode is a BadRecord."""
+def cleaned(value: Any, key: str, where: str, max_words: int = 0) -> str:
+    """``value`` as text with single spaces, of at most so many words (0: all); empty or not Unicode is a BadRecord."""
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRecord(f"without {key!r}", f"{where}: field {key!r} is {value}, expected text")
-    words = clean(str(value), tally.rules.max_words)
+    words = clean(str(value), max_words)
     if not words:
         raise BadRecord(f"without {key!r}", f"{where}: field {key!r} is empty")
     if not _is_unicode(words):
@@ -154,29 +153,6 @@ def _is_unicode(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def place(tally: Tally, root: Path, file: str) -> Path:
-    """A path that a record names under ``root``."""
-    try:
-        return inside(root, file, tally.rules.links)
-    except UserError as error:
-        raise BadRecord("with a file name that is not allowed", str(error)) from error
-
-
-def image(tally: Tally, root: Path, file: str, where: str) -> tuple[Path, tuple[int, int]]:
-    """Path, width and height of an image that a record names: there, readable and not cut off."""
-    found = tally.images.get((root, file))
-    if found is None:
-        try:
-            path = place(tally, root, file)
-            found = path, whole_image(path)[0]
-        except BadRecord as error:
-            found = error
-        tally.images[root, file] = found
-    if isinstance(found, BadRecord):
-        raise BadRecord(found.kind, f"{where}: {found}")
-    return found
 
 
 def whole_image(image: Path | View) -> tuple[tuple[int, int], Placement]:

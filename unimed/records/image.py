@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from unimed.errors import UserError
 from unimed.io import inside, sha256
-from unimed.records.box import Placement
+from unimed.records.box import AS_STORED, Placement
 from unimed.records.example import View
 from unimed.records.files import whole_image
 from unimed.records.pixels import Opened, open_view
@@ -31,16 +33,20 @@ def open_image(ref: ImageRef, folder: Path = Path(), roots: dict[str, str] | Non
 class Seen(NamedTuple):
     """An image that was looked at. image: for `load_image`. size: as shown. placement: of the shown pixels in the file."""
 
-    image: Path | View
+    image: Path | View | np.ndarray
     size: tuple[int, int]
     placement: Placement
 
 
 class Images:
-    """The images of one data set. Each is looked at once: whether it is there and readable, and its size."""
+    """The images of one data set. Each is looked at once: whether it is there and readable, and its size.
+
+    arrays: [N, H, W] or [N, H, W, 3] of an archive that a reader has opened, by the path that its references have; their frame is N.
+    """
 
     def __init__(self, folder: Path, roots: dict[str, str], links: bool = True) -> None:
         self.folder, self.roots, self.links = folder, roots, links
+        self.arrays: dict[str, np.ndarray] = {}
         self._seen: dict[ImageRef, Seen | BadRecord] = {}
         self._hashes: dict[Path, str] = {}
 
@@ -57,6 +63,9 @@ class Images:
 
     def look(self, ref: ImageRef, where: str) -> Seen:
         """Path or view, size and placement of an image; a BadRecord where it cannot be used."""
+        if ref.path in self.arrays:
+            pixels = self.arrays[ref.path][ref.frame or 0]
+            return Seen(pixels, (pixels.shape[1], pixels.shape[0]), AS_STORED)
         found = self._seen.get(ref)
         if found is None:
             try:
@@ -72,6 +81,8 @@ class Images:
 
     def hash(self, ref: ImageRef) -> str:
         """sha256 of the image's file, or of all files of a series: two slices of one volume have the same."""
+        if ref.path in self.arrays:
+            return hashlib.sha256(self.arrays[ref.path][ref.frame or 0].tobytes()).hexdigest()
         path = self.path(ref)
         if path not in self._hashes:
             try:

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from unimed.errors import UserError
-from unimed.tasks.protocol import PROTOCOLS, ProtocolName
+from unimed.records.text import MAX_WORDS
 
 log = logging.getLogger("unimed.records")
+
+ProtocolName = Literal["released", "standard"]
 
 KINDS_SHOWN = 6
 _printed: set[tuple[str, str]] = set()  # a split is read more than once in a run, its line is printed once
@@ -37,7 +40,12 @@ class Rules:
     @property
     def max_words(self) -> int:
         """Words kept of a text; 0 keeps all."""
-        return PROTOCOLS[self.protocol].max_words
+        return MAX_WORDS if self.protocol == "released" else 0
+
+    @property
+    def context(self) -> bool:
+        """Whether the text questions of released data sets come with their options and abstracts."""
+        return self.protocol == "standard"
 
 
 class BadRecord(UserError):
@@ -59,7 +67,7 @@ class Tally:
     """Counts the records of one split of one data set.
 
     name: of the data set in the summary. folder_name: the name that its examples carry in place of the layout's, where the data has several
-    folders of one layout. images: path and size of every image looked at by its folder and name, or why it cannot be used.
+    folders of one layout.
     """
 
     name: str
@@ -68,7 +76,6 @@ class Tally:
     rules: Rules = field(default_factory=Rules)
     folder_name: str = ""
     records: int = 0
-    images: dict[tuple[Path, str], tuple[Path, tuple[int, int]] | BadRecord] = field(default_factory=dict)
     _wrong: dict[str, _Count] = field(default_factory=dict)
     _chosen: dict[str, _Count] = field(default_factory=dict)
     _mended: dict[str, _Count] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -29,6 +29,7 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 NOT_A_RECORD = "that are no records"
+Part = TypeVar("Part", bound=BaseModel)
 
 
 def _some(text: str) -> str:
@@ -88,21 +89,32 @@ def split_root(path: str) -> tuple[str, str]:
 
 
 class _Annotation(_Part):
-    """Fields of every annotation. image: its index among the record's. task: where it is not the usual one of its kind."""
+    """Fields of every annotation. image: its index among the record's. task: where it is not the usual one of its kind.
+
+    id: of the question made from it, within its data set; by default the record's, the task and the place among the annotations.
+    template: the kind of question, where that is not its text; the majority answer is that of one template.
+    """
 
     image: Annotated[int, Field(ge=0)] = 0
     task: str = ""
+    id: str = ""
+    template: str = ""
     source: str = ""
     licence: str = ""
 
 
 class QA(_Annotation):
-    """A question and its answer, with or without an image."""
+    """A question and its answer, with or without an image.
+
+    answer_type: CLOSED (of few possible answers) or OPEN; by default closed with options, yes or no. context: text before the question.
+    """
 
     kind: Literal["qa"] = "qa"
     question: Text
     answer: Text
     options: tuple[Text, ...] = ()
+    answer_type: Literal["OPEN", "CLOSED"] | None = None
+    context: str = ""
 
 
 class BoxOf(_Annotation):
@@ -130,9 +142,10 @@ class Label(_Annotation):
 
 
 class Labels(_Annotation):
-    """Findings: present, absent and uncertain are told apart from not mentioned."""
+    """Findings: present, absent and uncertain are told apart from not mentioned. set: the list of classes that gives their order."""
 
     kind: Literal["labels"] = "labels"
+    set: str = ""
     present: tuple[Text, ...] = ()
     absent: tuple[Text, ...] = ()
     uncertain: tuple[Text, ...] = ()
@@ -184,6 +197,14 @@ class Record(_Part):
             if not self.images and annotation.kind not in ("qa", "number"):
                 raise ValueError(f"annotations.{number}: a {annotation.kind} needs an image, the record has none")
         return self
+
+
+def made(kind: type[Part], where: str, **values: Any) -> Part:
+    """A part of a record from values that were read; a BadRecord names the first field that is wrong."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise wrong(error, where) from None
 
 
 def parse(line: str, where: str) -> Record:

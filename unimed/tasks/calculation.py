@@ -14,6 +14,7 @@ import numpy as np
 from unimed.errors import UserError
 from unimed.records.example import Example
 from unimed.tasks import answers, reading
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics.released import mean
 from unimed.tasks.task import Task
 
@@ -61,6 +62,12 @@ def answer(value: float) -> str:
     return np.format_float_positional(float(f"{value:.4g}"), trim="-")
 
 
+def ask(asked: Asked) -> Example:
+    one = asked.annotation
+    name, unit = asked.text(one.name, "name"), " ".join(one.unit.split())
+    return asked.item("calculation", f"What is the {name}{unit and f' in {unit}'}?", answer(one.value), f"calculation/{name.lower()}")
+
+
 def value(text: str) -> float | None:
     """The one number of a text; None without one or with several."""
     found = {float(number) for number in _NUMBER.findall(text)}
@@ -106,6 +113,7 @@ TASK = Task(
     tag="calculation",
     about="measured quantity of the image",
     wordings={"": ("{}",)},
+    makes={"number": ask},
     read=read,
     kinds=(reading.EMPTY, reading.UNPARSABLE, reading.CHATTY),
     score=score,

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 from unimed.records.example import Example
 from unimed.tasks import answers, overlap, reading
 from unimed.tasks.baselines import most_frequent
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
+
+
+def ask(asked: Asked) -> Example:
+    return asked.item("caption", "", asked.text(asked.annotation.text, "text"), "caption/report")
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
@@ -39,6 +44,7 @@ TASK = Task(
         ),
     },
     asks="nothing",
+    makes={"report": ask},
     read=answers.read_whole,
     kinds=(reading.EMPTY,),
     score=score,

@@ -5,9 +5,41 @@ from collections.abc import Sequence
 from unimed.records.example import Example
 from unimed.tasks import answers
 from unimed.tasks.baselines import most_frequent
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
+
+NOTHING = "no finding"
+
+
+def joint(names: Sequence[str]) -> str:
+    """What stands between the names of a list."""
+    return "; " if any("," in name for name in names) else ", "
+
+
+def class_question(what: str, names: Sequence[str], several: bool = False) -> str:
+    """The question that lists the classes, of which one or several are right."""
+    listed = joint(names).join(names)
+    return f"Which {what}s are in the image: {listed}, or {NOTHING}?" if several else f"Which {what} is in the image: {listed}?"
+
+
+def ask(asked: Asked) -> Example:
+    """One class of a set."""
+    what, listed = asked.annotation.set, asked.label()
+    return asked.item("cls", class_question(what, listed), asked.text(asked.annotation.value, "value"), f"cls/{what}")
+
+
+def ask_several(asked: Asked) -> Example:
+    """Any number of the classes of a set."""
+    one = asked.annotation
+    listed = asked.classes() or [*one.present, *one.absent]
+    answer = joint(listed).join(name for name in listed if name in one.present) or NOTHING
+    return asked.item("cls", class_question(one.set or "finding", listed, several=True), answer, f"cls/{one.set or 'finding'}")
+
+
+def ask_as_given(asked: Asked) -> Example:
+    return asked.question("cls")
 
 
 def listed(example: Example) -> Sequence[str]:
@@ -25,6 +57,8 @@ TASK = Task(
     about="class of the image",
     wordings={"": ("{}",)},
     asks="classes",
+    makes={"label": ask, "labels": ask_several, "qa": ask_as_given},
+    named=frozenset({"labels", "qa"}),
     listed=listed,
     read=answers.read_text,
     kinds=answers.LISTED,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from unimed.records.example import Example
 from unimed.tasks import answers, reading
 from unimed.tasks.baselines import most_frequent
-from unimed.tasks.cls import listed
+from unimed.tasks.cls import NOTHING, class_question, joint, listed
+from unimed.tasks.item import Asked, Unused
 from unimed.tasks.metrics import standard
 from unimed.tasks.metrics.released import mean
 from unimed.tasks.task import Task
@@ -20,6 +21,17 @@ def f1(example: Example, prediction: str) -> float:
     given = answers.read(example, prediction).says or frozenset()
     wanted = answers.read(example, example.answer).says or frozenset()
     return 2 * len(given & wanted) / max(len(given) + len(wanted), 1)
+
+
+def ask(asked: Asked) -> Example:
+    """Asks about the findings that are certain."""
+    one = asked.annotation
+    certain = sorted({*one.present, *one.absent})
+    if not certain:
+        raise Unused("of kind 'labels' where no finding is certain")
+    names, present = ([asked.text(name, "present") for name in some] for some in (certain, sorted(one.present)))
+    question, answer = class_question("finding", names, several=True), joint(names).join(present) or NOTHING
+    return asked.item("findings", question, answer, "findings")
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
@@ -37,6 +49,7 @@ TASK = Task(
     about="which findings the image shows",
     wordings={"": ("{}",)},
     asks="classes",
+    makes={"labels": ask},
     listed=listed,
     read=read,
     kinds=(reading.EMPTY, reading.OFF_LIST, reading.CHATTY),

@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 
+from unimed.records import box as boxes
 from unimed.records.example import Example
 from unimed.tasks import answers, reading
 from unimed.tasks.baselines import most_frequent
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
+
+
+def ask(asked: Asked) -> Example:
+    name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box()
+    return asked.item("identify", boxes.to_text(box, size), name, "identify", box)
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
@@ -22,6 +29,7 @@ TASK = Task(
             "identify {}", "what does the box {} show?",
         ),
     },
+    makes={"box": ask},
     box="question",
     read=answers.read_text,
     kinds=(reading.EMPTY, reading.CHATTY),

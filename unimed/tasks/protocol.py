@@ -2,23 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-from unimed.records.text import MAX_WORDS
+from unimed.records.policy import ProtocolName
 from unimed.tasks.task import TASKS, Task
-
-ProtocolName = Literal["released", "standard"]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """max_words: where texts end (0: nowhere). context: text questions come with options and abstracts.
+    """strict: a table shows the strict scores. `records.policy.Rules` says what a protocol means for the texts."""
 
-    strict: a table shows the strict scores.
-    """
-
-    max_words: int
-    context: bool
     strict: bool
 
     def metric(self, task: Task) -> str:
@@ -30,6 +22,6 @@ class Protocol:
         return {tag: self.metric(TASKS[tag]) for tag in tags}
 
 
-RELEASED = Protocol(max_words=MAX_WORDS, context=False, strict=False)
-STANDARD = Protocol(max_words=0, context=True, strict=True)
+RELEASED = Protocol(strict=False)
+STANDARD = Protocol(strict=True)
 PROTOCOLS: dict[ProtocolName, Protocol] = {"released": RELEASED, "standard": STANDARD}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from unimed.records.example import Example
 from unimed.tasks import answers
 from unimed.tasks.baselines import most_frequent
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import standard
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
@@ -16,6 +17,10 @@ def listed(example: Example) -> Sequence[str]:
     return words if strict(example.answer) in words else list(standard.options_in(example.question).values())
 
 
+def ask(asked: Asked) -> Example:
+    return asked.question("qa")
+
+
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
     return standard.qa(predictions, examples)
 
@@ -24,6 +29,7 @@ TASK = Task(
     tag="qa",
     about="text questions, no image",
     needs_image=False,
+    makes={"qa": ask},
     wordings={
         "pubmedqa": ("You are a doctor. Answer this question with yes, no or maybe: {}", "{}"),
         "": ("You are a doctor. Answer this question briefly: {}", "{}"),

@@ -7,8 +7,14 @@ from unimed.records import box as boxes
 from unimed.records.example import Example
 from unimed.tasks import answers, reading
 from unimed.tasks.baselines import mean_box
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
+
+
+def ask(asked: Asked) -> Example:
+    name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box()
+    return asked.item("refer", name, boxes.to_text(box, size), f"refer/{name.lower()}", box)
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
@@ -39,6 +45,7 @@ TASK = Task(
             "locate {}",
         ),
     },
+    makes={"box": ask},
     box="answer",
     read=answers.read_box,
     kinds=(reading.EMPTY, reading.UNPARSABLE, reading.INVERTED, reading.CHATTY),

@@ -11,9 +11,19 @@ from dataclasses import replace
 import numpy as np
 
 from unimed.records.example import Example
+from unimed.records.policy import BadRecord
 from unimed.tasks import answers, cls
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import standard
 from unimed.tasks.metrics.released import mean
+
+
+def ask(asked: Asked) -> Example:
+    one, grades = asked.annotation, asked.label()
+    if not asked.source.graded:
+        raise BadRecord("with grades whose order is unknown", f"{asked.where}: dataset.json lists no classes of {one.set!r}")
+    question = f"What is the grade of {one.set}: {cls.joint(grades).join(grades)}?"
+    return asked.item("severity", question, asked.text(one.value, "value"), f"severity/{one.set}")
 
 
 def grade(example: Example, prediction: str) -> int | None:
@@ -43,6 +53,8 @@ def kappa(pairs: Sequence[tuple[int, int]]) -> float:
 TASK = replace(
     cls.TASK,
     tag="severity",
+    makes={"label": ask},
+    named=frozenset({"label"}),
     about="grade of a finding",
     score=score,
     strict="accuracy",

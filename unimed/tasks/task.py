@@ -7,13 +7,15 @@ prompted, read, scored, compared and reported like the others. A model learns th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from unimed.errors import UserError
+from unimed.records.policy import BadRecord
 
 if TYPE_CHECKING:
     from unimed.records.example import Example
+    from unimed.tasks.item import Asked
     from unimed.tasks.reading import Reading
 
 TASKS: dict[str, Task] = {}
@@ -33,6 +35,7 @@ class Task:
     `reading.Reading` that its answers can have. score: every metric, released and `_strict` names; coco as in `metrics.score`. is_right:
     whether one answer is right, strictly. majority: the answer that fits most of these examples. headline: the metric of the table, strict:
     the one beside it, nature: what a reader must know of either.
+    makes: by kind of annotation, the item that an annotation becomes; named: the kinds of which that holds only where they name the task.
     box: the field of an example that holds the text of its box. asks: what a caller must give as the question; "classes" is the question
     that lists them. shown: the question as the report words it; graded: the report shows the score of one answer.
     """
@@ -49,11 +52,26 @@ class Task:
     strict: str
     nature: tuple[str, str]
     needs_image: bool = True
+    makes: Mapping[str, Callable[[Asked], Example]] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
     listed: Callable[[Example], Sequence[str]] = no_list
     box: Literal["", "question", "answer"] = ""
     asks: Literal["text", "classes", "nothing"] = "text"
     shown: str = "{}"
     graded: bool = False
+
+    def item(self, asked: Asked) -> Example | None:
+        """The item that an annotation of a record becomes; None where it is about something else."""
+        one, images = asked.annotation, bool(asked.record.images)
+        make = self.makes.get(one.kind)
+        if make is None or (one.task != self.tag if one.task else one.kind in self.named):
+            return None
+        if images != self.needs_image:
+            if one.task:
+                what = f"task {one.task!r} in a record {'with' if images else 'without'} images"
+                raise BadRecord("of a task that does not fit", f"{asked.where}: {what}")
+            return None
+        return make(asked)
 
     def pool(self, layout: str) -> tuple[str, ...]:
         """The wordings for data of this layout."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from unimed.records.example import Example
 from unimed.tasks import answers
 from unimed.tasks.baselines import most_frequent
+from unimed.tasks.item import Asked
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
@@ -13,6 +14,10 @@ from unimed.tasks.task import Task
 
 def listed(example: Example) -> Sequence[str]:
     return ("yes", "no") if strict(example.answer) in ("yes", "no") else ()
+
+
+def ask(asked: Asked) -> Example:
+    return asked.question("vqa")
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
@@ -25,6 +30,7 @@ TASK = Task(
     tag="vqa",
     about="questions about the image",
     wordings={"": ("Based on the image, give a short answer to this question: {}", "{}")},
+    makes={"qa": ask},
     listed=listed,
     read=answers.read_text,
     kinds=answers.LISTED,

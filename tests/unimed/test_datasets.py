@@ -1,0 +1,138 @@
+"""Data sets as objects: one file and one name each, read as records."""
+
+from pathlib import Path
+
+import data_samples
+import pytest
+from data_samples import VQA_RAD, picture, slake, vqa_rad, write
+
+import unimed
+from unimed import Record
+from unimed.datasets import DatasetSpec, load_examples
+from unimed.datasets.load import load_set
+from unimed.errors import UserError
+from unimed.records.image import Images
+from unimed.records.policy import Rules, Tally
+from unimed.records.record import Label
+from unimed.records.source import Source
+
+STRICT = Rules(strict=True)
+
+
+def records(root, layout, split="train", rules=STRICT):
+    source = Source(Tally(layout, root, split, rules), Images(root, {}))
+    return [record for _, record in unimed.DATASETS[layout].read(source)]
+
+
+def test_vqa_rad(tmp_path):
+    vqa_rad(tmp_path)
+    first, second = load_examples(tmp_path, "train", rules=STRICT)
+    assert (first.id, first.question, first.answer, first.answer_type) == ("vqa-rad/q0", "Is it normal?", "No", "CLOSED")
+    assert (second.id, second.image.name) == ("vqa-rad/q2", "b.jpg")
+    (only,) = load_examples(tmp_path, "test", rules=STRICT)
+    assert (only.answer, only.answer_type, only.image.name) == ("4", "OPEN", "a.jpg")
+    assert load_examples(tmp_path, "val") == []
+
+
+def test_vqa_rad_with_bad_rows(tmp_path, caplog):
+    rows = [
+        VQA_RAD[0],
+        {**VQA_RAD[0], "phrase_type": 3},
+        {**VQA_RAD[0], "answer_type": "MAYBE"},
+        {**VQA_RAD[0], "image_name": "../x.jpg"},
+        7,
+    ]
+    vqa_rad(tmp_path, rows)
+    assert len(load_examples(tmp_path, "train")) == 1
+    assert "vqa-rad (train): 4 of 5 records left out" in caplog.text
+
+
+def test_a_record_holds_all_that_is_known_of_an_image(tmp_path):
+    (case,) = records(slake(tmp_path), "slake")
+    assert isinstance(case, Record)
+    assert (case.id, case.dataset, case.split, case.patient, case.source) == ("xmlab0", "slake", "train", "xmlab0", "slake")
+    assert [one.kind for one in case.annotations] == ["qa", "qa", "box", "box"]
+    assert [one.path for one in case.images] == ["imgs/xmlab0/source.jpg"]
+    assert case.annotations[2].xyxy == (4, 5, 14, 15)
+
+
+def test_texts_of_records_are_whole_and_questions_are_cut(tmp_path):
+    data_samples.reports(tmp_path, [{**data_samples.REPORTS[0], "report": "word " * 60}])
+    (record,) = records(tmp_path, "mimic-cxr")
+    assert len(record.annotations[0].text.split()) == 60
+    assert len(load_examples(tmp_path, "train")[0].answer.split()) == 50
+
+
+@pytest.mark.parametrize("name", data_samples.LAYOUTS)
+def test_every_layout_reads_records(tmp_path, name):
+    root = data_samples.LAYOUTS[name](tmp_path)
+    (layout,) = [spec.name for spec in unimed.DATASETS.values() if spec.matches(root)]
+    found = records(root, layout)
+    assert found
+    for record in found:
+        assert Record.model_validate_json(record.model_dump_json()) == record
+
+
+def test_every_data_set_says_whose_it_is():
+    for spec in unimed.DATASETS.values():
+        assert spec.licence, spec.name
+        assert spec.where, spec.name
+        assert spec.citation or spec.name == "records"
+        assert set(spec.tasks) <= set(unimed.TASKS)
+    page = (Path(__file__).parents[2] / "docs" / "unimed" / "datasets.md").read_text()
+    for spec in unimed.DATASETS.values():
+        assert spec.licence in page
+        assert spec.where in page
+
+
+# A data set of a caller's own: one file, one name
+
+
+def matches(folder):
+    return (folder / "toy.txt").is_file()
+
+
+def read(source):
+    """Lines "image class": the toy layout."""
+    source.classes["animal"] = ["cat", "dog"]
+    for number, line in enumerate((source.folder / "toy.txt").read_text().splitlines() if source.split == "train" else ()):
+        where = f"{source.folder / 'toy.txt'}:{number + 1}"
+        with source.tally.record():
+            image, _, name = line.partition(" ")
+            ref, _ = source.image("", image, where)
+            yield (
+                where,
+                source.record(where, str(number), "toy", images=(ref,), annotations=(Label(set="animal", value=name),), source="toy"),
+            )
+
+
+TOY = DatasetSpec(name="toy", files="toy (toy.txt)", matches=matches, read=read, tasks=("cls",), licence="none", where="here")
+
+
+def toy(root, lines="a.png cat\nb.png dog\ngone.png cat\n"):
+    picture(root / "a.png")
+    picture(root / "b.png")
+    write(root / "toy.txt", lines)
+    return root
+
+
+def test_a_toy_data_set(tmp_path, monkeypatch, caplog):
+    toy(tmp_path)
+    with pytest.raises(UserError, match="no dataset found"):
+        load_examples(tmp_path, "train")
+    monkeypatch.setitem(unimed.DATASETS, "toy", TOY)
+    first, second = load_examples(tmp_path, "train")
+    assert (first.id, first.question, first.answer) == ("toy/0/cls0", "Which animal is in the image: cat, dog?", "cat")
+    assert second.answer == "dog"
+    assert "toy (train): 1 of 3 records left out: 1 with a missing image (first: toy.txt:3" in caplog.text
+    assert [one.id for one in load_set("pets", tmp_path, "toy", "train")] == ["pets/0/cls0", "pets/1/cls0"]
+
+
+def test_two_folders_of_one_layout_live_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setitem(unimed.DATASETS, "toy", TOY)
+    toy(tmp_path / "north")
+    toy(tmp_path / "south")
+    vqa_rad(tmp_path / "rad")
+    found = load_examples(tmp_path, "train")
+    assert {one.dataset for one in found} == {"north", "south", "vqa-rad"}
+    assert len({one.id for one in found}) == len(found)
