@@ -13,6 +13,7 @@ its reason. `--device cpu` is a dry run of this driver and says so.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -212,13 +213,16 @@ def _run(commands: list[list[str]], env: dict[str, str], seconds: float) -> tupl
     end, codes = time.monotonic() + seconds, []
     with tempfile.TemporaryFile("w+") as log:
         begun = [subprocess.Popen(c, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) for c in commands]
-        for process in begun:
-            try:
-                codes.append(process.wait(max(0.0, end - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+        try:
+            for process in begun:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, end - time.monotonic()))
+                codes.append(process.returncode)
+        finally:  # also where this process is told to end
+            for process in begun:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                codes.append(None)
         log.seek(0)
         return log.read(), codes
 
@@ -426,6 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.provide:
         options.write.write_text(json.dumps(provide(options.device, options.library)))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an interrupt: steps end too
     words = [word for word in options.only.split(",") if word]
     todo = [step for step in steps(options.device, options.library) if not words or any(word in step.name for word in words)]
     if not todo:

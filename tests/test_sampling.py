@@ -39,3 +39,13 @@ def test_the_option_says_what_it_left_out(pytester):
     result = pytester.runpytest_inprocess("--sample", "3", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["--sample 3: 7 further cases*make test-full*"])
+
+
+def test_parts_share_out_the_tests_and_stop_in_time(pytester):
+    pytester.makeconftest("from tests.conftest import *")
+    pytester.makepyfile("import pytest\n\n@pytest.mark.parametrize('value', range(7))\ndef test_value(value):\n    pass")
+    for part, count in (("1/3", 3), ("2/3", 2), ("3/3", 2)):
+        pytester.runpytest_inprocess("--part", part, "-p", "no:cacheprovider").assert_outcomes(passed=count)
+    late = pytester.runpytest_inprocess("--seconds", "0", "-rs", "-p", "no:cacheprovider")
+    late.assert_outcomes(skipped=7)
+    late.stdout.fnmatch_lines(["*no time was left*"])

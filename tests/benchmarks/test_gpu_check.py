@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -270,3 +271,20 @@ def test_dry_run_with_torch_triton_and_pytest_only(tmp_path):
         assert found["peers"]["torch loop"]["ratio"] > 0
         assert found["skipped"]["megablocks"] == "it is for GPUs"
     assert "Dry run on the CPU" in done.stdout
+
+
+def test_a_check_that_is_ended_ends_its_step(tmp_path):
+    """Nothing goes on in the background, where it would take the GPU from the next check."""
+    code = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'step')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    check = (
+        "import signal, sys; from benchmarks import gpu_check as g; g.fingerprint = lambda d: ''; g.environment = lambda d: {}\n"
+        f"g.steps = lambda *_: [g.Step('slow', (sys.executable, '-c', {code!r}))]; g.main(['--device', 'cpu', '--out', {str(tmp_path)!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", check], cwd=ROOT, stdout=subprocess.DEVNULL)
+    step, end = tmp_path / "step", time.monotonic() + 60
+    while not (step.exists() and step.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(step.read_text()), 0)

@@ -53,6 +53,30 @@ def test_a_record_holds_times_ratio_rates_and_bytes():
     assert json.loads(json.dumps(r)) == r
 
 
+def test_a_gpu_has_cases_rows_and_a_file_of_its_own():
+    (ours,) = cases.select("soft_gate/tiny/T64", tiny=True, ours=["reference"])
+    r = record.measure(ours, RUN, seconds=0, least=2, memory=False)
+    assert ours.key == "soft_gate/tiny/T64/float32/reference"
+    assert r["served_by"] == {"soft_gate": "reference"}
+    found = {i.key for i in cases.select("soft_connector/released", device="cuda", ours=("triton", "cuda"))}
+    assert {f"soft_connector/released/T{t}/bfloat16/{b}" for t in (1, 8192) for b in ("triton", "cuda")} <= found
+    gpu = {"gpu": "NVIDIA H200", "capability": "9.0", "multiprocessors": 132, "gpu_memory_gib": 139.8}
+    document = example() | {"suite": "gpu"}
+    document["machine"] |= gpu
+    assert report.slug(document) == "gpu-nvidia-h200"
+    document["cases"] = {f"{key}/cuda": {**case, "backend": "cuda"} for key, case in document["cases"].items()}
+    text = report.markdown([document], [])
+    assert "NVIDIA H200 (compute capability 9.0, 132 SMs, 139.8 GiB) beside" in text
+    assert "- soft_connector/released/T64/bfloat16/cuda: **0.50** of fused torch" in text
+
+
+def test_no_peer_is_begun_after_the_time():
+    r = record.measure(instance("soft_gate/tiny/T64/float32"), RUN, seconds=0, least=2, memory=False, until=0.0)
+    assert set(r["skipped"].values()) == {record.NO_TIME}
+    assert "ours" not in r
+    assert "torch" in driver.describe(r)
+
+
 def broken(side):
     """A soft_gate case in which one side gives a wrong result."""
     make = cases.CASES["soft_gate"].make
