@@ -3,18 +3,25 @@
 from pathlib import Path
 
 import data_samples
+import numpy as np
 import pytest
 from data_samples import VQA_RAD, picture, slake, vqa_rad, write
+from typer.testing import CliRunner
 
 import unimed
 from unimed import Record
+from unimed.cli import app as cli
 from unimed.datasets import DatasetSpec, load_examples
+from unimed.datasets.convert import convert
 from unimed.datasets.load import load_set
 from unimed.errors import UserError
+from unimed.records import jsonl
 from unimed.records.image import Images
+from unimed.records.pixels import load_image
 from unimed.records.policy import Rules, Tally
 from unimed.records.record import Label
 from unimed.records.source import Source
+from unimed.tasks import prompts
 
 STRICT = Rules(strict=True)
 
@@ -136,3 +143,55 @@ def test_two_folders_of_one_layout_live_side_by_side(tmp_path, monkeypatch):
     found = load_examples(tmp_path, "train")
     assert {one.dataset for one in found} == {"north", "south", "vqa-rad"}
     assert len({one.id for one in found}) == len(found)
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("name", data_samples.LAYOUTS)
+@pytest.mark.parametrize("protocol", ["released", "standard"])
+def test_a_converted_data_set_has_the_same_questions(tmp_path, name, protocol):
+    root = data_samples.LAYOUTS[name](tmp_path / "there")
+    (layout,) = [spec.name for spec in unimed.DATASETS.values() if spec.matches(root)]
+    done = convert(layout, root, tmp_path / "mine")
+    rules = Rules(strict=True, protocol=protocol)
+    for split in ("train", "test"):
+        before, after = (load_examples(place, split, rules=rules) for place in (root, tmp_path / "mine"))
+        for one, other in zip(before, after, strict=True):
+            for key in ("id", "task", "dataset", "question", "answer", "box", "template", "answer_type", "subject", "layout"):
+                assert getattr(one, key) == getattr(other, key)
+            assert prompts.instruction(one, None) == prompts.instruction(other, None)
+            if one.image is not None:
+                assert np.array_equal(np.asarray(load_image(one)), np.asarray(load_image(other)))
+    assert done.records["train"] == len(list(records(root, layout)))
+    assert jsonl.read_info(tmp_path / "mine").licence == unimed.DATASETS[layout].licence
+
+
+def test_archives_whose_classes_differ_are_converted_one_by_one(tmp_path):
+    data_samples.medmnist(tmp_path / "two")
+    data_samples.medmnist(tmp_path / "two", "organmnist3d", labels=((0,), (1,), (2,)))
+    with pytest.raises(UserError, match="'organ' has other classes than before"):
+        convert("medmnist", tmp_path / "two", tmp_path / "mine")
+    assert [one.name for one in tmp_path.iterdir()] == ["two"]
+
+
+def test_a_wrong_conversion_says_so_and_leaves_nothing(tmp_path):
+    slake(tmp_path / "there")
+    for layout, root, words in (
+        ("slaek", "there", "'slaek': no layout to convert from; one of slake, "),
+        ("records", "there", "no layout to convert from"),
+        ("slake", "gone", "gone: no such folder"),
+        ("medqa", "there", "not a folder of the layout MedQA"),
+        ("slake", "empty", "no record can be used: its files hold none"),
+    ):
+        (tmp_path / "empty" / "imgs").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "empty" / "test.txt").touch()
+        with pytest.raises(UserError, match=words):
+            convert(layout, tmp_path / root, tmp_path / "mine")
+        assert not (tmp_path / "mine").exists()
+    shown = CliRunner().invoke(cli.app, ["data", "convert", "slake", str(tmp_path / "there"), "--out", str(tmp_path / "mine")])
+    assert shown.exit_code == 0, shown.output
+    assert "1 records with 2 qa, 2 box: train 1, val 0, test 0" in shown.output
+    again = CliRunner().invoke(cli.app, ["data", "convert", "slake", str(tmp_path / "there"), "--out", str(tmp_path / "mine")])
+    assert again.exit_code == 2
+    assert "exists already" in again.output

@@ -56,6 +56,29 @@ def import_(
     console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}", markup=False)
 
 
+def convert(
+    layout: Annotated[str, typer.Argument(help="slake, path-vqa, sa-med2d, medmnist, mimic-cxr, medpix, medqa, pubmedqa or vqa-rad")],
+    root: Annotated[Path, typer.Argument(help="the folder of the published data set")],
+    out: Annotated[Path, typer.Option(help="the new folder of records")],
+    languages: Annotated[str, typer.Option(help="of the questions, where a data set has several: en, or en,zh")] = "en",
+    strict: Strict = False,
+) -> None:
+    """Make a folder of records from a published data set. Its images stay where they are, those of archives become PNG files.
+
+    Example: [cyan]unimed data convert vqa-rad downloads/vqa-rad --out rad[/]
+    """
+    from unimed.datasets.convert import convert as convert_set
+
+    done = convert_set(layout, root, out, strict, [one.strip() for one in languages.split(",")])
+    console = _console()
+    for line in done.left_out:
+        console.print(line, style="yellow", markup=False)
+    made = ", ".join(f"{count:,} {kind}" for kind, count in done.annotations.items())
+    shares = ", ".join(f"{split} {count:,}" for split, count in done.records.items())
+    console.print(f"{sum(done.records.values()):,} records with {made}: {shares}", markup=False)
+    console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}", markup=False)
+
+
 def validate(path: Folder, json: JsonFile = None, strict: Strict = False) -> None:
     """Check a folder of records: leakage between splits, images, boxes, answers. Exit code 1 with findings.
 
@@ -112,4 +135,4 @@ def _check(path: Path, strict: bool, json: Path | None, images: bool) -> Any:
     return checked
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"import": import_, "validate": validate, "stats": stats}
+COMMANDS: dict[str, Callable[..., None]] = {"import": import_, "convert": convert, "validate": validate, "stats": stats}

@@ -88,7 +88,7 @@ def import_rows(
     split_of = splits(sorted(set(groups)), val, test, seed)
     by = "patient" if patient else "image"
     info = jsonl.DatasetInfo(
-        name=tally.name, roots={ROOT: _root(images, out)}, made_by=f"unimed data import {form}, seed {seed}, splits by {by}"
+        name=tally.name, roots={ROOT: root_of(images, out)}, made_by=f"unimed data import {form}, seed {seed}, splits by {by}"
     )
     records = (
         Record(
@@ -208,7 +208,7 @@ def _joined(rows: list[list[str]]) -> list[str]:
     return [find(names[0]) for names in rows]
 
 
-def _root(images: Path, out: Path) -> str:
+def root_of(images: Path, out: Path) -> str:
     """Relative where the images lie beside or below the new folder, so that both can be moved together; else absolute."""
     place, beside = Path(os.path.abspath(images)), Path(os.path.abspath(out)).parent
     return Path(os.path.relpath(place, os.path.abspath(out))).as_posix() if place.is_relative_to(beside) else str(place)

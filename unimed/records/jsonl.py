@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -86,15 +86,22 @@ def _split(text: str) -> str | None:
     return found["split"] if isinstance(found, dict) and found.get("split") in SPLITS else None
 
 
-def write(folder: Path, info: DatasetInfo, records: Iterable[Record], shard: int = SHARD) -> dict[str, int]:
-    """Writes a whole data set, which takes the place of what is there; counts the records of each split."""
+def write(
+    folder: Path,
+    info: DatasetInfo | Callable[[], DatasetInfo],
+    records: Iterable[Record] | Callable[[Path], Iterable[Record]],
+    shard: int = SHARD,
+) -> dict[str, int]:
+    """Writes a whole data set, which takes the place of what is there; counts the records of each split.
+
+    records: also a function of the unfinished folder, to which it may write images. info: also a function, called after the last record.
+    """
     counts: Counter[str] = Counter()
 
     def fill(place: Path) -> None:
-        (place / DATASET_FILE).write_text(json.dumps(info.model_dump(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         lines: list[str] = []
         shards = 0
-        for record in records:
+        for record in records(place) if callable(records) else records:
             lines.append(line(record))
             counts[record.split] += 1
             if len(lines) == shard:
@@ -102,6 +109,8 @@ def write(folder: Path, info: DatasetInfo, records: Iterable[Record], shard: int
                 lines, shards = [], shards + 1
         if lines or not shards:
             _shard(place, shards, lines)
+        said = info() if callable(info) else info
+        (place / DATASET_FILE).write_text(json.dumps(said.model_dump(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     io.write_folder(folder, fill)
     return dict(counts)
