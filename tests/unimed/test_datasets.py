@@ -1,11 +1,13 @@
 """Data sets as objects: one file and one name each, read as records."""
 
+import json
 from pathlib import Path
 
 import data_samples
 import numpy as np
 import pytest
 from data_samples import VQA_RAD, picture, slake, vqa_rad, write
+from PIL import Image
 from typer.testing import CliRunner
 
 import unimed
@@ -14,6 +16,7 @@ from unimed.cli import app as cli
 from unimed.datasets import DatasetSpec, load_examples
 from unimed.datasets.convert import convert
 from unimed.datasets.load import load_set
+from unimed.datasets.validate import ALIKE, check
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.image import Images
@@ -195,3 +198,74 @@ def test_a_wrong_conversion_says_so_and_leaves_nothing(tmp_path):
     again = CliRunner().invoke(cli.app, ["data", "convert", "slake", str(tmp_path / "there"), "--out", str(tmp_path / "mine")])
     assert again.exit_code == 2
     assert "exists already" in again.output
+
+
+# Leakage, known faults, the page
+
+
+def shared(root, train, test):
+    """A data set of two records, one in each split."""
+    rows = []
+    for split, image in (("train", train), ("test", test)):
+        qa = {"kind": "qa", "question": "Which <b>plane</b>?", "answer": "axial"}
+        box = {"kind": "box", "name": "liver", "xyxy": [2, 3, 20, 30]}
+        rows.append({"id": split, "dataset": "d", "split": split, "images": [{"path": image}], "annotations": [qa, box]})
+    write(root / "dataset.json", {"name": "d"})
+    write(root / "records-00000.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def textured(seed, size=(160, 120)):
+    small = np.random.default_rng(seed).integers(0, 255, (12, 16), np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_pictures_that_look_alike_are_found_in_another_format_and_size(tmp_path):
+    shared(tmp_path, "a.png", "b.jpg")
+    textured(0).save(tmp_path / "a.png")
+    textured(0).resize((200, 150)).save(tmp_path / "b.jpg", quality=80)
+    assert list(check(tmp_path).findings) == [ALIKE]
+    textured(1).save(tmp_path / "b.jpg", quality=80)
+    assert not check(tmp_path).findings
+    for name in ("a.png", "b.jpg"):
+        Image.new("L", (160, 120 if name == "a.png" else 90), 30).save(tmp_path / name)
+    assert not check(tmp_path).findings  # flat pictures look like nothing
+
+
+def test_the_images_that_vqa_rad_shares_are_known(tmp_path):
+    convert("vqa-rad", vqa_rad(tmp_path / "rad"), tmp_path / "mine")
+    checked = check(tmp_path / "mine", strict=True)
+    (finding,) = checked.findings.values()
+    assert "the published split shares images" in finding.known
+    assert checked.fine
+    shown = CliRunner().invoke(cli.app, ["data", "validate", str(tmp_path / "mine")], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "1 images in several splits" in shown.output
+    assert "no other findings" in shown.output
+    info = json.loads((tmp_path / "mine" / "dataset.json").read_text())
+    write(tmp_path / "mine" / "dataset.json", {**info, "made_by": "me"})
+    assert not check(tmp_path / "mine").fine
+
+
+@pytest.mark.parametrize("command", ["validate", "stats"])
+def test_the_page_shows_samples_and_runs_nothing(tmp_path, command):
+    shared(tmp_path, "a.png", "gone.png")
+    textured(0).save(tmp_path / "a.png")
+    out = tmp_path / "page.html"
+    shown = CliRunner().invoke(cli.app, ["data", command, str(tmp_path), "--html", str(out)])
+    assert shown.exit_code == (1 if command == "validate" else 0), shown.output
+    text = out.read_text()
+    assert text.count('<img src="data:image/jpeg;base64,') == 1
+    assert "Which &lt;b&gt;plane&lt;/b&gt;? → axial" in text
+    assert "default-src 'none'" in text
+    assert ("images that are missing" in text) == (command == "validate")
+
+
+def test_samples_are_spread_over_the_data(tmp_path):
+    rows = [{"id": str(n), "dataset": "d", "split": "train", "annotations": []} for n in range(1000)]
+    write(tmp_path / "dataset.json", {"name": "d"})
+    write(tmp_path / "records-00000.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = [int(one.id) for one in check(tmp_path, images=False).samples]
+    assert 12 <= len(found) <= 24
+    assert found[0] == 0
+    assert found[-1] > 900

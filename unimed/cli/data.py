@@ -14,6 +14,7 @@ from unimed.notice import NOTICE
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record")]
 Folder = Annotated[Path, typer.Argument(help="a folder of records: dataset.json, records-*.jsonl")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="write the numbers and findings here, too")]
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="write a page with numbers, findings and samples here")]
 
 
 def _console() -> Console:
@@ -79,27 +80,28 @@ def convert(
     console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}", markup=False)
 
 
-def validate(path: Folder, json: JsonFile = None, strict: Strict = False) -> None:
+def validate(path: Folder, json: JsonFile = None, html: HtmlFile = None, strict: Strict = False) -> None:
     """Check a folder of records: leakage between splits, images, boxes, answers. Exit code 1 with findings.
 
-    Example: [cyan]unimed data validate mine[/]
+    Example: [cyan]unimed data validate mine --html mine.html[/]
     """
-    checked = _check(path, strict, json, images=True)
+    checked = _check(path, strict, json, html, images=True)
     console = _console()
     for kind, one in checked.findings.items():
-        console.print(f"{one.count:,} {kind} (first: {one.first})", style="yellow", markup=False)
-    if checked.findings:
+        known = f" · known: {one.known}" if one.known else ""
+        console.print(f"{one.count:,} {kind} (first: {one.first}){known}", style="dim" if known else "yellow", markup=False)
+    if not checked.fine:
         console.print(f"{path}: {'stopped at the first finding' if checked.stopped else f'{len(checked.findings)} kinds of findings'}")
         raise typer.Exit(1)
-    console.print(f"{path}: no findings · {NOTICE}", markup=False)
+    console.print(f"{path}: no {'other ' if checked.findings else ''}findings · {NOTICE}", markup=False)
 
 
-def stats(path: Folder, json: JsonFile = None, strict: Strict = False) -> None:
-    """Count what is in a folder of records, by split. No image is opened.
+def stats(path: Folder, json: JsonFile = None, html: HtmlFile = None, strict: Strict = False) -> None:
+    """Count what is in a folder of records, by split. No image is opened, but the samples of the page.
 
     Example: [cyan]unimed data stats mine[/]
     """
-    checked = _check(path, False, json, images=False)
+    checked = _check(path, False, json, html, images=False)
     bad = {kind: one for kind, one in checked.findings.items() if kind.startswith("lines ")}
     for kind, one in bad.items():
         _console().print(f"{one.count:,} {kind} (first: {one.first})", style="yellow", markup=False)
@@ -107,24 +109,25 @@ def stats(path: Folder, json: JsonFile = None, strict: Strict = False) -> None:
         raise typer.Exit(1)
 
 
-def _check(path: Path, strict: bool, json: Path | None, images: bool) -> Any:
+def _check(path: Path, strict: bool, json: Path | None, html: Path | None, images: bool) -> Any:
     from rich.table import Table
 
     from unimed import io
-    from unimed.datasets.validate import check
+    from unimed.datasets.validate import check, table_rows
 
     checked = check(path, strict, images)
     if json is not None:
         io.write_json(json, checked.as_json())
+    if html is not None:
+        from unimed.datasets.page import page
+
+        io.write_text(html, page(checked, path))
     console = Console()
     table = Table(title=f"{checked.name}: {path}", title_justify="left")
     table.add_column("")
     for split in checked.records:
         table.add_column(split, justify="right")
-    kinds = sorted({kind for by_kind in checked.annotations.values() for kind in by_kind})
-    rows: list[tuple[str, dict[str, int]]] = [("records", checked.records), ("patients", checked.patients), ("images", checked.images)]
-    rows += [(kind, {split: by_kind.get(kind, 0) for split, by_kind in checked.annotations.items()}) for kind in kinds]
-    for title, values in rows:
+    for title, values in table_rows(checked):
         table.add_row(title, *(f"{value:,}" for value in values.values()))
     console.print(table)
     for kind, shares in checked.words.items():

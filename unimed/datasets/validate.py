@@ -7,39 +7,47 @@ outside their image, answers outside their classes or options, an id given twice
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unimed.datasets.alike import Alike, look_hash
 from unimed.datasets.items import tasks_of
-from unimed.datasets.records import label_values
+from unimed.datasets.records import CONVERTED, label_values
+from unimed.datasets.spec import DATASETS
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.box import clip
 from unimed.records.files import short
 from unimed.records.image import Images
+from unimed.records.pixels import load_image
 from unimed.records.policy import BadRecord
 from unimed.records.record import QA, SPLITS, BoxOf, Label, Number, Record, Report
 
 PERCENTILES = (50, 90, 99, 100)
 NO_LICENCE = "not given"
+ALIKE = "images that look alike in several splits"
 IMAGES = {"with a missing image": "images that are missing", "with an unreadable image": "images that cannot be read"}
 
 
 @dataclass
 class Finding:
-    """How often something is wrong, and where it is first."""
+    """How often something is wrong, and where it is first. known: why the published data set is like that."""
 
     count: int = 0
     first: str = ""
+    known: str = ""
 
 
 @dataclass
 class Checked:
-    """The outcome: numbers for the tables, findings by what is wrong. stopped: at the first finding (strict)."""
+    """The outcome: numbers for the tables, findings by what is wrong. stopped: at the first finding (strict).
+
+    samples: some records, spread over the data set, for the page.
+    """
 
     name: str
     records: dict[str, int]
@@ -50,11 +58,18 @@ class Checked:
     licences: dict[str, int]
     findings: dict[str, Finding] = field(default_factory=dict)
     stopped: bool = False
+    samples: list[Record] = field(default_factory=list)
+
+    @property
+    def fine(self) -> bool:
+        """No finding but known ones."""
+        return all(one.known for one in self.findings.values())
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         values = {**vars(self), "findings": {kind: vars(one) for kind, one in self.findings.items()}}
-        return {**values, "fine": not self.findings}
+        del values["samples"]
+        return {**values, "fine": self.fine}
 
 
 class _Stop(Exception):
@@ -62,15 +77,15 @@ class _Stop(Exception):
 
 
 class _Findings:
-    def __init__(self, folder: Path, strict: bool) -> None:
-        self.folder, self.strict = folder, strict
+    def __init__(self, folder: Path, strict: bool, known: Mapping[str, str]) -> None:
+        self.folder, self.strict, self.known = folder, strict, known
         self.found: dict[str, Finding] = {}
 
     def add(self, kind: str, where: str) -> None:
-        one = self.found.setdefault(kind, Finding())
+        one = self.found.setdefault(kind, Finding(known=self.known.get(kind, "")))
         one.count += 1
         one.first = one.first or " ".join(where.replace(f"{self.folder}/", "").split())
-        if self.strict:
+        if self.strict and not one.known:
             raise _Stop
 
 
@@ -82,7 +97,9 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
         what = f"no folder of records: it needs {jsonl.DATASET_FILE} and {jsonl.SHARDS}"
         raise UserError(f"{folder}: {what}; make one with: unimed data import")
     info = jsonl.read_info(folder)
-    findings = _Findings(folder, strict)
+    findings = _Findings(folder, strict, known_faults(info.made_by))
+    samples = _Samples()
+    alike = Alike()
     annotations: dict[str, Counter[str]] = defaultdict(Counter)
     records: Counter[str] = Counter()
     licences: Counter[str] = Counter()
@@ -102,6 +119,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
                 findings.add(f"lines {error.kind}", str(error))
                 continue
             records[record.split] += 1
+            samples.add(record)
             licences[record.licence or info.licence or NO_LICENCE] += 1
             if record.id in ids:
                 findings.add("ids given twice", f"{where}: id {record.id!r} is that of {ids[record.id]}")
@@ -112,10 +130,16 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
                 seen[record.split].add(ref.path)
                 if images:
                     try:
-                        files[looker.hash(ref)].setdefault(record.split, f"{where}: {ref.path}")
-                        looker.look(ref, where)
+                        key = looker.hash(ref)
+                        files[key].setdefault(record.split, f"{where}: {ref.path}")
+                        bits = look_hash(load_image(looker.look(ref, where).image))
+                        other = alike.add(bits, record.split, key, f"{where}: {ref.path}")
+                        if other:
+                            findings.add(ALIKE, f"{other}; {record.split}: {where}: {ref.path}")
                     except BadRecord as error:
                         findings.add(IMAGES.get(error.kind, f"images {error.kind}"), str(error))
+                    except Exception as error:  # of the pixels; decoders raise nearly anything
+                        findings.add(IMAGES["with an unreadable image"], f"{where}: {ref.path} ({error})")
             for one in record.annotations:
                 annotations[record.split][one.kind] += 1
                 for kind, length in _lengths(one):
@@ -141,7 +165,36 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
         licences=dict(licences.most_common()),
         findings=findings.found,
         stopped=stopped,
+        samples=samples.kept,
     )
+
+
+def known_faults(made_by: str) -> Mapping[str, str]:
+    """Those of the published data set that was converted, by the kind of finding."""
+    spec = DATASETS.get(made_by.removeprefix(CONVERTED).strip()) if made_by.startswith(CONVERTED) else None
+    return spec.known if spec else {}
+
+
+class _Samples:
+    """Some of the records, evenly spread, whatever their number."""
+
+    def __init__(self, most: int = 24) -> None:
+        self.kept: list[Record] = []
+        self.most, self._step, self._seen = most, 1, 0
+
+    def add(self, record: Record) -> None:
+        if self._seen % self._step == 0:
+            self.kept.append(record)
+            if len(self.kept) > self.most:
+                self.kept, self._step = self.kept[::2], self._step * 2
+        self._seen += 1
+
+
+def table_rows(checked: Checked) -> list[tuple[str, dict[str, int]]]:
+    """What is counted, by split."""
+    kinds = sorted({kind for by_kind in checked.annotations.values() for kind in by_kind})
+    rows = [("records", checked.records), ("patients", checked.patients), ("images", checked.images)]
+    return [*rows, *((kind, {split: by_kind.get(kind, 0) for split, by_kind in checked.annotations.items()}) for kind in kinds)]
 
 
 def _faults(record: Record, where: str, looker: Images | None, classes: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
