@@ -24,14 +24,15 @@ OPTIONAL = {
 def lines() -> Iterator[tuple[str, str]]:
     """(title, finding) pairs."""
     from cmoe_kernels.doctor import tested_versions
-    from unimed.train import config, machine
+    from unimed.train import machine
+    from unimed.train import recipe as recipes
 
     for name, text in machine.describe().items():
         yield name, text
     yield "versions", tested_versions()
     for name, purpose in OPTIONAL.items():
         yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {INSTALL}"
-    root = Path(config.Data().root)
+    root = Path(recipes.Data().root)
     yield "java", "found: BLEU by the PTB tokenizer, METEOR" if which("java") else "none: BLEU by our tokenizer, no METEOR"
     yield "sample", f"{root} is there" if (root / "sample.json").is_file() else f"{root} is not built: unimed sample build"
     runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))

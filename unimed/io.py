@@ -96,11 +96,39 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_into(folder: Path, fill: Callable[[Path], None]) -> set[str]:
+    """`fill` writes files into a folder inside `folder`; each takes its place once all are complete. Returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder, ignore_cleanup_errors=True) as name:
+        fill(Path(name))
+        files = list(Path(name).iterdir())
+        for file in files:
+            os.replace(file, folder / file.name)
+    return {file.name for file in files}
+
+
 def place_folder(partial: Path, path: Path) -> None:
     """Seals the finished folder `partial` with a manifest of its files and renames it to `path`."""
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
     listed = {str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     write_json(partial / MANIFEST, listed)
+    _take_place(partial, path)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``. It takes the place of ``path`` when the block ends, and is removed when the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        _take_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

@@ -30,11 +30,11 @@ def small_overrides(sample_folder):
 @pytest.fixture(scope="session")
 def small_run(small_overrides, tmp_path_factory):
     """A finished run: runs/small under a folder of its own. Read it, do not change it."""
-    from unimed.train import config
+    from unimed.train import recipe as recipes
     from unimed.train.run import train
 
     torch.set_num_threads(1)
-    return train(config.load("tiny", small_overrides), tmp_path_factory.mktemp("work") / "runs" / "small")
+    return train(recipes.load("tiny", small_overrides), tmp_path_factory.mktemp("work") / "runs" / "small")
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unimed.models.build import build_tiny
-from unimed.models.unimed import UniMedForConditionalGeneration, UniMedProcessor
+from unimed.models.build import build
+from unimed.models.spec import ModelSpec
+from unimed.models.unimed import TASKS, UniMedForConditionalGeneration, UniMedProcessor
 
 TEXTS = [
     "[INST] <Img><ImageHere></Img> [refer] give me the location of liver [/INST]",
@@ -18,11 +19,19 @@ VQA = "[INST] <Img><ImageHere></Img> [vqa] which modality? [/INST]"
 QA = "[INST] [qa] where is the spleen? [/INST]"
 
 
-def small(**changes) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
-    sizes = {"image_size": 32, "vision_width": 32, "vision_layers": 2, "vision_heads": 2, "vocab_size": 480}
-    sizes |= {"text_width": 48, "text_layers": 2, "text_heads": 2, "text_hidden": 64}
-    sizes |= {"connector": {"hidden_features": 24, "router_features": 12, "task_features": 8, "aux_losses": {"importance": 0.1}}}
-    model, processor = build_tiny(TEXTS, **(sizes | changes))
+def spec(vision=None, language=None, connector=None) -> ModelSpec:
+    """A very small model, with changes to its parts."""
+    return ModelSpec.model_validate(
+        {
+            "vision": {"image_size": 32, "width": 32, "layers": 2, "heads": 2, **(vision or {})},
+            "connector": connector or {"hidden_features": 24, "router_features": 12, "task_features": 8, "aux_losses": {"importance": 0.1}},
+            "language": {"vocab_size": 480, "width": 48, "layers": 2, "heads": 2, "mlp_width": 64, **(language or {})},
+        }
+    )
+
+
+def small(tasks=TASKS, seed=0, **changes) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
+    model, processor = build(spec(**changes), TEXTS, tasks=tasks, seed=seed)
     return model.eval(), processor
 
 

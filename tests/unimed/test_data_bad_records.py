@@ -357,15 +357,15 @@ def test_a_name_in_the_data_never_leads_out(tmp_path, name):
 
 
 def test_a_recipe_reaches_the_readers(tmp_path):
-    from unimed.train import config
+    from unimed.train import recipe as recipes
     from unimed.train.run import examples
 
     published_slake(tmp_path / "slake")
     medqa(tmp_path / "medqa", [LONG])
-    chosen = config.load("tiny", [f"data.root={tmp_path}", "data.languages=[zh]", "data.protocol=standard", "data.tasks=[vqa,qa]"])
+    chosen = recipes.load("tiny", [f"data.root={tmp_path}", "data.languages=[zh]", "data.protocol=standard", "data.tasks=[vqa,qa]"])
     qa, vqa = examples(chosen, "train")
     assert (qa.question[-16:], vqa.answer) == ("t (B) Ampicillin", "没有")
-    strict = config.load("tiny", [f"data.root={tmp_path}", "data.strict=true"])
+    strict = recipes.load("tiny", [f"data.root={tmp_path}", "data.strict=true"])
     (tmp_path / "slake" / "imgs" / "xmlab0" / "source.jpg").unlink()
     with pytest.raises(UserError, match="no such image"):
         examples(strict, "train")

@@ -14,7 +14,7 @@ from unimed.inference.session import Generated, Session, load
 from unimed.records.example import Example
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import STANDARD
-from unimed.train import config
+from unimed.train import recipe as recipes
 from unimed.train.run import examples
 
 pytestmark = pytest.mark.usefixtures("without_java")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("without_java")
 
 @pytest.fixture(scope="module")
 def slab(small_run):
-    return evaluate.spread(examples(config.load(small_run / "recipe.yaml"), "slab"), 5)
+    return evaluate.spread(examples(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_progress_counts_every_example_once(session, slab):
 
 
 def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run):
-    train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
+    train_examples = examples(recipes.load(small_run / "recipe.yaml"), "train")
     perfect = Parrot(lambda example, blanked: "nothing" if blanked else example.answer)
     silent = Parrot(lambda example, blanked: "")
     rows = evaluate.compare(silent, perfect, train_examples, slab)
@@ -65,7 +65,7 @@ def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run):
 
 
 def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run):
-    train_examples = examples(config.load(small_run / "recipe.yaml"), "train")
+    train_examples = examples(recipes.load(small_run / "recipe.yaml"), "train")
     majority = evaluate.MajorityAnswers.fit(train_examples)
     rows = evaluate.compare(None, Parrot(lambda example, blanked: majority.predict(example)), train_examples, slab)
     assert evaluate.UNTRAINED not in rows

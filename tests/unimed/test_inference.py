@@ -23,7 +23,7 @@ from unimed.inference.session import Session
 from unimed.records import box as boxes
 from unimed.records.box import Placement
 from unimed.records.pixels import Opened
-from unimed.train import config
+from unimed.train import recipe as recipes
 from unimed.train.run import examples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def session(small_run):
 
 @pytest.fixture(scope="module")
 def slab(small_run):
-    return evaluate.spread(examples(config.load(small_run / "recipe.yaml"), "slab"), 5)
+    return evaluate.spread(examples(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from unimed.errors import UserError
 from unimed.models.adapter import add_lora, merge
 from unimed.models.build import released_config
 from unimed.models.load import load
+from unimed.models.spec import Lora
 from unimed.models.unimed import UniMedForConditionalGeneration
 
 
@@ -33,7 +34,7 @@ def adapted(folder=None, freeze=False):
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         model, processor = load(folder)
-    return trained(add_lora(model, r=4, alpha=8, dropout=0.0), processor), processor
+    return trained(add_lora(model, Lora(r=4, alpha=8, dropout=0.0)), processor), processor
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -189,7 +190,7 @@ def test_damaged_adapters_are_one_line(tmp_path):
     file.unlink()
     refused("no adapter_model.safetensors")
     save_file(weights, file)
-    other, other_processor = small(text_width=64)
+    other, other_processor = small(language={"width": 64})
     other.save_pretrained(tmp_path / "other")
     other_processor.save_pretrained(tmp_path / "other")
     refused("wrong shape: .* and must be", base=tmp_path / "other")
@@ -203,7 +204,7 @@ def test_released_adapter_size():
     config = released_config()
     config.vision_config.num_hidden_layers = 1
     with torch.device("meta"):
-        model = add_lora(UniMedForConditionalGeneration(config), r=8)
+        model = add_lora(UniMedForConditionalGeneration(config), Lora(r=8))
     assert sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name) == 19_988_480
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == 199_270_400 + 507_781_125 + 28_160 + 19_988_480 == 727_068_165

@@ -11,6 +11,7 @@ from cmoe_kernels.nn.convert import to_unimed
 from unimed.errors import UserError
 from unimed.models.adapter import add_lora
 from unimed.models.load import apply_released, import_released
+from unimed.models.spec import Lora
 
 
 class Surprise:
@@ -20,7 +21,7 @@ class Surprise:
 
 def adapted(seed):
     model, processor = small(seed=seed, connector={"hidden_features": 24, "router_features": 12, "task_features": 8})
-    peft = add_lora(lively(model), r=4)
+    peft = add_lora(lively(model), Lora(r=4))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in peft.named_parameters():

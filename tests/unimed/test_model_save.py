@@ -123,7 +123,7 @@ def test_widths_that_do_not_fit_are_named(saved):
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama' model, it must be 'unimed'"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"not tensors"), "the model cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "the model cannot be read"),

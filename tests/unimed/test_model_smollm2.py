@@ -8,9 +8,10 @@ from model_samples import batch, picture
 
 from unimed.errors import UserError
 from unimed.models.adapter import add_lora
-from unimed.models.build import build_smollm2
+from unimed.models.build import build
 from unimed.models.load import load
-from unimed.models.smollm2 import WHEEL, find_wheel
+from unimed.models.smollm2 import WHEEL, find_wheel, folder
+from unimed.models.spec import Lora, ModelSpec
 
 ARCHIVES = Path(os.environ.get("UNIMED_ARCHIVES", "archives"))
 missing = [f"no {WHEEL} in {ARCHIVES} (set UNIMED_ARCHIVES)"] if not (ARCHIVES / WHEEL).is_file() else []
@@ -23,12 +24,16 @@ def test_other_archives_are_refused(tmp_path):
             find_wheel(source)
     (tmp_path / WHEEL).write_bytes(b"something else")
     with pytest.raises(UserError, match=r"sha256 is .*, it must be bcc81830"):
-        build_smollm2(tmp_path)
+        folder(tmp_path)
 
 
 @pytest.mark.skipif(bool(missing), reason="; ".join(missing))
 def test_smollm2_builds_trains_and_comes_back(tmp_path):
-    model, processor = build_smollm2(ARCHIVES, tmp_path, image_size=32, vision_width=32, vision_heads=2, vision_layers=1)
+    converted = folder(ARCHIVES, tmp_path)
+    assert folder(ARCHIVES, tmp_path) == converted  # once
+    vision = {"image_size": 32, "width": 32, "heads": 2, "layers": 1}
+    spec = ModelSpec.model_validate({"vision": vision, "language": {"from": f"{converted}"}})
+    model, processor = build(spec)
     text = processor.tokenizer("Pneumonia is an infection of the lungs that", return_tensors="pt").input_ids
     answer = processor.tokenizer.decode(model.generate(input_ids=text, max_new_tokens=8)[0, text.shape[1] :])
     assert answer.startswith(" can be caused by")
@@ -36,7 +41,7 @@ def test_smollm2_builds_trains_and_comes_back(tmp_path):
         "The heart size is normal. The lungs are clear. There is no pleural effusion.", return_tensors="pt"
     ).input_ids
     assert model(input_ids=report, labels=report).loss < 4  # a random model has ln(49153) = 10.8
-    peft = add_lora(model)
+    peft = add_lora(model, Lora())
     optimiser = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=2e-3)
     rows = batch(processor)
     losses = []
@@ -52,5 +57,3 @@ def test_smollm2_builds_trains_and_comes_back(tmp_path):
     assert sum(file.stat().st_size for file in (tmp_path / "adapter").iterdir()) < 40e6
     asked = its_processor(text="[INST] <Img><ImageHere></Img> [vqa] which modality? [/INST]", images=[picture(1)])
     assert torch.equal(again.generate(**asked, max_new_tokens=4), peft.generate(**asked, max_new_tokens=4))
-    cached, _ = build_smollm2(ARCHIVES, tmp_path, image_size=32, vision_width=32, vision_heads=2, vision_layers=1)
-    assert torch.equal(cached.connector.experts.w1, model.connector.original_module.experts.w1)

@@ -17,8 +17,9 @@ from unimed.datasets.validate import check
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.record import Record
-from unimed.train import config
-from unimed.train.run import _same, examples
+from unimed.train import recipe as recipes
+from unimed.train.folder import Run
+from unimed.train.run import examples
 from unimed.train.sampler import by_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +104,7 @@ def test_tasks_without_data_lose_their_ratio_with_one_line(tmp_path, monkeypatch
     rows(tmp_path, 4)
     monkeypatch.chdir(tmp_path)
     assert run("data import llava data.json --images imgs --out mine --val 0 --test 0").exit_code == 0
-    recipe = config.load("tiny", ["data.sets.mine.root=mine"])
+    recipe = recipes.load("tiny", ["data.sets.mine.root=mine"])
     group(examples(recipe, "train"), recipe.sampler.ratios)
     (line,) = [one.getMessage() for one in caplog.records if one.name == "unimed.train"]
     assert line == "sampler.ratios: no training example of refer, identify, caption, cls, qa; the other sources share what it had"
@@ -249,7 +250,7 @@ def two_sets(tmp_path, monkeypatch):
 
 
 def test_sets_carry_their_own_names_splits_and_shares(two_sets):
-    recipe = config.load("tiny", [*two_sets, "data.sets.two.ratio=3", "data.sets.two.splits.train=test"])
+    recipe = recipes.load("tiny", [*two_sets, "data.sets.two.ratio=3", "data.sets.two.splits.train=test"])
     assert (recipe.data.root, recipe.data.where) == ("", "one (one), two (two)")
     found = examples(recipe, "train")
     assert {name: sum(one.dataset == name for one in found) for name in ("one", "two")} == {"one": 5, "two": 1}
@@ -263,26 +264,26 @@ def test_sets_carry_their_own_names_splits_and_shares(two_sets):
 
 def test_data_that_is_named_takes_the_place_of_the_recipes_own(two_sets, tmp_path):
     stored = tmp_path / "recipe.yaml"
-    stored.write_text(config.dump(config.load("tiny", [*two_sets, "data.sets.two.ratio=3"])))
-    assert set(config.load(stored).data.sets) == {"one", "two"}
-    assert config.load(stored).data.root == ""
-    only = config.load(stored, ["data.sets.two.root=elsewhere"]).data
+    stored.write_text(recipes.dump(recipes.load("tiny", [*two_sets, "data.sets.two.ratio=3"])))
+    assert set(recipes.load(stored).data.sets) == {"one", "two"}
+    assert recipes.load(stored).data.root == ""
+    only = recipes.load(stored, ["data.sets.two.root=elsewhere"]).data
     assert (set(only.sets), only.sets["two"].ratio, only.root) == ({"two"}, 3, "")
-    other = config.load(stored, ["data.root=other"]).data
+    other = recipes.load(stored, ["data.root=other"]).data
     assert (other.sets, other.root) == ({}, "other")
-    both = config.load("tiny", [*two_sets, "data.root=other"]).data
+    both = recipes.load("tiny", [*two_sets, "data.root=other"]).data
     assert (set(both.sets), both.root) == ({"one", "two"}, "other")
     (tmp_path / "mine.yaml").write_text("data: {sets: {one: {root: one}}}")
-    assert config.load(tmp_path / "mine.yaml").data.root == ""
+    assert recipes.load(tmp_path / "mine.yaml").data.root == ""
     (tmp_path / "mine.yaml").write_text("data: {sets: {one: 3}}")
     with pytest.raises(UserError, match=r"data\.sets"):
-        config.load(tmp_path / "mine.yaml")
+        recipes.load(tmp_path / "mine.yaml")
 
 
 def test_a_run_may_go_on_where_its_data_has_moved(two_sets, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(config.dump(config.load("tiny", two_sets)))
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.load("tiny", two_sets)))
     start = {"processes": 1, "examples": 10, "examples_sha256": "x"}
-    moved = config.load("tiny", ["data.sets.one.root=elsewhere", "data.sets.two.root=two"])
-    _same(moved, start, tmp_path)
+    moved = recipes.load("tiny", ["data.sets.one.root=elsewhere", "data.sets.two.root=two"])
+    Run(tmp_path).resume(moved, start)
     with pytest.raises(UserError, match=r"cannot resume with data\.sets"):
-        _same(config.load("tiny", [*two_sets, "data.sets.one.ratio=2"]), start, tmp_path)
+        Run(tmp_path).resume(recipes.load("tiny", [*two_sets, "data.sets.one.ratio=2"]), start)

@@ -9,8 +9,8 @@ from PIL import Image
 from unimed.errors import UserError
 from unimed.records.example import Example
 from unimed.report import gallery, plots, report
-from unimed.report.router import RouterHistory, describe
 from unimed.tasks import RELEASED_TASKS
+from unimed.train.telemetry import RouterHistory, describe
 
 VOID = {"meta", "br", "img", "input", "hr", "path", "use", "rect", "image", "link"}
 

@@ -17,7 +17,7 @@ from unimed.sample.slices import slices, subject, vendored_volume
 from unimed.tasks import TASKS, answers, metrics, overlap, prompts
 from unimed.tasks.baselines import MajorityAnswers
 from unimed.tasks.calculation import ratios
-from unimed.train import config
+from unimed.train import recipe as recipes
 from unimed.train.run import train
 
 GRADES = ["none", "small", "medium", "large"]
@@ -77,7 +77,7 @@ def test_from_masks_to_scores(measured):
 def test_a_model_learns_and_answers_them(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(overlap, "has_coco", lambda: False)
     chosen = [f"data.root={measured}", f"data.tasks=[{','.join(NAMES)}]", *(f"sampler.ratios.{name}=1" for name in NAMES)]
-    recipe = config.load("tiny", [*SMALL.split(), *chosen, "train.max_steps=4", "evaluate.splits=[test]"])
+    recipe = recipes.load("tiny", [*SMALL.split(), *chosen, "train.max_steps=4", "evaluate.splits=[test]"])
     run = train(recipe, tmp_path / "runs" / "small")
     part = evaluate_run(run)["splits"]["test"]
     assert set(part["rows"]["trained"]) == set(part["better"]) == set(NAMES)

@@ -14,7 +14,7 @@ from unimed.records.example import Example
 from unimed.report import gallery, plots
 from unimed.tasks import Task, answers, metrics, prompts, reading
 from unimed.tasks.baselines import MajorityAnswers, most_frequent
-from unimed.train import config
+from unimed.train import recipe as recipes
 
 
 def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
@@ -82,7 +82,7 @@ def test_it_is_compared_and_reported(count, monkeypatch):
 
 
 def test_a_recipe_may_name_it(count):
-    assert config.load("tiny", ["data.tasks=[count,vqa]"]).data.tasks == ["count", "vqa"]
+    assert recipes.load("tiny", ["data.tasks=[count,vqa]"]).data.tasks == ["count", "vqa"]
 
 
 def test_without_it_the_tag_is_unknown():
@@ -90,4 +90,4 @@ def test_without_it_the_tag_is_unknown():
         with pytest.raises(UserError, match="c0: unknown task 'count'; valid are vqa, refer, identify, caption, cls, qa, severity"):
             call(example(0, "2"), None if call is prompts.instruction else "2")
     with pytest.raises(UserError, match=r"data\.tasks: no task 'count'"):
-        config.load("tiny", ["data.tasks=[count]"])
+        recipes.load("tiny", ["data.tasks=[count]"])

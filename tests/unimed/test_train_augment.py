@@ -8,7 +8,7 @@ from unimed.records import box as boxes
 from unimed.records.example import Example
 from unimed.train.augment import augment
 from unimed.train.collate import TrainingSet
-from unimed.train.config import Augment
+from unimed.train.recipe import Augment
 
 
 def marked(task="refer", box=(20.0, 30.0, 60.0, 70.0), size=(120, 100)):

@@ -4,9 +4,10 @@ import torch
 from PIL import Image
 
 from unimed.records.example import Example
-from unimed.train import collate, config
+from unimed.train import collate
+from unimed.train import recipe as recipes
 from unimed.train.collate import Collator, TrainingSet
-from unimed.train.config import Augment
+from unimed.train.recipe import Augment
 from unimed.train.run import build, examples
 from unimed.train.trainer import UniMedTrainer
 
@@ -54,7 +55,7 @@ def test_questions_about_one_file_share_its_image(tmp_path):
 
 
 def test_without_augmentation_the_model_sees_what_it_saw_before(small_overrides, tmp_path):
-    recipe = config.load("tiny", small_overrides)
+    recipe = recipes.load("tiny", small_overrides)
     _, processor = build(recipe, examples(recipe, "train")[:50])
     found = on_disk(tmp_path, 3, (301, 77))
     whole, reduced = (Collator(processor)([TrainingSet(found, Augment(), side)[index, 5] for index in range(3)]) for side in (None, 32))
@@ -81,7 +82,7 @@ def test_the_box_goes_along_with_a_reduced_image():
 def test_workers_change_no_batch(small_overrides, tmp_path):
     batches = {}
     for workers in (0, 2):
-        recipe = config.load("tiny", [*small_overrides, f"data.workers={workers}", "train.max_steps=3"])
+        recipe = recipes.load("tiny", [*small_overrides, f"data.workers={workers}", "train.max_steps=3"])
         found = examples(recipe, "train")[::40]
         model, processor = build(recipe, found)
         trainer = UniMedTrainer(recipe, model, processor, TrainingSet(found, recipe.augment, 32), tmp_path / str(workers))

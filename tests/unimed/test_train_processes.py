@@ -9,7 +9,7 @@ import torch
 from model_samples import QA, batch, small
 
 from unimed.models.adapter import add_lora
-from unimed.train import config
+from unimed.train import recipe as recipes
 from unimed.train.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def test_two_processes_train_log_and_resume_as_one_does_with_twice_the_batches(s
     run = tmp_path / "runs" / "pair"
     names = {path.name for path in run.iterdir()}
     assert names == {"recipe.yaml", "start.json", "metrics.jsonl", "router.json", "run.json", "model", "checkpoint-4", "checkpoint-8"}
-    one = train(config.load("tiny", [*overrides, "train.accumulate=2"]), tmp_path / "one")
+    one = train(recipes.load("tiny", [*overrides, "train.accumulate=2"]), tmp_path / "one")
     ours, theirs = log_of(run), log_of(one)
     assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
     for pair, single in zip(ours, theirs, strict=True):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 
@@ -12,10 +13,12 @@ from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
 from unimed.inference.session import load
+from unimed.models.adapter import merge_folder
 from unimed.tasks import RELEASED_TASKS, TASKS
-from unimed.train import config
+from unimed.train import recipe as recipes
+from unimed.train.folder import Run
 from unimed.train.run import build, examples, train
-from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
+from unimed.train.trainer import UniMedTrainer, arguments
 
 
 class Killed(Exception):
@@ -33,7 +36,7 @@ class KillAt(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def recipe(small_overrides):
-    return config.load("tiny", small_overrides)
+    return recipes.load("tiny", small_overrides)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,8 @@ def test_a_run_leaves_its_model_logs_and_settings(whole, recipe):
     assert [entry["step"] for entry in log] == [2, 4, 6, 8, 10, 12]
     seen = {key for entry in log for key in entry}
     assert {"loss", "learning_rate", "grad_norm"} | {f"loss/{task}" for task in RELEASED_TASKS} <= seen
-    assert config.load(whole / "recipe.yaml") == recipe
-    assert [path.name for path in checkpoints(whole)] == ["checkpoint-8", "checkpoint-12"]
+    assert recipes.load(whole / "recipe.yaml") == recipe
+    assert [path.name for path in Run(whole).checkpoints()] == ["checkpoint-8", "checkpoint-12"]
     assert not list(whole.rglob("training_args.bin"))
     record = json.loads((whole / "run.json").read_text())
     assert record["steps"] == 12
@@ -97,7 +100,7 @@ def test_a_killed_and_resumed_run_is_the_same_run(whole, recipe, tmp_path, kille
 
 
 def test_homogeneous_batches_resume_too_and_accumulation_sees_the_same_samples(small_overrides, tmp_path):
-    recipe = config.load("tiny", [*small_overrides, "sampler.mode=homogeneous", "train.accumulate=2", "train.max_steps=8"])
+    recipe = recipes.load("tiny", [*small_overrides, "sampler.mode=homogeneous", "train.accumulate=2", "train.max_steps=8"])
     with pytest.raises(Killed):
         train(recipe, tmp_path / "killed", callbacks=[KillAt(6)])
     train(recipe, tmp_path / "killed", resume=True)
@@ -117,7 +120,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(w
     with pytest.raises(Killed):
         train(recipe, run)
     monkeypatch.undo()
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-4"]
+    assert [path.name for path in Run(run).checkpoints()] == ["checkpoint-4"]
     train(recipe, run, resume=True)
     assert log_of(run) == log_of(whole)
 
@@ -144,7 +147,7 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(whole, recipe, small_ove
         train(recipe, whole)
     with pytest.raises(UserError, match="nothing to resume"):
         train(recipe, tmp_path / "new", resume=True)
-    other = config.load("tiny", [*small_overrides, "optim.lr=0.5"])
+    other = recipes.load("tiny", [*small_overrides, "optim.lr=0.5"])
     with pytest.raises(UserError, match=r"optim.lr=0.5.*0.001"):
         train(other, whole, resume=True)
     (tmp_path / "precious").mkdir()
@@ -159,8 +162,8 @@ def test_a_run_resumes_by_what_changes_its_mathematics(whole, recipe, small_over
     shutil.copytree(whole, run)
     shutil.copytree(sample_folder, tmp_path / "moved")
     harmless = ["train.threads=2", "evaluate.limit=3", "data.cache_mb=5", "train.keep=9", f"data.root={tmp_path}/moved", "name=other"]
-    train(config.load("tiny", [*small_overrides, *harmless]), run, resume=True)
-    assert config.load(run / "recipe.yaml").train.keep == 9
+    train(recipes.load("tiny", [*small_overrides, *harmless]), run, resume=True)
+    assert recipes.load(run / "recipe.yaml").train.keep == 9
     torch.set_num_threads(1)
     record = json.loads((run / "start.json").read_text())
     assert record["command"] == "train"
@@ -192,15 +195,15 @@ def test_the_log_is_added_to_and_starts_again_from_the_checkpoint(whole, recipe,
 
 def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, tmp_path):
     with pytest.raises(UserError, match="unimed sample build"):
-        examples(config.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
+        examples(recipes.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
     with pytest.raises(UserError, match="cannot run here"):
-        train(config.load("released", [f"data.root={sample_folder}"]), tmp_path / "released")
+        train(recipes.load("released", [f"data.root={sample_folder}"]), tmp_path / "released")
 
 
 def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_path):
     """Two batches, one of an answer of 2 tokens and one of 30, are the step that the whole batch is."""
     settings = ["connector.router=sparse", "connector.aux_losses={z: 0.5}", "train.accumulate=2"]
-    recipe = config.load("tiny", [*small_overrides, *settings])
+    recipe = recipes.load("tiny", [*small_overrides, *settings])
     train_examples = examples(recipe, "train")
     model, processor = build(recipe, train_examples)
     trainer = UniMedTrainer(recipe, model, processor, None, tmp_path)
@@ -230,15 +233,8 @@ def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_pat
 
 
 def test_telemetry_names_tasks_by_the_model_s_own_list(small_overrides, tmp_path):
-    recipe = config.load("tiny", small_overrides)
-    model, processor = small(
-        connector={
-            "hidden_features": 24,
-            "router_features": 12,
-            "task_features": 8,
-            "tasks": [task for task in RELEASED_TASKS if TASKS[task].needs_image][::-1],
-        }
-    )
+    recipe = recipes.load("tiny", small_overrides)
+    model, processor = small(tasks=[task for task in RELEASED_TASKS if TASKS[task].needs_image][::-1])
     trainer = UniMedTrainer(recipe, model.train(), processor, None, tmp_path)
     rows = processor(text="[INST] <Img><ImageHere></Img> [vqa] which modality? [/INST]", images=picture(1), answers="CT")
     trainer.compute_loss(model, {**rows, "sample_tasks": torch.tensor([list(TASKS).index("vqa")])})
@@ -248,9 +244,13 @@ def test_telemetry_names_tasks_by_the_model_s_own_list(small_overrides, tmp_path
     assert not any(task in key for key in logged for task in ("cls", "caption", "refer"))
 
 
+def processor_rows(processor):
+    return processor(text="[INST] <Img><ImageHere></Img> [vqa] which modality? [/INST]", images=picture(1))
+
+
 def test_lora_trains_resumes_and_evaluates(small_overrides, tmp_path, without_java):
-    settings = ["lora.enabled=true", "lora.r=4", "evaluate.limit=1", "evaluate.splits=[slab]", "train.max_steps=8"]
-    recipe = config.load("tiny", [*small_overrides, *settings])
+    settings = ["language.lora.r=4", "evaluate.limit=1", "evaluate.splits=[slab]", "train.max_steps=8"]
+    recipe = recipes.load("tiny", [*small_overrides, *settings])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(recipe, whole)
     with pytest.raises(Killed):
@@ -268,6 +268,16 @@ def test_lora_trains_resumes_and_evaluates(small_overrides, tmp_path, without_ja
         model = load(folder).model
         saved = {name.replace(".modules_to_save.default", "").replace(".default", ""): value for name, value in model.state_dict().items()}
         assert all(torch.equal(saved[name], value) for name, value in ours.items())
+    assert not (moved / "model" / "base").exists()
+    assert (moved / "base" / "model.safetensors").is_file()  # once for the model and every checkpoint
+    merge_folder(moved / "model", tmp_path / "merged")
+    plain, adapted = load(tmp_path / "merged"), load(moved)
+    picture_of = processor_rows(plain.processor)
+    torch.testing.assert_close(plain.model(**picture_of).logits, adapted.model(**picture_of).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="exists; choose a new folder"):
+        merge_folder(moved / "model", tmp_path / "merged")
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors there, so there is no LoRA to merge"):
+        merge_folder(tmp_path / "merged", tmp_path / "again")
     result = evaluate_run(moved)
     assert result["splits"]["slab"]["rows"]["trained"].keys() == set(RELEASED_TASKS)
 
@@ -290,7 +300,7 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, sm
     train_examples = examples(recipe, "train")
     first, second = build(recipe, train_examples)[0].state_dict(), build(recipe, train_examples)[0].state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = build(config.load("tiny", [*small_overrides, "train.seed=1"]), train_examples)[0].state_dict()
+    other = build(recipes.load("tiny", [*small_overrides, "train.seed=1"]), train_examples)[0].state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
@@ -302,10 +312,11 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, sm
         (["connector.router=constant", "train.precision=bf16"], set()),
         (["connector.router_inputs=task", "connector.resample=avgpool", "optim.schedule=released"], {"router_entropy/vqa"}),
         (["data.tasks=[qa]", "vision.freeze=true"], {"loss/qa"}),
+        (["language.from=qwen2", "vision.from=siglip", "connector.freeze=true"], {"router_entropy/vqa"}),
     ],
 )
 def test_other_settings_of_a_recipe_train_and_log(small_overrides, tmp_path, overrides, logged):
-    recipe = config.load("tiny", [*small_overrides, *overrides, "train.max_steps=4", "sampler.ratios={vqa: 4, refer: 1, qa: 1}"])
+    recipe = recipes.load("tiny", [*small_overrides, *overrides, "train.max_steps=4", "sampler.ratios={vqa: 4, refer: 1, qa: 1}"])
     log = log_of(train(recipe, tmp_path / "run"))
     assert [entry["step"] for entry in log] == [2, 4]
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log)
@@ -314,10 +325,50 @@ def test_other_settings_of_a_recipe_train_and_log(small_overrides, tmp_path, ove
 
 def test_an_auxiliary_loss_adds_to_the_loss_by_its_weight(small_overrides, tmp_path):
     same = [*small_overrides, "connector.router=sparse", "train.max_steps=2", "sampler.ratios={vqa: 1}", "optim.lr=0", "optim.warmup_lr=0"]
-    plain = log_of(train(config.load("tiny", [*same, "connector.aux_losses={z: 0}"]), tmp_path / "plain"))[0]
-    weighted = log_of(train(config.load("tiny", [*same, "connector.aux_losses={z: 100}"]), tmp_path / "weighted"))[0]
+    plain = log_of(train(recipes.load("tiny", [*same, "connector.aux_losses={z: 0}"]), tmp_path / "plain"))[0]
+    weighted = log_of(train(recipes.load("tiny", [*same, "connector.aux_losses={z: 100}"]), tmp_path / "weighted"))[0]
     assert plain["aux/z"] == weighted["aux/z"] > 0
     assert weighted["loss"] - plain["loss"] == pytest.approx(100 * weighted["aux/z"], rel=1e-3)
+
+
+class Tracker(TrainerCallback):
+    """In the place of the callback that transformers has for a tracker."""
+
+    def __init__(self):
+        self.logging_dir, self.seen = None, []
+        Tracker.last = self
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_a_tracker_gets_what_the_log_gets(small_overrides, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    recipe = recipes.load("tiny", [*small_overrides, "train.report_to=trackio", "train.max_steps=2"])
+    if importlib.util.find_spec("trackio") is None:
+        with pytest.raises(UserError, match=r"train.report_to='trackio': the package trackio is not installed; get it with: pip install"):
+            train(recipe, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("unimed.train.trainer._require_installed", lambda trackers: None)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
+    settings = arguments(recipe, tmp_path)
+    assert (settings.project, settings.run_name) == ("unimed", "small")
+    log = log_of(train(recipe, tmp_path / "run"))
+    assert [{key: value for key, value in seen.items() if "second" not in key} for seen in Tracker.last.seen if "loss" in seen] == [
+        {key: value for key, value in entry.items() if key != "step"} for entry in log
+    ]
+
+
+def test_tensorboard_files_lie_in_the_run(small_overrides, tmp_path):
+    pytest.importorskip("tensorboard")
+    recipe = recipes.load("tiny", [*small_overrides, "train.report_to=tensorboard", "train.max_steps=2"])
+    train(recipe, tmp_path / "run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/loss/vqa"} <= set(events.Tags()["scalars"])
 
 
 def test_a_process_takes_one_gpu(recipe, tmp_path, monkeypatch):
@@ -332,4 +383,4 @@ def test_half_precision_without_a_gpu_is_refused(small_overrides, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"fp16.*GPU"):
-        train(config.load("tiny", [*small_overrides, "train.precision=fp16"]), tmp_path / "run")
+        train(recipes.load("tiny", [*small_overrides, "train.precision=fp16"]), tmp_path / "run")

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from unimed.__main__ import main
-from unimed.train import config
+from unimed.train import recipe as recipes
 from unimed.train.run import train
 
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     work, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     os.chdir(work)
-    recipe = config.load("tiny", [*overrides, "name=pair"])
+    recipe = recipes.load("tiny", [*overrides, "name=pair"])
     seen = {}
     try:
         train(recipe, Path("runs/pair"), callbacks=[KillAt()])

@@ -171,9 +171,10 @@ def _show_gates(run: Path) -> None:
     from rich.table import Table
 
     from unimed import io
-    from unimed.train.trainer import ROUTER_FILE
+    from unimed.train.folder import Run
 
-    history = io.read_json(run / ROUTER_FILE) if (run / ROUTER_FILE).is_file() else []
+    router = Run(run).router
+    history = io.read_json(router) if router.is_file() else []
     if not history:
         return
     last = history[-1]

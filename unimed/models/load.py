@@ -1,6 +1,5 @@
 """Read saved models strictly, and the released project's checkpoints."""
 
-import json
 import os
 import pickle
 import re
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging
 
 from cmoe_kernels import CMoEConfig
 from cmoe_kernels.nn.convert import from_unimed
+from unimed import io
 from unimed.errors import UserError
 from unimed.models.keys import require_same_keys
 from unimed.models.unimed.configuration import UniMedConfig
@@ -62,6 +62,20 @@ def _base(folder: Path, search: Iterable[str | os.PathLike]) -> Path:
     return found
 
 
+def connector_weights(folder: Path) -> dict[str, Tensor]:
+    """The connector's weights in a saved model, an adapter, or the `model` folder of a run."""
+    for place in (folder, folder / "model"):
+        for name, prefix in (("adapter_model.safetensors", "base_model.model.connector."), ("model.safetensors", "connector.")):
+            if (place / name).is_file():
+                try:
+                    with safe_open(place / name, framework="pt") as file:
+                        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+                        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+                except (SafetensorError, OSError) as error:
+                    raise UserError(f"{place / name}: cannot be read: {str(error).splitlines()[0]}") from error
+    raise UserError(f"connector.from={str(folder)!r}: no model.safetensors or adapter_model.safetensors there; give a saved model or a run")
+
+
 def pick_device(name: str) -> torch.device:
     """The device that `name` stands for: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1"."""
     if name == "auto":
@@ -97,6 +111,8 @@ def _model(folder: Path, dtype: torch.dtype | None) -> UniMedForConditionalGener
     saved = dict.fromkeys(info["unexpected_keys"], ()) | {key: shape[0] for key, shape in shapes.items()}
     wanted = dict.fromkeys(info["missing_keys"], ()) | {key: shape[1] for key, shape in shapes.items()}
     require_same_keys(str(folder), saved, wanted)
+    if dtype is None:
+        model.apply_dtypes()
     return model
 
 
@@ -122,10 +138,7 @@ def _processor(folder: Path, config: UniMedConfig) -> UniMedProcessor:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    content = io.read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: it must hold a JSON object")
     return content

@@ -21,8 +21,8 @@ from unimed.report.page import bar, card, lead, page, rows
 from unimed.tasks import TASKS
 from unimed.tasks.reading import KINDS
 from unimed.tasks.task import task_of
-from unimed.train import config as recipes
-from unimed.train.trainer import ROUTER_FILE
+from unimed.train import recipe as recipes
+from unimed.train.folder import Run
 
 REPORT_FILE = "report.html"
 SAMPLE_LIMITS = (
@@ -50,7 +50,7 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     if "intervals" not in next(iter(result.get("splits", {}).values()), {}):
         raise UserError(f"{run}: {METRICS_FILE} is of an older version; make it again with: unimed evaluate {run}")
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    history = io.read_json(run / ROUTER_FILE)
+    history = io.read_json(Run(run).router)
     say("plots")
     sections = [("looking", "Does looking help?", _table(result))]
     for split in result["splits"]:

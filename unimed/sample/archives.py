@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from unimed.errors import UserError
-from unimed.io import sha256
+from unimed.io import beside, sha256
 from unimed.records.volume import Volume, nifti_from_bytes, with_labels
 
 Progress = Callable[[int, int, str], None]
@@ -110,7 +110,8 @@ def _download(archive: Archive, path: Path) -> None:
         found = sha256(file)
         if found != archive.sha256:
             raise UserError(f"{archive.file}: sha256 {found}, pinned is {archive.sha256}; the file was not kept")
-        os.replace(file, path)
+        with beside(path) as partial:
+            os.replace(file, partial)
 
 
 def read_member(archive: Path, member: str) -> bytes:

@@ -12,10 +12,7 @@ Held-out slabs are the files' validation split and the held-out subject is their
 import hashlib
 import io
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from unimed.errors import UserError
+from unimed.io import folder_beside
 from unimed.records.volume import Volume
 from unimed.sample import questions
 from unimed.sample.masks import STRUCTURES
@@ -53,20 +51,8 @@ def build_sample(out: Path, progress: Progress = _quiet, volumes: Mapping[str, V
             return
         if not (out / "sample.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
             raise UserError(f"{out}: exists and is not a sample; choose a new folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        beside.chmod(0o755)
-        _write(beside, progress, volumes or {})
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-            os.replace(out, old / "sample")
-            os.replace(beside, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with folder_beside(out) as partial:
+        _write(partial, progress, volumes or {})
 
 
 def _sources() -> dict[str, str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from unimed.records import box as boxes
 from unimed.records.example import Example
 from unimed.tasks.task import task_of
-from unimed.train.config import Augment
+from unimed.train.recipe import Augment
 
 LEAST_VISIBLE = 0.9  # share of a box that must stay inside, or the example keeps its whole image
 

@@ -16,7 +16,7 @@ from unimed.records.example import Example
 from unimed.records.pixels import load_image
 from unimed.tasks import TASKS, prompts
 from unimed.train.augment import augment
-from unimed.train.config import Augment
+from unimed.train.recipe import Augment
 from unimed.train.sampler import Draw
 
 SPARE = 4  # an image that is augmented keeps at most four times the side of the model's

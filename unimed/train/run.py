@@ -1,14 +1,11 @@
 """One training run: a recipe in, a folder with the model, its logs and checkpoints out.
 
-runs/<name>/recipe.yaml  start.json  metrics.jsonl  router.json  run.json  checkpoint-<step>/  model/
-
 Under torchrun every process calls `train`; the main process makes the folder and writes into it.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,12 @@ from typing import Any
 from unimed import io
 from unimed.datasets.load import load_examples, load_set
 from unimed.errors import NoExamples, UserError
-from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.records.example import Example, digest
 from unimed.records.policy import Rules
 from unimed.tasks import RELEASED_TASKS, TASKS, prompts
-from unimed.train import config as recipes
 from unimed.train import machine
-from unimed.train.config import Recipe
-
-START_FILE = "start.json"
+from unimed.train.folder import Run
+from unimed.train.recipe import Recipe
 
 
 def examples(recipe: Recipe, split: str) -> list[Example]:
@@ -47,56 +41,34 @@ def examples(recipe: Recipe, split: str) -> list[Example]:
     return found
 
 
-def build(recipe: Recipe, train_examples: Sequence[Example]) -> tuple[Any, Any]:
-    """The untrained model of a recipe and its processor, the same every time for the same seed."""
+def build(recipe: Recipe, train_examples: Sequence[Example], base: Path | None = None) -> tuple[Any, Any]:
+    """The untrained model of a recipe and its processor, the same every time for the same seed.
+
+    `base`: where a model with LoRA is saved without it, unless it was; its adapters then name that folder.
+    """
     _can_run(recipe)
     from transformers import set_seed
 
+    from unimed.models import build as models
+
     set_seed(recipe.train.seed)
-    connector = {name: value for name, value in vars(recipe.connector).items() if value is not None}
-    if more := [task for task in recipe.data.tasks if task not in RELEASED_TASKS]:
-        connector["tasks"] = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
-    model: Any
-    if recipe.language.kind == "smollm2":
-        from unimed.models.build import build_smollm2
-
-        source = recipe.language.archive or None
-        model, processor = build_smollm2(source, None, connector=connector, seed=recipe.train.seed, **_vision(recipe))
-    else:
-        from unimed.models.build import build_tiny
-
-        language = recipe.language
-        model, processor = build_tiny(
-            texts(train_examples),
-            text_width=language.width,
-            text_layers=language.layers,
-            text_heads=language.heads,
-            text_hidden=language.mlp_width,
-            vocab_size=language.vocab_size,
-            connector=connector,
-            seed=recipe.train.seed,
-            **_vision(recipe),
-        )
+    more = [task for task in recipe.data.tasks if task not in RELEASED_TASKS]
+    tasks = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
+    model, processor = models.build(recipe, texts(train_examples), tasks=tasks, seed=recipe.train.seed)
     model.config.training = {"recipe": recipe.name, "description": recipe.description}
-    if recipe.vision.freeze:
-        model.config.freeze_vision = True
-        model.vision_tower.requires_grad_(False)
-    if recipe.lora.enabled:
-        from unimed.models.adapter import add_lora
+    if base is not None and recipe.lora and not (base / io.MANIFEST).is_file():
+        io.write_folder(base, lambda folder: save(model, processor, folder))
+    return models.adapt(model, recipe, base), processor
 
-        model = add_lora(model, r=recipe.lora.r, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout)
-    return model, processor
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _can_run(recipe: Recipe) -> None:
     if recipe.cannot_run:
         raise UserError(f"recipe {recipe.name!r} cannot run here: {recipe.cannot_run}")
-
-
-def _vision(recipe: Recipe) -> dict[str, Any]:
-    side = recipe.vision
-    sizes = {"image_size": side.image_size, "patch_size": side.patch_size}
-    return {**sizes, "vision_width": side.width, "vision_layers": side.layers, "vision_heads": side.heads}
 
 
 def texts(train_examples: Sequence[Example]) -> Iterator[str]:
@@ -121,8 +93,9 @@ def train(
     """
     from unimed.train import processes
     from unimed.train.collate import TrainingSet
-    from unimed.train.trainer import UniMedTrainer, arguments, checkpoints
+    from unimed.train.trainer import UniMedTrainer, arguments
 
+    folder = Run(run)
     _can_run(recipe)
     settings = arguments(recipe, run)  # under torchrun, the processes find each other here
     if recipe.train.threads:
@@ -137,34 +110,19 @@ def train(
         "examples_sha256": digest(train_examples),
     }
 
-    def prepare() -> Path | None:
-        if not resume:
-            _new_folder(recipe, start, run, overwrite)
-            return None
-        _same(recipe, start, run)
-        last = checkpoints(run)[-1:]
-        for checkpoint in last:
-            io.verify_folder(checkpoint)
-        io.write_text(run / RECIPE_FILE, recipes.dump(recipe))
-        return last[0] if last else None
-
-    checkpoint = processes.on_main(prepare)
+    checkpoint = processes.on_main(lambda: folder.resume(recipe, start) if resume else folder.create(recipe, start, overwrite))
     with processes.main_first():  # a language model that is converted once is kept for the others
-        model, processor = build(recipe, train_examples)
+        model, processor = build(recipe, train_examples, folder.base)
     cache_mb = recipe.data.cache_mb / max(recipe.data.workers, 1)
-    data = TrainingSet(train_examples, recipe.augment, recipe.vision.image_size, cache_mb)
+    data = TrainingSet(train_examples, recipe.augment, model.config.vision_config.image_size, cache_mb)
     trainer = UniMedTrainer(recipe, model, processor, data, run, callbacks, settings)
     if checkpoint:
         trainer.resume(checkpoint)
     else:
         trainer.train()
 
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
     def finish() -> None:
-        io.write_folder(run / MODEL_FOLDER, save)
+        io.write_folder(folder.model, lambda place: save(model, processor, place))
         record = {
             "seconds": round(trainer.seconds(), 1),
             "steps": trainer.state.global_step,
@@ -175,47 +133,7 @@ def train(
             "class_questions": sorted({example.question for example in train_examples if TASKS[example.task].asks == "classes"}),
             "machine": machine.describe(),
         }
-        io.write_json(run / RUN_FILE, record)
+        io.write_json(folder.record, record)
 
     processes.on_main(finish)
     return run
-
-
-def _new_folder(recipe: Recipe, start: dict[str, Any], run: Path, overwrite: bool) -> None:
-    if (run / RECIPE_FILE).exists():
-        if not overwrite:
-            raise UserError(f"{run}: this run exists; go on with --resume, start it again with --overwrite, or choose another --name")
-        shutil.rmtree(run)
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run}: exists and is not a run of unimed; choose another --name")
-    io.write_text(run / RECIPE_FILE, recipes.dump(recipe))
-    io.write_json(run / START_FILE, start)
-
-
-def _same(recipe: Recipe, start: dict[str, Any], run: Path) -> None:
-    """Raises UserError where going on with this recipe, data or number of processes would not be the run that was started."""
-    stored = stored_recipe(run)
-    for key in recipes.dotted_keys():
-        new, old = recipes.learned(recipe, key), recipes.learned(stored, key)
-        if new != old and not recipes.harmless(key):
-            raise UserError(f"{run}: cannot resume with {key}={new!r}: the run was started with {old!r}; keep that, or use another --name")
-    started = started_with(run)
-    if started.get("processes", start["processes"]) != start["processes"]:
-        was, now = started["processes"], start["processes"]
-        raise UserError(f"{run}: cannot resume with {now} processes: the run was started with {was}; use torchrun --nproc-per-node {was}")
-    if started.get("examples_sha256", start["examples_sha256"]) != start["examples_sha256"]:
-        was, now = started["examples"], start["examples"]
-        what = f"{now} training examples in {recipe.data.where}, the run was started with {was}"
-        raise UserError(f"{run}: cannot resume with other data: {what if was != now else 'the examples changed'}; use another --name")
-
-
-def stored_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe that a run was started with, with overrides."""
-    if not (run / RECIPE_FILE).is_file():
-        raise UserError(f"{run}: nothing to resume: no {RECIPE_FILE} there; leave out --resume to start")
-    return recipes.load(run / RECIPE_FILE, overrides)
-
-
-def started_with(run: Path) -> dict[str, Any]:
-    """How a run was started: by which command, in how many processes, on which examples; {} for a run of an earlier version."""
-    return io.read_json(run / START_FILE) if (run / START_FILE).is_file() else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from unimed.train.config import Optim
+from unimed.train.recipe import Optim
 
 
 def rate(step: int, total: int, optim: Optim) -> float:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from unimed import io
 from unimed.errors import UserError
 from unimed.models.adapter import UniMedPeftModel
 from unimed.models.unimed.processing import UniMedProcessor
-from unimed.report.router import RouterHistory
-from unimed.tasks import TASKS
-from unimed.train import processes, schedule
+from unimed.train import schedule
 from unimed.train.collate import Collator, TrainingSet
-from unimed.train.config import Recipe
+from unimed.train.folder import Run
+from unimed.train.recipe import Recipe
 from unimed.train.sampler import TaskRatioSampler, by_set, group
-
-METRICS_FILE, ROUTER_FILE = "metrics.jsonl", "router.json"
+from unimed.train.telemetry import Telemetry
 
 
 def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
@@ -36,6 +35,9 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
     train, optim = recipe.train, recipe.optim
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16': needs a GPU, and there is none; use bf16 or fp32")
+    _require_installed(train.report_to)
+    if "wandb" in train.report_to:
+        os.environ.setdefault("WANDB_PROJECT", "unimed")
     settings = TrainingArguments(
         output_dir=str(run),
         max_steps=train.max_steps,
@@ -58,11 +60,19 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # a batch without an image still passes through every parameter
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(train.report_to) or "none",
+        project="unimed",
+        run_name=recipe.name,
     )
     # A process takes one GPU: nn.DataParallel would deal out texts and images apart. Several GPUs are for torchrun.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
+
+
+def _require_installed(trackers: Sequence[str]) -> None:
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.report_to={tracker!r}: the package {tracker} is not installed; get it with: pip install {tracker}")
 
 
 class UniMedTrainer(Trainer):
@@ -88,15 +98,14 @@ class UniMedTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.recipe, self.run = recipe, run
-        self.router = RouterHistory()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(Run(run).path / "tensorboard")
+        self.recipe, self.folder = recipe, Run(run)
+        assert isinstance(processor, UniMedProcessor)
+        self.telemetry = Telemetry(processor.tasks)
         self._beside: Path | None = None
         self.images_in_step: Tensor | None = None  # images of the optimiser step, over all its batches and processes
-        # Observed since the last log: by task the sum and number of the answers' losses; each batch's auxiliary losses with
-        # their weights; each batch's task_ids [I] and gates [I, N, E].
-        self._losses = torch.zeros(len(TASKS), 2, dtype=torch.float64)
-        self._aux: dict[str, list[Tensor]] = {}
-        self._gates: list[tuple[Tensor, Tensor]] = []
         self._start, self._seconds_before = time.perf_counter(), 0.0
 
     def seconds(self) -> float:
@@ -157,7 +166,7 @@ class UniMedTrainer(Trainer):
         tasks = inputs.pop("sample_tasks")
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, num_images_in_batch=self.images_in_step)
         if model.training:
-            self._observe(outputs, inputs, tasks)
+            self.telemetry.observe(outputs, inputs, tasks, self.images_in_step)
         loss = outputs.loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
 
@@ -170,61 +179,15 @@ class UniMedTrainer(Trainer):
                     parameter.grad = None
         return loss
 
-    @torch.no_grad()
-    def _observe(self, outputs: Any, inputs: dict[str, Any], tasks: Tensor) -> None:
-        labels = inputs["labels"][:, 1:]
-        learned = labels != -100
-        # Only the answers' tokens: a batch is mostly prompt, image and padding.
-        losses = cross_entropy(outputs.logits[:, :-1][learned].float(), labels[learned], reduction="none").double()
-        of_token = one_hot(tasks[:, None].expand_as(labels)[learned], len(TASKS)).double()
-        self._losses = self._losses.to(losses.device) + of_token.T @ torch.stack([losses, torch.ones_like(losses)], dim=1)
-        if outputs.gates is None:
-            return
-        share = _count_images(inputs) / self.images_in_step if self.images_in_step is not None else torch.tensor(1.0)
-        for name, value in (outputs.aux_losses or {}).items():
-            self._aux.setdefault(name, []).append(torch.stack([value.double() * share, share.double()]))
-        task_ids = inputs["task_ids"]
-        self._gates.append((task_ids, outputs.gates.detach().reshape(len(task_ids), -1, outputs.gates.shape[-1])))
-
-    def _telemetry(self) -> dict[str, float]:
-        """Mean loss by task and auxiliary losses since the last log, over all processes; gates go into the router's history."""
-        assert isinstance(self.processing_class, UniMedProcessor)
-        tasks = self.processing_class.tasks
-        gates: dict[str, list[Tensor]] = {}
-        for task_ids, batch in self._gates:
-            for index in task_ids.unique().tolist():
-                gates.setdefault(tasks[index], []).append(batch[task_ids == index].cpu())
-        mine: dict[str, Any] = {
-            "losses": self._losses.cpu(),
-            "aux": {name: torch.stack(parts).sum(0).cpu() for name, parts in self._aux.items()},
-            "gates": gates,
-        }
-        self._losses, self._aux, self._gates = torch.zeros_like(self._losses), {}, []
-        everyone = processes.gather(mine)
-        found: dict[str, float] = {}
-        sums = {f"loss/{task}": [part["losses"][index] for part in everyone] for index, task in enumerate(TASKS)}
-        for name in {name for part in everyone for name in part["aux"]}:
-            sums[f"aux/{name}"] = [part["aux"][name] for part in everyone if name in part["aux"]]
-        for name, parts in sorted(sums.items()):
-            total, weight = torch.stack(parts).sum(0).tolist()
-            if weight:
-                found[name] = total / weight
-        for part in everyone:
-            for task, seen in part["gates"].items():
-                for one in seen:
-                    self.router.add(task, one)
-        entropies = self.router.close(self.state.global_step)
-        return found | {f"router_entropy/{task}": entry["entropy"] for task, entry in entropies.items()}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._telemetry())
+            logs.update(self.telemetry.collect(self.state.global_step))
             logs["seconds"] = round(self.seconds(), 2)
         super().log(logs, start_time)
         if self.args.should_save:
-            io.append_json_line(self.run / METRICS_FILE, self.state.log_history[-1])
+            io.append_json_line(self.folder.log, self.state.log_history[-1])
             if "loss" not in logs:  # the last one
-                io.write_json(self.run / ROUTER_FILE, self.router.entries)
+                io.write_json(self.folder.router, self.telemetry.router.entries)
 
     # Checkpoints
 
@@ -233,8 +196,8 @@ class UniMedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything is written into a folder beside, sealed with a manifest, then renamed."""
-        run, name = self.run, f"checkpoint-{self.state.global_step}"
-        beside = run / ".checkpoint.partial"
+        target = self.folder.checkpoint(self.state.global_step)
+        beside = self.folder.path / ".checkpoint.partial"
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -242,7 +205,7 @@ class UniMedTrainer(Trainer):
         adapter = self.model if isinstance(self.model, UniMedPeftModel) else None
         try:
             if adapter:
-                adapter.home = run / name
+                adapter.home = target
             super()._save_checkpoint(model, trial)
         finally:
             self._beside = None
@@ -251,33 +214,27 @@ class UniMedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        for folder in (beside / name, run):
-            io.write_json(folder / ROUTER_FILE, self.router.entries)
-        io.place_folder(beside / name, run / name)
+        for file in (beside / target.name / self.folder.router.name, self.folder.router):
+            io.write_json(file, self.telemetry.router.entries)
+        io.place_folder(beside / target.name, target)
         shutil.rmtree(beside, ignore_errors=True)
-        for old in checkpoints(run)[: -self.recipe.train.keep]:
+        for old in self.folder.checkpoints()[: -self.recipe.train.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle of the TrainingArguments: recipe.yaml says the same, and a pickle is not safe to load.
-        (Path(output_dir or self.run) / "training_args.bin").unlink(missing_ok=True)
+        (Path(output_dir or self.folder.path) / "training_args.bin").unlink(missing_ok=True)
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a verified checkpoint."""
-        self.router.entries = io.read_json(checkpoint / ROUTER_FILE)
+        self.telemetry.router.entries = io.read_json(checkpoint / self.folder.router.name)
         history = io.read_json(checkpoint / "trainer_state.json")["log_history"]
         if self.args.should_save:  # lines logged after the checkpoint will come again
-            io.write_text(self.run / METRICS_FILE, "".join(map(io.json_line, history)))
+            io.write_text(self.folder.log, "".join(map(io.json_line, history)))
         self._seconds_before, self._start = max((entry.get("seconds", 0.0) for entry in history), default=0.0), time.perf_counter()
         self.train(resume_from_checkpoint=str(checkpoint))
 
 
 def _count_images(batch: dict[str, Any]) -> int:
     return len(batch["pixel_values"]) if "pixel_values" in batch else 0
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

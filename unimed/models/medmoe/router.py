@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimed import io
 from unimed.errors import UserError
 from unimed.models.medmoe.layers import MoEFFN, Router
 from unimed.models.medmoe.upcycling import moe_layers
@@ -136,14 +137,11 @@ def save_router(model: nn.Module, path: str | os.PathLike) -> None:
     if "w2" not in state:
         names = {"w1": "weight", "b1": "bias"}
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        safetensors.torch.save_file({names[name]: tensor.contiguous() for name, tensor in state.items()}, beside)
-        os.replace(beside, target)
+        with io.beside(target) as partial:
+            safetensors.torch.save_file({names[name]: tensor.contiguous() for name, tensor in state.items()}, partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_router(model: nn.Module, path: str | os.PathLike) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unimed import io
 from unimed.models.unimed.configuration import UniMedConfig
 from unimed.notice import NOTICE
 
@@ -12,8 +13,14 @@ def _card(config: UniMedConfig, parameters: int, base: str | None) -> str:
     vision, text, connector = config.vision_config, config.text_config, config.connector
     settings = json.dumps(config.training, indent=2, sort_keys=True, default=str) if config.training else "not recorded"
     image = f"{vision.image_size} px in patches of {vision.patch_size}"
+    tower = f"{vision.model_type}, {vision.num_hidden_layers} layers, width {vision.hidden_size}"
+    language = f"{text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}"
     router = f"{connector['router']} router on {connector['router_inputs']}"
     kind = f"LoRA and connector weights for the model in `{base}`" if base else "Whole model"
+
+    def trained(frozen: bool) -> str:
+        return "frozen" if frozen else "trained"
+
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -29,9 +36,9 @@ tags: [medical, mixture-of-experts, uni-med]
 
 | part | settings |
 |---|---|
-| vision tower | {vision.num_hidden_layers} layers, width {vision.hidden_size}, {image}, {"frozen" if config.freeze_vision else "trained"} |
-| connector | {connector["num_experts"]} experts, {router}, {config.num_image_tokens} tokens an image |
-| language model | {text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size} |
+| vision tower | {tower}, {image}, {trained(config.freeze_vision)} |
+| connector | {connector["num_experts"]} experts, {router}, {config.num_image_tokens} tokens an image, {trained(config.freeze_connector)} |
+| language model | {language}, {trained(config.freeze_language)} |
 | image tasks | {", ".join(config.tasks)} |
 
 ## Use
@@ -60,9 +67,7 @@ Boxes are written `{{<x1><y1><x2><y2>}}` in hundredths of the image's width and 
 
 def write_card(folder: Path, config: UniMedConfig, parameters: int, base: str | None = None) -> None:
     """Write README.md into `folder`; `base` names the model that an adapter belongs to."""
-    beside = folder / ".README.md.tmp"
-    beside.write_text(_card(config, parameters, base), encoding="utf-8")
-    beside.replace(folder / "README.md")
+    io.write_text(folder / "README.md", _card(config, parameters, base))
 
 
 def record_training(config: Any, settings: dict[str, Any]) -> None:

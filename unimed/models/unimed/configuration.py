@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from transformers import Blip2VisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from cmoe_kernels import CMoEConfig
@@ -17,17 +17,22 @@ class UniMedConfig(PreTrainedConfig):
     """Configuration of :class:`~unimed.models.unimed.modeling.UniMedForConditionalGeneration`.
 
     Args:
-        vision_config: the encoder (its defaults are EVA-CLIP ViT-g, as released).
-        text_config: the language model.
+        vision_config: the encoder, any that AutoModel knows (by default EVA-CLIP ViT-g, as released).
+        text_config: the language model, any that AutoModelForCausalLM knows (by default Llama).
         connector: fields of :class:`cmoe_kernels.CMoEConfig`; `in_features` and `out_features` follow from the other two. The router's
             auxiliary losses (`aux_losses`) live here.
         image_token_index: the token that stands for one image embedding, a row of the language model's vocabulary (default: the last).
         freeze_vision: keep the encoder as it is, and run it without recording a graph.
+        freeze_connector, freeze_language: keep the connector, the language model as they are.
+        dtypes: the dtype of each part ("vision_tower": "bfloat16"), where they differ.
         training: whatever settings trained the weights; copied into the model card.
     """
 
     model_type = "unimed"
-    sub_configs_defaults = {"vision_config": SubConfigSpec(Blip2VisionConfig), "text_config": SubConfigSpec(LlamaConfig)}  # noqa: RUF012
+    sub_configs_defaults = {  # noqa: RUF012
+        "vision_config": SubConfigSpec(AutoConfig, model_type="blip_2_vision_model"),
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
+    }
     attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
     keys_to_ignore_at_inference = ["cache", "gates", "aux_loss", "aux_losses", "lm_loss"]  # noqa: RUF012
 
@@ -36,6 +41,9 @@ class UniMedConfig(PreTrainedConfig):
     connector: Any = None
     image_token_index: int | None = None
     freeze_vision: bool = True
+    freeze_connector: bool = False
+    freeze_language: bool = False
+    dtypes: dict | None = None
     tie_word_embeddings: bool = False
     training: dict | None = None
 

@@ -8,8 +8,7 @@ The embeddings replace the `<image>` tokens in order, so a batch may mix tasks, 
 """
 
 import os
-import shutil
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Blip2VisionModel, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModelForCausalLM, Blip2VisionModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
+from unimed import io
+from unimed.errors import UserError
+from unimed.models.spec import family
 from unimed.models.unimed.card import write_card
 from unimed.models.unimed.configuration import UniMedConfig
+
+PARTS = ("vision_tower", "connector", "language_model")
 
 
 @dataclass
@@ -45,6 +49,25 @@ class UniMedOutput(ModelOutput):
     lm_loss: Tensor | None = None
 
 
+def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model that transformers has for a vision configuration."""
+    if config.model_type == "blip_2_vision_model":  # not among the Auto classes
+        return Blip2VisionModel
+    found = MODEL_MAPPING.get(type(config), None)
+    if found is None or not all(hasattr(type(config), name) for name in ("hidden_size", "image_size", "patch_size")):
+        raise UserError(f"vision: {config.model_type!r} is not a tower that has hidden_size, image_size and patch_size")
+    return found
+
+
+def make_tower(config: PreTrainedConfig, make: Callable[[], Any] | None = None) -> Any:
+    """A vision tower from scratch, or the one that `make` gives."""
+    tower = make() if make else tower_class(config)._from_config(config)
+    if isinstance(tower, Blip2VisionModel):
+        # The release puts a LayerNorm of its own, with torch's default eps, after the encoder; here it is the encoder's last norm.
+        tower.post_layernorm.eps = 1e-5
+    return tower
+
+
 def _many_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
@@ -60,18 +83,15 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["CMoEConnector", "Blip2EncoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["CMoEConnector"]  # noqa: RUF012  (tower and language model add theirs)
 
     def __init__(self, config: UniMedConfig) -> None:
         super().__init__(config)
-        self.vision_tower = Blip2VisionModel(config.vision_config)
-        # The release puts a LayerNorm of its own, with torch's default eps, after the encoder; here it is the encoder's last norm.
-        self.vision_tower.post_layernorm.eps = 1e-5
+        self.vision_tower = make_tower(config.vision_config)
         self.connector = CMoEConnector(CMoEConfig.from_dict(config.connector))
-        self.language_model = LlamaForCausalLM(config.text_config)
-        if config.freeze_vision:
-            self.vision_tower.requires_grad_(False)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
+        self.set_trainable()
 
     def _init_weights(self, module: nn.Module) -> None:
         # Called for children first: the connector's own initialisation (torch's defaults, as released) has the last word on its parts.
@@ -83,9 +103,22 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.config.freeze_vision:  # weights are loaded as trainable tensors
-            model.vision_tower.requires_grad_(False)
+        model.set_trainable()  # weights are loaded as trainable tensors
         return loaded
+
+    def set_trainable(self) -> None:
+        """Frozen parts take no gradient, and neither does what is left out of a tower's patch features."""
+        config = self.config
+        for name, frozen in zip(PARTS, (config.freeze_vision, config.freeze_connector, config.freeze_language), strict=True):
+            if frozen:
+                getattr(self, name).requires_grad_(False)
+        freeze_unread(self)
+
+    def apply_dtypes(self) -> None:
+        """Each part in its own dtype, as `config.dtypes` says."""
+        for name, dtype in (self.config.dtypes or {}).items():
+            if name in PARTS:
+                getattr(self, name).to(getattr(torch, dtype))
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -110,12 +143,15 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.set_output_embeddings(new_embeddings)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Patch features [I, P, C] of images [I, 3, H, W]; a frozen encoder records no graph."""
+        """Patch features [I, P, C] of images [I, 3, H, W], in the connector's dtype; a frozen encoder records no graph."""
         side = self.config.vision_config.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(f"pixel_values are {list(pixel_values.shape)}, they must be [images, 3, {side}, {side}]")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
-            return self.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
+            tower, to = (next(part.parameters()).dtype for part in (self.vision_tower, self.connector))
+            tokens = self.vision_tower(pixel_values=pixel_values.to(tower)).last_hidden_state
+        # The class token and registers, where a tower has them, come before the patches.
+        return tokens[:, -((side // self.config.vision_config.patch_size) ** 2) :].to(to)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as the models of transformers accept it
     def forward(
@@ -226,18 +262,28 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and a model card; every file is complete before it takes its name."""
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-        try:
-            super().save_pretrained(beside, *args, **kwargs)
+
+        def fill(beside: Path) -> None:
+            super(UniMedForConditionalGeneration, self).save_pretrained(beside, *args, **kwargs)
             if kwargs.get("is_main_process", True):
                 write_card(beside, self.config, sum(p.numel() for p in self.parameters()))
-            written = {file.name for file in beside.iterdir()}
-            for file in beside.iterdir():
-                file.replace(target / file.name)
-            for stale in target.glob("model*.safetensors*"):
-                if stale.name not in written:
-                    stale.unlink()
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+
+        target = Path(save_directory)
+        written = io.write_into(target, fill)
+        for stale in target.glob("model*.safetensors*"):
+            if stale.name not in written:
+                stale.unlink()
+
+
+def is_unread(model_type: str, name: str) -> bool:
+    """Whether a parameter or module of a tower is left out of its patch features."""
+    return any(f".{name}.".startswith(f".{unread}.") for unread in family(model_type).unread)
+
+
+def freeze_unread(model: nn.Module) -> None:
+    """What a tower's patch features do not depend on takes no gradient."""
+    tower = model.get_submodule("vision_tower")
+    for one in [tower, *getattr(tower, "modules_to_save", nn.ModuleDict()).values()]:  # the second: copies that peft trains
+        for name, parameter in one.named_parameters():
+            if is_unread(model.config.vision_config.model_type, name):
+                parameter.requires_grad_(False)

@@ -1,0 +1,86 @@
+"""A run's folder: the names of its files, how it is made, and when it may be gone on with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from unimed import io
+from unimed.errors import UserError
+from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
+from unimed.train import recipe as recipes
+from unimed.train.recipe import Recipe
+
+
+class Run:
+    """runs/NAME/: recipe.yaml  start.json  metrics.jsonl  router.json  run.json  checkpoint-STEP/  base/ (with LoRA)  model/"""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe, self.record, self.model = (self.path / name for name in (RECIPE_FILE, RUN_FILE, MODEL_FOLDER))
+        self.start, self.log, self.router = (self.path / name for name in ("start.json", "metrics.jsonl", "router.json"))
+        self.base = self.path / "base"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def create(self, recipe: Recipe, start: dict[str, Any], overwrite: bool = False) -> None:
+        """Makes the folder; one that exists is an error, or with `overwrite` replaced if it is a run."""
+        if self.recipe.exists():
+            if not overwrite:
+                raise UserError(
+                    f"{self.path}: this run exists; go on with --resume, start it again with --overwrite, or choose another --name"
+                )
+            shutil.rmtree(self.path)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path}: exists and is not a run of unimed; choose another --name")
+        io.write_text(self.recipe, recipes.dump(recipe))
+        io.write_json(self.start, start)
+
+    def resume(self, recipe: Recipe, start: dict[str, Any]) -> Path | None:
+        """The last checkpoint, whose files are as they were written; None if there is no checkpoint yet.
+
+        Raises:
+            UserError: going on with this recipe, data or number of processes would not be the run that was started.
+        """
+        self._require_same(recipe, start)
+        last = self.checkpoints()[-1:]
+        for checkpoint in last:
+            io.verify_folder(checkpoint)
+        io.write_text(self.recipe, recipes.dump(recipe))
+        return last[0] if last else None
+
+    def _require_same(self, recipe: Recipe, start: dict[str, Any]) -> None:
+        stored = self.stored_recipe()
+        for key in recipes.dotted_keys():
+            new, old = recipes.learned(recipe, key), recipes.learned(stored, key)
+            if new != old and not recipes.harmless(key):
+                what = f"cannot resume with {key}={new!r}: the run was started with {old!r}"
+                raise UserError(f"{self.path}: {what}; keep that, or use another --name")
+        started = self.started_with()
+        if started.get("processes", start["processes"]) != start["processes"]:
+            was, now = started["processes"], start["processes"]
+            what = f"cannot resume with {now} processes: the run was started with {was}"
+            raise UserError(f"{self.path}: {what}; use torchrun --nproc-per-node {was}")
+        if started.get("examples_sha256", start["examples_sha256"]) != start["examples_sha256"]:
+            was, now = started["examples"], start["examples"]
+            what = (
+                f"{now} training examples in {recipe.data.where}, the run was started with {was}" if was != now else "the examples changed"
+            )
+            raise UserError(f"{self.path}: cannot resume with other data: {what}; use another --name")
+
+    def stored_recipe(self, overrides: list[str] | None = None) -> Recipe:
+        """The recipe that the run was started with, with overrides."""
+        if not self.recipe.is_file():
+            raise UserError(f"{self.path}: nothing to resume: no {RECIPE_FILE} there; leave out --resume to start")
+        return recipes.load(self.recipe, overrides)
+
+    def started_with(self) -> dict[str, Any]:
+        """The command, number of processes and examples of the start; {} for a run of an earlier version."""
+        return io.read_json(self.start) if self.start.is_file() else {}
