@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from unimed.cli import app as cli
 from unimed.errors import UserError
 from unimed.evaluate import evaluate, intervals
-from unimed.evaluate.predictions import read_predictions
+from unimed.evaluate.predictions import Predictions, fingerprint, read_predictions
 from unimed.evaluate.run import against, answer_table, answered, drawn_by, evaluate_run, odd_answers
 from unimed.inference.session import Generated, Session, load
 from unimed.records.example import Example
@@ -177,31 +179,32 @@ def test_an_interrupted_evaluation_goes_on(copy, calls):
     assert sorted((copy / "predictions.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
     assert [part["rows"] for part in result["splits"].values()] == [part["rows"] for part in scores.values()]
     calls.clear()
-    evaluate_run(copy, untrained=True)
+    result = evaluate_run(copy)  # all answers are there, and the untrained row is an option
     assert calls == []
+    assert all(list(part["rows"]) == ["majority answer", "image blanked", "trained"] for part in result["splits"].values())
     evaluate_run(copy, ["evaluate.limit=3"])  # other examples: nothing is taken over
     assert sum(calls) == 2 * (18 + 15)
-    calls.clear()
+
+
+def test_another_model_begins_anew(copy):
+    before = fingerprint(copy)
     manifest = copy / "model" / "manifest.json"
-    manifest.write_text(manifest.read_text() + "\n")  # another model
-    evaluate_run(copy, ["evaluate.limit=3"])
-    assert sum(calls) == 2 * (18 + 15)
+    manifest.write_text(manifest.read_text() + "\n")
+    assert len({before, fingerprint(copy)}) == 2
+    path = copy / "other.jsonl"
+    Predictions(path, {"model": "a"}).add("test", "trained", [0], [example(0)], ["x"])
+    assert Predictions(path, {"model": "a"}).there("test", "trained") == {0: "x"}
+    assert Predictions(path, {"model": "b"}).there("test", "trained") == {}
 
 
 def test_a_file_of_answers_that_is_not_ours_is_one_line(copy):
     for text in ("{]\n", "[1]\n"):
         (copy / "predictions.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"predictions.jsonl:1: not"):
-            evaluate_run(copy)
+            Predictions(copy / "predictions.jsonl", {})
     (copy / "predictions.jsonl").write_text('{"format": 0}\n')
     with pytest.raises(UserError, match="make it again with: unimed evaluate"):
         read_predictions(copy)
-
-
-def test_the_untrained_row_is_an_option(copy):
-    result = evaluate_run(copy)
-    assert all(list(part["rows"]) == ["majority answer", "image blanked", "trained"] for part in result["splits"].values())
-    assert result["left_out"] == {}
 
 
 def test_a_run_against_itself_differs_by_nothing_and_against_another_by_the_scores(copy, evaluated_run):
@@ -256,3 +259,36 @@ def test_a_score_that_is_no_mean_has_no_interval(monkeypatch):
     assert intervals.singles("cls", part, texts, ["accuracy"])[:, 0].tolist() == [1, 0, 1, 1]
     monkeypatch.setattr(intervals.metrics, "score", lambda task, given, examples, coco: {"accuracy": float(len(given) > 1)})
     assert intervals.singles("cls", part, texts, ["accuracy"]) is None
+
+
+def test_the_command_takes_other_data_protocols_and_runs(copy, test_only_run, tmp_path, monkeypatch):
+    shutil.copytree(copy, tmp_path / "runs" / "one")
+    shutil.copytree(copy, tmp_path / "runs" / "two")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*line):
+        return CliRunner().invoke(cli.app, ["evaluate", *map(str, line)], env={"COLUMNS": "200", "TERM": "dumb"})
+
+    root = test_only_run[1]
+    line = ["--data", root, "--split", "test", "--protocol", "standard", "--against", "two", "--json", "scores.json", "evaluate.limit=2"]
+    shown = run("one", *line)
+    assert shown.exit_code == 0, shown.output
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores["data"] == {"root": str(root), "sample": False, "protocol": "standard"}
+    assert list(scores["splits"]) == ["test"]
+    assert scores["against"]["run"] == "runs/two"
+    found = [one for task in scores["against"]["splits"]["test"].values() for one in task.values() if isinstance(one, dict)]
+    assert found
+    assert all(one["difference"] == 0 for one in found)
+    for words in ("scored strictly", "95 % interval", "intervals by bootstrap over images", "small less runs/two"):
+        assert words in shown.output
+    assert "headline metric of each task" not in shown.output
+    for wrong, words in (
+        (["one", "--protocol", "loose"], "must be released or standard"),
+        (["one", "--data", "absent"], "--data absent: no such folder"),
+        (["one", "--against", "one"], "it is the run itself"),
+    ):
+        shown = run(*wrong)
+        assert shown.exit_code == 2
+        assert words in shown.output
+        assert len(shown.output.strip().splitlines()) == 1

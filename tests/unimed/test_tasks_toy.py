@@ -10,8 +10,9 @@ import unimed
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
 from unimed.evaluate.run import answer_table, odd_answers
+from unimed.inference.session import Generated
 from unimed.records.example import Example
-from unimed.report import gallery, plots
+from unimed.report import gallery, page, plots
 from unimed.tasks import Task, answers, metrics, prompts, reading
 from unimed.tasks.baselines import MajorityAnswers, most_frequent
 from unimed.train import recipe as recipes
@@ -58,11 +59,20 @@ def test_prompt_reading_and_score(count):
     assert MajorityAnswers.fit([asked, example(1, "1"), example(2, "2")]).predict(asked) == "2"
 
 
-def test_it_is_compared_and_reported(count, monkeypatch):
+class Speaks:
+    """Stands for a session: gives these answers, others where images are blanked."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def generate(self, examples, batch_size, max_new_tokens, blank_images):
+        return [Generated(text, 1.0, ()) for text in self.texts[blank_images][: len(examples)]]
+
+
+def test_it_is_compared_and_reported(count):
     held_out = [example(number, answer) for number, answer in enumerate(("1", "2", "2", "3"))]
     texts = {False: ["1", "2", "two", "many"], True: [""] * 4}
-    monkeypatch.setattr(evaluate, "answers", lambda model, processor, examples, size, new, blank, progress: texts[blank][: len(examples)])
-    rows = evaluate.compare(None, (None, None), [example(9, "2")], held_out)
+    rows = evaluate.compare(None, Speaks(texts), [example(9, "2")], held_out)
     assert {row: part["metrics"]["count"]["share"] for row, part in rows.items()} == {
         evaluate.MAJORITY: 0.5,
         evaluate.BLANKED: 0,
@@ -74,9 +84,10 @@ def test_it_is_compared_and_reported(count, monkeypatch):
     assert header == ["answers by", "count\nshare"]
     assert lines["test"][-1] == ["trained", "0.750"]
     assert odd_answers(part, evaluate.TRAINED) == {"count": {"off_list": 1}}
-    page = gallery.right_and_wrong(held_out, texts[False], lambda one: Image.fromarray(one.image))
-    assert "3 of 4 right" in page
-    assert "How many kidneys?" in page
+    (block,) = gallery.right_and_wrong(held_out, texts[False], lambda one: Image.fromarray(one.image))
+    assert block["share"] == "3 of 4 right"
+    assert [one["question"] for one in block["examples"]] == ["How many kidneys?"] * 2
+    assert "How many kidneys?" in page.macro("answer", block["examples"][0])
     assert plots.task_colour("count") in plots.TASK_COLOURS
     assert "count" in plots.loss_per_task([{"step": 1, "loss/count": 1.0}, {"step": 2, "loss/count": 0.5}])
 

@@ -46,7 +46,15 @@ def singles(task: str, examples: Sequence[Example], predictions: Sequence[str], 
 
 
 def _scores(task: str, examples: Sequence[Example], predictions: Sequence[str]) -> list[dict[str, float]]:
-    return [metrics.score(task, [text], [example], coco=False) for example, text in zip(examples, predictions, strict=True)]
+    """The scores of each answer; the same answer to the same question is scored once."""
+    seen: dict[Any, dict[str, float]] = {}
+    found = []
+    for example, text in zip(examples, predictions, strict=True):
+        key = (text, example.question, example.answer, example.answer_type, example.box, example.size)
+        if key not in seen:
+            seen[key] = metrics.score(task, [text], [example], coco=False)
+        found.append(seen[key])
+    return found
 
 
 def draws(members: Sequence[Any], seed: int = 0) -> np.ndarray:

@@ -17,6 +17,7 @@ from unimed.inference.files import RECIPE_FILE
 from unimed.inference.session import Session, load
 from unimed.notice import NOTICE
 from unimed.records.example import Example, digest
+from unimed.sample import about
 from unimed.tasks import TASKS
 from unimed.tasks.protocol import RELEASED, STANDARD
 from unimed.train import machine
@@ -24,25 +25,22 @@ from unimed.train import recipe as recipes
 from unimed.train import run as training
 
 METRICS_FILE = "metrics.json"
-SAMPLE_FILE = "sample.json"  # stands at the root of the built-in sample, and of nothing else
 SPLIT_NAMES = {
     "train": "training split",
-    "slab": "validation split",
     "val": "validation split",
-    "subject": "test split",
+    "slab": "validation split",
     "test": "test split",
+    "subject": "test split",
 }
-SAMPLE_SPLIT_NAMES = {"train": "training slices", **dict.fromkeys(("slab", "val"), "held-out slabs")}
-SAMPLE_SPLIT_NAMES |= dict.fromkeys(("subject", "test"), "held-out subject")
 
 
 def is_sample(data: recipes.Data) -> bool:
-    return bool(data.root) and not data.sets and (Path(data.root) / SAMPLE_FILE).is_file()
+    return bool(data.root) and not data.sets and (Path(data.root) / about.SAMPLE_FILE).is_file()
 
 
 def split_name(data: recipes.Data, split: str) -> str:
     """What a split of the data is called in tables."""
-    names = SAMPLE_SPLIT_NAMES if is_sample(data) else SPLIT_NAMES
+    names = about.SPLIT_NAMES if is_sample(data) else SPLIT_NAMES
     return names.get(split, f"split {split}")
 
 
@@ -76,14 +74,14 @@ def evaluate_run(
     where = {"device": trained.device.type, "dtype": str(trained.dtype).removeprefix("torch.")}
     if before is not None:
         before = Session(*before, trained.device, trained.dtype)
-    about = {
+    spec = {
         "model": fingerprint(run),
         "data": recipe.data.model_dump(),
         "splits": {split: {"limit": settings.limit, "sha256": digest(examples)} for split, examples in held_out.items()},
         "max_new_tokens": settings.max_new_tokens,
         **where,
     }
-    answers = Predictions(run / PREDICTIONS_FILE, about)
+    answers = Predictions(run / PREDICTIONS_FILE, spec)
     splits: dict[str, Any] = {}
     for split, examples in held_out.items():
         name = split_name(recipe.data, split)

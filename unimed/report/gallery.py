@@ -1,11 +1,11 @@
-"""Images with their boxes, and answers right and wrong, as HTML."""
+"""Images with their boxes, and answers right and wrong, as the page takes them."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -19,6 +19,8 @@ from unimed.tasks.task import task_of
 
 THUMBNAIL = 280  # longest side of an embedded image, in pixels
 TRUE, GUESS = "#00d1a0", "#ff8a1f"
+
+Load = Callable[[Example], Image.Image]
 
 
 def quality(example: Example, prediction: str) -> float:
@@ -52,17 +54,17 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def slice_with_boxes(image: Image.Image, true: boxes.Corners | None, guess: boxes.Corners | None) -> str:
-    """An inline SVG: the image, the true box drawn whole and the predicted one dashed, in pixels of the original."""
+def picture(image: Image.Image, true: boxes.Corners | None, guess: boxes.Corners | None) -> dict[str, Any]:
+    """The image, the true box drawn whole and the predicted one dashed, in pixels of the original."""
     width, height = image.size
     stroke = max(width, height) / 90
-    parts = [f'<image href="{data_uri(image)}" width="{width}" height="{height}"/>']
-    for box, colour, dash in ((true, TRUE, ""), (guess, GUESS, f' stroke-dasharray="{3 * stroke:.2f} {1.6 * stroke:.2f}"')):
+    drawn = []
+    for box, colour, dash in ((true, TRUE, ""), (guess, GUESS, f"{3 * stroke:.2f} {1.6 * stroke:.2f}")):
         if box is not None:
             x1, y1, x2, y2 = box
-            size = f'x="{x1:.1f}" y="{y1:.1f}" width="{max(x2 - x1, 0):.1f}" height="{max(y2 - y1, 0):.1f}"'
-            parts.append(f'<rect {size} fill="none" stroke="{colour}" stroke-width="{stroke:.2f}"{dash}/>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+            sides = {"x": x1, "y": y1, "width": max(x2 - x1, 0), "height": max(y2 - y1, 0)}
+            drawn.append({**{name: f"{value:.1f}" for name, value in sides.items()}, "colour": colour, "dash": dash})
+    return {"width": width, "height": height, "uri": data_uri(image), "stroke": f"{stroke:.2f}", "boxes": drawn}
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -70,20 +72,21 @@ def spread(count: int, wanted: int) -> list[int]:
     return [i * (count - 1) // (wanted - 1) for i in range(wanted)] if count > wanted else list(range(count))
 
 
-def box_grid(examples: Sequence[Example], predictions: Sequence[str], load, wanted: int = 15) -> str:
+def box_grid(examples: Sequence[Example], predictions: Sequence[str], load: Load, wanted: int = 15) -> list[dict[str, Any]]:
     """Predicted and true boxes on images from best to worst, evenly spaced over the ranking: not only the best ones."""
     found = [(example, text) for example, text in zip(examples, predictions, strict=True) if task_of(example).box == "answer"]
     found.sort(key=lambda pair: -quality(*pair))
-    figures = []
-    for index in spread(len(found), wanted):
-        example, text = found[index]
-        picture = slice_with_boxes(load(example), example.box, _guess(example, text))
-        caption = f"<b>{escape(example.question)}</b> · {escape(note(example, text))}"
-        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-    return f"<div class=grid>{''.join(figures)}</div>" if figures else "<p>No box task among the held-out examples.</p>"
+    return [
+        {
+            "picture": picture(load(example), example.box, _guess(example, text)),
+            "question": example.question,
+            "note": note(example, text),
+        }
+        for example, text in (found[index] for index in spread(len(found), wanted))
+    ]
 
 
-def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], load) -> str:
+def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], load: Load) -> list[dict[str, Any]]:
     """For every task an answer that is right and one that is not, where there are such, on the image with most to see."""
 
     def visible(pair: tuple[Example, str]) -> int:
@@ -97,22 +100,19 @@ def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], loa
             continue
         right = [pair for pair in found if metrics.is_right(*pair)]
         wrong = [pair for pair in found if not metrics.is_right(*pair)]
-        cells = [_example(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
-        share = f"{len(right)} of {len(found)} right"
-        blocks.append(f"<h3>{escape(task)} <span class=lead>· {share}</span></h3><div class=pair>{''.join(cells)}</div>")
-    return "".join(blocks)
+        shown = [_example(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
+        blocks.append({"tag": task, "share": f"{len(right)} of {len(found)} right", "examples": shown})
+    return blocks
 
 
-def _example(example: Example, text: str, load, good: bool) -> str:
-    picture = ""
-    if example.image is not None:
-        picture = f"<figure>{slice_with_boxes(load(example), example.box, _guess(example, text))}</figure>"
+def _example(example: Example, text: str, load: Load, good: bool) -> dict[str, Any]:
     task = task_of(example)
-    question = task.shown.replace("{}", example.question) or task.about.capitalize()
     kind = read(example, text).kind
-    words = [f'<span class="tag {"yes" if good else "no"}">{"right" if good else "wrong"}</span>']
-    words += [kind.replace("_", " ")] if kind else []
-    words += [f"score {quality(example, text):.2f}"] if task.graded else []
-    lines = [f"<p><b>{escape(question)}</b></p>", f"<p>answer: {escape(text) or '<i>(empty)</i>'}</p>"]
-    lines.append(f"<p>true: {escape(example.answer)}</p><p>{' · '.join(words)}</p>")
-    return f'<div class="example {"right" if good else "wrong"}">{picture}<div>{"".join(lines)}</div></div>'
+    return {
+        "picture": picture(load(example), example.box, _guess(example, text)) if example.image is not None else None,
+        "question": task.shown.replace("{}", example.question) or task.about.capitalize(),
+        "answer": text,
+        "true": example.answer,
+        "right": good,
+        "words": [*([kind.replace("_", " ")] if kind else []), *([f"score {quality(example, text):.2f}"] if task.graded else [])],
+    }
