@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -71,7 +71,7 @@ def convert(layout: str, root: Path, out: Path, strict: bool = False, languages:
     return Converted(out, {split: counts.get(split, 0) for split in SPLITS}, dict(kinds), _lines(sources))
 
 
-def _lines(sources: dict[str, Source]) -> list[str]:
+def _lines(sources: Mapping[Any, Source]) -> list[str]:
     return [line for line in (source.tally.line() for source in sources.values()) if line]
 
 

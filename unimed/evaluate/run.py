@@ -73,7 +73,8 @@ def evaluate_run(
     trained = load(run, device, verify=verify)
     where = {"device": trained.device.type, "dtype": str(trained.dtype).removeprefix("torch.")}
     if before is not None:
-        before = Session(*before, trained.device, trained.dtype)
+        model, processor = before
+        before = Session(model, processor, trained.device, trained.dtype)
     spec = {
         "model": fingerprint(run),
         "data": recipe.data.model_dump(),

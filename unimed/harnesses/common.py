@@ -26,7 +26,7 @@ def request(prompt: str, images: Sequence[Any], task: str, max_new_tokens: int |
         task, text = tag, rest.strip()
     if len(images) > 1:
         log.warning("%d pictures in one question: the first one is shown", len(images))
-    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     return Request(images[0] if images else None, text, task if images else "qa", **options)
 
 

@@ -23,7 +23,7 @@ def manifest() -> Any:
     return ModelManifest(model_id="unimed", simple_class_path="unimed.harnesses.lmms_eval.UniMed")
 
 
-class UniMed(lmms):  # type: ignore[misc]
+class UniMed(lmms):
     """``pretrained``: a run or a model folder. ``task``: the task whose prompt asks each question; a tag before a question takes another.
 
     One greedy answer a question. Sampling and beams that a benchmark sets are not used, which a warning says.

@@ -16,7 +16,7 @@ import unimed
 from unimed.harnesses.common import request
 
 
-class UniMed(BaseModel):  # type: ignore[misc]
+class UniMed(BaseModel):
     """``model_path``: a run or a model folder. ``task``: the task whose prompt asks each question."""
 
     INSTALL_REQ = False

@@ -78,7 +78,7 @@ def _row(source: Path, number: int, line: str, like: Request) -> Row:
     return Row(key, image or "", replace(like, image=source.parent / image if image else None, **fields))
 
 
-_FORMS = {
+_FORMS: dict[str, tuple[Any, str]] = {
     "slice": (int, "a number"),
     "max_new_tokens": (int, "a number"),
     "window": (list, "[lowest, highest]"),

@@ -94,7 +94,7 @@ def import_rows(
         Record(
             id=row.key,
             dataset=tally.name,
-            split=split_of[group],  # type: ignore[arg-type]
+            split=split_of[group],
             patient=row.patient,
             images=tuple(row.refs),
             annotations=tuple(row.annotations),
