@@ -107,7 +107,7 @@ def steps(device: str, library: Path | None = None) -> list[Step]:
     for name, shape, cases in zip(("connector", "CuMo's experts", "Mixtral-like experts"), shapes, WORKS, strict=True):
         todo.append(times(f"times: {name}", 1.0, ",".join(f"{case}/{shape}" for case in cases), device))
     todo.append(times("times: the ops", 0.8, ",".join(f"{case}/{'tiny/T1/' if tiny else ''}" for case in OP_CASES), device))
-    todo.append(times("tiles of what lost", 0.6, "", device, "--backend", "triton", arguments=lost, env={"CMOE_AUTOTUNE": "1"}))
+    todo.append(times("tiles of what lost", 0.6, "", device, "--backend", "triton", arguments=lost, env={"CMOE_AUTOTUNE": "6"}))
     todo.append(pytest("CUDA graphs", 0.3, "tests/gpu", "-k", "graph"))
     sm80 = {"CMOE_CUDA_SM90": "0"}
     todo += [

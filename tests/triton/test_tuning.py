@@ -120,6 +120,18 @@ def test_tuning_keeps_the_fastest_for_the_next_process(monkeypatch, own):
     assert set(json.loads(own.read_text())) == {f"sm_90 {LINE}", "sm_80 half gemm 64", "sm_90 half gemm 16"}
 
 
+def test_few_candidates_are_the_nearest(monkeypatch, own):
+    monkeypatch.setenv("CMOE_AUTOTUNE", "4")
+    tried = []
+    monkeypatch.setattr(tuning, "_time", lambda call: tried.append(call()) or float(len(tried)))
+    before = tuning._table()[f"sm_90 {LINE}"]
+    assert used() == tried[0] == before
+    assert 1 < len(tried) <= 5
+    assert before not in tried[1:]
+    for tile in tried[1:]:  # one step away in one number
+        assert sum(a != b for a, b in zip(tile, before, strict=True)) == 1
+
+
 def test_tuning_in_a_home_that_cannot_be_written(monkeypatch, own):
     monkeypatch.setenv("CMOE_AUTOTUNE", "1")
     monkeypatch.setattr(tuning, "_time", lambda call: call() and 1.0)

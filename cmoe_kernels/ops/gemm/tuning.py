@@ -2,7 +2,8 @@
 
 Tiles come from a table: ``tiles.json`` beside this file, over which the user's own table is laid. Nothing is tuned by default. With
 CMOE_AUTOTUNE=1 the first call of a kind that the user's table lacks times its candidates on the device, outside CUDA graph capture, and
-adds the fastest to that table: ``$XDG_CACHE_HOME/cmoe_kernels/tiles.json``, else ``~/.cache/cmoe_kernels/tiles.json``. A table's lines read
+adds the fastest to that table: ``$XDG_CACHE_HOME/cmoe_kernels/tiles.json``, else ``~/.cache/cmoe_kernels/tiles.json``. Each candidate has
+to be compiled: CMOE_AUTOTUNE=6 times only the six that are nearest to the table's tile. A table's lines read
 
     "sm_90 half gemm 64": [64, 128, 64, 4, 4, 2]        architecture, operands, kernel, most rows: a Tile
 
@@ -17,6 +18,7 @@ import fnmatch
 import functools
 import itertools
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -198,7 +200,7 @@ def _tune(key: str, x: Tensor, run: Callable[[Tile], Any]) -> None:
     """Time the candidates that fit the device and put the fastest into the user's table, in memory and on disk."""
     line, device = key.split(" ", 1)[1], device_of(x)
     fastest, least = None, float("inf")
-    for tile in [tile_for(line, x), *CANDIDATES]:
+    for tile in _candidates(tile_for(line, x)):
         if _bytes(tile, line, x) > device.shared:
             continue
         try:
@@ -222,6 +224,15 @@ def _tune(key: str, x: Tensor, run: Callable[[Tile], Any]) -> None:
         os.replace(file.name, path)
     except OSError as error:
         warnings.warn(f"cmoe_kernels: {path} cannot be written ({error}); what was tuned is forgotten with this process", stacklevel=2)
+
+
+def _candidates(before: Tile) -> list[Tile]:
+    """The tile as it is, then the others: all of them, or as many as CMOE_AUTOTUNE says, the nearest first."""
+    wanted = os.environ.get("CMOE_AUTOTUNE", "")
+    if not wanted.isdecimal() or int(wanted) < 2:
+        return [before, *CANDIDATES]
+    others = [tile for tile in CANDIDATES if tile != before]
+    return [before, *sorted(others, key=lambda tile: sum(abs(math.log2(a / b)) for a, b in zip(tile, before, strict=True)))[: int(wanted)]]
 
 
 def _text(table: dict[str, Tile]) -> str:
