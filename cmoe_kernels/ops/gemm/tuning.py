@@ -155,7 +155,8 @@ def _family(arch: str) -> str:
 @functools.cache
 def _table() -> dict[str, Tile]:
     """tiles.json with a line for each combination of its words."""
-    table, known = {}, (tuple(KNOWN), OPERANDS, KERNELS, (*map(str, ROWS), "more"))
+    table: dict[str, Tile] = {}
+    known = (tuple(KNOWN), OPERANDS, KERNELS, (*map(str, ROWS), "more"))
     for key, tile in _parse((Path(__file__).parent / "tiles.json").read_text()).items():
         words = [
             [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in word.split("|"))]
