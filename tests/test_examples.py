@@ -59,6 +59,17 @@ def test_unimed_ask(tmp_path, capsys):
     assert "caption: " in capsys.readouterr().out
 
 
+def test_unimed_own_data(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    small = "vision.image_size=32 vision.patch_size=8 vision.width=16 vision.layers=1 language.width=32 language.mlp_width=32"
+    small += " train.batch_size=4 train.max_steps=4 train.save_every=4 train.log_every=2"
+    load("unimed_own_data").main(str(tmp_path / "own"), *small.split())
+    shown = capsys.readouterr().out
+    assert "records by split: {'train': 16, 'val': 2, 'test': 2}\nfindings: none\nvqa: On which side is the nodule? -> " in shown
+    assert "answer: " in shown
+    assert (tmp_path / "own" / "runs" / "mine" / "model" / "config.json").is_file()
+
+
 def test_every_example_is_run():
     source = Path(__file__).read_text()
     assert all(f'"{path.stem}"' in source for path in EXAMPLES.glob("*.py") if path.stem != "__init__")
