@@ -2,8 +2,8 @@
 
     python examples/unimed_own_data.py
 
-Draws twenty pictures, writes them with their questions as a LLaVA-style JSON, imports and checks them, trains a tiny model for some steps and
-asks it. Your own images and JSON take the place of `write`. The same in five commands: docs/unimed/own_data.md.
+Draws twenty pictures, writes them with their questions as a LLaVA-style JSON, imports and checks them, trains a tiny model for some steps
+and asks it. Your own images and JSON take the place of `write`. The same in five commands: docs/unimed/own_data.md.
 """
 
 import json

@@ -12,7 +12,7 @@ from unimed.tasks.task import Task
 
 
 def ask(asked: Asked) -> Example:
-    name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box()
+    name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box
     return asked.item("identify", boxes.to_text(box, size), name, "identify", box)
 
 

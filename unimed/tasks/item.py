@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from unimed.records.box import Box, clip
@@ -37,7 +38,7 @@ class Asked:
     def annotation(self) -> Any:
         return self.record.annotations[self.number]
 
-    @property
+    @cached_property
     def seen(self) -> Seen | None:
         """The image that the annotation is about."""
         refs = self.record.images
@@ -61,6 +62,7 @@ class Asked:
             raise BadRecord("with a label outside its classes", f"{self.where}: {what}")
         return listed
 
+    @cached_property
     def box(self) -> tuple[Box, tuple[int, int]]:
         """The box in pixels of the image that is shown, and that image's size."""
         one, seen = self.annotation, self.seen

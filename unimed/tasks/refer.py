@@ -13,7 +13,7 @@ from unimed.tasks.task import Task
 
 
 def ask(asked: Asked) -> Example:
-    name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box()
+    name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box
     return asked.item("refer", name, boxes.to_text(box, size), f"refer/{name.lower()}", box)
 
 
