@@ -88,7 +88,7 @@ class Lora(Section):
 class Vision(Section):
     """`width`, `layers`, `heads` and the two sizes are read from scratch; a folder or hub name has its own."""
 
-    source: str = Field("eva", alias="from", min_length=1)
+    source: str = Field(default="eva", alias="from", min_length=1)
     image_size: Count = 96
     patch_size: Count = 8
     width: Count = 128
@@ -106,7 +106,7 @@ class Connector(Section):
     `from`: a saved model or run, whose connector is the start.
     """
 
-    source: str = Field("", alias="from")
+    source: str = Field(default="", alias="from")
     num_experts: Count = 5
     hidden_features: Count | None = None
     expert: Literal["mlp", "linear"] = "mlp"
@@ -137,7 +137,7 @@ class Connector(Section):
 class Language(Section):
     """`width`, `layers`, `heads`, `mlp_width` and `vocab_size` are read from scratch, `archive` by smollm2 only."""
 
-    source: str = Field("llama", alias="from", min_length=1)
+    source: str = Field(default="llama", alias="from", min_length=1)
     width: Count = 128
     layers: Count = 4
     heads: Count = 4
@@ -151,9 +151,9 @@ class Language(Section):
 
 
 class ModelSpec(Section):
-    vision: Vision = Field(default_factory=Vision)
-    connector: Connector = Field(default_factory=Connector)
-    language: Language = Field(default_factory=Language)
+    vision: Vision = Field(default_factory=Vision)  # type: ignore[arg-type]  # mypy does not know the alias "from"
+    connector: Connector = Field(default_factory=Connector)  # type: ignore[arg-type]  # mypy does not know the alias "from"
+    language: Language = Field(default_factory=Language)  # type: ignore[arg-type]  # mypy does not know the alias "from"
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSpec:
