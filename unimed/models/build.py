@@ -45,6 +45,7 @@ def build(
     else:
         read_vision = parts.read_tower(vision.source, DTYPES[vision.dtype])
         vision_config = read_vision.config  # type: ignore[assignment]
+    stored = (vision.dtype, spec.connector.dtype, language.dtype)
     config = UniMedConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -53,10 +54,7 @@ def build(
         freeze_vision=vision.freeze,
         freeze_connector=spec.connector.freeze,
         freeze_language=language.freeze,
-        dtypes={
-            name: str(DTYPES[part.dtype]).removeprefix("torch.")
-            for name, part in zip(PARTS, (vision, spec.connector, language), strict=True)
-        },
+        dtypes={name: str(DTYPES[one]).removeprefix("torch.") for name, one in zip(PARTS, stored, strict=True)},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -151,9 +151,9 @@ class Language(Section):
 
 
 class ModelSpec(Section):
-    vision: Vision = Field(default_factory=Vision)  # type: ignore[arg-type]  # mypy does not know the alias "from"
-    connector: Connector = Field(default_factory=Connector)  # type: ignore[arg-type]  # mypy does not know the alias "from"
-    language: Language = Field(default_factory=Language)  # type: ignore[arg-type]  # mypy does not know the alias "from"
+    vision: Vision = Field(default_factory=Vision)
+    connector: Connector = Field(default_factory=Connector)
+    language: Language = Field(default_factory=Language)
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSpec:

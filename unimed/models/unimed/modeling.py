@@ -53,7 +53,7 @@ def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The model that transformers has for a vision configuration."""
     if config.model_type == "blip_2_vision_model":  # not among the Auto classes
         return Blip2VisionModel
-    found = MODEL_MAPPING.get(type(config), None)
+    found: Any = MODEL_MAPPING.get(type(config), None)
     if found is None or not all(hasattr(type(config), name) for name in ("hidden_size", "image_size", "patch_size")):
         raise UserError(f"vision: {config.model_type!r} is not a tower that has hidden_size, image_size and patch_size")
     return found
@@ -280,7 +280,7 @@ def is_unread(model_type: str, name: str) -> bool:
     return any(f".{name}.".startswith(f".{unread}.") for unread in family(model_type).unread)
 
 
-def freeze_unread(model: nn.Module) -> None:
+def freeze_unread(model: Any) -> None:
     """What a tower's patch features do not depend on takes no gradient."""
     tower = model.get_submodule("vision_tower")
     for one in [tower, *getattr(tower, "modules_to_save", nn.ModuleDict()).values()]:  # the second: copies that peft trains
