@@ -77,7 +77,7 @@ def test_own_data_in_five_commands(walked):
     assert "validation split" in shown["evaluate mine"]
     assert "32 x 24 pixels shown to the model runs/mine" in shown["predict imgs/x.png"]
     result = json.loads((folder / "runs" / "mine" / "metrics.json").read_text())
-    assert result["data"] == {"root": "mine (mine)", "sample": False}
+    assert result["data"] == {"root": "mine (mine)", "sample": False, "protocol": "released"}
     assert {split: part["counts"] for split, part in result["splits"].items()} == {"slab": {"vqa": 2}, "subject": {"vqa": 2}}
 
 

@@ -13,7 +13,7 @@ from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
 from unimed.inference.session import load
-from unimed.models.adapter import merge_folder
+from unimed.models.merge import merge_folder
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.train import recipe as recipes
 from unimed.train.folder import Run

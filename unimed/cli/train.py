@@ -135,7 +135,7 @@ def merge(
 
     Example: [cyan]unimed merge smollm2 --out smollm2-merged[/]
     """
-    from unimed.models.adapter import merge_folder
+    from unimed.models.merge import merge_folder
 
     no_bars_of_transformers()
     folder = run_folder(run)

@@ -115,24 +115,6 @@ def merge(model: UniMedPeftModel) -> UniMedForConditionalGeneration:
     return whole
 
 
-def merge_folder(adapter: Path, out: Path) -> None:
-    """The plain model of an adapter folder, written to a new folder `out`."""
-    from unimed.models.load import load
-
-    if not (adapter / WEIGHTS).is_file():
-        raise UserError(f"{adapter}: no {WEIGHTS} there, so there is no LoRA to merge")
-    if out.exists():
-        raise UserError(f"{out}: exists; choose a new folder")
-    model, processor = load(adapter)
-    whole = merge(model)
-
-    def fill(folder: Path) -> None:
-        whole.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    io.write_folder(out, fill)
-
-
 def load_adapter(model: UniMedForConditionalGeneration, folder: str | os.PathLike, trainable: bool = False) -> UniMedPeftModel:
     """Put a saved adapter on its base model. Keys and shapes must be exactly the adapter's."""
     folder = Path(folder)
