@@ -42,13 +42,13 @@ def test_minigpt4_trains_the_connector_alone():
 
 def test_unimed_ask(tmp_path, capsys):
     pytest.importorskip("transformers")
-    from unimed.models.build import build_tiny
+    from unimed.models.build import build
+    from unimed.models.spec import ModelSpec
 
     image = tmp_path / "a.png"
     Image.new("RGB", (80, 64), (90, 90, 90)).save(image)
-    model, processor = build_tiny(
-        ["[INST] <Img><ImageHere></Img> [vqa] which plane is shown [/INST]", "axial coronal"], image_size=32, vocab_size=400
-    )
+    spec = ModelSpec.model_validate({"vision": {"image_size": 32}, "language": {"vocab_size": 400}})
+    model, processor = build(spec, ["[INST] <Img><ImageHere></Img> [vqa] which plane is shown [/INST]", "axial coronal"])
     for part in (model, processor):
         part.save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "run" / "run.json").write_text('{"class_questions": ["Which organ is in the image: liver, spleen?"]}')
