@@ -123,8 +123,11 @@ def score(
             for row in rows:
                 table.add_row(*row, style="bold" if row[0] == TRAINED else None)
             part, metrics = result["splits"][split], result["strict" if strict else "headline"]
-            cells = [interval_cell(part, TRAINED, task, metrics[task]) for task in (name.partition("\n")[0] for name in header[1:])]
-            table.add_row("  95 % interval", *cells, style="dim", end_section=True)
+            cells = [
+                interval_cell(part, TRAINED, task, metrics[task]).replace("0.", ".")
+                for task in (name.partition("\n")[0] for name in header[1:])
+            ]
+            table.add_row("95 % interval", *cells, style="dim", end_section=True)
         console.print(table)
         for name in header[1:]:
             task = name.partition("\n")[0]
