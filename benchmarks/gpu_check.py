@@ -186,6 +186,7 @@ def run(step: Step, device: str, results: Results, seconds: float) -> Results:
                 if "CMOE_AUTOTUNE" not in step.env:
                     (folder / "times.json").write_text(json.dumps(document))
                 command += ["--out", str(folder / "times.json"), "--minutes", f"{0.8 * seconds / 60:.2f}"]
+                command += ["--threads", str(results["threads"])]  # one file holds the times of one number of threads
             else:
                 command.append(f"--write={folder / 'report.json'}")
             commands.append(command)
