@@ -10,7 +10,7 @@ from tests.native.variants import build_script, need_compiler
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A program of one source and one header, and a folder of its own to build it in."""
+    """A program of one source and one header, in a build folder of its own."""
     need_compiler()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CMOE_WERROR", raising=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, no_bars_of_transformers, nothing, run_folder
+from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, no_bars_of_transformers, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -193,7 +194,7 @@ def _show_gates(run: Path) -> None:
 def write_report(run: Path) -> None:
     from unimed.report.report import write
 
-    with console.status("report") if console.is_terminal else nothing():
+    with console.status("report") if console.is_terminal else nullcontext():
         path = write(run)
     console.print(f"report: {path} · {NOTICE}", highlight=False)
 

@@ -44,12 +44,6 @@ def bar(where: Console = console) -> Any:
     return bar(where)
 
 
-def nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
-
-
 def run_folder(run: str) -> Path:
     for path in (RUNS / run, Path(run)):
         if path.is_dir():

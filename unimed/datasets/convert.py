@@ -13,6 +13,7 @@ from unimed.datasets.records import CONVERTED
 from unimed.datasets.spec import DATASETS
 from unimed.errors import UserError
 from unimed.records import jsonl
+from unimed.records.files import once
 from unimed.records.image import Images
 from unimed.records.imports import ROOT, root_of
 from unimed.records.policy import Rules, Tally
@@ -54,11 +55,9 @@ def convert(layout: str, root: Path, out: Path, strict: bool = False, languages:
                     if classes.setdefault(name, listed) != listed:
                         what = f"{name!r} has other classes than before"
                         raise UserError(f"{where}: {what}; convert each archive from a folder of its own")
-                seen[record.id] += 1
-                key = record.id if seen[record.id] == 1 else f"{record.id}#{seen[record.id]}"
                 kinds.update(one.kind for one in record.annotations)
                 images = tuple(_image(ref, source.images, place) for ref in record.images)
-                yield record.model_copy(update={"id": key, "images": images})
+                yield record.model_copy(update={"id": once(record.id, seen), "images": images})
         if not kinds:
             raise UserError(f"{root}: no record can be used: {'; '.join(_lines(sources)) or 'its files hold none'}")
 

@@ -10,6 +10,7 @@ from unimed.datasets.items import read_items
 from unimed.datasets.spec import DATASETS, DatasetSpec
 from unimed.errors import NoExamples, UserError
 from unimed.records.example import Example
+from unimed.records.files import once
 from unimed.records.policy import Rules, Tally, log
 from unimed.tasks import RELEASED_TASKS, TASKS
 
@@ -102,8 +103,4 @@ def _of_tasks(examples: list[Example], tasks: Sequence[str] | None) -> list[Exam
 def _one_of_each_id(examples: list[Example]) -> list[Example]:
     """The examples, with a number behind an id that came before."""
     seen: Counter[str] = Counter()
-    unique = []
-    for example in examples:
-        seen[example.id] += 1
-        unique.append(example if seen[example.id] == 1 else replace(example, id=f"{example.id}#{seen[example.id]}"))
-    return unique
+    return [example if (key := once(example.id, seen)) == example.id else replace(example, id=key) for example in examples]

@@ -26,7 +26,7 @@ class Predictions:
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
         about = json.loads(json.dumps({"format": FORMAT, **about}))
-        lines = io.written_lines(path) if path.exists() else []
+        lines = io.written_lines(path)
         if not lines or lines[0] != about:
             lines = [about]
             io.write_text(path, io.json_line(about))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unimed.inference.request import Request
+from unimed.tasks import TASKS
 
 log = logging.getLogger("unimed.harnesses")
 MARKS = ("<image>", "<image 1>", "<video>")
@@ -15,8 +16,6 @@ def request(prompt: str, images: Sequence[Any], task: str, max_new_tokens: int |
 
     A prompt may begin with the tag of a task, as in "[cls] Which organ ...": that task answers it.
     """
-    from unimed.tasks import TASKS
-
     text = prompt
     for mark in MARKS:
         text = text.replace(mark, " ")

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -20,6 +20,7 @@ from unimed import io
 from unimed.errors import UserError
 from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.inference.request import Answer, Asked, Request, prepare
+from unimed.models.spec import DTYPES
 from unimed.records import box as boxes
 from unimed.records.example import Example
 from unimed.records.pixels import load_image
@@ -27,7 +28,6 @@ from unimed.tasks import TASKS, prompts
 from unimed.tasks.answers import read
 
 BATCH = 16  # requests that one call of the model answers
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Generated(NamedTuple):
@@ -115,7 +115,7 @@ class Session:
                 inputs = self._inputs(part, max_new_tokens, blank_images)
                 seen = _Details(self._connector) if details else None
                 options = {"logits_processor": LogitsProcessorList([seen])} if seen else {}
-                with seen or _nothing():
+                with seen or nullcontext():
                     sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
                 length = inputs["input_ids"].shape[1]
                 texts = self.processor.decode_answers(sequences, prompt_length=length)
@@ -245,11 +245,6 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def load(path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto", verify: bool = False) -> Session:
     """The trained model of a run, of its ``model`` folder, or of a folder that save_pretrained wrote.
 
@@ -279,10 +274,10 @@ def _dtype(wanted: str | torch.dtype, trained: str | None) -> torch.dtype | None
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted == "auto":
-        return DTYPES.get(trained or "")
+        return getattr(torch, DTYPES[trained]) if trained in DTYPES else None
     if wanted not in DTYPES:
         raise UserError(f"dtype {wanted!r}: it must be auto, {', '.join(DTYPES)}, or a torch.dtype")
-    return DTYPES[wanted]
+    return getattr(torch, DTYPES[wanted])
 
 
 def _trained_with(recipe: Path) -> tuple[str | None, list[Path]]:

@@ -14,14 +14,12 @@ from unimed.models import parts, smollm2
 from unimed.models.adapter import add_lora
 from unimed.models.keys import require_same_keys
 from unimed.models.load import connector_weights
-from unimed.models.spec import SMOLLM2, ModelSpec, from_scratch
+from unimed.models.spec import DTYPES, SMOLLM2, ModelSpec, from_scratch
 from unimed.models.tiny import smooth_coordinates
 from unimed.models.unimed.configuration import TASKS, UniMedConfig
 from unimed.models.unimed.modeling import PARTS, UniMedForConditionalGeneration, make_tower
 from unimed.models.unimed.processing import UniMedProcessor
 from unimed.models.unimed.tokenization import IMAGE_TOKEN, token_id, train_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(
@@ -38,12 +36,12 @@ def build(
         text_config = parts.text_config(language, tokenizer)
     else:
         source = str(smollm2.folder(language.archive)) if language.source == SMOLLM2 else language.source
-        read_text, tokenizer = parts.read_language_model(source, DTYPES[language.dtype])
+        read_text, tokenizer = parts.read_language_model(source, getattr(torch, DTYPES[language.dtype]))
         text_config = read_text.config
     if from_scratch(vision.source):
         vision_config = parts.vision_config(vision)
     else:
-        read_vision = parts.read_tower(vision.source, DTYPES[vision.dtype])
+        read_vision = parts.read_tower(vision.source, getattr(torch, DTYPES[vision.dtype]))
         vision_config = read_vision.config  # type: ignore[assignment]
     stored = (vision.dtype, spec.connector.dtype, language.dtype)
     config = UniMedConfig(
@@ -54,7 +52,7 @@ def build(
         freeze_vision=vision.freeze,
         freeze_connector=spec.connector.freeze,
         freeze_language=language.freeze,
-        dtypes={name: str(DTYPES[one]).removeprefix("torch.") for name, one in zip(PARTS, stored, strict=True)},
+        dtypes={name: DTYPES[one] for name, one in zip(PARTS, stored, strict=True)},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -83,7 +83,7 @@ def read_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def answer_prefix(tokenizer: Any) -> str:
-    """What stands before an answer when it is tokenised: a blank, unless the tokenizer adds its own."""
+    """The text before an answer that is tokenised: a blank, unless the tokenizer adds its own."""
     first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
     return "" if first.startswith("\u2581") else " "
 

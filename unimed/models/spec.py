@@ -31,6 +31,7 @@ Natural = Annotated[Whole, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names
 
 SMOLLM2 = "smollm2"
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def text(record: Any, key: str, where: str, kind: type | tuple[type, ...] = str)
 
 
 def cleaned(value: Any, key: str, where: str, max_words: int = 0) -> str:
-    """``value`` as text with single spaces, of at most so many words (0: all); empty or not Unicode is a BadRecord."""
+    """``value`` as text with single spaces, of at most ``max_words`` words (0: all); empty or not Unicode is a BadRecord."""
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRecord(f"without {key!r}", f"{where}: field {key!r} is {value}, expected text")
     words = clean(str(value), max_words)
@@ -178,3 +179,9 @@ def whole_image(image: Path | View) -> tuple[tuple[int, int], Placement]:
     except Exception as error:  # decoders raise nearly anything
         text = str(error) if isinstance(error, UserError) else f"{path}: not a readable image ({error})"
         raise BadRecord("with an unreadable image", text) from error
+
+
+def once(key: str, seen: Counter[str]) -> str:
+    """The key, with a number behind it where it came before; ``seen`` counts the keys so far."""
+    seen[key] += 1
+    return key if seen[key] == 1 else f"{key}#{seen[key]}"

@@ -14,7 +14,7 @@ NOTHING = "no finding"
 
 
 def joint(names: Sequence[str]) -> str:
-    """What stands between the names of a list."""
+    """The separator of the names in a list."""
     return "; " if any("," in name for name in names) else ", "
 
 

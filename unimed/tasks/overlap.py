@@ -148,8 +148,10 @@ def standard_bleu(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 
     if not pairs:
         return {f"bleu{n}": 0.0 for n in (1, 2, 3, 4)}
-    given, wanted = [one for one, _ in pairs], [other for _, other in pairs]
-    return {f"bleu{n}": BLEU(lowercase=True, max_ngram_order=n).corpus_score(given, [wanted]).score / 100 for n in (1, 2, 3, 4)}
+    whole = BLEU(lowercase=True).corpus_score([one for one, _ in pairs], [[other for _, other in pairs]])
+    shared = {"sys_len": whole.sys_len, "ref_len": whole.ref_len, "smooth_method": "exp"}
+    orders = {n: BLEU.compute_bleu(whole.counts[:n], whole.totals[:n], **shared, max_ngram_order=n) for n in (1, 2, 3, 4)}
+    return {f"bleu{n}": one.score / 100 for n, one in orders.items()}
 
 
 @lru_cache(maxsize=1)

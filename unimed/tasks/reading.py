@@ -10,5 +10,5 @@ EMPTY, UNPARSABLE, INVERTED, OFF_LIST, CHATTY = KINDS = ("empty", "unparsable", 
 @dataclass(frozen=True)
 class Reading:
     kind: str = ""  # one of KINDS, or "" for an answer that simply is one
-    says: frozenset[str] | None = None  # the answer in the strict form, of a list those it names; None where it says no one thing
+    says: frozenset[str] | None = None  # the answer in the strict form, or the listed ones that it names; None without one answer
     box: boxes.Box | None = None  # refer, 0..100: the first one found, also when it is inverted or not the only one
