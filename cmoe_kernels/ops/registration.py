@@ -1,10 +1,13 @@
 """What every op's autograd registration shares."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 from cmoe_kernels import backends, native
 
@@ -15,11 +18,16 @@ _native_library = torch.library.Library("cmoe_native", "FRAGMENT")
 class Operator:
     """An op of torch's dispatcher, made from a function by ``operator``; called as the function is.
 
+    In eager mode a call goes to the kernel past the dispatcher, with the graph node that the op would make (``eager`` says when). Most of
+    the time of a call on a few tokens was the dispatcher's.
+
     ``cmoe_native::<name>`` has the same schema without ``backend``: the native library's kernels, which become the op's backends.
     """
 
     def __init__(self, name: str, kernel: Callable[..., Any]) -> None:
         self.qualname = f"cmoe::{name}"
+        self._kernel = kernel
+        self._apply: Callable[..., Any] | None = None
         schema = torch.library.infer_schema(kernel, mutates_args=())
         _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -32,6 +40,13 @@ class Operator:
             backends.register(name, backend, getattr(torch.ops.cmoe_native, name).default)
 
     def __call__(self, *arguments: Any) -> Any:
+        # torch.compile traces the op: it evaluates this condition while it traces.
+        if not torch.compiler.is_compiling():
+            needs_grad = eager(arguments)
+            if needs_grad is False:
+                return self._kernel(*arguments)
+            if needs_grad and self._apply is not None:
+                return self._apply(*arguments)
         try:
             return self._call(*arguments)
         except RuntimeError as error:
@@ -46,6 +61,54 @@ class Operator:
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
         torch.library.register_autograd(self.qualname, backward, setup_context=setup_context, lib=_library)
+        if setup_context is not None:
+            self._apply = _apply(self.qualname, self._kernel, backward, setup_context)
+
+
+def _apply(
+    qualname: str, kernel: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Calls a kernel and makes the graph node that the dispatcher would make of the same formula and context."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = kernel(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = types.new_class(qualname.replace("::", "_"), (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
+    # Function.apply itself is for torch.func, which does not come here.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_VALUES = frozenset({bool, int, float, str, type(None)})
+
+
+def eager(arguments: tuple[Any, ...]) -> bool | None:
+    """Whether a gradient can follow; None where the dispatcher would do more for these arguments than find the kernel.
+
+    It does for tensor subclasses (fake tensors, DTensor, FSDP), the meta device, proxies, torch.func, forward AD, jit.trace, modes of
+    torch_function and torch_dispatch (FLOP counters, selective checkpointing), and the profiler, which shows an op by its name.
+    """
+    grad = False
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if argument.is_meta or functorch.is_functorch_wrapped_tensor(argument):
+                return None
+            grad = grad or argument.requires_grad
+        elif kind not in _VALUES and (kind is not list or any(type(item) is not bool for item in argument)):
+            return None
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return None
+    return grad and torch.is_grad_enabled()
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
