@@ -8,5 +8,5 @@ class UserError(Exception):
     """
 
 
-class NoExamples(UserError):
-    """There is data, but no example of the split or of the tasks that were named."""
+class NoItems(UserError):
+    """There is data, but no item of the split or of the tasks that were named."""

@@ -22,7 +22,6 @@ from PIL import Image
 from unimed.datasets import DATASETS
 from unimed.datasets.items import read_items
 from unimed.errors import UserError
-from unimed.records.pixels import load_image
 from unimed.records.policy import Tally
 
 LIMIT = 1 << 30
@@ -92,7 +91,7 @@ def case(folder, whole, rng):
         assert "\n" not in tally.line()
         for item in items:
             if item.image is not None:
-                load_image(item)
+                item.open()
     except UserError as error:
         if "\n" in str(error):
             raise RuntimeError("an error of several lines") from error

@@ -15,14 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.datasets import DATASETS, load_examples
+from unimed.datasets import DATASETS, load_items
 from unimed.datasets.items import read_items
 from unimed.errors import UserError
 from unimed.io import inside
 from unimed.records.box import clip
-from unimed.records.example import Example
-from unimed.records.pixels import load_image
 from unimed.records.policy import Rules, Tally
+from unimed.tasks.item import Item
 
 STRICT, STANDARD = Rules(strict=True), Rules(protocol="standard")
 
@@ -42,9 +41,9 @@ def test_only_line_ends_end_a_line(tmp_path, mark):
     """Kind: text is cut at line feeds and carriage returns only, not wherever str.splitlines does."""
     row = {**MEDQA[0], "question": f"one{mark}two"}
     medqa(tmp_path / "qa", [row, MEDQA[1]])
-    assert [example.question for example in load_examples(tmp_path / "qa", "train", rules=STRICT)] == ["one two", "Which bone?"]
+    assert [item.question for item in load_items(tmp_path / "qa", "train", rules=STRICT)] == ["one two", "Which bone?"]
     medpix(tmp_path / "pix", f"name,context,type\r\na.png,one{mark}two,caption\r\nb.png,three,caption\r\n")
-    assert [example.answer for example in load_examples(tmp_path / "pix", "train", rules=STRICT)] == ["one two", "three"]
+    assert [item.answer for item in load_items(tmp_path / "pix", "train", rules=STRICT)] == ["one two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -59,28 +58,28 @@ def test_only_line_ends_end_a_line(tmp_path, mark):
 )
 def test_a_broken_row_of_a_csv_costs_that_row_only(tmp_path, caplog, row, words):
     medpix(tmp_path, f'name,context,type\nb.png,First,caption\n{row}\na.png,"A mass, in the liver",caption\nb.png,"Nice",caption\n')
-    assert [example.answer for example in load_examples(tmp_path, "train")] == ["First", "A mass, in the liver", "Nice"]
+    assert [item.answer for item in load_items(tmp_path, "train")] == ["First", "A mass, in the liver", "Nice"]
     (line,) = told(caplog)
     assert line.startswith("medpix (train): 1 of 4 records left out: 1 with ")
     assert words in line
     assert "MedPix_single_train.csv:3" in line
     with pytest.raises(UserError, match=r"MedPix_single_train\.csv:3"):
-        load_examples(tmp_path, "train", rules=STRICT)
+        load_items(tmp_path, "train", rules=STRICT)
 
 
 def test_a_quote_left_open_in_the_last_row_and_in_the_header(tmp_path):
     medpix(tmp_path, 'name,context,type\nb.png,First,caption\na.png,b,"caption')
-    assert [example.answer for example in load_examples(tmp_path, "train")] == ["First"]
+    assert [item.answer for item in load_items(tmp_path, "train")] == ["First"]
     medpix(tmp_path, 'name,"context,type\nb.png,First,caption\n')
     with pytest.raises(UserError, match=r"train\.csv:1: a quote opens and never closes"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
 def test_cells_that_pandas_reads_as_missing_are_left_out(tmp_path, caplog):
     cells = ["NA", "nan", "N/A", "null", '"NaN"', "", "None"]
     rows = "".join(f"a.png,{cell},caption\n" for cell in cells)
     medpix(tmp_path, f"name,context,type\n{rows}a.png,na,caption\na.png,NAD,caption\nb.png,x,vqa\n")
-    assert [example.answer for example in load_examples(tmp_path, "train")] == ["na", "NAD"]
+    assert [item.answer for item in load_items(tmp_path, "train")] == ["na", "NAD"]
     assert told(caplog) == [
         "medpix (train): 7 of 10 records left out: 7 with a missing cell (first: MedPix_single_train.csv:2: column 'context' is 'NA'); "
         "1 of 10 records left out by choice: 1 of type 'vqa'"
@@ -91,7 +90,7 @@ def test_bytes_that_are_no_text_cost_their_record_only(tmp_path, caplog):
     medqa(tmp_path)
     path = tmp_path / "questions" / "US" / "train.jsonl"
     path.write_bytes(path.read_bytes().replace(b"helps", b"h\xe9lps"))
-    assert [example.question for example in load_examples(tmp_path, "train")] == ["Which bone?"]
+    assert [item.question for item in load_items(tmp_path, "train")] == ["Which bone?"]
     assert "1 with text that is not Unicode (first: questions/US/train.jsonl:1" in told(caplog)[0]
 
 
@@ -100,25 +99,25 @@ def test_bytes_that_are_no_text_cost_their_record_only(tmp_path, caplog):
 
 def test_slake_as_published(tmp_path, caplog):
     published_slake(tmp_path / "Slake1.0")
-    found = load_examples(tmp_path, "train", rules=STRICT)
-    assert [(example.task, example.dataset) for example in found] == [("vqa", "slake")] * 2 + [
+    found = load_items(tmp_path, "train", rules=STRICT)
+    assert [(item.task, item.dataset) for item in found] == [("vqa", "slake")] * 2 + [
         ("refer", "slake"),
         ("identify", "slake"),
     ] * 2
-    assert [example.id for example in found[:2]] == ["slake/xmlab0/q0", "slake/xmlab0/q1"]
-    assert {example.subject for example in found} == {"xmlab0"}
-    assert load_image(found[0]).size == (40, 20)
+    assert [item.id for item in found[:2]] == ["slake/xmlab0/q0", "slake/xmlab0/q1"]
+    assert {item.subject for item in found} == {"xmlab0"}
+    assert found[0].open().size == (40, 20)
     assert told(caplog) == ["slake (train): 1 of 5 records left out by choice: 1 with q_lang 'zh' (data.languages=['en'])"]
-    assert [example.id for example in load_examples(tmp_path, "test")] == ["slake/xmlab1/q9"]
-    assert load_examples(tmp_path, "val") == []
-    chinese = load_examples(tmp_path, "train", ["vqa"], Rules(languages=("en", "zh")))
-    assert [example.answer for example in chinese] == ["MRI", "No", "没有"]
+    assert [item.id for item in load_items(tmp_path, "test")] == ["slake/xmlab1/q9"]
+    assert load_items(tmp_path, "val") == []
+    chinese = load_items(tmp_path, "train", ["vqa"], Rules(languages=("en", "zh")))
+    assert [item.answer for item in chinese] == ["MRI", "No", "没有"]
 
 
 def test_a_line_is_printed_once_for_each_data_set(tmp_path, caplog):
     published_slake(tmp_path)
     for _ in range(3):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     assert len(told(caplog)) == 1
 
 
@@ -136,11 +135,11 @@ def test_one_bad_record_of_each_kind_stops_nothing(tmp_path, caplog):
     write(tmp_path / "imgs" / "xmlab1" / "question.json", [{**QUESTIONS[0], "img_name": "xmlab1/source.jpg"}])
     whole = (tmp_path / "imgs" / "xmlab1" / "source.jpg").read_bytes()
     (tmp_path / "imgs" / "xmlab1" / "source.jpg").write_bytes(whole[: len(whole) // 2])
-    found = load_examples(tmp_path, "train")
-    assert {example.question: example.box for example in found if example.task == "refer"} == {
+    found = load_items(tmp_path, "train")
+    assert {item.question: item.box for item in found if item.task == "refer"} == {
         "Liver": (4, 5, 14, 15), "Spleen": (30, 2, 40, 10), "Bladder": (0, 0, 10, 10),
     }  # fmt: skip
-    assert len([example for example in found if example.task == "vqa"]) == 2
+    assert len([item for item in found if item.task == "vqa"]) == 2
     (line,) = told(caplog)
     assert line.startswith(
         "slake (train): 5 of 11 records left out: 2 with a wrong box (first: imgs/xmlab0/detection.json[3]: the box of 'Heart'"
@@ -177,16 +176,16 @@ def test_an_image_that_was_cut_off_is_found_before_training(tmp_path, suffix, sh
     path = tmp_path / "files" / f"cut{suffix}"
     reports(tmp_path, [REPORTS[0], {**REPORTS[1], "image_path": [path.name]}])
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)).save(path)
-    assert len(load_examples(tmp_path, "train", rules=STRICT)) == 2
+    assert len(load_items(tmp_path, "train", rules=STRICT)) == 2
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    assert [example.id for example in load_examples(tmp_path, "train")] == ["mimic-cxr/a"]
+    assert [item.id for item in load_items(tmp_path, "train")] == ["mimic-cxr/a"]
     assert "1 with an unreadable image (first: annotation.json: train[1]" in told(caplog)[0]
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", 3, ["Clear."], float("nan")])
 def test_a_report_that_is_none_costs_its_record_only(tmp_path, value, caplog):
     reports(tmp_path, [REPORTS[0], {**REPORTS[1], "report": value}])
-    assert [example.id for example in load_examples(tmp_path, "train")] == ["mimic-cxr/a"]
+    assert [item.id for item in load_items(tmp_path, "train")] == ["mimic-cxr/a"]
     assert "1 of 2 records left out: 1 with" in told(caplog)[0]
 
 
@@ -197,14 +196,14 @@ def test_an_unknown_archive_does_not_stop_the_folder(tmp_path, caplog):
     medmnist(tmp_path)
     medmnist(tmp_path, "mine")
     np.savez(tmp_path / "features.npz", x=np.zeros(3))
-    assert len(load_examples(tmp_path, "train")) == 3
+    assert len(load_items(tmp_path, "train")) == 3
     (line,) = told(caplog)
     assert line.startswith(
         "medmnist (train): 4 of 7 records left out: 3 in an archive without class names (first: mine.npz: class names unknown; put "
     )
     assert "1 in an archive of another form (first: features.npz: has x, expected train_images" in line
     with pytest.raises(UserError, match=r"features\.npz"):
-        load_examples(tmp_path, "train", rules=STRICT)
+        load_items(tmp_path, "train", rules=STRICT)
 
 
 FLAT = {
@@ -220,21 +219,21 @@ def test_every_set_of_medmnist_has_class_names(tmp_path, name, classes):
     if name in VOLUMES:
         images = np.stack([np.full((classes, 8, 8), depth, np.uint8) for depth in range(9)], 1)
     np.savez(tmp_path / f"{name}_64.npz", train_images=images, train_labels=np.arange(classes).reshape(-1, 1))
-    found = load_examples(tmp_path, "train", rules=STRICT)
-    answers = [example.answer for example in found]
+    found = load_items(tmp_path, "train", rules=STRICT)
+    answers = [item.answer for item in found]
     assert len(set(answers)) == classes
     assert found[0].question.endswith(": " + ", ".join(answers) + "?")
     assert found[0].question.count(",") == classes - 1  # no name holds the comma that divides them
-    assert np.asarray(load_image(found[0])).max() == (4 if name in VOLUMES else 9)
+    assert np.asarray(found[0].open()).max() == (4 if name in VOLUMES else 9)
 
 
 def test_volumes_are_said_to_be_shown_by_a_slice_and_masks_are_visible(tmp_path, caplog):
     volume = np.zeros((1, 6, 8, 8), np.uint8)
     volume[0, 3, 2:4] = 1
     np.savez(tmp_path / "adrenalmnist3d.npz", train_images=volume, train_labels=[[1]])
-    (only,) = load_examples(tmp_path, "train", rules=STRICT)
+    (only,) = load_items(tmp_path, "train", rules=STRICT)
     assert told(caplog) == ["medmnist (train): adrenalmnist3d.npz: volumes, shown by their middle slice"]
-    assert (only.answer, only.size, np.asarray(load_image(only)).max()) == ("hyperplasia", (8, 8), 255)
+    assert (only.answer, only.size, np.asarray(only.open()).max()) == ("hyperplasia", (8, 8), 255)
 
 
 def test_chestmnist_has_any_number_of_findings(tmp_path, caplog):
@@ -243,8 +242,8 @@ def test_chestmnist_has_any_number_of_findings(tmp_path, caplog):
     labels[1, 13] = 1
     labels[3, 0] = 7
     np.savez(tmp_path / "chestmnist.npz", train_images=np.zeros((4, 8, 8), np.uint8), train_labels=labels)
-    found = load_examples(tmp_path, "train")
-    assert [example.answer for example in found] == ["cardiomegaly, pleural thickening", "hernia", "no finding"]
+    found = load_items(tmp_path, "train")
+    assert [item.answer for item in found] == ["cardiomegaly, pleural thickening", "hernia", "no finding"]
     assert found[0].question.startswith("Which findings are in the image: atelectasis, cardiomegaly, ")
     assert found[0].question.endswith(", hernia, or no finding?")
     assert "1 of 4 records left out: 1 with a label out of range (first: chestmnist.npz: train image 3: labels [7, 0" in told(caplog)[0]
@@ -263,7 +262,7 @@ def test_the_standard_protocol_keeps_whole_vignettes_with_their_options(tmp_path
     from unimed.tasks import prompts
 
     medqa(tmp_path, [{**LONG, "options": options}])
-    (released,), (whole,) = load_examples(tmp_path, "train"), load_examples(tmp_path, "train", rules=STANDARD)
+    (released,), (whole,) = load_items(tmp_path, "train"), load_items(tmp_path, "train", rules=STANDARD)
     assert len(released.question.split()) == 50
     assert "Which drug?" not in released.question
     assert whole.question.endswith("word Which drug? (A) Rest (B) Ampicillin")
@@ -275,31 +274,31 @@ def test_the_standard_protocol_keeps_whole_vignettes_with_their_options(tmp_path
 @pytest.mark.parametrize("row", [{"answer": "B"}, {"answer_idx": "B"}])
 def test_the_answer_of_a_letter_is_the_text_of_its_option(tmp_path, row, rules):
     medqa(tmp_path, [{"question": "Which?", "options": {"A": "Rest", "B": "Ampicillin"}, **row}])
-    assert [example.answer for example in load_examples(tmp_path, "train", rules=rules)] == ["Ampicillin"]
+    assert [item.answer for item in load_items(tmp_path, "train", rules=rules)] == ["Ampicillin"]
 
 
 def test_pubmedqa_as_published(tmp_path):
     rows = {str(i): {"QUESTION": f"Is it {i}?", "CONTEXTS": ["It was.", "So."], "final_decision": "yes"} for i in range(6)}
     write(tmp_path / "ori_pqal.json", rows)
     with pytest.raises(UserError, match=r"test_ground_truth\.json"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     write(tmp_path / "test_ground_truth.json", {"1": "yes", "4": "no"})
-    ids = {split: [example.id for example in load_examples(tmp_path, split)] for split in ("train", "val", "test")}
+    ids = {split: [item.id for item in load_items(tmp_path, split)] for split in ("train", "val", "test")}
     with pytest.raises(UserError, match="split 'external'"):
-        load_examples(tmp_path, "external")
+        load_items(tmp_path, "external")
     assert ids == {"train": ["pubmedqa/0", "pubmedqa/2", "pubmedqa/3", "pubmedqa/5"], "val": [], "test": ["pubmedqa/1", "pubmedqa/4"]}
-    assert load_examples(tmp_path, "test", rules=STANDARD)[0].question == "It was. So. Is it 1?"
+    assert load_items(tmp_path, "test", rules=STANDARD)[0].question == "It was. So. Is it 1?"
     with pytest.raises(UserError, match="split 'external'"):  # not the training split by another name
-        load_examples(tmp_path, "external")
+        load_items(tmp_path, "external")
     write(tmp_path / "dev_set.json", {"2": rows["2"]})
-    assert [example.id for example in load_examples(tmp_path, "train")] == ["pubmedqa/0", "pubmedqa/3", "pubmedqa/5"]
+    assert [item.id for item in load_items(tmp_path, "train")] == ["pubmedqa/0", "pubmedqa/3", "pubmedqa/5"]
 
 
 def test_path_vqa_in_the_folders_of_its_archive(tmp_path):
     data_samples.path_vqa(tmp_path)
     (tmp_path / "qas" / "train").mkdir(parents=True)
     (tmp_path / "train_vqa.json").rename(tmp_path / "qas" / "train" / "train_vqa.json")
-    assert len(load_examples(tmp_path, "train", rules=STRICT)) == 2
+    assert len(load_items(tmp_path, "train", rules=STRICT)) == 2
 
 
 # Names
@@ -309,7 +308,7 @@ def test_two_folders_of_one_layout_have_names_and_ids_of_their_own(tmp_path):
     from unimed.tasks import prompts
 
     reports(tmp_path / "north")
-    (own,) = {example.dataset for example in load_examples(tmp_path, "train")}
+    (own,) = {item.dataset for item in load_items(tmp_path, "train")}
     assert own == "mimic-cxr"
     for name in ("south", "medqa"):
         reports(tmp_path / name)
@@ -317,35 +316,35 @@ def test_two_folders_of_one_layout_have_names_and_ids_of_their_own(tmp_path):
     medmnist(tmp_path / "north")
     medmnist(tmp_path / "south")
     medmnist(tmp_path / "west", "pneumoniamnist", ((0,), (1,)))
-    found = load_examples(tmp_path, "train")
-    names = {example.dataset for example in found}
+    found = load_items(tmp_path, "train")
+    names = {item.dataset for item in found}
     assert names == {"north", "south", "medqa-mimic-cxr", "medqa", "north-organsmnist_28", "south-organsmnist_28", "pneumoniamnist"}
-    assert len({example.id for example in found}) == len(found)
-    assert all(example.id.startswith(f"{example.dataset}/") for example in found)
-    captions = [example for example in found if example.task == "caption"]
-    assert {prompts.instruction(example, None) for example in captions} == {
+    assert len({item.id for item in found}) == len(found)
+    assert all(item.id.startswith(f"{item.dataset}/") for item in found)
+    captions = [item for item in found if item.task == "caption"]
+    assert {prompts.instruction(item, None) for item in captions} == {
         "<Img><ImageHere></Img> [caption] Describe the findings of this chest X-ray."
     }
 
 
 def test_an_id_that_comes_twice_is_made_two(tmp_path):
     reports(tmp_path, [REPORTS[0], {**REPORTS[1], "id": "a"}])
-    assert [example.id for example in load_examples(tmp_path, "train")] == ["mimic-cxr/a", "mimic-cxr/a#2"]
+    assert [item.id for item in load_items(tmp_path, "train")] == ["mimic-cxr/a", "mimic-cxr/a#2"]
 
 
-def test_examples_can_be_hashed_and_compared_also_with_an_array():
-    def example(image, key="a"):
-        return Example(key, "cls", "d", "?", "x", image, (2, 2), None, "cls")
+def test_items_can_be_hashed_and_compared_also_with_an_array():
+    def item(image, key="a"):
+        return Item(key, "cls", "d", "?", "x", image, (2, 2), None, "cls")
 
     zeros, ones = np.zeros((2, 2), np.uint8), np.ones((2, 2), np.uint8)
-    assert example(zeros) == example(zeros.copy())
-    assert example(zeros) != example(ones)
-    assert example(zeros) != example(zeros.astype(bool))
-    assert example(zeros) != example(None)
-    assert example(Path("a")) == example(Path("a"))
-    assert example(zeros) != example(zeros, "b")
-    assert example(zeros) != "a"
-    assert len({example(zeros), example(zeros.copy()), example(zeros, "b")}) == 2
+    assert item(zeros) == item(zeros.copy())
+    assert item(zeros) != item(ones)
+    assert item(zeros) != item(zeros.astype(bool))
+    assert item(zeros) != item(None)
+    assert item(Path("a")) == item(Path("a"))
+    assert item(zeros) != item(zeros, "b")
+    assert item(zeros) != "a"
+    assert len({item(zeros), item(zeros.copy()), item(zeros, "b")}) == 2
 
 
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "..", "C:/x", "C:x", "a\\..\\b", "\\\\host\\x", "a\0b", "\ud800"])
@@ -358,38 +357,38 @@ def test_a_name_in_the_data_never_leads_out(tmp_path, name):
 
 def test_a_recipe_reaches_the_readers(tmp_path):
     from unimed.train import recipe as recipes
-    from unimed.train.run import examples
+    from unimed.train.run import items
 
     published_slake(tmp_path / "slake")
     medqa(tmp_path / "medqa", [LONG])
     chosen = recipes.load("tiny", [f"data.root={tmp_path}", "data.languages=[zh]", "data.protocol=standard", "data.tasks=[vqa,qa]"])
-    qa, vqa = examples(chosen, "train")
+    qa, vqa = items(chosen, "train")
     assert (qa.question[-16:], vqa.answer) == ("t (B) Ampicillin", "没有")
     strict = recipes.load("tiny", [f"data.root={tmp_path}", "data.strict=true"])
     (tmp_path / "slake" / "imgs" / "xmlab0" / "source.jpg").unlink()
     with pytest.raises(UserError, match="no such image"):
-        examples(strict, "train")
+        items(strict, "train")
 
 
-# The demo's examples
+# The demo's items
 
-EXAMPLES = {"train": ("4,940", "df9809a95a8b6941"), "slab": ("1,139", "a6590869113d0b20"), "subject": ("1,200", "7c7ed25d386d2f2d")}
+ITEMS = {"train": ("4,940", "df9809a95a8b6941"), "slab": ("1,139", "a6590869113d0b20"), "subject": ("1,200", "7c7ed25d386d2f2d")}
 
 
-@pytest.mark.parametrize("split", EXAMPLES)
-def test_the_demo_reads_the_same_examples_as_ever(sample_folder, split, caplog):
+@pytest.mark.parametrize("split", ITEMS)
+def test_the_demo_reads_the_same_items_as_ever(sample_folder, split, caplog):
     """Ids, order, texts, boxes and prompts, as commit 298e6e7 had them."""
     import random
 
     from unimed.tasks import prompts
 
-    found = load_examples(sample_folder, split, rules=STRICT)
+    found = load_items(sample_folder, split, rules=STRICT)
     digest = hashlib.sha256()
-    for number, example in enumerate(found):
-        texts = [example.id, example.task, example.dataset, example.question, example.answer, example.template, example.answer_type]
-        forms = [prompts.chat(prompts.instruction(example, rng)) for rng in (None, random.Random(number))]
-        digest.update(json.dumps([*texts, example.subject, example.size, example.box, *forms]).encode())
-    assert (f"{len(found):,}", digest.hexdigest()[:16]) == EXAMPLES[split]
+    for number, item in enumerate(found):
+        texts = [item.id, item.task, item.dataset, item.question, item.answer, item.template, item.answer_type]
+        forms = [prompts.chat(prompts.instruction(item, rng)) for rng in (None, random.Random(number))]
+        digest.update(json.dumps([*texts, item.subject, item.size, item.box, *forms]).encode())
+    assert (f"{len(found):,}", digest.hexdigest()[:16]) == ITEMS[split]
     assert told(caplog) == []
 
 
@@ -451,10 +450,10 @@ def test_mutated_data_ends_in_a_count_or_in_one_line(data):
         assert "\n" not in message
         if message:
             return
-        kept = sum(example.task != "identify" for example in found)  # a box is one record and two examples
+        kept = sum(item.task != "identify" for item in found)  # a box is one record and two items
         chosen = re.search(r"([\d,]+) of [\d,]+ records left out by choice", tally.line())
         assert kept + tally.left_out + (int(chosen[1]) if chosen else 0) == tally.records
-        for example in found:
-            json.dumps(example.id).encode()
-            (example.question + example.answer + example.subject + example.template).encode()
-            assert example.answer
+        for item in found:
+            json.dumps(item.id).encode()
+            (item.question + item.answer + item.subject + item.template).encode()
+            assert item.answer

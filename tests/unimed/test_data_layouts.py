@@ -9,45 +9,45 @@ import numpy as np
 import pytest
 from data_samples import PATH_VQA, picture, slake, write
 
-from unimed.datasets import load_examples, medmnist
+from unimed.datasets import load_items, medmnist
 from unimed.errors import UserError
 from unimed.records import text
-from unimed.records.example import Example
 from unimed.records.pixels import load_image
 from unimed.records.policy import Rules
+from unimed.tasks.item import Item
 
 STRICT = Rules(strict=True)
 
 
-def by_task(examples):
-    return {task: [example for example in examples if example.task == task] for task in {example.task for example in examples}}
+def by_task(items):
+    return {task: [item for item in items if item.task == task] for task in {item.task for item in items}}
 
 
 def test_slake(tmp_path):
-    found = by_task(load_examples(slake(tmp_path), "train"))
+    found = by_task(load_items(slake(tmp_path), "train"))
     assert {task: len(part) for task, part in found.items()} == {"vqa": 2, "refer": 2, "identify": 2}
     first, second = found["vqa"]
     assert (first.question, first.answer, first.answer_type) == ("What modality is used to take this image?", "MRI", "OPEN")
     assert (second.answer_type, second.template, second.subject) == ("CLOSED", "vqa/does the picture contain lung?", "xmlab0")
-    assert load_image(first).size == first.size == (40, 20)
+    assert first.open().size == first.size == (40, 20)
     liver = found["refer"][0]
     assert (liver.question, liver.answer, liver.box, liver.template) == ("Liver", "{<10><25><35><75>}", (4, 5, 14, 15), "refer/liver")
     assert (found["identify"][0].question, found["identify"][0].answer) == (liver.answer, "Liver")
-    assert load_examples(tmp_path, "test") == []
-    assert load_examples(tmp_path, "slab") == []  # no validate.txt
+    assert load_items(tmp_path, "test") == []
+    assert load_items(tmp_path, "slab") == []  # no validate.txt
 
 
 def test_one_folder_down_and_chosen_tasks(tmp_path):
     slake(tmp_path / "Slake1.0")
-    assert [example.task for example in load_examples(tmp_path, "train", ["refer"])] == ["refer", "refer"]
+    assert [item.task for item in load_items(tmp_path, "train", ["refer"])] == ["refer", "refer"]
 
 
 def test_sa_med2d(tmp_path):
     picture(tmp_path / "images_small_train" / "ct_00" / "ct_00--a--0001.png")
     write(tmp_path / "regions_small_train" / "ct_00" / "ct_00--a--0001.json", [{"left kidney": [0, 0, 20, 10]}])
-    refer, identify = load_examples(tmp_path, "train")
+    refer, identify = load_items(tmp_path, "train")
     assert (refer.dataset, refer.question, refer.answer, identify.answer) == ("sa-med2d", "left kidney", "{<0><0><50><50>}", "left kidney")
-    assert load_examples(tmp_path, "test") == []
+    assert load_items(tmp_path, "test") == []
 
 
 @pytest.mark.parametrize("kind", ["json", "pkl"])
@@ -57,10 +57,10 @@ def test_path_vqa(tmp_path, kind):
         write(tmp_path / "train_vqa.json", PATH_VQA)
     else:
         (tmp_path / "train_vqa.pkl").write_bytes(pickle.dumps(PATH_VQA))
-    where, normal = load_examples(tmp_path, "train", rules=STRICT)
+    where, normal = load_items(tmp_path, "train", rules=STRICT)
     assert (where.question, where.answer, where.answer_type) == ("Where are liver cells?", "in the center", "OPEN")
     assert (normal.answer, normal.answer_type, normal.id) == ("no", "CLOSED", "path-vqa/100422001")
-    assert load_image(normal).size == (40, 20)
+    assert normal.open().size == (40, 20)
 
 
 class _Bomb:
@@ -73,7 +73,7 @@ def test_a_pickle_builds_no_objects(tmp_path, monkeypatch, evil):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train_vqa.pkl").write_bytes(pickle.dumps(evil))
     with pytest.raises(UserError, match="only plain lists"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     assert not (tmp_path / "bombed").exists()
 
 
@@ -81,7 +81,7 @@ def test_a_pickle_builds_no_objects(tmp_path, monkeypatch, evil):
 def test_damaged_pickles(tmp_path, data, message):
     (tmp_path / "train_vqa.pkl").write_bytes(data)
     with pytest.raises(UserError, match=message):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
 @pytest.mark.parametrize("folder", ["files", "images"])
@@ -100,22 +100,22 @@ def test_r2gen_annotation(tmp_path, folder, caplog):
         {"id": "b", "study_id": 2, "subject_id": 10, "image_path": ["p10/gone.jpg"], "report": "Clear.", "split": "train"},
     ]
     write(tmp_path / "annotation.json", {"train": records, "val": [], "test": records[:1]})
-    (only,) = load_examples(tmp_path, "train")
+    (only,) = load_items(tmp_path, "train")
     assert "mimic-cxr (train): 1 of 2 records left out: 1 with a missing image (first: annotation.json: train[1]" in caplog.text
     assert (only.task, only.dataset, only.subject, only.question) == ("caption", "mimic-cxr", "10", "")
     assert only.answer.startswith("Heart normal. word")
     assert len(only.answer.split()) == 50
-    assert len(load_examples(tmp_path, "test")) == 1
+    assert len(load_items(tmp_path, "test")) == 1
 
     write(tmp_path / "annotation_small.json", {"train": [{**records[0], "id": "small"}]})
-    assert [example.id for example in load_examples(tmp_path, "train")] == ["mimic-cxr/small"]
-    assert [example.id for example in load_examples(tmp_path, "test")] == ["mimic-cxr/a"]
+    assert [item.id for item in load_items(tmp_path, "train")] == ["mimic-cxr/small"]
+    assert [item.id for item in load_items(tmp_path, "test")] == ["mimic-cxr/a"]
 
 
 def test_annotation_without_any_image(tmp_path):
     write(tmp_path / "annotation.json", {"train": [{"image_path": ["x.jpg"], "report": "Clear."}]})
     with pytest.raises(UserError, match=r"no record can be used.*1 with a missing image"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
 def test_medpix(tmp_path):
@@ -130,11 +130,11 @@ def test_medpix(tmp_path):
         "gone.png,x,caption",
     ]
     write(tmp_path / "MedPix_single_train.csv", "\n".join(rows))
-    one, two = load_examples(tmp_path, "train")
+    one, two = load_items(tmp_path, "train")
     assert (one.answer, two.answer, one.task, one.dataset) == ("A mass, in the liver", "Two", "caption", "medpix")
     write(tmp_path / "MedPix_single_test.csv", "file,text\na,b\n")
     with pytest.raises(UserError, match="column 'name' is missing"):
-        load_examples(tmp_path, "test")
+        load_items(tmp_path, "test")
 
 
 def test_medqa(tmp_path):
@@ -142,7 +142,7 @@ def test_medqa(tmp_path):
         {"question": "A 23-year-old woman " + "x " * 60, "answer": "Nitrofurantoin", "options": {"A": "Ampicillin"}, "meta_info": "step2&3"}
     ]
     write(tmp_path / "questions" / "US" / "train.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + "\n")
-    (only,) = load_examples(tmp_path, "train")
+    (only,) = load_items(tmp_path, "train")
     assert (only.task, only.image, only.answer, only.template) == ("qa", None, "Nitrofurantoin", "qa/medqa")
     assert len(only.question.split()) == 50
 
@@ -152,7 +152,7 @@ def test_pubmedqa(tmp_path):
         tmp_path / "train_set.json",
         {"21645374": {"QUESTION": "Do mitochondria play a role?", "CONTEXTS": ["..."], "final_decision": "yes"}},
     )
-    (only,) = load_examples(tmp_path, "train")
+    (only,) = load_items(tmp_path, "train")
     assert (only.id, only.question, only.answer, only.dataset) == ("pubmedqa/21645374", "Do mitochondria play a role?", "yes", "pubmedqa")
 
 
@@ -165,18 +165,18 @@ def test_medmnist_names_and_sides(tmp_path):
         test_images=grey[:1],
         test_labels=np.array([[0]]),
     )
-    found = load_examples(tmp_path, "train")
-    assert [example.answer for example in found] == ["left kidney", "right kidney", "spleen"]
+    found = load_items(tmp_path, "train")
+    assert [item.answer for item in found] == ["left kidney", "right kidney", "spleen"]
     assert "left kidney, right kidney" in found[0].question
-    assert load_image(found[2]).size == found[2].size == (28, 28)
-    np.testing.assert_array_equal(np.asarray(load_image(found[1]))[..., 2], grey[1])
-    assert load_examples(tmp_path, "val") == []
+    assert found[2].open().size == found[2].size == (28, 28)
+    np.testing.assert_array_equal(np.asarray(found[1].open())[..., 2], grey[1])
+    assert load_items(tmp_path, "val") == []
 
 
 def test_medmnist_colour(tmp_path):
     colour = np.zeros((2, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "dermamnist_224.npz", test_images=colour, test_labels=np.array([[4], [5]], np.uint8))
-    assert [example.answer for example in load_examples(tmp_path, "test")] == ["melanoma", "melanocytic nevi"]
+    assert [item.answer for item in load_items(tmp_path, "test")] == ["melanoma", "melanocytic nevi"]
 
 
 def test_class_names():
@@ -204,20 +204,20 @@ def test_class_names():
 def test_bad_medmnist(tmp_path, arrays, message):
     np.savez(tmp_path / "organsmnist.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
 def test_other_bad_medmnist(tmp_path):
     (tmp_path / "organsmnist.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match="not a readable"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     (tmp_path / "organsmnist.npz").unlink()
     np.savez(tmp_path / "mine.npz", train_images=np.zeros((1, 8, 8), np.uint8), train_labels=[[0]])
     with pytest.raises(UserError, match=r"without class names.*class names unknown"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     write(tmp_path / "mine.json", {"label": {"0": "a", "2": "b"}})
     with pytest.raises(UserError, match="expected 0 to 1"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
 QUESTION = {"img_name": "xmlab0/source.jpg", "q_lang": "en", "question": "What?", "answer": "MRI", "answer_type": "OPEN"}
@@ -248,14 +248,14 @@ QUESTION = {"img_name": "xmlab0/source.jpg", "q_lang": "en", "question": "What?"
 def test_bad_slake(tmp_path, changes, message, caplog):
     slake(tmp_path, **changes)
     with pytest.raises(UserError, match=message) as caught:
-        load_examples(tmp_path, "train", rules=STRICT)
+        load_items(tmp_path, "train", rules=STRICT)
     assert "\n" not in str(caught.value)
     if changes.get("cases") is None:
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
         assert re.search(message, caplog.text)
         return
     with pytest.raises(UserError, match=f"no record can be used: .*{message}"):  # nothing else is left of the set
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
 def test_links_in_the_data_are_followed_unless_that_is_turned_off(tmp_path):
@@ -263,9 +263,9 @@ def test_links_in_the_data_are_followed_unless_that_is_turned_off(tmp_path):
     root = slake(tmp_path / "slake")
     (root / "imgs" / "xmlab0" / "source.jpg").unlink()
     (root / "imgs" / "xmlab0" / "source.jpg").symlink_to(tmp_path / "disk" / "outside.jpg")
-    assert [example.size for example in load_examples(root, "train", ["vqa"], STRICT)] == [(50, 30), (50, 30)]
+    assert [item.size for item in load_items(root, "train", ["vqa"], STRICT)] == [(50, 30), (50, 30)]
     with pytest.raises(UserError, match=r"leads out of .* by a symbolic link"):
-        load_examples(root, "train", ["vqa"], Rules(links=False))
+        load_items(root, "train", ["vqa"], Rules(links=False))
 
 
 @pytest.mark.parametrize("name", ["annotation.json", "train_vqa.json"])
@@ -278,35 +278,35 @@ def test_path_escapes_in_other_layouts(tmp_path, name):
     write(tmp_path / "set" / name, records[name])
     (tmp_path / "set" / "images").mkdir()
     with pytest.raises(UserError, match="leads out of"):
-        load_examples(tmp_path / "set", "train")
+        load_items(tmp_path / "set", "train")
 
 
 def test_corrupt_image(tmp_path):
     slake(tmp_path)
     (tmp_path / "imgs" / "xmlab0" / "source.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"source\.jpg: not a readable image"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
 
 
-def test_what_is_asked_of_load_examples(tmp_path):
+def test_what_is_asked_of_load_items(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        load_examples(tmp_path / "gone", "train")
+        load_items(tmp_path / "gone", "train")
     with pytest.raises(UserError, match="no dataset found"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     with pytest.raises(UserError, match="unknown task 'vqs'"):
-        load_examples(tmp_path, "train", ["vqs"])
+        load_items(tmp_path, "train", ["vqs"])
     with pytest.raises(UserError, match="expected one of train, slab"):
-        load_examples(slake(tmp_path), "holdout")
+        load_items(slake(tmp_path), "holdout")
 
 
 def test_any_split_that_the_data_has_can_be_read(tmp_path):
     archive = {"external_images": np.zeros((2, 8, 8), np.uint8), "external_labels": np.array([[0], [1]])}
     np.savez(tmp_path / "organsmnist.npz", **archive)
-    assert [example.id for example in load_examples(tmp_path, "external")] == ["organsmnist/external/0", "organsmnist/external/1"]
-    assert load_examples(tmp_path, "test") == []
+    assert [item.id for item in load_items(tmp_path, "external")] == ["organsmnist/external/0", "organsmnist/external/1"]
+    assert load_items(tmp_path, "test") == []
     for name in ("external2", "../external", ""):
         with pytest.raises(UserError, match="expected one of train, slab"):
-            load_examples(tmp_path, name)
+            load_items(tmp_path, name)
 
 
 def test_load_image_of_arrays_and_nothing():
@@ -314,7 +314,7 @@ def test_load_image_of_arrays_and_nothing():
     with pytest.raises(UserError, match="expected uint8"):
         load_image(np.zeros((4, 6)))
     with pytest.raises(UserError, match="has no image"):
-        load_image(Example("q", "qa", "medqa", "?", "a", None, None, None, "qa"))
+        Item("q", "qa", "medqa", "?", "a", None, None, None, "qa").open()
 
 
 def test_clean():

@@ -13,10 +13,9 @@ import pydicom
 import pytest
 from PIL import Image
 
-from unimed.datasets import load_examples
+from unimed.datasets import load_items
 from unimed.errors import UserError
 from unimed.records import box as boxes
-from unimed.records.pixels import load_image
 from unimed.sample import build_sample
 from unimed.sample.masks import STRUCTURES
 from unimed.sample.slices import ASSETS, BLOCKS, GAP, slices, subject, vendored_volume
@@ -31,8 +30,8 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def examples(sample_folder):
-    return {split: load_examples(sample_folder, split) for split in SPLITS}
+def items(sample_folder):
+    return {split: load_items(sample_folder, split) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def test_held_out_voxels_cannot_change_a_training_file(sample_folder, tmp_path):
         labels[:, :, ~kept] = labels[::-1, :, ~kept]
         changed[name] = replace(volume, data=data, labels=labels)
     build_sample(tmp_path / "changed", volumes=changed)
-    was, now = load_examples(sample_folder, "train"), load_examples(tmp_path / "changed", "train")
+    was, now = load_items(sample_folder, "train"), load_items(tmp_path / "changed", "train")
     assert len(was) == len(now) > 1000
     for one, two in zip(was, now, strict=True):
         assert replace(one, image=None) == replace(two, image=None)
@@ -160,31 +159,31 @@ def test_held_out_voxels_cannot_change_a_training_file(sample_folder, tmp_path):
             np.testing.assert_array_equal(one.image, two.image)
         elif one.image is not None:
             assert one.image.read_bytes() == two.image.read_bytes()
-    held = {example.id: example.answer for example in load_examples(sample_folder, "slab")}
-    other = {example.id: example.answer for example in load_examples(tmp_path / "changed", "slab")}
+    held = {item.id: item.answer for item in load_items(sample_folder, "slab")}
+    other = {item.id: item.answer for item in load_items(tmp_path / "changed", "slab")}
     assert held != other
 
 
 # The content.
-def test_counts(examples):
+def test_counts(items):
     for split, fewest in (("train", 200), ("slab", 40), ("subject", 40)):
-        counts = Counter(example.task for example in examples[split])
+        counts = Counter(item.task for item in items[split])
         assert set(counts) == set(RELEASED_TASKS)
         assert min(counts.values()) >= fewest
-    assert {example.subject for example in examples["train"] if example.image is not None} == {"ct", "mr"}
-    assert {example.subject for example in examples["subject"] if example.image is not None} == {"ct_dicom"}
+    assert {item.subject for item in items["train"] if item.image is not None} == {"ct", "mr"}
+    assert {item.subject for item in items["subject"] if item.image is not None} == {"ct_dicom"}
     for split in SPLITS:
-        assert len({example.id for example in examples[split]}) == len(examples[split])
+        assert len({item.id for item in items[split]}) == len(items[split])
 
 
-def test_every_held_out_class_was_trained(examples, manifest):
-    trained = Counter(example.question for example in examples["train"] if example.task == "refer")
+def test_every_held_out_class_was_trained(items, manifest):
+    trained = Counter(item.question for item in items["train"] if item.task == "refer")
     assert min(trained.values()) >= 20
     assert set(trained) == set(manifest["classes"])
     assert set(manifest["classes"]) | set(manifest["left_out"]) == set(STRUCTURES)
     for split in ("slab", "subject"):
-        assert {example.question for example in examples[split] if example.task == "refer"} <= set(trained)
-        assert {example.answer for example in examples[split] if example.task == "cls"} <= set(trained)
+        assert {item.question for item in items[split] if item.task == "refer"} <= set(trained)
+        assert {item.answer for item in items[split] if item.task == "cls"} <= set(trained)
 
 
 @pytest.fixture(scope="module")
@@ -192,53 +191,51 @@ def cut():
     return {made.id: made for name in BLOCKS for made in slices(subject(name, vendored_volume(name)))}
 
 
-def test_boxes_surround_their_organ_on_the_written_image(examples, cut):
+def test_boxes_surround_their_organ_on_the_written_image(items, cut):
     for split in SPLITS:
-        for example in examples[split]:
-            if example.task != "refer":
+        for item in items[split]:
+            if item.task != "refer":
                 continue
-            made = cut[example.image.parent.name]
-            assert load_image(example).size == example.size == made.image.size
-            x1, y1, x2, y2 = example.box
-            assert 0 <= x1 < x2 <= example.size[0]
-            assert 0 <= y1 < y2 <= example.size[1]
-            assert made.finding(example.question).xyxy == example.box
-            assert example.answer == boxes.to_text(example.box, example.size)
+            made = cut[item.image.parent.name]
+            assert item.open().size == item.size == made.image.size
+            x1, y1, x2, y2 = item.box
+            assert 0 <= x1 < x2 <= item.size[0]
+            assert 0 <= y1 < y2 <= item.size[1]
+            assert made.finding(item.question).xyxy == item.box
+            assert item.answer == boxes.to_text(item.box, item.size)
 
 
-def test_the_written_image_is_the_slice(examples, cut):
-    for example in examples["slab"][::40]:
-        if example.task == "vqa":
-            written = np.asarray(load_image(example).convert("L")).astype(int)
-            assert np.abs(written - np.asarray(cut[example.image.parent.name].image)).mean() < 4  # JPEG
+def test_the_written_image_is_the_slice(items, cut):
+    for item in items["slab"][::40]:
+        if item.task == "vqa":
+            written = np.asarray(item.open().convert("L")).astype(int)
+            assert np.abs(written - np.asarray(cut[item.image.parent.name].image)).mean() < 4  # JPEG
 
 
-def test_answers_follow_from_the_masks(examples, cut):
+def test_answers_follow_from_the_masks(items, cut):
     for split in SPLITS:
-        for example in examples[split]:
-            if example.task != "vqa":
+        for item in items[split]:
+            if item.task != "vqa":
                 continue
-            made, kind = cut[example.image.parent.name], example.template.split("/")[1:]
+            made, kind = cut[item.image.parent.name], item.template.split("/")[1:]
             if kind[0] == "modality":
-                assert example.answer == {"CT": "CT", "MR": "MRI"}[made.modality]
+                assert item.answer == {"CT": "CT", "MR": "MRI"}[made.modality]
             elif kind[0] == "plane":
-                assert example.answer == made.plane
+                assert item.answer == made.plane
             elif kind[0] == "presence":
-                assert example.answer == ("yes" if made.finding(kind[1]) else "no")
+                assert item.answer == ("yes" if made.finding(kind[1]) else "no")
                 assert bool(made.finding(kind[1])) == (kind[1] in made.present)
             elif kind[0] == "largest":
-                assert made.finding(example.answer).area_mm2 == max(
-                    found.area_mm2 for found in made.findings if found.name in STRUCTURES[:12]
-                )
+                assert made.finding(item.answer).area_mm2 == max(found.area_mm2 for found in made.findings if found.name in STRUCTURES[:12])
             elif kind == ["side", "body"]:
                 assert made.plane == "sagittal"
-                assert example.answer == made.body_side
+                assert item.answer == made.body_side
             else:
                 assert kind[0] == "side"
                 found = made.finding(kind[1]).xyxy
-                assert example.answer == ("left" if found[0] + found[2] < made.image.width else "right")
-                assert kind[1] in example.question
-            assert example.answer_type == ("CLOSED" if kind[0] in ("presence", "side") else "OPEN")
+                assert item.answer == ("left" if found[0] + found[2] < made.image.width else "right")
+                assert kind[1] in item.question
+            assert item.answer_type == ("CLOSED" if kind[0] in ("presence", "side") else "OPEN")
 
 
 def test_sagittal_sides_are_the_patients(cut):
@@ -252,25 +249,25 @@ def test_sagittal_sides_are_the_patients(cut):
     assert sides["liver"]["right"] > sides["liver"]["left"]
 
 
-def test_presence_is_asked_evenly(examples):
+def test_presence_is_asked_evenly(items):
     for split in SPLITS:
-        asked = Counter((example.template, example.answer) for example in examples[split] if example.template.startswith("vqa/presence/"))
+        asked = Counter((item.template, item.answer) for item in items[split] if item.template.startswith("vqa/presence/"))
         assert asked
         for (template, answer), count in asked.items():
             assert asked[template, "no" if answer == "yes" else "yes"] == count
 
 
-def test_crops_show_the_organ(examples, cut, sample_folder):
-    crops = [example for example in examples["slab"] if example.task == "cls"]
+def test_crops_show_the_organ(items, cut, sample_folder):
+    crops = [item for item in items["slab"] if item.task == "cls"]
     found = [(made, one) for made in cut.values() if made.split == "slab" for one in made.findings if one.name in {c.answer for c in crops}]
     assert len(crops) == len(found)
-    for example, (made, one) in zip(crops, found, strict=True):
-        assert example.answer == one.name
-        assert example.image.shape == (64, 64)
+    for item, (made, one) in zip(crops, found, strict=True):
+        assert item.answer == one.name
+        assert item.image.shape == (64, 64)
         x, y, width, height = one.box
         side = max(width, height)
         inner = np.asarray(made.image)[y : y + height, x : x + width]
-        crop = np.asarray(Image.fromarray(example.image).resize((round(side * 1.1), round(side * 1.1))))
+        crop = np.asarray(Image.fromarray(item.image).resize((round(side * 1.1), round(side * 1.1))))
         top, left = (crop.shape[0] - height) // 2, (crop.shape[1] - width) // 2
         assert np.abs(crop[top : top + height, left : left + width].astype(int) - inner).mean() < 25
 
@@ -293,14 +290,14 @@ def test_reports_say_what_is_there_and_are_called_synthetic(sample_folder, cut):
             assert not set(STRUCTURES[:12]) & made.present
 
 
-def test_text_questions_hold_out_wordings_and_no_facts(examples):
-    facts = {split: {(e.template, e.answer) for e in examples[split] if e.task == "qa"} for split in SPLITS}
-    questions = {split: {e.question for e in examples[split] if e.task == "qa"} for split in SPLITS}
+def test_text_questions_hold_out_wordings_and_no_facts(items):
+    facts = {split: {(e.template, e.answer) for e in items[split] if e.task == "qa"} for split in SPLITS}
+    questions = {split: {e.question for e in items[split] if e.task == "qa"} for split in SPLITS}
     assert facts["train"] == facts["slab"] == facts["subject"]
     assert not questions["train"] & questions["slab"]
     assert not questions["train"] & questions["subject"]
     assert not questions["slab"] & questions["subject"]
-    assert {e.image for e in examples["train"] if e.task == "qa"} == {None}
+    assert {e.image for e in items["train"] if e.task == "qa"} == {None}
 
 
 def test_layouts_on_disk(sample_folder):

@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 import unimed
 from unimed import Record
 from unimed.cli import app as cli
-from unimed.datasets import DatasetSpec, load_examples
+from unimed.datasets import DatasetSpec, load_items
 from unimed.datasets.convert import convert
 from unimed.datasets.load import load_set
 from unimed.datasets.validate import ALIKE, check
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.image import Images
-from unimed.records.pixels import load_image
 from unimed.records.policy import Rules, Tally
 from unimed.records.record import Label
 from unimed.records.source import Source
@@ -36,12 +35,12 @@ def records(root, layout, split="train", rules=STRICT):
 
 def test_vqa_rad(tmp_path):
     vqa_rad(tmp_path)
-    first, second = load_examples(tmp_path, "train", rules=STRICT)
+    first, second = load_items(tmp_path, "train", rules=STRICT)
     assert (first.id, first.question, first.answer, first.answer_type) == ("vqa-rad/q0", "Is it normal?", "No", "CLOSED")
     assert (second.id, second.image.name) == ("vqa-rad/q2", "b.jpg")
-    (only,) = load_examples(tmp_path, "test", rules=STRICT)
+    (only,) = load_items(tmp_path, "test", rules=STRICT)
     assert (only.answer, only.answer_type, only.image.name) == ("4", "OPEN", "a.jpg")
-    assert load_examples(tmp_path, "val") == []
+    assert load_items(tmp_path, "val") == []
 
 
 def test_vqa_rad_with_bad_rows(tmp_path, caplog):
@@ -53,7 +52,7 @@ def test_vqa_rad_with_bad_rows(tmp_path, caplog):
         7,
     ]
     vqa_rad(tmp_path, rows)
-    assert len(load_examples(tmp_path, "train")) == 1
+    assert len(load_items(tmp_path, "train")) == 1
     assert "vqa-rad (train): 4 of 5 records left out" in caplog.text
 
 
@@ -70,7 +69,7 @@ def test_texts_of_records_are_whole_and_questions_are_cut(tmp_path):
     data_samples.reports(tmp_path, [{**data_samples.REPORTS[0], "report": "word " * 60}])
     (record,) = records(tmp_path, "mimic-cxr")
     assert len(record.annotations[0].text.split()) == 60
-    assert len(load_examples(tmp_path, "train")[0].answer.split()) == 50
+    assert len(load_items(tmp_path, "train")[0].answer.split()) == 50
 
 
 @pytest.mark.parametrize("name", data_samples.LAYOUTS)
@@ -129,9 +128,9 @@ def toy(root, lines="a.png cat\nb.png dog\ngone.png cat\n"):
 def test_a_toy_data_set(tmp_path, monkeypatch, caplog):
     toy(tmp_path)
     with pytest.raises(UserError, match="no dataset found"):
-        load_examples(tmp_path, "train")
+        load_items(tmp_path, "train")
     monkeypatch.setitem(unimed.DATASETS, "toy", TOY)
-    first, second = load_examples(tmp_path, "train")
+    first, second = load_items(tmp_path, "train")
     assert (first.id, first.question, first.answer) == ("toy/0/cls0", "Which animal is in the image: cat, dog?", "cat")
     assert second.answer == "dog"
     assert "toy (train): 1 of 3 records left out: 1 with a missing image (first: toy.txt:3" in caplog.text
@@ -143,7 +142,7 @@ def test_two_folders_of_one_layout_live_side_by_side(tmp_path, monkeypatch):
     toy(tmp_path / "north")
     toy(tmp_path / "south")
     vqa_rad(tmp_path / "rad")
-    found = load_examples(tmp_path, "train")
+    found = load_items(tmp_path, "train")
     assert {one.dataset for one in found} == {"north", "south", "vqa-rad"}
     assert len({one.id for one in found}) == len(found)
 
@@ -159,13 +158,13 @@ def test_a_converted_data_set_has_the_same_questions(tmp_path, name, protocol):
     done = convert(layout, root, tmp_path / "mine")
     rules = Rules(strict=True, protocol=protocol)
     for split in ("train", "test"):
-        before, after = (load_examples(place, split, rules=rules) for place in (root, tmp_path / "mine"))
+        before, after = (load_items(place, split, rules=rules) for place in (root, tmp_path / "mine"))
         for one, other in zip(before, after, strict=True):
             for key in ("id", "task", "dataset", "question", "answer", "box", "template", "answer_type", "subject", "layout"):
                 assert getattr(one, key) == getattr(other, key)
             assert prompts.instruction(one, None) == prompts.instruction(other, None)
             if one.image is not None:
-                assert np.array_equal(np.asarray(load_image(one)), np.asarray(load_image(other)))
+                assert np.array_equal(np.asarray(one.open()), np.asarray(other.open()))
     assert done.records["train"] == len(list(records(root, layout)))
     assert jsonl.read_info(tmp_path / "mine").licence == unimed.DATASETS[layout].licence
 

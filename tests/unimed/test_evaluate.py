@@ -13,18 +13,18 @@ from unimed.evaluate import evaluate, intervals
 from unimed.evaluate.predictions import Predictions, fingerprint, read_predictions
 from unimed.evaluate.run import against, answer_table, answered, drawn_by, evaluate_run, odd_answers
 from unimed.inference.session import Generated, Session, load
-from unimed.records.example import Example
 from unimed.tasks import RELEASED_TASKS, TASKS
+from unimed.tasks.item import Item
 from unimed.tasks.protocol import STANDARD
 from unimed.train import recipe as recipes
-from unimed.train.run import examples
+from unimed.train.run import items
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
 
 @pytest.fixture(scope="module")
 def slab(small_run):
-    return evaluate.spread(examples(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
+    return evaluate.spread(items(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +33,27 @@ def session(small_run):
 
 
 class Parrot:
-    """Stands for a session: answers every example as `speak` says."""
+    """Stands for a session: answers every item as `speak` says."""
 
     def __init__(self, speak):
         self.speak = speak
 
-    def generate(self, examples, batch_size=40, max_new_tokens=100, blank_images=False, progress=None):
-        return [Generated(self.speak(example, blank_images), 1.0, ()) for example in examples]
+    def generate(self, items, batch_size=40, max_new_tokens=100, blank_images=False, progress=None):
+        return [Generated(self.speak(item, blank_images), 1.0, ()) for item in items]
 
 
-def test_progress_counts_every_example_once(session, slab):
+def test_progress_counts_every_item_once(session, slab):
     counts = Counter()
     rows = evaluate.compare(None, session, [], slab, batch_size=3, max_new_tokens=2, progress=lambda row, n: counts.update({row: n}))
-    assert counts == {evaluate.TRAINED: len(slab), evaluate.BLANKED: sum(example.image is not None for example in slab)}
+    assert counts == {evaluate.TRAINED: len(slab), evaluate.BLANKED: sum(item.image is not None for item in slab)}
     assert set(rows[evaluate.TRAINED]["metrics"]) == set(RELEASED_TASKS)
 
 
 def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run):
-    train_examples = examples(recipes.load(small_run / "recipe.yaml"), "train")
-    perfect = Parrot(lambda example, blanked: "nothing" if blanked else example.answer)
-    silent = Parrot(lambda example, blanked: "")
-    rows = evaluate.compare(silent, perfect, train_examples, slab)
+    train_items = items(recipes.load(small_run / "recipe.yaml"), "train")
+    perfect = Parrot(lambda item, blanked: "nothing" if blanked else item.answer)
+    silent = Parrot(lambda item, blanked: "")
+    rows = evaluate.compare(silent, perfect, train_items, slab)
     assert list(rows) == list(evaluate.ROWS)
     for task in RELEASED_TASKS:
         name = TASKS[task].headline
@@ -67,26 +67,26 @@ def test_the_perfect_model_scores_one_and_beats_the_others(slab, small_run):
 
 
 def test_a_model_that_only_knows_the_majority_beats_nobody(slab, small_run):
-    train_examples = examples(recipes.load(small_run / "recipe.yaml"), "train")
-    majority = evaluate.MajorityAnswers.fit(train_examples)
-    rows = evaluate.compare(None, Parrot(lambda example, blanked: majority.predict(example)), train_examples, slab)
+    train_items = items(recipes.load(small_run / "recipe.yaml"), "train")
+    majority = evaluate.MajorityAnswers.fit(train_items)
+    rows = evaluate.compare(None, Parrot(lambda item, blanked: majority.predict(item)), train_items, slab)
     assert evaluate.UNTRAINED not in rows
     assert not any(evaluate.verdict(rows).values())
 
 
 def test_a_task_that_training_lacks_has_no_majority_answer_and_no_verdict(slab):
-    some = [example for example in slab if example.task in ("vqa", "qa")]
-    perfect = Parrot(lambda example, blanked: example.answer)
-    rows = evaluate.compare(None, perfect, [example for example in some if example.task == "qa"], some)
+    some = [item for item in slab if item.task in ("vqa", "qa")]
+    perfect = Parrot(lambda item, blanked: item.answer)
+    rows = evaluate.compare(None, perfect, [item for item in some if item.task == "qa"], some)
     assert set(rows[evaluate.MAJORITY]["metrics"]) == {"qa"}
-    assert rows[evaluate.MAJORITY]["predictions"].count(None) == sum(example.task == "vqa" for example in some)
+    assert rows[evaluate.MAJORITY]["predictions"].count(None) == sum(item.task == "vqa" for item in some)
     assert set(evaluate.verdict(rows)) == {"qa"}
 
 
 def test_spread_takes_an_even_share_of_every_task():
-    many = [Example(str(i), task, "d", "", "", None, None, None, "t") for task in ("vqa", "qa") for i in range(100)]
+    many = [Item(str(i), task, "d", "", "", None, None, None, "t") for task in ("vqa", "qa") for i in range(100)]
     kept = evaluate.spread(many, 4)
-    assert [example.id for example in kept] == ["0", "25", "50", "75"] * 2
+    assert [item.id for item in kept] == ["0", "25", "50", "75"] * 2
     assert evaluate.spread(many, 0) == many
 
 
@@ -162,7 +162,7 @@ def copy(evaluated_run, tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many examples the model answered, call by call."""
+    """How many items the model answered, call by call."""
     found = []
     original = Session.generate
     monkeypatch.setattr(Session, "generate", lambda self, part, *rest: found.append(len(part)) or original(self, part, *rest))
@@ -189,7 +189,7 @@ def test_another_model_begins_anew(copy):
     manifest.write_text(manifest.read_text() + "\n")
     assert len({before, fingerprint(copy)}) == 2
     path = copy / "other.jsonl"
-    Predictions(path, {"model": "a"}).add("test", "trained", [0], [example(0)], ["x"])
+    Predictions(path, {"model": "a"}).add("test", "trained", [0], [item(0)], ["x"])
     assert Predictions(path, {"model": "a"}).there("test", "trained") == {0: "x"}
     assert Predictions(path, {"model": "b"}).there("test", "trained") == {}
 
@@ -210,10 +210,10 @@ def test_a_run_against_itself_differs_by_nothing_and_against_another_by_the_scor
     found = [one for tasks in same.values() for task in tasks.values() for one in task.values() if isinstance(one, dict)]
     assert all(one == {"difference": 0, "interval": [0, 0]} for one in found)
     lines = [json.loads(line) for line in (copy / "predictions.jsonl").read_text().splitlines()]
-    examples = {split: answered(part["data"]) for split, part in read_predictions(copy).items()}
+    items = {split: answered(part["data"]) for split, part in read_predictions(copy).items()}
     for line in lines[1:]:
         if line["row"] == "trained":
-            line["text"] = examples[line["split"]][line["place"]].answer
+            line["text"] = items[line["split"]][line["place"]].answer
     (copy / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = json.loads((evaluated_run / "metrics.json").read_text())["splits"]
     for split, tasks in against(copy, evaluated_run).items():
@@ -222,19 +222,19 @@ def test_a_run_against_itself_differs_by_nothing_and_against_another_by_the_scor
         assert found["difference"] == pytest.approx(1 - scores[split]["rows"]["trained"]["cls"]["accuracy"])
         assert found["interval"][0] <= found["difference"] <= found["interval"][1]
     evaluate_run(copy, ["evaluate.limit=3"])
-    with pytest.raises(UserError, match="other examples than"):
+    with pytest.raises(UserError, match="other items than"):
         against(copy, evaluated_run)
 
 
-def example(at, subject="", image="a.png"):
-    return Example(str(at), "cls", "d", "Which: a, b?", "a", image and Path(image), None, None, "t", subject=subject)
+def item(at, subject="", image="a.png"):
+    return Item(str(at), "cls", "d", "Which: a, b?", "a", image and Path(image), None, None, "t", subject=subject)
 
 
 def test_patients_are_drawn_where_there_are_ten(monkeypatch):
-    assert intervals.groups([example(at, f"p{at % 10}") for at in range(40)])[0] == "patients"
-    assert intervals.groups([example(at, f"p{at % 9}") for at in range(40)])[0] == "images"
-    assert intervals.groups([example(at, f"p{at % 10}" if at else "") for at in range(40)])[0] == "images"
-    assert intervals.groups([example(at, image=None) for at in range(3)])[0] == "questions"
+    assert intervals.groups([item(at, f"p{at % 10}") for at in range(40)])[0] == "patients"
+    assert intervals.groups([item(at, f"p{at % 9}") for at in range(40)])[0] == "images"
+    assert intervals.groups([item(at, f"p{at % 10}" if at else "") for at in range(40)])[0] == "images"
+    assert intervals.groups([item(at, image=None) for at in range(3)])[0] == "questions"
     assert drawn_by({"drawn": {"vqa": "images", "cls": "patients", "refer": "images"}}) == "over images: vqa, refer; over patients: cls"
 
 
@@ -252,9 +252,9 @@ def test_an_interval_is_as_wide_as_its_groups_are_few():
 
 
 def test_a_score_that_is_no_mean_has_no_interval(monkeypatch):
-    part, texts = [example(at) for at in range(4)], ["a", "b", "a", "a"]
+    part, texts = [item(at) for at in range(4)], ["a", "b", "a", "a"]
     assert intervals.singles("cls", part, texts, ["accuracy"])[:, 0].tolist() == [1, 0, 1, 1]
-    monkeypatch.setattr(intervals.metrics, "score", lambda task, given, examples, coco: {"accuracy": float(len(given) > 1)})
+    monkeypatch.setattr(intervals.metrics, "score", lambda task, given, items, coco: {"accuracy": float(len(given) > 1)})
     assert intervals.singles("cls", part, texts, ["accuracy"]) is None
 
 

@@ -24,7 +24,7 @@ from unimed.records import box as boxes
 from unimed.records.box import Placement
 from unimed.records.pixels import Opened
 from unimed.train import recipe as recipes
-from unimed.train.run import examples
+from unimed.train.run import items
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def session(small_run):
 
 @pytest.fixture(scope="module")
 def slab(small_run):
-    return evaluate.spread(examples(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
+    return evaluate.spread(items(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def test_public_names():
 
 def test_batches_do_not_change_answers(session, slab):
     together = session.generate(slab, batch_size=7, max_new_tokens=8, details=True)
-    single = [session.generate([example], max_new_tokens=8, details=True)[0] for example in slab]
+    single = [session.generate([item], max_new_tokens=8, details=True)[0] for item in slab]
     assert [one.text for one in together] == [one.text for one in single]
     assert [one.confidence for one in together] == pytest.approx([one.confidence for one in single], rel=1e-3)
-    for one, other, example in zip(together, single, slab, strict=True):
-        assert len(one.gates) == (5 if example.image is not None else 0)
+    for one, other, item in zip(together, single, slab, strict=True):
+        assert len(one.gates) == (5 if item.image is not None else 0)
         assert one.gates == pytest.approx(other.gates, abs=1e-4)
         assert sum(one.gates) == pytest.approx(1 if one.gates else 0, abs=1e-4)
     assert not session.model.training
@@ -82,8 +82,8 @@ def test_batches_do_not_change_answers(session, slab):
 def test_confidence_is_the_mean_probability_of_the_answer(session, slab):
     import torch
 
-    example = slab[0]
-    inputs = session._inputs([example], 6)
+    item = slab[0]
+    inputs = session._inputs([item], 6)
     with torch.inference_mode():
         made = session.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True
@@ -93,7 +93,7 @@ def test_confidence_is_the_mean_probability_of_the_answer(session, slab):
     ends = [place for place, token in enumerate(tokens) if token in session._ends]
     chances = torch.stack(chances[: ends[0] + 1 if ends else None])
     expected = float(chances.log().mean().exp())
-    assert session.generate([example], max_new_tokens=6, details=True)[0].confidence == pytest.approx(expected, rel=1e-4)
+    assert session.generate([item], max_new_tokens=6, details=True)[0].confidence == pytest.approx(expected, rel=1e-4)
 
 
 def test_blanked_means_black_and_only_that(session, slab, monkeypatch):
@@ -216,7 +216,7 @@ def test_boxes_are_in_pixels_of_the_file():
     halved = Opened(Image.new("RGB", (50, 20)), ("x",), Placement(a=2.0, e=2.0))
     one = prepare(Request(halved, "20,8,60,32", "identify"))
     assert one.box == (20, 8, 60, 32)
-    assert one.example.question == "{<20><20><60><80>}"
+    assert one.item.question == "{<20><20><60><80>}"
     answer = Session.read(prepare(Request(halved, "liver", "refer")), "{<20><20><60><80>}")
     assert answer.box == (20, 8, 60, 32)
     with pytest.raises(UserError, match="which is 0, 0, 100, 40 in pixels of the file"):
@@ -264,7 +264,7 @@ def test_a_model_of_several_class_lists_is_asked_the_one_that_is_meant():
     image = Image.new("RGB", (4, 4))
 
     def asked(question, known):
-        return prepare(Request(image, question, "cls"), known).example.question
+        return prepare(Request(image, question, "cls"), known).item.question
 
     with pytest.raises(UserError, match=r"2 lists of classes; ask one, or a word of it: Which organ .*\| Which skin lesion"):
         asked("", (organ, lesion))

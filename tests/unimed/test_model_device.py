@@ -7,7 +7,7 @@ from unimed.inference.session import Session, load
 from unimed.models.load import pick_device
 from unimed.models.unimed import UniMedForConditionalGeneration
 from unimed.train import recipe as recipes
-from unimed.train.run import examples
+from unimed.train.run import items
 
 
 def gpus(monkeypatch, count):
@@ -49,7 +49,7 @@ def test_a_gpu_answers_in_the_precision_of_training(small_run, small_overrides, 
 def test_the_model_trains_on_after_an_answer_failed(small_run, small_overrides):
     session = load(small_run, device="cpu")
     model = session.model
-    found = examples(recipes.load("tiny", small_overrides), "slab")[:2]
+    found = items(recipes.load("tiny", small_overrides), "slab")[:2]
     model.train()
 
     def broken(**inputs):
@@ -70,6 +70,6 @@ def test_what_does_not_fit_the_positions_is_one_line(small_run, small_overrides)
     with pytest.raises(UserError, match=f"at most {processor.max_prompt_tokens} are allowed"):
         processor(text=QA.replace("spleen", "spleen " * positions), answers="left")
     trained = load(small_run, device="cpu")
-    found = examples(recipes.load("tiny", small_overrides), "slab")[:2]
+    found = items(recipes.load("tiny", small_overrides), "slab")[:2]
     with pytest.raises(UserError, match=rf"answer of up to {positions} do not fit the model's {positions} positions"):
         trained.generate(found, max_new_tokens=positions)

@@ -10,8 +10,8 @@ from transformers import AutoProcessor
 from unimed.errors import UserError
 from unimed.literal import END, START, literal
 from unimed.models.unimed.processing import UniMedProcessor
-from unimed.records.example import Example
 from unimed.tasks import prompts
+from unimed.tasks.item import Item
 
 MODEL, PROCESSOR = small()
 IMAGE = PROCESSOR.image_token_id
@@ -151,9 +151,9 @@ def test_the_quotes_are_those_of_transformers():
 @pytest.mark.parametrize("task", ["vqa", "refer", "identify", "cls", "qa"])
 def test_marks_in_a_question_and_in_an_answer_are_text(task):
     """Kind: what a user writes never becomes an image place, an end of text or a task, whichever field it is in."""
-    example = Example("a", task, "d", f"{MARKS} at {{<10><20><30><40>}}?", MARKS, None, None, None, task)
+    item = Item("a", task, "d", f"{MARKS} at {{<10><20><30><40>}}?", MARKS, None, None, None, task)
     images = None if task == "qa" else [picture(0)]
-    row = PROCESSOR(text=[prompts.chat(prompts.instruction(example, None))], images=images, answers=[example.answer], task=None)
+    row = PROCESSOR(text=[prompts.chat(prompts.instruction(item, None))], images=images, answers=[item.answer], task=None)
     ids, learned = row.input_ids[0], row.labels[0][row.labels[0] != -100]
     assert (ids == IMAGE).sum() == (0 if task == "qa" else PROCESSOR.num_image_tokens)
     assert (ids == PROCESSOR.tokenizer.eos_token_id).sum() == (ids == PROCESSOR.tokenizer.bos_token_id).sum() == 1

@@ -19,7 +19,7 @@ from unimed.records import jsonl
 from unimed.records.record import Record
 from unimed.train import recipe as recipes
 from unimed.train.folder import Run
-from unimed.train.run import examples
+from unimed.train.run import items
 from unimed.train.sampler import by_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,9 +105,9 @@ def test_tasks_without_data_lose_their_ratio_with_one_line(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert run("data import llava data.json --images imgs --out mine --val 0 --test 0").exit_code == 0
     recipe = recipes.load("tiny", ["data.sets.mine.root=mine"])
-    group(examples(recipe, "train"), recipe.sampler.ratios)
+    group(items(recipe, "train"), recipe.sampler.ratios)
     (line,) = [one.getMessage() for one in caplog.records if one.name == "unimed.train"]
-    assert line == "sampler.ratios: no training example of refer, identify, caption, cls, qa; the other sources share what it had"
+    assert line == "sampler.ratios: no training item of refer, identify, caption, cls, qa; the other sources share what it had"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def two_sets(tmp_path, monkeypatch):
 def test_sets_carry_their_own_names_splits_and_shares(two_sets):
     recipe = recipes.load("tiny", [*two_sets, "data.sets.two.ratio=3", "data.sets.two.splits.train=test"])
     assert (recipe.data.root, recipe.data.where) == ("", "one (one), two (two)")
-    found = examples(recipe, "train")
+    found = items(recipe, "train")
     assert {name: sum(one.dataset == name for one in found) for name in ("one", "two")} == {"one": 5, "two": 1}
     divided = by_set({"vqa": 8, "qa": 1}, found, {"one": 1.0, "two": 3.0})
     assert divided == {"one/vqa": 2, "two/vqa": 6, "qa": 1}

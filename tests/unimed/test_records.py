@@ -1,4 +1,4 @@
-"""Records: what they refuse, their files, rows of other projects, and examples made from them."""
+"""Records: what they refuse, their files, rows of other projects, and items made from them."""
 
 import json
 import random
@@ -13,12 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimed.datasets import DATASETS, load_examples
+from unimed.datasets import DATASETS, load_items
 from unimed.datasets.items import read_items
 from unimed.errors import UserError
 from unimed.records import convert, jsonl
 from unimed.records.imports import import_rows, splits
-from unimed.records.pixels import load_image
 from unimed.records.policy import BadRecord, Rules, Tally
 from unimed.records.record import QA, BoxOf, ImageRef, Record, Report, parse
 
@@ -154,13 +153,13 @@ def test_a_wrong_dataset_json_is_one_line(tmp_path, text, message):
     folder_of(tmp_path / "d", [ONE])
     (tmp_path / "d" / "dataset.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
-        load_examples(tmp_path / "d", "train")
+        load_items(tmp_path / "d", "train")
     assert "dataset.json" in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-# Examples
+# Items
 
 
 def test_a_record_becomes_the_questions_of_its_tasks(tmp_path, caplog):
@@ -172,7 +171,7 @@ def test_a_record_becomes_the_questions_of_its_tasks(tmp_path, caplog):
     ]  # fmt: skip
     root = folder_of(tmp_path / "set", [{**ONE, "patient": "p1", "annotations": annotations, "images": [{"path": "here:a.png"}]}],
                      classes={"plane": ["axial", "coronal", "sagittal"]}, roots={"here": "../d"})  # fmt: skip
-    found = load_examples(root, "train")
+    found = load_items(root, "train")
     assert [(one.task, one.question, one.answer, one.answer_type) for one in found] == [
         ("vqa", "Which plane?", "axial", "OPEN"),
         ("refer", "liver", "{<12><33><75><83>}", None),
@@ -187,14 +186,14 @@ def test_a_record_becomes_the_questions_of_its_tasks(tmp_path, caplog):
     ]
     assert {(one.dataset, one.subject, one.layout, one.size) for one in found} == {("mine", "p1", "records", (8, 6))}
     assert len({one.id for one in found}) == len(found)
-    assert load_image(found[0]).size == (8, 6)
+    assert found[0].open().size == (8, 6)
     assert told(caplog) == ["mine (train): no task asks annotations of kind 'qa' with task 'song' (1)"]
-    assert load_examples(root, "test") == []
+    assert load_items(root, "test") == []
 
 
 def test_a_question_without_an_image_is_text_qa(tmp_path):
     root = folder_of(tmp_path / "set", [{**ONE, "images": [], "annotations": [QUESTION]}])
-    (only,) = load_examples(root, "train")
+    (only,) = load_items(root, "train")
     assert (only.task, only.image) == ("qa", None)
 
 
@@ -204,9 +203,9 @@ def test_long_texts_are_cut_by_the_released_protocol_and_a_line_says_so(tmp_path
     root = tmp_path / "set"
     (root / "records-00000.jsonl").write_text(json.dumps({**ONE, "annotations": [{"kind": "report", "text": text}]}) + "\n")
     (root / "dataset.json").write_text('{"name": "mine"}')
-    assert len(load_examples(root, "train")[0].answer.split()) == 50
+    assert len(load_items(root, "train")[0].answer.split()) == 50
     assert told(caplog) == ["mine (train): texts cut to 50 words: 1 (data.protocol=standard keeps them whole)"]
-    assert load_examples(root, "train", rules=STANDARD)[0].answer == text
+    assert load_items(root, "train", rules=STANDARD)[0].answer == text
 
 
 def test_bad_lines_and_annotations_are_counted_or_stop(tmp_path, caplog):
@@ -223,7 +222,7 @@ def test_bad_lines_and_annotations_are_counted_or_stop(tmp_path, caplog):
         {**ONE, "split": "test", "id": 3},  # belongs to the test split
     ]
     root = folder_of(tmp_path / "set", lines, roots={"pics": "../pics"})
-    found = load_examples(root, "train")
+    found = load_items(root, "train")
     assert [one.task for one in found] == ["vqa", "refer", "identify", "vqa", "refer", "identify"]
     assert found[-1].box == (0, 1, 6, 5)
     (line,) = told(caplog)
@@ -238,7 +237,7 @@ def test_bad_lines_and_annotations_are_counted_or_stop(tmp_path, caplog):
     ):
         assert words in line
     with pytest.raises(UserError, match=r"records-00000\.jsonl:2: split.*strict"):
-        load_examples(root, "train", rules=Rules(strict=True))
+        load_items(root, "train", rules=Rules(strict=True))
 
 
 def test_a_label_outside_its_classes_is_left_out_and_classes_need_no_list(tmp_path, caplog):
@@ -248,10 +247,10 @@ def test_a_label_outside_its_classes_is_left_out_and_classes_need_no_list(tmp_pa
              for split, value in (("train", "axial"), ("train", "coronal"), ("test", "sagittal"))]  # fmt: skip
     (root / "records-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "dataset.json").write_text('{"name": "mine"}')
-    found = load_examples(root, "train")
+    found = load_items(root, "train")
     assert {one.question for one in found} == {"Which plane is in the image: axial, coronal, sagittal?"}
     (root / "dataset.json").write_text('{"name": "mine", "classes": {"plane": ["axial", "sagittal"]}}')
-    assert [one.answer for one in load_examples(root, "train")] == ["axial"]
+    assert [one.answer for one in load_items(root, "train")] == ["axial"]
     assert "1 with a label outside its classes (first: records-00000.jsonl:2: annotations.0: 'coronal' is no class" in told(caplog)[0]
 
 
@@ -271,10 +270,10 @@ def test_slices_of_volumes_and_dicom_files_are_training_images(tmp_path):
     ]
     (tmp_path / "records-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "dataset.json").write_text('{"name": "mine"}')
-    found = [one for one in load_examples(tmp_path, "train") if one.task == "refer"]
+    found = [one for one in load_items(tmp_path, "train") if one.task == "refer"]
     assert [one.id for one in found] == ["mine/n/refer0", "mine/d/refer0"]
     for one in found:
-        shown = np.asarray(load_image(one))[..., 0] > 127
+        shown = np.asarray(one.open())[..., 0] > 127
         rows, columns = np.nonzero(shown)
         assert one.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), one.id
         assert one.size == shown.shape[::-1]
@@ -429,7 +428,7 @@ def test_an_import_splits_by_image(tmp_path):
     (tmp_path / "moved").mkdir()
     for name in ("mine", "imgs"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
-    assert len(load_examples(tmp_path / "moved" / "mine", "test")) == 2 * done.records["test"]
+    assert len(load_items(tmp_path / "moved" / "mine", "test")) == 2 * done.records["test"]
 
 
 def test_an_import_splits_by_patient_and_never_parts_one_image(tmp_path):
@@ -455,7 +454,7 @@ def test_the_task_of_an_import(tmp_path, task, kind, tasks):
     (tmp_path / "rows.json").write_text(json.dumps([LLAVA]))
     done = import_rows("llava", tmp_path / "rows.json", tmp_path / "imgs", tmp_path / "mine", task=task)
     assert done.annotations == {kind: 2}
-    assert {one.task for one in load_examples(tmp_path / "mine", "train")} == tasks
+    assert {one.task for one in load_items(tmp_path / "mine", "train")} == tasks
     with pytest.raises(UserError, match="--task qa takes no image"):
         import_rows("llava", tmp_path / "rows.json", tmp_path / "imgs", tmp_path / "other", task="qa")
 
@@ -469,7 +468,7 @@ def test_boxes_in_shares_are_of_the_file_and_not_of_what_is_shown(tmp_path):
     import_rows("swift", tmp_path / "rows.jsonl", tmp_path / "imgs", tmp_path / "mine")
     ((_, only),) = jsonl.read_records(tmp_path / "mine")
     assert only.annotations[0].xyxy == (5, 10, 20, 20)
-    refer = load_examples(tmp_path / "mine", "train")[0]
+    refer = load_items(tmp_path / "mine", "train")[0]
     assert (refer.size, refer.box) == ((20, 40), (0, 5, 10, 20))
 
 
@@ -538,7 +537,7 @@ def test_mutated_records_end_in_a_count_or_in_one_line(data):
             (one.id + one.question + one.answer + one.template + one.subject).encode()
             assert one.answer
             if one.image is not None:
-                load_image(one)
+                one.open()
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -560,4 +559,4 @@ def test_mutated_rows_end_in_a_count_or_in_one_line(form, data):
             return
         assert "\n" not in done.left_out
         assert len([one for _, one in jsonl.read_records(root / "mine")]) == sum(done.records.values())
-        load_examples(root / "mine", "train")
+        load_items(root / "mine", "train")

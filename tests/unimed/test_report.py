@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from unimed.errors import UserError
-from unimed.records.example import Example
 from unimed.report import gallery, page, plots, report
 from unimed.tasks import RELEASED_TASKS
+from unimed.tasks.item import Item
 from unimed.train.telemetry import RouterHistory, describe
 
 VOID = {"meta", "br", "img", "input", "hr", "path", "use", "rect", "image", "link"}
@@ -110,7 +110,7 @@ def test_nothing_of_the_sample_is_said_of_other_data(test_only_run):
     run, _, _ = test_only_run
     html = report.write(run).read_text(encoding="utf-8")
     prose = re.sub(
-        r"<svg.*?</svg>|<pre>.*?</pre>|<style>.*?</style>|<div class=\"example.*?</div></div>|<figcaption>.*?</figcaption>",
+        r"<svg.*?</svg>|<pre>.*?</pre>|<style>.*?</style>|<div class=\"item.*?</div></div>|<figcaption>.*?</figcaption>",
         " ",
         html,
         flags=re.S,
@@ -121,7 +121,7 @@ def test_nothing_of_the_sample_is_said_of_other_data(test_only_run):
     assert "not fitted" in text
     assert "test split" in text
     assert "is missing" in text  # the untrained model
-    assert "12 examples of medqa, slake" in text
+    assert "12 items of medqa, slake" in text
     assert "The training data is not there any more" in text
     assert len(re.findall("<tr[^>]*><th rowspan=3>", html)) == 4
 
@@ -201,9 +201,9 @@ def test_boxes_are_drawn_where_they_are():
 
 def test_the_grid_goes_from_the_best_box_to_the_worst():
     box = (10.0, 10.0, 60.0, 60.0)
-    truth = Example("a", "refer", "d", "liver", "{<10><10><60><60>}", None, (100, 100), box, "refer/liver")
+    truth = Item("a", "refer", "d", "liver", "{<10><10><60><60>}", None, (100, 100), box, "refer/liver")
     texts = ["none", "liver: {<10><10><60><60>}", "{<10><10><30><60>}", "{<60><60><10><10>}"]
-    found = gallery.box_grid([truth] * 4, texts, lambda example: Image.new("RGB", (100, 100)))
+    found = gallery.box_grid([truth] * 4, texts, lambda item: Image.new("RGB", (100, 100)))
     grid = page.macro("box_grid", found, "", true_colour="green", guess_colour="red")
     scores = re.findall(r"IoU ([\d.]+)|(no box|wrong order)", grid)
     assert [none for _, none in scores] == ["", "", "no box", "wrong order"]

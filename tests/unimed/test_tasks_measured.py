@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from tests.unimed.conftest import SMALL
-from unimed.datasets import load_examples
+from unimed.datasets import load_items
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
 from unimed.records import jsonl
-from unimed.records.example import Example
 from unimed.records.record import Record
 from unimed.sample.masks import ORGANS
 from unimed.sample.slices import slices, subject, vendored_volume
 from unimed.tasks import TASKS, answers, metrics, overlap, prompts
 from unimed.tasks.baselines import MajorityAnswers
 from unimed.tasks.calculation import ratios
+from unimed.tasks.item import Item
 from unimed.train import recipe as recipes
 from unimed.train.run import train
 
@@ -53,7 +53,7 @@ def measured(tmp_path_factory):
 
 
 def test_from_masks_to_scores(measured):
-    held_out, seen = load_examples(measured, "test"), load_examples(measured, "train")
+    held_out, seen = load_items(measured, "test"), load_items(measured, "train")
     majority = MajorityAnswers.fit(seen)
     assert {one.task for one in held_out} == {one.task for one in seen} == set(NAMES)
     for name in NAMES:
@@ -84,13 +84,13 @@ def test_a_model_learns_and_answers_them(measured, tmp_path, monkeypatch):
     assert json.loads((run / "model" / "config.json").read_text())["connector"]["tasks"][-3:] == list(NAMES)
 
 
-def example(task, answer, question=""):
-    return Example("e", task, "d", question, answer, None, None, None, task)
+def item(task, answer, question=""):
+    return Item("e", task, "d", question, answer, None, None, None, task)
 
 
 def test_severity_counts_the_distance_of_grades():
     question = "What is the grade of edema: none, mild, moderate, severe?"
-    asked = [example("severity", answer, question) for answer in ("none", "mild", "moderate", "severe")]
+    asked = [item("severity", answer, question) for answer in ("none", "mild", "moderate", "severe")]
     found = metrics.score("severity", ["None.", "moderate", "severe", "none"], asked)
     assert (found["accuracy"], found["within_one"]) == (0.25, 0.75)
     # squared distances 0 1 1 9; between all pairs of the grades 0 2 3 0 and 0 1 2 3 they sum to 14 + 6 + 14 + 14
@@ -114,7 +114,7 @@ def test_severity_counts_the_distance_of_grades():
     ],
 )
 def test_findings_are_compared_as_sets(text, share, kind):
-    asked = example("findings", "edema, effusion", "Which findings are in the image: edema, effusion, mass, or no finding?")
+    asked = item("findings", "edema, effusion", "Which findings are in the image: edema, effusion, mass, or no finding?")
     found = metrics.score("findings", [text], [asked])
     assert found["f1"] == pytest.approx(share)
     assert found["accuracy"] == float(share == 1)
@@ -136,15 +136,15 @@ def test_findings_are_compared_as_sets(text, share, kind):
     ],
 )
 def test_calculation_allows_a_tenth(text, right, kind):
-    asked = example("calculation", "0.5")
+    asked = item("calculation", "0.5")
     assert metrics.is_right(asked, text) is right
     assert metrics.score("calculation", [text], [asked])["within_10"] == right
     assert answers.read(asked, text).kind == kind
 
 
 def test_the_majority_of_numbers_is_their_median():
-    fitted = MajorityAnswers.fit([example("calculation", answer) for answer in ("9", "10", "100", "0.5")])
-    assert fitted.predict(example("calculation", "")) == "9"
+    fitted = MajorityAnswers.fit([item("calculation", answer) for answer in ("9", "10", "100", "0.5")])
+    assert fitted.predict(item("calculation", "")) == "9"
 
 
 def masks():
@@ -183,12 +183,12 @@ def test_grades_need_an_order(measured, tmp_path, caplog):
     (tmp_path / "images").symlink_to(measured / "images")
     (tmp_path / "dataset.json").write_text(json.dumps({**json.loads(text), "classes": {}}))
     (tmp_path / "records-00000.jsonl").write_text((measured / "records-00000.jsonl").read_text())
-    assert "severity" not in {one.task for one in load_examples(tmp_path, "test")}
+    assert "severity" not in {one.task for one in load_items(tmp_path, "test")}
     assert "with grades whose order is unknown" in caplog.text
 
 
 def test_a_line_says_what_a_recipe_must_name(measured, caplog):
-    assert load_examples(measured, "test", ["vqa", "findings"])
+    assert load_items(measured, "test", ["vqa", "findings"])
     assert [line for line in caplog.messages if "data.tasks" in line] == [
-        "data.tasks does not name severity (5 examples), calculation (5 examples)"
+        "data.tasks does not name severity (5 items), calculation (5 items)"
     ]

@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimed.datasets import load_examples, medmnist
+from unimed.datasets import load_items, medmnist
 from unimed.errors import UserError
-from unimed.records.example import Example
 from unimed.tasks import TASKS, answers, metrics, overlap, reading
 from unimed.tasks.answers import options
+from unimed.tasks.item import Item
 from unimed.tasks.normalise import normalise, strict
 
 WORDS = st.lists(st.sampled_from(["liver", "left", "lung", "no", "3"]), max_size=8).map(" ".join)
 
 
-def example(task, answer, box=None, size=None, answer_type=None, question="?"):
-    return Example("e", task, "d", question, answer, None, size, box, task, answer_type)
+def item(task, answer, box=None, size=None, answer_type=None, question="?"):
+    return Item("e", task, "d", question, answer, None, size, box, task, answer_type)
 
 
 def kinds(found):
@@ -160,9 +160,9 @@ def test_our_tokens_are_those_of_the_ptb_tokenizer():
 
 def test_vqa():
     wanted = [
-        example("vqa", "CT", answer_type="OPEN"),
-        example("vqa", "yes", answer_type="CLOSED"),
-        example("vqa", "no", answer_type="CLOSED"),
+        item("vqa", "CT", answer_type="OPEN"),
+        item("vqa", "yes", answer_type="CLOSED"),
+        item("vqa", "no", answer_type="CLOSED"),
     ]
     found = metrics.score("vqa", ["<unk>CT.", "Yes, it is", "none"], wanted)
     assert found["count"] == 3
@@ -190,39 +190,37 @@ def test_vqa():
     ],
 )
 def test_a_closed_answer_is_strictly_the_one_it_names(text, released, right, kind):
-    found = metrics.score("vqa", [text], [example("vqa", "no", answer_type="CLOSED")])
+    found = metrics.score("vqa", [text], [item("vqa", "no", answer_type="CLOSED")])
     assert (found["closed_accuracy"], found["closed_accuracy_strict"]) == (released, right)
     assert kinds(found) == ({kind: 1} if kind else {})
 
 
 def test_strict_vqa_scores():
-    found = metrics.score(
-        "vqa", ["A", "yes yes yes"], [example("vqa", "A", answer_type="OPEN"), example("vqa", "yes", answer_type="CLOSED")]
-    )
+    found = metrics.score("vqa", ["A", "yes yes yes"], [item("vqa", "A", answer_type="OPEN"), item("vqa", "yes", answer_type="CLOSED")])
     assert (found["f1_open"], found["f1_open_strict"]) == (0, 1)  # the release takes "A" for an article
     assert (found["f1_closed"], found["f1_closed_strict"]) == (1, 0.5)
     assert (found["bleu1_open"], found["bleu1_open_strict"]) == (0, pytest.approx(1))
     assert (found["closed_accuracy"], found["closed_accuracy_strict"]) == (1, 1)
     assert (found["accuracy"], found["accuracy_strict"]) == (0.5, 0.5)  # "A", which the normalisation makes empty on both sides
     assert kinds(found) == {"chatty": 1}
-    assert not metrics.is_right(example("vqa", "yes"), "yes yes yes")
-    strictly_wrong = metrics.score("vqa", ["kidney"], [example("vqa", "A kidney")])
+    assert not metrics.is_right(item("vqa", "yes"), "yes yes yes")
+    strictly_wrong = metrics.score("vqa", ["kidney"], [item("vqa", "A kidney")])
     assert (strictly_wrong["accuracy"], strictly_wrong["accuracy_strict"]) == (1, 0)
 
 
 def test_refer():
-    target = example("refer", "{<10><10><20><20>}", (10, 10, 20, 20), (100, 100))
+    target = item("refer", "{<10><10><20><20>}", (10, 10, 20, 20), (100, 100))
     given_boxes = ["{<10><10><20><20>}", " { <10><10><20><20> } yes", "liver", "{<60><60><70><70>}"]
     found = metrics.score("refer", given_boxes, [target] * 4)
     assert (found["count"], found["miou"], found["accuracy"]) == (4, pytest.approx(0.5), 0.5)
     assert (found["unparsable_released"], kinds(found)) == (1, {"unparsable": 1, "chatty": 1})
-    half = example("refer", "", (0, 0, 9, 9), (100, 100))  # 100 pixels
+    half = item("refer", "", (0, 0, 9, 9), (100, 100))  # 100 pixels
     found = metrics.score("refer", ["{<0><0><9><4>}"], [half])  # 50 of them: exactly a half is not enough
     assert found["miou"] == 0.5
     assert found["accuracy"] == 0
-    wide = example("refer", "", (20, 5, 40, 10), (200, 50))
+    wide = item("refer", "", (20, 5, 40, 10), (200, 50))
     assert metrics.score("refer", ["{<10><10><20><20>}"], [wide])["miou"] == 1  # each axis by its own size
-    apart = example("refer", "", (0, 0, 9, 9), (100, 100))
+    apart = item("refer", "", (0, 0, 9, 9), (100, 100))
     found = metrics.score("refer", ["{<9><0><18><9>}"], [apart])
     assert found["miou"] == pytest.approx(10 / 190)  # corners touch: one column shared
     assert found["miou_strict"] == 0
@@ -244,7 +242,7 @@ def test_refer():
     ],
 )
 def test_a_box_counts_as_what_it_is(text, released, strictly, kind):
-    target = example("refer", "", (10, 10, 20, 20), (100, 100))
+    target = item("refer", "", (10, 10, 20, 20), (100, 100))
     found = metrics.score("refer", [text], [target])
     assert (found["miou"], found["miou_strict"]) == (released, strictly)
     assert kinds(found) == ({kind: 1} if kind else {})
@@ -252,7 +250,7 @@ def test_a_box_counts_as_what_it_is(text, released, strictly, kind):
 
 
 def test_one_rule_says_when_a_box_is_found():
-    half = example("refer", "", (0, 0, 100, 100), (100, 100))
+    half = item("refer", "", (0, 0, 100, 100), (100, 100))
     assert metrics.score("refer", ["{<0><0><100><50>}"], [half])["miou_strict"] == 0.5
     assert metrics.score("refer", ["{<0><0><100><50>}"], [half])["accuracy_strict"] == 0
     assert not metrics.is_right(half, "{<0><0><100><50>}")
@@ -260,23 +258,23 @@ def test_one_rule_says_when_a_box_is_found():
 
 
 def test_identify_and_cls_and_qa():
-    wanted = [example("identify", "Left kidney"), example("identify", "liver")]
+    wanted = [item("identify", "Left kidney"), item("identify", "liver")]
     found = metrics.score("identify", ["the left kidney", "liver lobe"], wanted)
     assert found["accuracy"] == 0.5
     assert found["f1"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["bleu1"] == pytest.approx((1 + 0.5) / 2)
     assert (found["accuracy_strict"], kinds(found)) == (0, {"chatty": 2})
-    found = metrics.score("cls", ["Liver.", "lung"], [example("cls", "liver"), example("cls", "left lung")])
+    found = metrics.score("cls", ["Liver.", "lung"], [item("cls", "liver"), item("cls", "left lung")])
     assert (found["count"], found["accuracy"], found["accuracy_strict"], kinds(found)) == (2, 0.5, 0.5, {})
-    assert metrics.score("qa", ["Yes."], [example("qa", "yes")])["accuracy"] == 1
-    assert metrics.score("qa", ["vitamin", "Vitamin a."], [example("qa", "Vitamin A")] * 2)["accuracy"] == 0.5
-    assert metrics.score("qa", ["the", "A"], [example("qa", "A")] * 2)["accuracy"] == 0.5
-    found = metrics.score("qa", ["maybe not: no", "Maybe", "perhaps", ""], [example("qa", "maybe")] * 4)
+    assert metrics.score("qa", ["Yes."], [item("qa", "yes")])["accuracy"] == 1
+    assert metrics.score("qa", ["vitamin", "Vitamin a."], [item("qa", "Vitamin A")] * 2)["accuracy"] == 0.5
+    assert metrics.score("qa", ["the", "A"], [item("qa", "A")] * 2)["accuracy"] == 0.5
+    found = metrics.score("qa", ["maybe not: no", "Maybe", "perhaps", ""], [item("qa", "maybe")] * 4)
     assert (found["accuracy"], kinds(found)) == (0.25, {"empty": 1, "unparsable": 1, "off_list": 1})
 
 
 def test_text_questions_score_options_and_yes_no_maybe_apart():
-    asked = example("qa", "bed rest", question="What is next? (A) bed rest (B) surgery (C) drugs")
+    asked = item("qa", "bed rest", question="What is next? (A) bed rest (B) surgery (C) drugs")
     right = ["bed rest", "A", "(A)", "A. bed rest", "A) of course", "The answer is A", "Answer: (A) bed rest", "so, bed rest"]
     wrong = ["B", "(B) bed rest", "A patient rests", "surgery", "bed rest or surgery", "D", "a", ""]
     found = metrics.score("qa", right + wrong, [asked] * 16)
@@ -284,7 +282,7 @@ def test_text_questions_score_options_and_yes_no_maybe_apart():
     assert "yes_no_maybe_accuracy" not in found
     for text, expected in [*((one, 1) for one in right), *((one, 0) for one in wrong)]:
         assert metrics.score("qa", [text], [asked])["option_accuracy"] == expected, text
-    wanted = [example("qa", one) for one in ("yes", "yes", "no", "maybe")]
+    wanted = [item("qa", one) for one in ("yes", "yes", "no", "maybe")]
     found = metrics.score("qa", ["Yes.", "no", "No, never", "perhaps"], wanted)
     assert (found["accuracy"], found["yes_no_maybe_accuracy"]) == (0.25, 0.5)  # "No, never" is chatty
     # yes: one of two named, so 2/3; no: two named and one wanted, 2/3; maybe: never named, 0.
@@ -293,7 +291,7 @@ def test_text_questions_score_options_and_yes_no_maybe_apart():
 
 
 def test_macro_f1_of_classes():
-    wanted = [example("cls", name, question=CLASSES) for name in ("basophil", "basophil", "cell")]
+    wanted = [item("cls", name, question=CLASSES) for name in ("basophil", "basophil", "cell")]
     found = metrics.score("cls", ["basophil", "ghost", "basophil"], wanted)
     # basophil: one of two found, one named too often: 2 * 1 / (2 + 2); cell: never named.
     assert found["macro_f1_strict"] == pytest.approx((1 / 2 + 0) / 2)
@@ -302,22 +300,22 @@ def test_macro_f1_of_classes():
 def test_standard_scores_of_reports_are_those_of_the_libraries():
     """Worked out on paper: five of six words, three of five pairs; brevity is 1."""
     pairs = [("The liver is big , yes", "the liver was big , yes")]
-    found = metrics.score("caption", [one for one, _ in pairs], [example("caption", other) for _, other in pairs], coco=False)
+    found = metrics.score("caption", [one for one, _ in pairs], [item("caption", other) for _, other in pairs], coco=False)
     assert found["bleu1_strict"] == pytest.approx(5 / 6)
     assert found["bleu2_strict"] == pytest.approx(math.sqrt(5 / 6 * 3 / 5))
     assert found["rouge1_strict"] == pytest.approx(4 / 5)  # rouge-score reads letters and digits only
     assert found["rouge2_strict"] == pytest.approx(2 / 4)
     assert found["rougeL_strict"] == pytest.approx(4 / 5)
-    empty = metrics.score("caption", [""], [example("caption", "liver")], coco=False)
+    empty = metrics.score("caption", [""], [item("caption", "liver")], coco=False)
     assert all(empty[f"{name}_strict"] == 0 for name in ("bleu1", "bleu4", "rouge1", "rougeL", "f1"))
 
 
 def test_cider_is_that_of_the_coco_code():
     pytest.importorskip("pycocoevalcap")
     texts = ["the liver is big", "a small left kidney", "no spleen is seen here"]
-    found = metrics.score("caption", texts, [example("caption", text) for text in texts], coco=False)
+    found = metrics.score("caption", texts, [item("caption", text) for text in texts], coco=False)
     assert found["cider_strict"] == pytest.approx(10)  # CIDEr-D of equal texts with words of their own
-    found = metrics.score("caption", texts[::-1], [example("caption", text) for text in texts], coco=False)
+    found = metrics.score("caption", texts[::-1], [item("caption", text) for text in texts], coco=False)
     assert 0 < found["cider_strict"] < 10
 
 
@@ -337,7 +335,7 @@ CLASSES = "Which cell is in the image: basophil; immature granulocytes (myelocyt
     ],
 )
 def test_a_class_is_one_of_the_list(text, answer, right, kind):
-    asked = example("cls", answer, question=CLASSES)
+    asked = item("cls", answer, question=CLASSES)
     found = metrics.score("cls", [text], [asked])
     assert (found["accuracy_strict"], metrics.is_right(asked, text)) == (float(right), right)
     assert kinds(found) == ({kind: 1} if kind else {})
@@ -349,9 +347,9 @@ def test_the_list_of_every_known_class_set_is_read_back(tmp_path, name):
     several = name == "chestmnist"
     labels = np.eye(len(names), dtype=np.uint8) if several else np.arange(len(names))[:, None]
     np.savez(tmp_path / f"{name}.npz", test_images=np.ones((len(names), 8, 8), np.uint8) * 9, test_labels=labels)
-    examples = load_examples(tmp_path, "test")
-    assert [one.answer for one in examples] == names
-    for one in examples:
+    items = load_items(tmp_path, "test")
+    assert [one.answer for one in items] == names
+    for one in items:
         assert set(options(one)) == {strict(text) for text in names} | ({"no finding"} if several else set())
         assert metrics.is_right(one, one.answer)
         assert sum(metrics.is_right(one, text) for text in names) == 1
@@ -359,21 +357,21 @@ def test_the_list_of_every_known_class_set_is_read_back(tmp_path, name):
 
 
 def test_options_of_a_text_question_are_its_list():
-    asked = example("qa", "bed rest", question="What is next? (A) bed rest (B) surgery (C) no rest")
+    asked = item("qa", "bed rest", question="What is next? (A) bed rest (B) surgery (C) no rest")
     found = metrics.score("qa", ["Bed rest.", "A", "surgery", "surgery or bed rest"], [asked] * 4)
     assert (found["accuracy"], kinds(found)) == (0.25, {"unparsable": 1, "off_list": 1})
-    assert kinds(metrics.score("qa", ["pills"], [example("qa", "bed rest")])) == {}  # no list: nothing is off it
+    assert kinds(metrics.score("qa", ["pills"], [item("qa", "bed rest")])) == {}  # no list: nothing is off it
 
 
 def test_several_labels_are_right_together():
-    asked = example("cls", "effusion, mass", question="Which findings are there: effusion; infiltration, old; mass; or no finding?")
+    asked = item("cls", "effusion, mass", question="Which findings are there: effusion; infiltration, old; mass; or no finding?")
     found = metrics.score("cls", ["Mass and effusion", "effusion", "mass, no finding", "effusion with mass"], [asked] * 4)
     assert (found["accuracy_strict"], kinds(found)) == (0.25, {"chatty": 1})
     assert options(asked) == ("effusion", "infiltration old", "mass", "no finding")
 
 
 def test_captions_without_java():
-    wanted = [example("caption", "The liver is visible. No kidney."), example("caption", "The spleen is visible."), example("caption", "x")]
+    wanted = [item("caption", "The liver is visible. No kidney."), item("caption", "The spleen is visible."), item("caption", "x")]
     found = metrics.score("caption", ["the liver is visible. no kidney.", "The colon is visible.", " "], wanted, coco=False)
     assert (found["count"], found["scored"], found["ptb_tokenizer"]) == (3, 2, 0)
     assert "meteor" not in found
@@ -389,7 +387,7 @@ def test_captions_without_java():
 
 
 def test_an_empty_report_counts():
-    wanted = [example("caption", "no acute disease")] * 2
+    wanted = [item("caption", "no acute disease")] * 2
     found = metrics.score("caption", ["no acute disease", ""], wanted, coco=False)
     for name in ("rouge1", "rouge2", "rougeL", "f1"):
         assert found[name] == pytest.approx(0.5, abs=1e-6)
@@ -403,7 +401,7 @@ def test_an_empty_report_counts():
 def test_captions_with_java():
     if not overlap.has_coco():
         pytest.skip("pycocoevalcap or Java is missing")
-    wanted = [example("caption", "The liver is visible. No kidney."), example("caption", "The spleen is visible.")]
+    wanted = [item("caption", "The liver is visible. No kidney."), item("caption", "The spleen is visible.")]
     texts = ["the liver is visible. no kidney.", "The colon is visible."]
     with_java, without = (metrics.score("caption", texts, wanted, coco=coco) for coco in (None, False))
     assert with_java["ptb_tokenizer"] == 1
@@ -422,7 +420,7 @@ def test_long_reports_can_be_scored():
 
 
 def test_odd_captions():
-    wanted = [example("caption", "...")] * 2
+    wanted = [item("caption", "...")] * 2
     found = metrics.score("caption", ["the", "."], wanted, coco=False)
     assert found["rougeL"] == found["f1"] == 0
     assert metrics.score("caption", [""], wanted[:1], coco=False)["scored"] == 0
@@ -432,7 +430,7 @@ def test_odd_captions():
 @settings(max_examples=60, deadline=None)
 def test_any_prediction_can_be_scored(predictions, task):
     answer = "0.48" if task == "calculation" else "The liver is visible."
-    wanted = [example(task, answer, (0, 0, 5, 5), (10, 10), "CLOSED")] * len(predictions)
+    wanted = [item(task, answer, (0, 0, 5, 5), (10, 10), "CLOSED")] * len(predictions)
     found = metrics.score(task, predictions, wanted, coco=False)
     assert found["count"] == len(predictions)
     assert all(math.isfinite(value) for value in found.values())
@@ -448,4 +446,4 @@ def test_what_is_asked_of_score():
     with pytest.raises(UserError, match="unknown task"):
         metrics.score("vqs", [], [])
     with pytest.raises(UserError, match="needs a box"):
-        metrics.score("refer", ["x"], [example("refer", "x")])
+        metrics.score("refer", ["x"], [item("refer", "x")])

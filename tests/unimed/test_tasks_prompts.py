@@ -3,12 +3,12 @@ import random
 import pytest
 
 from unimed.errors import UserError
-from unimed.records.example import Example
 from unimed.tasks import TASKS, prompts
+from unimed.tasks.item import Item
 
 
-def example(task, question="liver", dataset="d"):
-    return Example("e", task, dataset, question, "answer", None, None, None, task)
+def item(task, question="liver", dataset="d"):
+    return Item("e", task, dataset, question, "answer", None, None, None, task)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def example(task, question="liver", dataset="d"):
     ],
 )
 def test_evaluation_forms(task, question, text):
-    assert prompts.instruction(example(task, question), None) == text
+    assert prompts.instruction(item(task, question), None) == text
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_evaluation_forms(task, question, text):
 )
 def test_training_pools(task, dataset, count):
     rng = random.Random(0)
-    drawn = {prompts.instruction(example(task, "{<1><2><3><4>}", dataset), rng) for _ in range(300)}
+    drawn = {prompts.instruction(item(task, "{<1><2><3><4>}", dataset), rng) for _ in range(300)}
     assert len(drawn) == count
-    assert prompts.instruction(example(task, "{<1><2><3><4>}", dataset), None) in drawn
+    assert prompts.instruction(item(task, "{<1><2><3><4>}", dataset), None) in drawn
     assert all(text.count(f"[{task}] ") == 1 and text.startswith("[qa]" if task == "qa" else prompts.IMAGE) for text in drawn)
     assert all("{}" not in text for text in drawn)
     if task not in ("caption",):
@@ -50,28 +50,28 @@ def test_training_pools(task, dataset, count):
 
 
 def test_the_same_seed_draws_the_same():
-    assert [prompts.instruction(example(task), random.Random(3)) for task in TASKS] == [
-        prompts.instruction(example(task), random.Random(3)) for task in TASKS
+    assert [prompts.instruction(item(task), random.Random(3)) for task in TASKS] == [
+        prompts.instruction(item(task), random.Random(3)) for task in TASKS
     ]
 
 
 def test_a_question_is_not_read_as_a_format():
-    assert prompts.instruction(example("vqa", "What is {0} or %s {x}?"), None).endswith("What is {0} or %s {x}?")
+    assert prompts.instruction(item("vqa", "What is {0} or %s {x}?"), None).endswith("What is {0} or %s {x}?")
 
 
 def test_text_questions_are_cut_with_their_lead_in():
-    text = prompts.instruction(example("qa", "word " * 60, "pubmedqa"), None)
+    text = prompts.instruction(item("qa", "word " * 60, "pubmedqa"), None)
     assert len(text.removeprefix("[qa] ").split()) == 50
     assert text.startswith("[qa] You are a doctor. Answer this question with yes, no or maybe: word")
 
 
 def test_text_questions_of_the_standard_protocol_are_whole():
-    whole = Example("e", "qa", "d", "word " * 60, "answer", None, None, None, "qa", max_words=0)
+    whole = Item("e", "qa", "d", "word " * 60, "answer", None, None, None, "qa", max_words=0)
     assert len(prompts.instruction(whole, None).split()) == 69
 
 
 def test_prompts_go_by_the_layout_where_a_data_set_is_named_by_its_folder():
-    named = Example("e", "qa", "north", "Is it?", "yes", None, None, None, "qa", layout="pubmedqa")
+    named = Item("e", "qa", "north", "Is it?", "yes", None, None, None, "qa", layout="pubmedqa")
     assert "yes, no or maybe" in prompts.instruction(named, None)
 
 
@@ -81,4 +81,4 @@ def test_chat():
 
 def test_unknown_task():
     with pytest.raises(UserError, match="unknown task"):
-        prompts.instruction(example("vqs"), None)
+        prompts.instruction(item("vqs"), None)

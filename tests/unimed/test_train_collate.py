@@ -3,12 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from unimed.records.example import Example
-from unimed.train import collate
+from unimed.tasks.item import Item
 from unimed.train import recipe as recipes
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.recipe import Augment
-from unimed.train.run import build, examples
+from unimed.train.run import build, items
 from unimed.train.trainer import UniMedTrainer
 
 
@@ -17,19 +16,19 @@ def noise(seed, size):
 
 
 def on_disk(folder, count, size):
-    """Examples whose images are files."""
+    """Items whose images are files."""
     found = []
     for index in range(count):
         path = folder / f"{index}.png"
         Image.fromarray(noise(index, size)).save(path)
-        found.append(Example(str(index), "caption", "d", "", "normal", path, size, None, "t"))
+        found.append(Item(str(index), "caption", "d", "", "normal", path, size, None, "t"))
     return found
 
 
 def test_kept_images_are_bounded_by_bytes_after_they_were_reduced(tmp_path, monkeypatch):
     found = on_disk(tmp_path, 10, (200, 160))
     opened = []
-    monkeypatch.setattr(collate, "load_image", lambda example: opened.append(example.id) or Image.open(example.image).convert("RGB"))
+    monkeypatch.setattr(Item, "open", lambda item: opened.append(item.id) or Image.open(item.image).convert("RGB"))
     data = TrainingSet(found, Augment(), side=32, cache_mb=4 * 32 * 32 * 3 / 2**20)
     for index in range(10):
         assert data[index, 0].image.size == (32, 32)
@@ -56,7 +55,7 @@ def test_questions_about_one_file_share_its_image(tmp_path):
 
 def test_without_augmentation_the_model_sees_what_it_saw_before(small_overrides, tmp_path):
     recipe = recipes.load("tiny", small_overrides)
-    _, processor = build(recipe, examples(recipe, "train")[:50])
+    _, processor = build(recipe, items(recipe, "train")[:50])
     found = on_disk(tmp_path, 3, (301, 77))
     whole, reduced = (Collator(processor)([TrainingSet(found, Augment(), side)[index, 5] for index in range(3)]) for side in (None, 32))
     assert torch.equal(whole["pixel_values"], reduced["pixel_values"])
@@ -65,8 +64,8 @@ def test_without_augmentation_the_model_sees_what_it_saw_before(small_overrides,
 def test_the_box_goes_along_with_a_reduced_image():
     pixels = np.zeros((1000, 800), np.uint8)
     pixels[300:600, 200:700] = 255
-    example = Example("a", "refer", "d", "liver", "{<25><30><87><60>}", pixels, (800, 1000), (200.0, 300.0, 700.0, 600.0), "t")
-    data, moved = TrainingSet([example], Augment(zoom=0.2, shift=0.1), side=40), 0
+    item = Item("a", "refer", "d", "liver", "{<25><30><87><60>}", pixels, (800, 1000), (200.0, 300.0, 700.0, 600.0), "t")
+    data, moved = TrainingSet([item], Augment(zoom=0.2, shift=0.1), side=40), 0
     for seed in range(20):
         sample = data[0, seed]
         white = np.argwhere(np.asarray(sample.image)[..., 0] > 127)
@@ -75,7 +74,7 @@ def test_the_box_goes_along_with_a_reduced_image():
         assert max(width, height) <= 4 * 40 * 1.2
         shown = [int(number) for number in sample.answer.strip("{<>}").split("><")]
         assert shown == pytest.approx([100 * x1 / width, 100 * y1 / height, 100 * x2 / width, 100 * y2 / height], abs=1.5)
-        moved += sample.answer != example.answer
+        moved += sample.answer != item.answer
     assert moved > 10
 
 
@@ -83,7 +82,7 @@ def test_workers_change_no_batch(small_overrides, tmp_path):
     batches = {}
     for workers in (0, 2):
         recipe = recipes.load("tiny", [*small_overrides, f"data.workers={workers}", "train.max_steps=3"])
-        found = examples(recipe, "train")[::40]
+        found = items(recipe, "train")[::40]
         model, processor = build(recipe, found)
         trainer = UniMedTrainer(recipe, model, processor, TrainingSet(found, recipe.augment, 32), tmp_path / str(workers))
         loader = trainer.get_train_dataloader()

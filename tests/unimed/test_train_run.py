@@ -17,7 +17,7 @@ from unimed.models.merge import merge_folder
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.train import recipe as recipes
 from unimed.train.folder import Run
-from unimed.train.run import build, examples, train
+from unimed.train.run import build, items, train
 from unimed.train.trainer import UniMedTrainer, arguments
 
 
@@ -168,10 +168,10 @@ def test_a_run_resumes_by_what_changes_its_mathematics(whole, recipe, small_over
     record = json.loads((run / "start.json").read_text())
     assert record["command"] == "train"
     assert record["processes"] == 1
-    assert record["examples"] == len(examples(recipe, "train"))
+    assert record["examples"] == len(items(recipe, "train"))
     for change, words in (
         ({"processes": 2}, r"with 1 processes.*with 2.*--nproc-per-node 2"),
-        ({"examples_sha256": "0"}, "examples changed"),
+        ({"examples_sha256": "0"}, "items changed"),
     ):
         (run / "start.json").write_text(json.dumps({**record, **change}))
         with pytest.raises(UserError, match=words):
@@ -195,7 +195,7 @@ def test_the_log_is_added_to_and_starts_again_from_the_checkpoint(whole, recipe,
 
 def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, tmp_path):
     with pytest.raises(UserError, match="unimed sample build"):
-        examples(recipes.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
+        items(recipes.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
     with pytest.raises(UserError, match="cannot run here"):
         train(recipes.load("released", [f"data.root={sample_folder}"]), tmp_path / "released")
 
@@ -204,8 +204,8 @@ def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_pat
     """Two batches, one of an answer of 2 tokens and one of 30, are the step that the whole batch is."""
     settings = ["connector.router=sparse", "connector.aux_losses={z: 0.5}", "train.accumulate=2"]
     recipe = recipes.load("tiny", [*small_overrides, *settings])
-    train_examples = examples(recipe, "train")
-    model, processor = build(recipe, train_examples)
+    train_items = items(recipe, "train")
+    model, processor = build(recipe, train_items)
     trainer = UniMedTrainer(recipe, model, processor, None, tmp_path)
     images = [Image.new("RGB", (32, 32), (50 * i, 99, 10)) for i in range(4)]
     prompt, short, long = "[INST] <Img><ImageHere></Img> [vqa] which one? [/INST]", "4", "9 8 7 6 5 4 3 2 1 0 9 8 7 6 5"
@@ -283,8 +283,8 @@ def test_lora_trains_resumes_and_evaluates(small_overrides, tmp_path, without_ja
 
 
 def test_weight_decay_goes_where_the_release_puts_it(recipe, tmp_path):
-    train_examples = examples(recipe, "train")
-    model, processor = build(recipe, train_examples)
+    train_items = items(recipe, "train")
+    model, processor = build(recipe, train_items)
     trainer = UniMedTrainer(recipe, model, processor, None, tmp_path)
     decayed = set(trainer.get_decay_parameter_names(model))
     for name, parameter in model.named_parameters():
@@ -297,10 +297,10 @@ def test_weight_decay_goes_where_the_release_puts_it(recipe, tmp_path):
 
 
 def test_the_same_seed_builds_the_same_model_and_another_seed_another(recipe, small_overrides):
-    train_examples = examples(recipe, "train")
-    first, second = build(recipe, train_examples)[0].state_dict(), build(recipe, train_examples)[0].state_dict()
+    train_items = items(recipe, "train")
+    first, second = build(recipe, train_items)[0].state_dict(), build(recipe, train_items)[0].state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = build(recipes.load("tiny", [*small_overrides, "train.seed=1"]), train_examples)[0].state_dict()
+    other = build(recipes.load("tiny", [*small_overrides, "train.seed=1"]), train_items)[0].state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 

@@ -16,16 +16,16 @@ class Item:
     dataset: str = "slake"
 
 
-EXAMPLES = [Item("vqa")] * 10 + [Item("refer")] * 7 + [Item("qa", "facts")] * 3 + [Item("vqa", "pathvqa")] * 5
+ITEMS = [Item("vqa")] * 10 + [Item("refer")] * 7 + [Item("qa", "facts")] * 3 + [Item("vqa", "pathvqa")] * 5
 
 
 def sampler(ratios=None, batches=400, mode="homogeneous", seed=0, batch_size=4):
-    members, probabilities = group(EXAMPLES, ratios or {"vqa": 5, "refer": 4, "qa": 1})
+    members, probabilities = group(ITEMS, ratios or {"vqa": 5, "refer": 4, "qa": 1})
     return TaskRatioSampler(members, probabilities, batch_size, batches, seed, mode)
 
 
 def tasks(batch):
-    return [EXAMPLES[index].task for index, _ in batch]
+    return [ITEMS[index].task for index, _ in batch]
 
 
 @pytest.mark.parametrize("mode", ["homogeneous", "mixed"])
@@ -52,11 +52,11 @@ def test_a_longer_run_begins_like_a_shorter_one(mode):
 
 def test_skipping_as_the_trainer_does_gives_the_rest_of_the_stream():
     whole = list(sampler(batches=30))
-    loader = DataLoader(range(len(EXAMPLES)), batch_sampler=sampler(batches=30))
+    loader = DataLoader(range(len(ITEMS)), batch_sampler=sampler(batches=30))
     assert list(skip_first_batches(loader, 11).batch_sampler) == whole[11:]
 
 
-def test_every_example_comes_once_before_any_comes_twice():
+def test_every_item_comes_once_before_any_comes_twice():
     drawn = [index for batch in sampler({"refer": 1}, batches=7, batch_size=3) for index, _ in batch]
     for turn in range(3):
         assert sorted(drawn[turn * 7 : turn * 7 + 7]) == list(range(10, 17))
@@ -64,20 +64,20 @@ def test_every_example_comes_once_before_any_comes_twice():
 
 
 def test_a_source_can_be_one_dataset_of_a_task():
-    members, probabilities = group(EXAMPLES, {"pathvqa/vqa": 3, "slake/vqa": 1})
+    members, probabilities = group(ITEMS, {"pathvqa/vqa": 3, "slake/vqa": 1})
     assert [len(m) for m in members] == [5, 10]
     assert np.allclose(probabilities, [0.75, 0.25])
 
 
-def test_a_task_without_examples_is_left_out_but_a_named_dataset_must_exist():
-    members, _ = group(EXAMPLES, {"vqa": 1, "caption": 1})
+def test_a_task_without_items_is_left_out_but_a_named_dataset_must_exist():
+    members, _ = group(ITEMS, {"vqa": 1, "caption": 1})
     assert len(members) == 1
-    with pytest.raises(UserError, match=r"slake2/vqa: no training example .* datasets that have: pathvqa, slake"):
-        group(EXAMPLES, {"vqa": 1, "slake2/vqa": 1})
+    with pytest.raises(UserError, match=r"slake2/vqa: no training item .* datasets that have: pathvqa, slake"):
+        group(ITEMS, {"vqa": 1, "slake2/vqa": 1})
     with pytest.raises(UserError, match="mimic/caption"):
-        group(EXAMPLES, {"vqa": 1, "mimic/caption": 1})
+        group(ITEMS, {"vqa": 1, "mimic/caption": 1})
     with pytest.raises(UserError, match="none of the tasks"):
-        group(EXAMPLES, {"caption": 1})
+        group(ITEMS, {"caption": 1})
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_a_task_without_examples_is_left_out_but_a_named_dataset_must_exist():
         ({"vqa": 5, "refer": 4, "qa": 0}, []),
         (
             {"vqa": 5, "refer": 4, "qa": 1, "caption": 2, "cls": 3},
-            ["sampler.ratios: no training example of caption, cls; the other sources share what it had"],
+            ["sampler.ratios: no training item of caption, cls; the other sources share what it had"],
         ),
         (
             {"slake/vqa": 5, "refer": 4},
-            ["sampler.ratios: no ratio for facts/qa (3 examples), pathvqa/vqa (5 examples); they are not used in training"],
+            ["sampler.ratios: no ratio for facts/qa (3 items), pathvqa/vqa (5 items); they are not used in training"],
         ),
     ],
 )
-def test_a_ratio_without_examples_and_examples_without_a_ratio_are_named(ratios, lines, caplog):
-    group(EXAMPLES, ratios)
+def test_a_ratio_without_items_and_items_without_a_ratio_are_named(ratios, lines, caplog):
+    group(ITEMS, ratios)
     assert [record.getMessage() for record in caplog.records] == lines

@@ -18,7 +18,7 @@ from unimed.notice import NOTICE
 def evaluate(
     run: RunPath,
     overrides: Overrides = None,
-    against: Annotated[str | None, typer.Option(help="another run: the difference on the same examples, with its interval")] = None,
+    against: Annotated[str | None, typer.Option(help="another run: the difference on the same items, with its interval")] = None,
     data: Annotated[Path | None, typer.Option(help="other data: a folder of records, or of a published layout")] = None,
     split: Annotated[list[str] | None, typer.Option(help="which split; may stand several times")] = None,
     protocol: Annotated[str | None, typer.Option(help="released or standard; by default the recipe's data and both tables")] = None,
@@ -156,7 +156,7 @@ def _show_difference(result: dict[str, Any], protocol: str | None) -> None:
         if protocol is not None and strict != (protocol == "standard"):
             continue
         metrics = result["strict" if strict else "headline"]
-        table = Table(title=f"{result['run']} less {result['against']['run']}, on the same examples{', scored strictly' * strict}")
+        table = Table(title=f"{result['run']} less {result['against']['run']}, on the same items{', scored strictly' * strict}")
         for text in ("split", "task", "difference", "95 % interval", "bootstrap over"):
             table.add_column(text, no_wrap=True)
         for split, tasks in result["against"]["splits"].items():

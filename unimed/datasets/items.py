@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from unimed.datasets.spec import DatasetSpec
-from unimed.records.example import Example
 from unimed.records.files import short
 from unimed.records.image import Images
 from unimed.records.policy import BadRecord, Tally
 from unimed.records.record import Record
 from unimed.records.source import Source
 from unimed.tasks import TASKS
-from unimed.tasks.item import Asked, Unused
+from unimed.tasks.asked import Asked, Unused
+from unimed.tasks.item import Item
 
 
-def read_items(spec: DatasetSpec, tally: Tally) -> list[Example]:
+def read_items(spec: DatasetSpec, tally: Tally) -> list[Item]:
     """All questions of a split, in the order of the records."""
     source = Source(tally, Images(tally.folder, {}, tally.rules.links), sized=spec.sized)
     found = [item for where, record in spec.read(source) for item in items(source, record, where)]
@@ -24,9 +24,9 @@ def read_items(spec: DatasetSpec, tally: Tally) -> list[Example]:
     return found
 
 
-def items(source: Source, record: Record, where: str) -> list[Example]:
+def items(source: Source, record: Record, where: str) -> list[Item]:
     """The questions of a record. An annotation that cannot be used is named; without any that can, the record is left out."""
-    made: list[Example] = []
+    made: list[Item] = []
     faults: dict[str, BadRecord] = {}
     for number, annotation in enumerate(record.annotations):
         asked = Asked(source, record, number, f"{where}: annotations.{number}", faults)

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from unimed.datasets.items import read_items
 from unimed.datasets.spec import DATASETS, DatasetSpec
-from unimed.errors import NoExamples, UserError
-from unimed.records.example import Example
+from unimed.errors import NoItems, UserError
 from unimed.records.files import once
 from unimed.records.policy import Rules, Tally, log
 from unimed.tasks import RELEASED_TASKS, TASKS
+from unimed.tasks.item import Item
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
 
 
-def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Example]:
-    """All examples of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
+def load_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Item]:
+    """All items of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
 
     split: "train", "slab" or "subject"; for released datasets also "val" (= slab), "test" (= subject) and any other that the data has.
     rules: what becomes of bad records, which languages and which texts are read. A data set is named by its layout; where several folders
@@ -38,28 +38,26 @@ def load_examples(root: Path, split: str, tasks: Sequence[str] | None = None, ru
         raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
     names = _names(found)
     tallies = []
-    examples: list[Example] = []
+    items: list[Item] = []
     for (layout, folder), name in zip(found, names, strict=True) if SPLIT.fullmatch(split) else ():
         tally = Tally(name or layout.name, folder, SPLITS.get(split, split), rules or Rules(), name)
         read = read_items(layout, tally)
         if layout.certain:
             tally.close(len(read))
         tallies.append(tally)
-        examples += read
-    if split not in SPLITS and not examples:
-        raise NoExamples(f"split {split!r}: expected one of {', '.join(SPLITS)}, or another that the data at {root} has")
+        items += read
+    if split not in SPLITS and not items:
+        raise NoItems(f"split {split!r}: expected one of {', '.join(SPLITS)}, or another that the data at {root} has")
     for tally in tallies:
-        if examples:
+        if items:
             tally.tell()
         else:
             tally.close(0)
-    return _of_tasks(_one_of_each_id(examples), tasks)
+    return _of_tasks(_one_of_each_id(items), tasks)
 
 
-def load_set(
-    name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None
-) -> list[Example]:
-    """All examples of a split of the one data set in the folder ``root``, whose layout is known and whose examples carry ``name``."""
+def load_set(name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Item]:
+    """All items of a split of the one data set in the folder ``root``, whose layout is known and whose items carry ``name``."""
     if layout not in DATASETS:
         raise UserError(f"data.sets.{name}.layout={layout!r}: no such layout; known are {', '.join(DATASETS)}")
     if not root.is_dir():
@@ -67,9 +65,9 @@ def load_set(
     if not DATASETS[layout].matches(root):
         raise UserError(f"data.sets.{name}.root={root}: not a folder of the layout {DATASETS[layout].files}")
     tally = Tally(name, root, SPLITS.get(split, split), rules or Rules(), name)
-    examples = read_items(DATASETS[layout], tally)
-    tally.close(len(examples))
-    return _of_tasks(_one_of_each_id(examples), tasks)
+    items = read_items(DATASETS[layout], tally)
+    tally.close(len(items))
+    return _of_tasks(_one_of_each_id(items), tasks)
 
 
 def _names(found: Sequence[tuple[DatasetSpec, Path]]) -> list[str]:
@@ -90,17 +88,17 @@ def _names(found: Sequence[tuple[DatasetSpec, Path]]) -> list[str]:
     return given
 
 
-def _of_tasks(examples: list[Example], tasks: Sequence[str] | None) -> list[Example]:
+def _of_tasks(items: list[Item], tasks: Sequence[str] | None) -> list[Item]:
     """Those of the tasks. A line counts the others whose task no recipe takes by itself."""
     if tasks is None:
-        return examples
-    unnamed = Counter(example.task for example in examples if example.task not in (*tasks, *RELEASED_TASKS))
+        return items
+    unnamed = Counter(item.task for item in items if item.task not in (*tasks, *RELEASED_TASKS))
     if unnamed:
-        log.warning("data.tasks does not name %s", ", ".join(f"{task} ({count:,} examples)" for task, count in unnamed.items()))
-    return [example for example in examples if example.task in tasks]
+        log.warning("data.tasks does not name %s", ", ".join(f"{task} ({count:,} items)" for task, count in unnamed.items()))
+    return [item for item in items if item.task in tasks]
 
 
-def _one_of_each_id(examples: list[Example]) -> list[Example]:
-    """The examples, with a number behind an id that came before."""
+def _one_of_each_id(items: list[Item]) -> list[Item]:
+    """The items, with a number behind an id that came before."""
     seen: Counter[str] = Counter()
-    return [example if (key := once(example.id, seen)) == example.id else replace(example, id=key) for example in examples]
+    return [item if (key := once(item.id, seen)) == item.id else replace(item, id=key) for item in items]

@@ -12,7 +12,7 @@ from unimed.records import files, jsonl
 from unimed.records.policy import BadRecord
 from unimed.records.record import Label, Record
 from unimed.records.source import Source
-from unimed.tasks.item import LAYOUT
+from unimed.tasks.asked import LAYOUT
 
 CONVERTED = "unimed data convert"  # such records keep the wordings and the choices of the layout that they come from
 

@@ -9,44 +9,44 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from unimed.inference.session import Session
-from unimed.records.example import Example
 from unimed.tasks import TASKS, metrics
 from unimed.tasks import protocol as protocols
 from unimed.tasks.baselines import MajorityAnswers
+from unimed.tasks.item import Item
 
 
 class Store(Protocol):
     """Keeps the answers of one split by row and place."""
 
     def there(self, row: str) -> dict[int, str]: ...
-    def add(self, row: str, places: Sequence[int], examples: Sequence[Example], texts: Sequence[str]) -> None: ...
+    def add(self, row: str, places: Sequence[int], items: Sequence[Item], texts: Sequence[str]) -> None: ...
 
 
 UNTRAINED, MAJORITY, BLANKED, TRAINED = ROWS = ("untrained", "majority answer", "image blanked", "trained")
 
 
-def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    return {task: found for task in TASKS if (found := [example for example in examples if example.task == task])}
+def by_task(items: Sequence[Item]) -> dict[str, list[Item]]:
+    return {task: found for task in TASKS if (found := [item for item in items if item.task == task])}
 
 
-def spread(examples: Sequence[Example], limit: int) -> list[Example]:
-    """At most `limit` examples of each task, evenly spaced; all of them for 0."""
-    kept: list[Example] = []
-    for found in by_task(examples).values():
+def spread(items: Sequence[Item], limit: int) -> list[Item]:
+    """At most `limit` items of each task, evenly spaced; all of them for 0."""
+    kept: list[Item] = []
+    for found in by_task(items).values():
         if limit and len(found) > limit:
             found = [found[i * len(found) // limit] for i in range(limit)]
         kept += found
     return kept
 
 
-def score(examples: Sequence[Example], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
-    """Metrics of every task that has answers; None is an example without one (a baseline that was not fitted for its task)."""
-    answered = [(example, text) for example, text in zip(examples, predictions, strict=True) if text is not None]
+def score(items: Sequence[Item], predictions: Sequence[str | None]) -> dict[str, dict[str, float]]:
+    """Metrics of every task that has answers; None is an item without one (a baseline that was not fitted for its task)."""
+    answered = [(item, text) for item, text in zip(items, predictions, strict=True) if text is not None]
     result = {}
     with _quiet_programs():
-        for task in by_task([example for example, _ in answered]):
-            part = [(example, text) for example, text in answered if example.task == task]
-            result[task] = metrics.score(task, [text for _, text in part], [example for example, _ in part])
+        for task in by_task([item for item, _ in answered]):
+            part = [(item, text) for item, text in answered if item.task == task]
+            result[task] = metrics.score(task, [text for _, text in part], [item for item, _ in part])
     return result
 
 
@@ -66,65 +66,63 @@ def _quiet_programs() -> Iterator[None]:
 
 def _answers(
     session: Session,
-    examples: Sequence[Example],
+    items: Sequence[Item],
     row: str,
     batch_size: int,
     max_new_tokens: int,
     progress: Callable[[str, int], None] | None,
     store: Store | None,
 ) -> list[str | None]:
-    """The answers in the order of the examples, made task by task: prompts of one task are about equally long, with little padding.
+    """The answers in the order of the items, made task by task: prompts of one task are about equally long, with little padding.
 
-    With blanked images, examples without an image have None.
+    With blanked images, items without an image have None.
     """
     blank = row == BLANKED
     found: dict[int, str] = dict(store.there(row)) if store else {}
     if found and progress:
         progress(row, len(found))
-    for task in by_task(examples):
+    for task in by_task(items):
         places = [
-            place
-            for place, example in enumerate(examples)
-            if example.task == task and place not in found and not (blank and example.image is None)
+            place for place, item in enumerate(items) if item.task == task and place not in found and not (blank and item.image is None)
         ]
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            part = [examples[place] for place in batch]
+            part = [items[place] for place in batch]
             texts = [one.text for one in session.generate(part, batch_size, max_new_tokens, blank)]
             found |= dict(zip(batch, texts, strict=True))
             if store:
                 store.add(row, batch, part, texts)
             if progress:
                 progress(row, len(batch))
-    return [found.get(place) for place in range(len(examples))]
+    return [found.get(place) for place in range(len(items))]
 
 
 def compare(
     untrained: Session | None,
     trained: Session,
-    train_examples: Sequence[Example],
-    held_out: Sequence[Example],
+    train_items: Sequence[Item],
+    held_out: Sequence[Item],
     batch_size: int = 40,
     max_new_tokens: int = 100,
     progress: Callable[[str, int], None] | None = None,
     store: Store | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Row name -> {"metrics", "predictions"} on the held-out examples, for the rows of the table.
+    """Row name -> {"metrics", "predictions"} on the held-out items, for the rows of the table.
 
-    Without an untrained model its row is left out. The majority answers are missing for tasks that the training examples lack. Answers
-    that ``store`` has are not made again, and new ones go there. ``progress`` gets a row and the number of its examples just answered.
+    Without an untrained model its row is left out. The majority answers are missing for tasks that the training items lack. Answers
+    that ``store`` has are not made again, and new ones go there. ``progress`` gets a row and the number of its items just answered.
     """
     settings = (batch_size, max_new_tokens, progress, store)
-    majority = MajorityAnswers.fit(train_examples)
+    majority = MajorityAnswers.fit(train_items)
     rows: dict[str, Sequence[str | None]] = {}
     if untrained is not None:
         rows[UNTRAINED] = _answers(untrained, held_out, UNTRAINED, *settings)
-    rows[MAJORITY] = [majority.predict(example) if example.task in majority.tasks else None for example in held_out]
+    rows[MAJORITY] = [majority.predict(item) if item.task in majority.tasks else None for item in held_out]
     rows[TRAINED] = _answers(trained, held_out, TRAINED, *settings)
     blind = _answers(trained, held_out, BLANKED, *settings)
     # A question without an image has the same answer with the image blanked.
     pairs = zip(held_out, blind, rows[TRAINED], strict=True)
-    rows[BLANKED] = [seen if example.image is None else unseen for example, unseen, seen in pairs]
+    rows[BLANKED] = [seen if item.image is None else unseen for item, unseen, seen in pairs]
     return {row: {"metrics": score(held_out, rows[row]), "predictions": rows[row]} for row in ROWS if row in rows}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from unimed import io
 from unimed.errors import UserError
 from unimed.inference.files import MODEL_FOLDER
-from unimed.records.example import Example
+from unimed.tasks.item import Item
 
 PREDICTIONS_FILE = "predictions.jsonl"
 FORMAT = 1
@@ -35,14 +35,14 @@ class Predictions:
             self._there.setdefault((line["split"], line["row"]), {})[line["place"]] = line["text"]
 
     def there(self, split: str, row: str) -> dict[int, str]:
-        """Answers by the example's place in its split."""
+        """Answers by the item's place in its split."""
         return self._there.get((split, row), {})
 
-    def add(self, split: str, row: str, places: Sequence[int], examples: Sequence[Example], texts: Sequence[str]) -> None:
+    def add(self, split: str, row: str, places: Sequence[int], items: Sequence[Item], texts: Sequence[str]) -> None:
         """Writes the answers of one batch, in one write."""
         lines = [
-            {"split": split, "row": row, "place": place, "id": example.id, "task": example.task, "text": text}
-            for place, example, text in zip(places, examples, texts, strict=True)
+            {"split": split, "row": row, "place": place, "id": item.id, "task": item.task, "text": text}
+            for place, item, text in zip(places, items, texts, strict=True)
         ]
         with self.path.open("ab", buffering=0) as file:
             file.write("".join(map(io.json_line, lines)).encode())

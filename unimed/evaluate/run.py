@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from unimed import io
-from unimed.errors import NoExamples, UserError
+from unimed.errors import NoItems, UserError
 from unimed.evaluate import evaluate, intervals
 from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
 from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions, fingerprint, read_predictions
 from unimed.inference.files import RECIPE_FILE
 from unimed.inference.session import Session, load
 from unimed.notice import NOTICE
-from unimed.records.example import Example, digest
 from unimed.sample import about
 from unimed.tasks import TASKS
+from unimed.tasks.item import Item, digest
 from unimed.tasks.protocol import RELEASED, STANDARD
 from unimed.train import machine
 from unimed.train import recipe as recipes
@@ -55,7 +55,7 @@ def evaluate_run(
     """Writes predictions.jsonl and metrics.json of a trained run and returns the latter.
 
     `overrides` change what is evaluated (`evaluate.limit=20`, `data.root=...`); both files say on what. Answers of an earlier call that
-    was interrupted are kept. `progress` gets the split's name, row, examples done and their number. `untrained` adds the row of the model
+    was interrupted are kept. `progress` gets the split's name, row, items done and their number. `untrained` adds the row of the model
     before training. `device` and `verify` as in `unimed.load`.
     """
     if not (run / RECIPE_FILE).is_file():
@@ -78,31 +78,31 @@ def evaluate_run(
     spec = {
         "model": fingerprint(run),
         "data": recipe.data.model_dump(),
-        "splits": {split: {"limit": settings.limit, "sha256": digest(examples)} for split, examples in held_out.items()},
+        "splits": {split: {"limit": settings.limit, "sha256": digest(items)} for split, items in held_out.items()},
         "max_new_tokens": settings.max_new_tokens,
         **where,
     }
     answers = Predictions(run / PREDICTIONS_FILE, spec)
     splits: dict[str, Any] = {}
-    for split, examples in held_out.items():
+    for split, items in held_out.items():
         name = split_name(recipe.data, split)
-        report = _counter(progress, name, len(examples), sum(example.image is not None for example in examples))
+        report = _counter(progress, name, len(items), sum(item.image is not None for item in items))
         start = time.perf_counter()
         store = _SplitStore(answers, split)
-        rows = evaluate.compare(before, trained, majority, examples, settings.batch_size, settings.max_new_tokens, report, store)
-        found, drawn = _intervals(examples, {row: one["predictions"] for row, one in rows.items()})
+        rows = evaluate.compare(before, trained, majority, items, settings.batch_size, settings.max_new_tokens, report, store)
+        found, drawn = _intervals(items, {row: one["predictions"] for row, one in rows.items()})
         splits[split] = {
             "name": name,
-            "counts": {task: len(found) for task, found in evaluate.by_task(examples).items()},
+            "counts": {task: len(found) for task, found in evaluate.by_task(items).items()},
             "better": evaluate.verdict(rows),
             "better_strict": evaluate.verdict(rows, STANDARD),
             "seconds": round(time.perf_counter() - start, 1),
-            "facts": _facts(seen, examples),
+            "facts": _facts(seen, items),
             "rows": {row: rows[row]["metrics"] for row in rows},
             "drawn": drawn,
             "intervals": found,
         }
-    asked = evaluate.by_task([example for examples in held_out.values() for example in examples])
+    asked = evaluate.by_task([item for items in held_out.values() for item in items])
     result = {
         "notice": NOTICE,
         "run": recipe.name,
@@ -129,8 +129,8 @@ class _SplitStore:
     def there(self, row: str) -> dict[int, str]:
         return self.answers.there(self.split, row)
 
-    def add(self, row: str, places: Sequence[int], examples: Sequence[Example], texts: Sequence[str]) -> None:
-        self.answers.add(self.split, row, places, examples, texts)
+    def add(self, row: str, places: Sequence[int], items: Sequence[Item], texts: Sequence[str]) -> None:
+        self.answers.add(self.split, row, places, items, texts)
 
 
 def _table_metrics(task: str) -> list[str]:
@@ -138,13 +138,13 @@ def _table_metrics(task: str) -> list[str]:
     return list(dict.fromkeys((TASKS[task].headline, TASKS[task].strict)))
 
 
-def _intervals(examples: Sequence[Example], rows: dict[str, Sequence[str | None]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _intervals(items: Sequence[Item], rows: dict[str, Sequence[str | None]]) -> tuple[dict[str, Any], dict[str, str]]:
     """Row -> task -> metric -> [lowest, highest], and for each task what was drawn."""
     found: dict[str, Any] = {row: {} for row in rows}
     drawn: dict[str, str] = {}
-    for task in evaluate.by_task(examples):
-        places = [place for place, example in enumerate(examples) if example.task == task]
-        part, names = [examples[place] for place in places], _table_metrics(task)
+    for task in evaluate.by_task(items):
+        places = [place for place, item in enumerate(items) if item.task == task]
+        part, names = [items[place] for place in places], _table_metrics(task)
         drawn[task], members = intervals.groups(part)
         for row, given in rows.items():
             texts = [text for place in places if (text := given[place]) is not None]
@@ -155,20 +155,20 @@ def _intervals(examples: Sequence[Example], rows: dict[str, Sequence[str | None]
 
 
 def against(run: Path, other: Path) -> dict[str, Any]:
-    """Split -> task -> metric -> the trained row of `run` less that of `other`, with its interval, paired by example.
+    """Split -> task -> metric -> the trained row of `run` less that of `other`, with its interval, paired by item.
 
-    Both runs must have been evaluated on the same examples.
+    Both runs must have been evaluated on the same items.
     """
     ours, theirs = read_predictions(run), read_predictions(other)
     result: dict[str, Any] = {}
     for split, part in ours.items():
         if theirs.get(split, {}).get("data", {}).get("sha256") != part["data"]["sha256"]:
-            raise UserError(f"{other}: its {split!r} split has other examples than {run}; evaluate both on the same data")
-        examples = answered(part["data"])
+            raise UserError(f"{other}: its {split!r} split has other items than {run}; evaluate both on the same data")
+        items = answered(part["data"])
         result[split] = {}
-        for task in evaluate.by_task(examples):
-            places = [place for place, example in enumerate(examples) if example.task == task]
-            asked, names = [examples[place] for place in places], _table_metrics(task)
+        for task in evaluate.by_task(items):
+            places = [place for place, item in enumerate(items) if item.task == task]
+            asked, names = [items[place] for place in places], _table_metrics(task)
             texts = [[one["rows"][TRAINED][place] for place in places] for one in (part, theirs[split])]
             each = [intervals.singles(task, asked, one, names) for one in texts]
             if each[0] is None or each[1] is None:
@@ -180,64 +180,64 @@ def against(run: Path, other: Path) -> dict[str, Any]:
     return result
 
 
-def _held_out(recipe: recipes.Recipe, split: str) -> list[Example]:
+def _held_out(recipe: recipes.Recipe, split: str) -> list[Item]:
     try:
-        return evaluate.spread(training.examples(recipe, split), recipe.evaluate.limit)
-    except NoExamples as error:
+        return evaluate.spread(training.items(recipe, split), recipe.evaluate.limit)
+    except NoItems as error:
         there = [name for name in ("train", "val", "test") if _some(recipe, name)]
         if not there:
             raise
-        raise NoExamples(f"{error}; it has {', '.join(there)}: choose with evaluate.splits=[{there[-1]}]") from error
+        raise NoItems(f"{error}; it has {', '.join(there)}: choose with evaluate.splits=[{there[-1]}]") from error
 
 
-def _some(recipe: recipes.Recipe, split: str) -> list[Example]:
-    """The examples of a split; none where the data lacks it."""
+def _some(recipe: recipes.Recipe, split: str) -> list[Item]:
+    """The items of a split; none where the data lacks it."""
     try:
-        return training.examples(recipe, split)
-    except NoExamples:
+        return training.items(recipe, split)
+    except NoItems:
         return []
 
 
-def answered(spec: dict[str, Any]) -> list[Example]:
-    """The examples of one split that predictions.jsonl answers, read again from where they were; a UserError when they are others now."""
+def answered(spec: dict[str, Any]) -> list[Item]:
+    """The items of one split that predictions.jsonl answers, read again from where they were; a UserError when they are others now."""
     names = set(recipes.Data.model_fields)
     sets = {name: recipes.DataSet(**one) for name, one in spec.get("sets", {}).items()}
     recipe = recipes.Recipe(data=recipes.Data(**{**{name: value for name, value in spec.items() if name in names}, "sets": sets}))
-    found = evaluate.spread(training.examples(recipe, spec["split"]), spec["limit"])
+    found = evaluate.spread(training.items(recipe, spec["split"]), spec["limit"])
     if digest(found) != spec["sha256"]:
-        what = f"the examples of its {spec['split']!r} split are not those that were answered"
+        what = f"the items of its {spec['split']!r} split are not those that were answered"
         raise UserError(f"{recipe.data.where}: {what} in {PREDICTIONS_FILE}; run unimed evaluate again")
     return found
 
 
-def _trained_on(stored: recipes.Recipe) -> list[Example]:
+def _trained_on(stored: recipes.Recipe) -> list[Item]:
     """What the run was trained on; nothing where it is not there any more."""
     try:
-        return training.examples(stored, "train")
+        return training.items(stored, "train")
     except UserError:
         return []
 
 
-def _before_training(stored: recipes.Recipe, seen: Sequence[Example]) -> tuple[Any, dict[str, str]]:
+def _before_training(stored: recipes.Recipe, seen: Sequence[Item]) -> tuple[Any, dict[str, str]]:
     """The model of the run before training; where it cannot be had any more, the reason, by row."""
     try:
-        return training.build(stored, seen or training.examples(stored, "train")), {}
+        return training.build(stored, seen or training.items(stored, "train")), {}
     except UserError as error:
         return None, {evaluate.UNTRAINED: str(error)}
 
 
-def _facts(seen: Sequence[Example], examples: Sequence[Example]) -> dict[str, Any]:
+def _facts(seen: Sequence[Item], items: Sequence[Item]) -> dict[str, Any]:
     """What the report must say about the data: its sets, how many subjects their images name and training showed, synthetic references."""
 
-    def subjects(found: Sequence[Example], dataset: str) -> set[str]:
-        return {example.subject for example in found if example.dataset == dataset and example.image is not None and example.subject}
+    def subjects(found: Sequence[Item], dataset: str) -> set[str]:
+        return {item.subject for item in found if item.dataset == dataset and item.image is not None and item.subject}
 
-    held_out = {name: subjects(examples, name) for name in {example.dataset for example in examples if example.image is not None}}
+    held_out = {name: subjects(items, name) for name in {item.dataset for item in items if item.image is not None}}
     return {
-        "datasets": sorted({example.dataset for example in examples}),
+        "datasets": sorted({item.dataset for item in items}),
         "subjects": {name: len(named) for name, named in sorted(held_out.items())},
         "subjects_in_training": {name: len(named & subjects(seen, name)) for name, named in sorted(held_out.items())} if seen else None,
-        "synthetic_reports": any("sample-report" in (example.dataset, example.layout) for example in examples),
+        "synthetic_reports": any("sample-report" in (item.dataset, item.layout) for item in items),
     }
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from unimed.errors import UserError
 from unimed.inference.images import Source, open_source
 from unimed.records import box as boxes
-from unimed.records.example import Example
 from unimed.records.pixels import Opened
 from unimed.tasks import TASKS
+from unimed.tasks.item import Item
 from unimed.tasks.reading import Reading
 
 
@@ -56,7 +56,7 @@ class Answer:
 class Asked:
     """A request that was checked: its image, its box in pixels of the file, and the question as tasks take it."""
 
-    example: Example
+    item: Item
     opened: Opened | None
     box: boxes.Box | None
     max_new_tokens: int
@@ -89,7 +89,7 @@ def prepare(request: Request, class_questions: Sequence[str] = ()) -> Asked:
     if task.asks == "classes":
         question = _class_question(task.tag, question, class_questions)
     pixels = np.asarray(opened.rgb) if opened else None
-    return Asked(Example("question", task.tag, "", question, image=pixels, size=size, max_words=0), opened, box, request.max_new_tokens)
+    return Asked(Item("question", task.tag, "", question, image=pixels, size=size, max_words=0), opened, box, request.max_new_tokens)
 
 
 def read_box(text: str, opened: Opened) -> boxes.Box:

@@ -22,10 +22,9 @@ from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.inference.request import Answer, Asked, Request, prepare
 from unimed.models.spec import DTYPES
 from unimed.records import box as boxes
-from unimed.records.example import Example
-from unimed.records.pixels import load_image
 from unimed.tasks import TASKS, prompts
 from unimed.tasks.answers import read
+from unimed.tasks.item import Item
 
 BATCH = 16  # requests that one call of the model answers
 
@@ -90,28 +89,28 @@ class Session:
         found: dict[int, Answer] = {}
         for tokens in dict.fromkeys(one.max_new_tokens for one in asked):
             places = [place for place, one in enumerate(asked) if one.max_new_tokens == tokens]
-            made = self.generate([asked[place].example for place in places], BATCH, tokens, details=True)
+            made = self.generate([asked[place].item for place in places], BATCH, tokens, details=True)
             found |= {place: self.read(asked[place], *one) for place, one in zip(places, made, strict=True)}
         return [found[place] for place in range(len(asked))]
 
     @torch.inference_mode()
     def generate(
         self,
-        examples: Sequence[Example],
+        items: Sequence[Item],
         batch_size: int = 40,
         max_new_tokens: int = 100,
         blank_images: bool = False,
         progress: Callable[[int], None] | None = None,
         details: bool = False,
     ) -> list[Generated]:
-        """One greedy answer an example, in order: one beam, no sampling, the evaluation form of the prompt, left padding.
+        """One greedy answer an item, in order: one beam, no sampling, the evaluation form of the prompt, left padding.
 
-        ``details`` fills confidence and gates. ``progress`` is called with the number of examples just answered.
+        ``details`` fills confidence and gates. ``progress`` is called with the number of items just answered.
         """
         found: list[Generated] = []
         with self._answering():
-            for start in range(0, len(examples), batch_size):
-                part = examples[start : start + batch_size]
+            for start in range(0, len(items), batch_size):
+                part = items[start : start + batch_size]
                 inputs = self._inputs(part, max_new_tokens, blank_images)
                 seen = _Details(self._connector) if details else None
                 options = {"logits_processor": LogitsProcessorList([seen])} if seen else {}
@@ -134,7 +133,7 @@ class Session:
         def work() -> None:
             try:
                 with torch.inference_mode(), self._answering():
-                    inputs = self._inputs([asked.example], asked.max_new_tokens)
+                    inputs = self._inputs([asked.item], asked.max_new_tokens)
                     self.model.generate(
                         **inputs, max_new_tokens=asked.max_new_tokens, do_sample=False, num_beams=1, streamer=pieces,
                         stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
@@ -163,10 +162,10 @@ class Session:
     @staticmethod
     def read(asked: Asked, text: str, confidence: float = math.nan, gates: tuple[float, ...] = ()) -> Answer:
         """A text as the answer to a request whose image is open."""
-        parsed, box, opened = read(asked.example, text), asked.box, asked.opened
-        if TASKS[asked.example.task].box == "answer" and opened and parsed.box:
+        parsed, box, opened = read(asked.item, text), asked.box, asked.opened
+        if TASKS[asked.item.task].box == "answer" and opened and parsed.box:
             box = opened.to_original(boxes.in_order(boxes.to_pixels(parsed.box, opened.rgb.size)))
-        return Answer(text, box, asked.example.task, confidence, gates, opened.notes if opened else (), parsed)
+        return Answer(text, box, asked.item.task, confidence, gates, opened.notes if opened else (), parsed)
 
     @property
     def _connector(self) -> Any:
@@ -186,14 +185,14 @@ class Session:
         finally:
             self.model.train(was_training)
 
-    def _inputs(self, examples: Sequence[Example], max_new_tokens: int, blank_images: bool = False) -> dict[str, Tensor]:
-        images = [load_image(example) for example in examples if example.image is not None]
+    def _inputs(self, items: Sequence[Item], max_new_tokens: int, blank_images: bool = False) -> dict[str, Tensor]:
+        images = [item.open() for item in items if item.image is not None]
         if blank_images:
             images = [Image.new("RGB", image.size) for image in images]
         batch = self.processor(
-            text=[prompts.chat(prompts.instruction(example, None)) for example in examples],
+            text=[prompts.chat(prompts.instruction(item, None)) for item in items],
             images=images or None,
-            task=[example.task for example in examples],
+            task=[item.task for item in items],
             padding_side="left",
         )
         device = self.device
@@ -225,16 +224,14 @@ class _Details(LogitsProcessor):
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
-    def close(self, made: Tensor, ends: list[int], examples: Sequence[Example]) -> list[tuple[float, tuple[float, ...]]]:
-        """Confidence and gates of each example; a row's tokens count up to and with its end mark."""
+    def close(self, made: Tensor, ends: list[int], items: Sequence[Item]) -> list[tuple[float, tuple[float, ...]]]:
+        """Confidence and gates of each item; a row's tokens count up to and with its end mark."""
         logs = torch.stack(self.steps, 1).cpu()
         ended = torch.isin(made.cpu(), torch.tensor(ends))
         counts = (ended.long().cumsum(1) - ended.long() == 0)[:, : logs.shape[1]]
         confidence = ((logs * counts).sum(1) / counts.sum(1)).exp().tolist()
         gates = iter(torch.cat(self.gates).cpu().tolist() if self.gates else [])
-        return [
-            (value, tuple(next(gates)) if example.image is not None else ()) for value, example in zip(confidence, examples, strict=True)
-        ]
+        return [(value, tuple(next(gates)) if item.image is not None else ()) for value, item in zip(confidence, items, strict=True)]
 
 
 class _Stop(StoppingCriteria):

@@ -12,8 +12,7 @@ from typing import Any
 
 from unimed.errors import UserError
 from unimed.records.box import Placement
-from unimed.records.example import View
-from unimed.records.pixels import open_image, open_view, placed_size
+from unimed.records.pixels import View, open_image, open_view, placed_size
 from unimed.records.policy import BadRecord, Tally
 from unimed.records.text import clean
 

@@ -11,9 +11,8 @@ import numpy as np
 from unimed.errors import UserError
 from unimed.io import inside, sha256
 from unimed.records.box import AS_STORED, Placement
-from unimed.records.example import View
 from unimed.records.files import whole_image
-from unimed.records.pixels import Opened, open_view
+from unimed.records.pixels import Opened, View, open_view
 from unimed.records.policy import BadRecord
 from unimed.records.record import ImageRef, split_root
 

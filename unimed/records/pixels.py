@@ -15,7 +15,6 @@ from unimed.records import dicom
 from unimed.records import volume as volumes
 from unimed.records.box import AS_STORED, Placement, turned
 from unimed.records.dicom import Voi, short
-from unimed.records.example import Example, View
 from unimed.records.greys import grey_range, window
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
@@ -27,6 +26,16 @@ _EXIF_TURNS = {
     7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
 _EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a file that is shown: a slice of a volume by plane and index, a frame or page by index; black and white values."""
+
+    path: Path
+    plane: str = "axial"
+    index: int | None = None
+    grey: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +51,8 @@ class Opened:
     to_original: Placement = AS_STORED
 
 
-def load_image(source: Example | View | Path | str | np.ndarray) -> Image.Image:
-    """The RGB image of an example, a view, a file or a uint8 array [H, W] or [H, W, 3]."""
-    if isinstance(source, Example):
-        if source.image is None:
-            raise UserError(f"{source.id}: a {source.task} example has no image")
-        source = source.image
+def load_image(source: View | Path | str | np.ndarray) -> Image.Image:
+    """The RGB image of a view, a file or a uint8 array [H, W] or [H, W, 3]."""
     if isinstance(source, View):
         return open_view(source).rgb
     if isinstance(source, np.ndarray):

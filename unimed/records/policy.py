@@ -66,7 +66,7 @@ class _Count:
 class Tally:
     """Counts the records of one split of one data set.
 
-    name: of the data set in the summary. folder_name: the name that its examples carry in place of the layout's, where the data has several
+    name: of the data set in the summary. folder_name: the name that its items carry in place of the layout's, where the data has several
     folders of one layout.
     """
 

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from unimed.records import box as boxes
-from unimed.records.example import Example
 from unimed.tasks import TASKS, metrics
 from unimed.tasks.answers import read
+from unimed.tasks.item import Item
 from unimed.tasks.protocol import STANDARD
 from unimed.tasks.reading import CHATTY, INVERTED, UNPARSABLE
 from unimed.tasks.task import task_of
@@ -20,30 +20,30 @@ from unimed.tasks.task import task_of
 THUMBNAIL = 280  # longest side of an embedded image, in pixels
 TRUE, GUESS = "#00d1a0", "#ff8a1f"
 
-Load = Callable[[Example], Image.Image]
+Load = Callable[[Item], Image.Image]
 
 
-def quality(example: Example, prediction: str) -> float:
+def quality(item: Item, prediction: str) -> float:
     """How good one answer is: the strict headline metric of its task, so that a box counts wherever it stands in the answer."""
-    return metrics.score(example.task, [prediction], [example], coco=False)[STANDARD.metric(TASKS[example.task])]
+    return metrics.score(item.task, [prediction], [item], coco=False)[STANDARD.metric(TASKS[item.task])]
 
 
-def note(example: Example, prediction: str) -> str:
+def note(item: Item, prediction: str) -> str:
     """What to know of a box answer, in a few words."""
-    reading = read(example, prediction)
+    reading = read(item, prediction)
     if reading.kind == INVERTED:
         return "corners in the wrong order"
     if reading.kind == UNPARSABLE and reading.box:
         return "several boxes, the first is drawn"
     if reading.box is None:
         return f"no box in the answer “{prediction[:40]}”"
-    return f"IoU {quality(example, prediction):.2f}" + (", among other text" if reading.kind == CHATTY else "")
+    return f"IoU {quality(item, prediction):.2f}" + (", among other text" if reading.kind == CHATTY else "")
 
 
-def _guess(example: Example, prediction: str) -> boxes.Box | None:
+def _guess(item: Item, prediction: str) -> boxes.Box | None:
     """The predicted box in pixels, its corners in order."""
-    box = read(example, prediction).box if task_of(example).box == "answer" else None
-    return boxes.in_order(boxes.to_pixels(box, example.size)) if box and example.size else None
+    box = read(item, prediction).box if task_of(item).box == "answer" else None
+    return boxes.in_order(boxes.to_pixels(box, item.size)) if box and item.size else None
 
 
 def data_uri(image: Image.Image) -> str:
@@ -72,47 +72,47 @@ def spread(count: int, wanted: int) -> list[int]:
     return [i * (count - 1) // (wanted - 1) for i in range(wanted)] if count > wanted else list(range(count))
 
 
-def box_grid(examples: Sequence[Example], predictions: Sequence[str], load: Load, wanted: int = 15) -> list[dict[str, Any]]:
+def box_grid(items: Sequence[Item], predictions: Sequence[str], load: Load, wanted: int = 15) -> list[dict[str, Any]]:
     """Predicted and true boxes on images from best to worst, evenly spaced over the ranking: not only the best ones."""
-    found = [(example, text) for example, text in zip(examples, predictions, strict=True) if task_of(example).box == "answer"]
+    found = [(item, text) for item, text in zip(items, predictions, strict=True) if task_of(item).box == "answer"]
     found.sort(key=lambda pair: -quality(*pair))
     return [
         {
-            "picture": picture(load(example), example.box, _guess(example, text)),
-            "question": example.question,
-            "note": note(example, text),
+            "picture": picture(load(item), item.box, _guess(item, text)),
+            "question": item.question,
+            "note": note(item, text),
         }
-        for example, text in (found[index] for index in spread(len(found), wanted))
+        for item, text in (found[index] for index in spread(len(found), wanted))
     ]
 
 
-def right_and_wrong(examples: Sequence[Example], predictions: Sequence[str], load: Load) -> list[dict[str, Any]]:
+def right_and_wrong(items: Sequence[Item], predictions: Sequence[str], load: Load) -> list[dict[str, Any]]:
     """For every task an answer that is right and one that is not, where there are such, on the image with most to see."""
 
-    def visible(pair: tuple[Example, str]) -> int:
-        example = pair[0]  # a slab of a volume looks like a thin strip from the front and the side
-        return min(example.size or load(example).size) if example.image is not None else 0
+    def visible(pair: tuple[Item, str]) -> int:
+        item = pair[0]  # a slab of a volume looks like a thin strip from the front and the side
+        return min(item.size or load(item).size) if item.image is not None else 0
 
     blocks = []
     for task in TASKS:
-        found = [(example, text) for example, text in zip(examples, predictions, strict=True) if example.task == task]
+        found = [(item, text) for item, text in zip(items, predictions, strict=True) if item.task == task]
         if not found:
             continue
         right = [pair for pair in found if metrics.is_right(*pair)]
         wrong = [pair for pair in found if not metrics.is_right(*pair)]
-        shown = [_example(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
-        blocks.append({"tag": task, "share": f"{len(right)} of {len(found)} right", "examples": shown})
+        shown = [_answer(*max(pairs, key=visible), load, good) for pairs, good in ((right, True), (wrong, False)) if pairs]
+        blocks.append({"tag": task, "share": f"{len(right)} of {len(found)} right", "shown": shown})
     return blocks
 
 
-def _example(example: Example, text: str, load: Load, good: bool) -> dict[str, Any]:
-    task = task_of(example)
-    kind = read(example, text).kind
+def _answer(item: Item, text: str, load: Load, good: bool) -> dict[str, Any]:
+    task = task_of(item)
+    kind = read(item, text).kind
     return {
-        "picture": picture(load(example), example.box, _guess(example, text)) if example.image is not None else None,
-        "question": task.shown.replace("{}", example.question) or task.about.capitalize(),
+        "picture": picture(load(item), item.box, _guess(item, text)) if item.image is not None else None,
+        "question": task.shown.replace("{}", item.question) or task.about.capitalize(),
         "answer": text,
-        "true": example.answer,
+        "true": item.answer,
         "right": good,
-        "words": [*([kind.replace("_", " ")] if kind else []), *([f"score {quality(example, text):.2f}"] if task.graded else [])],
+        "words": [*([kind.replace("_", " ")] if kind else []), *([f"score {quality(item, text):.2f}"] if task.graded else [])],
     }

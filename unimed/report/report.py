@@ -14,10 +14,10 @@ from unimed.evaluate.predictions import PREDICTIONS_FILE, read_predictions
 from unimed.evaluate.run import METRICS_FILE, answered, cell, drawn_by, interval_cell, odd_answers
 from unimed.inference.files import RECIPE_FILE, RUN_FILE
 from unimed.notice import NOTICE
-from unimed.records.pixels import load_image
 from unimed.report import gallery, page, plots
 from unimed.sample import about
 from unimed.tasks import TASKS
+from unimed.tasks.item import Item
 from unimed.tasks.reading import KINDS
 from unimed.train import recipe as recipes
 from unimed.train.folder import Run
@@ -43,17 +43,17 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     splits = []
     for split, part in result["splits"].items():
         say(f"images of the {part['name']}")
-        examples, by_place = answered(predictions[split]["data"]), predictions[split]["rows"].get(TRAINED, {})
-        if set(by_place) != set(range(len(examples))):
+        items, by_place = answered(predictions[split]["data"]), predictions[split]["rows"].get(TRAINED, {})
+        if set(by_place) != set(range(len(items))):
             raise UserError(f"{run}: {PREDICTIONS_FILE} lacks answers of the {split!r} split; finish it with: unimed evaluate {run}")
-        given = [by_place[place] for place in range(len(examples))]
+        given = [by_place[place] for place in range(len(items))]
         splits.append(
             {
                 "key": split,
                 "name": part["name"],
-                "boxes": gallery.box_grid(examples, given, load_image),
+                "boxes": gallery.box_grid(items, given, Item.open),
                 "note": about.BOX_NOTE if result["data"]["sample"] else "",
-                "answers": gallery.right_and_wrong(examples, given, load_image),
+                "answers": gallery.right_and_wrong(items, given, Item.open),
             }
         )
     headings = [("looking", "Does looking help?")]
@@ -95,7 +95,7 @@ def _cards(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, st
         (f"{sum(better.values())} of {len(better)}", f"tasks beat the baselines ({first['name']})"),
         (f"{record['seconds'] / 60:.1f} min", f"training, {record['steps']} steps"),
         (f"{record['parameters'] / 1e6:.1f} M", f"parameters, {record['trained_parameters'] / 1e6:.1f} M trained"),
-        (f"{record['examples']:,}", "training examples"),
+        (f"{record['examples']:,}", "training items"),
     ]
 
 
@@ -188,20 +188,20 @@ def _settings(recipe: recipes.Recipe, record: dict[str, Any], result: dict[str, 
 def _limits(result: dict[str, Any]) -> list[str]:
     """What the data that was used, and the way it was used, leave open. Nothing here is said of other data."""
     splits = list(result["splits"].values())
-    points = ["No generalisation beyond the examples evaluated here is shown."]
+    points = ["No generalisation beyond the items evaluated here is shown."]
     points += [f"{split['name'][:1].upper()}{split['name'][1:]}: {_who(split)}" for split in splits]
     points += about.LIMITS if result["data"]["sample"] else ()
     if any(split["facts"]["synthetic_reports"] for split in splits):
         points.append(about.SYNTHETIC)
     if result["evaluate"]["limit"]:
-        points.append(f"At most {result['evaluate']['limit']} examples of a task and split were evaluated, evenly spaced.")
+        points.append(f"At most {result['evaluate']['limit']} items of a task and split were evaluated, evenly spaced.")
     if any(not TASKS[task].needs_image for split in splits for task in split["counts"]):
         points.append("Text questions have no image, so blanking changes nothing.")
     points += [f"The row “{row}” is missing: {reason}." for row, reason in result["left_out"].items()]
     if any(task not in split["better"] for split in splits for task in split["counts"]):
-        points.append("Where the majority answers were not fitted, the data has no training examples of that task.")
+        points.append("Where the majority answers were not fitted, the data has no training items of that task.")
     points += [
-        "One seed and one run: differences of a few examples are noise.",
+        "One seed and one run: differences of a few items are noise.",
         "A score can be compared with the published Uni-Med only for the same data, splits, encoder and language model.",
     ]
     return points
@@ -210,7 +210,7 @@ def _limits(result: dict[str, Any]) -> list[str]:
 def _who(split: dict[str, Any]) -> str:
     """Whose images a split shows, and whether training showed those people, too."""
     facts = split["facts"]
-    text = f"{sum(split['counts'].values())} examples of {', '.join(facts['datasets'])}. "
+    text = f"{sum(split['counts'].values())} items of {', '.join(facts['datasets'])}. "
     if not facts["subjects"]:
         return text + "No image is among them."
     shared = facts["subjects_in_training"]

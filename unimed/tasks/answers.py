@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 
 from unimed.records import box as boxes
-from unimed.records.example import Example
+from unimed.tasks.item import Item
 from unimed.tasks.normalise import strict
 from unimed.tasks.reading import CHATTY, EMPTY, INVERTED, OFF_LIST, UNPARSABLE, Reading
 from unimed.tasks.task import task_of
@@ -29,22 +29,22 @@ def spoken(prediction: str) -> str:
     return prediction.replace("<unk>", "").strip()
 
 
-def read(example: Example, prediction: str) -> Reading:
-    """What a prediction says as an answer to this example."""
+def read(item: Item, prediction: str) -> Reading:
+    """What a prediction says as an answer to this item."""
     text = spoken(prediction)
     if not text:
         return Reading(EMPTY)
-    return task_of(example).read(example, text)
+    return task_of(item).read(item, text)
 
 
-def read_whole(example: Example, text: str) -> Reading:
+def read_whole(item: Item, text: str) -> Reading:
     """All of it is the answer."""
     return Reading(says=frozenset([strict(text)]))
 
 
-def read_text(example: Example, text: str, several: bool = False) -> Reading:
+def read_text(item: Item, text: str, several: bool = False) -> Reading:
     """One of the listed answers (``several``: or more), or any text where none are listed."""
-    given, wanted, listed = strict(text), strict(example.answer), options(example)
+    given, wanted, listed = strict(text), strict(item.answer), options(item)
     if given == wanted or not listed:
         kind = CHATTY if given != wanted and f" {wanted} " in f" {given} " else ""
         return Reading(kind, _named(wanted, listed)[0] if given == wanted and listed else frozenset([given]))
@@ -56,20 +56,20 @@ def read_text(example: Example, text: str, several: bool = False) -> Reading:
     return Reading(CHATTY if rest else "", found)
 
 
-def says_it(example: Example, prediction: str) -> bool:
+def says_it(item: Item, prediction: str) -> bool:
     """Whether the prediction says what the reference says and nothing else of a list, be it among other words. Not for boxes."""
-    reading = read(example, prediction)
-    return reading.says is not None and reading.says == read(example, example.answer).says
+    reading = read(item, prediction)
+    return reading.says is not None and reading.says == read(item, item.answer).says
 
 
-def is_it(example: Example, prediction: str) -> bool:
+def is_it(item: Item, prediction: str) -> bool:
     """Whether the prediction is the reference, neither less nor more. Not for boxes."""
-    return says_it(example, prediction) and read(example, prediction).kind != CHATTY
+    return says_it(item, prediction) and read(item, prediction).kind != CHATTY
 
 
-def options(example: Example) -> tuple[str, ...]:
+def options(item: Item) -> tuple[str, ...]:
     """The answers to choose from, in the strict form; () where they are open or unknown."""
-    wanted, found = strict(example.answer), task_of(example).listed(example)
+    wanted, found = strict(item.answer), task_of(item).listed(item)
     return tuple(filter(None, found)) if _named(wanted, found)[0] else ()
 
 
@@ -85,7 +85,7 @@ def _named(text: str, listed: Iterable[str]) -> tuple[frozenset[str], bool]:
     return frozenset(found), bool(rest.strip())
 
 
-def read_box(example: Example, text: str) -> Reading:
+def read_box(item: Item, text: str) -> Reading:
     """The one box of the text, in the right order."""
     found, around = boxes.find(text)
     if len(set(found)) != 1:

@@ -7,7 +7,7 @@ import numpy as np
 
 from unimed.errors import UserError
 from unimed.records.box import to_text
-from unimed.records.example import Example
+from unimed.tasks.item import Item
 from unimed.tasks.task import TASKS, task_of
 
 
@@ -21,40 +21,36 @@ class MajorityAnswers:
     def __init__(self, answers: dict[str, str], fallback: dict[str, str]) -> None:
         self._answers = answers
         self._fallback = fallback
-        self.tasks = frozenset(fallback)  # those that the training examples have
+        self.tasks = frozenset(fallback)  # those that the training items have
 
     @classmethod
-    def fit(cls, train_examples: Iterable[Example]) -> "MajorityAnswers":
+    def fit(cls, train_items: Iterable[Item]) -> "MajorityAnswers":
         """Counts answers and averages boxes (0 to 100, each axis by its own image)."""
-        by_template: dict[tuple[str, str], list[Example]] = defaultdict(list)
-        by_task: dict[str, list[Example]] = defaultdict(list)
-        for example in train_examples:
-            by_template[example.task, example.template].append(example)
-            by_task[task_of(example).tag].append(example)
+        by_template: dict[tuple[str, str], list[Item]] = defaultdict(list)
+        by_task: dict[str, list[Item]] = defaultdict(list)
+        for item in train_items:
+            by_template[item.task, item.template].append(item)
+            by_task[task_of(item).tag].append(item)
         answers = {template: TASKS[task].majority(found) for (task, template), found in by_template.items()}
         return cls(answers, {task: TASKS[task].majority(found) for task, found in by_task.items()})
 
-    def predict(self, example: Example) -> str:
-        """The answer for an example, from its template alone."""
-        answer = self._answers.get(example.template, self._fallback.get(example.task))
+    def predict(self, item: Item) -> str:
+        """The answer for an item, from its template alone."""
+        answer = self._answers.get(item.template, self._fallback.get(item.task))
         if answer is None:
-            raise UserError(f"{example.id}: nothing was fitted for task {example.task!r}")
+            raise UserError(f"{item.id}: nothing was fitted for task {item.task!r}")
         return answer
 
 
-def most_frequent(examples: Sequence[Example]) -> str:
-    """The answer that most examples have; of several, the first."""
-    return Counter(example.answer for example in examples).most_common(1)[0][0]
+def most_frequent(items: Sequence[Item]) -> str:
+    """The answer that most items have; of several, the first."""
+    return Counter(item.answer for item in items).most_common(1)[0][0]
 
 
-def mean_box(examples: Sequence[Example]) -> str:
+def mean_box(items: Sequence[Item]) -> str:
     """The mean box, as text."""
-    scaled = [
-        np.asarray(example.box) * 100 / np.asarray(example.size * 2)
-        for example in examples
-        if example.box is not None and example.size is not None
-    ]
+    scaled = [np.asarray(item.box) * 100 / np.asarray(item.size * 2) for item in items if item.box is not None and item.size is not None]
     if not scaled:
-        raise UserError(f"{examples[0].id}: a {examples[0].task} example needs a box and the image's size")
+        raise UserError(f"{items[0].id}: a {items[0].task} item needs a box and the image's size")
     x1, y1, x2, y2 = np.mean(scaled, axis=0)
     return to_text((x1, y1, x2, y2), (100, 100))

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from unimed.errors import UserError
-from unimed.records.example import Example
 from unimed.tasks import answers, reading
-from unimed.tasks.item import Asked
+from unimed.tasks.asked import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics.released import mean
 from unimed.tasks.task import Task
 
@@ -62,7 +62,7 @@ def answer(value: float) -> str:
     return np.format_float_positional(float(f"{value:.4g}"), trim="-")
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     one = asked.annotation
     name, unit = asked.text(one.name, "name"), " ".join(one.unit.split())
     return asked.item("calculation", f"What is the {name}{unit and f' in {unit}'}?", answer(one.value), f"calculation/{name.lower()}")
@@ -74,17 +74,17 @@ def value(text: str) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
-def error(example: Example, prediction: str) -> float | None:
+def error(item: Item, prediction: str) -> float | None:
     """The relative error, at most 1; None unless the prediction holds exactly one number."""
-    given, wanted = value(answers.spoken(prediction)), value(example.answer)
+    given, wanted = value(answers.spoken(prediction)), value(item.answer)
     if wanted is None:
-        raise UserError(f"{example.id}: the answer {example.answer!r} of a calculation example must hold one number")
+        raise UserError(f"{item.id}: the answer {item.answer!r} of a calculation item must hold one number")
     if given is None:
         return None
     return min(abs(given - wanted) / abs(wanted), 1.0) if wanted else float(given != 0)
 
 
-def read(example: Example, text: str) -> reading.Reading:
+def read(item: Item, text: str) -> reading.Reading:
     if value(text) is None:
         return reading.Reading(reading.UNPARSABLE)
     number = _NUMBER.search(text)
@@ -92,21 +92,21 @@ def read(example: Example, text: str) -> reading.Reading:
     return reading.Reading("" if alone else reading.CHATTY, frozenset([answers.strict(text)]))
 
 
-def is_right(example: Example, prediction: str) -> bool:
-    found = error(example, prediction)
+def is_right(item: Item, prediction: str) -> bool:
+    found = error(item, prediction)
     return found is not None and found <= TOLERANCE + 1e-9
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    pairs = list(zip(examples, predictions, strict=True))
-    errors = [found for example, text in pairs if (found := error(example, text)) is not None]
-    return {"within_10": mean([float(is_right(example, text)) for example, text in pairs]), "error": mean(errors)}
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    pairs = list(zip(items, predictions, strict=True))
+    errors = [found for item, text in pairs if (found := error(item, text)) is not None]
+    return {"within_10": mean([float(is_right(item, text)) for item, text in pairs]), "error": mean(errors)}
 
 
-def median(examples: Sequence[Example]) -> str:
+def median(items: Sequence[Item]) -> str:
     """The answer in the middle; of two, the lower."""
-    by_value = {value(example.answer) or 0.0: example.answer for example in examples}
-    return by_value[median_low([value(example.answer) or 0.0 for example in examples])]
+    by_value = {value(item.answer) or 0.0: item.answer for item in items}
+    return by_value[median_low([value(item.answer) or 0.0 for item in items])]
 
 
 TASK = Task(

@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 
-from unimed.records.example import Example
 from unimed.tasks import answers, overlap, reading
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import most_frequent
-from unimed.tasks.item import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     return asked.item("caption", "", asked.text(asked.annotation.text, "text"), "caption/report")
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
     coco = overlap.has_coco() if coco is None else coco
-    pairs = [(answers.spoken(given.lower()), example.answer) for given, example in zip(predictions, examples, strict=True)]
+    pairs = [(answers.spoken(given.lower()), item.answer) for given, item in zip(predictions, items, strict=True)]
     kept = [(given, wanted) for given, wanted in pairs if given and wanted]
     every = released.captions(pairs, coco)
     some = every if len(kept) == len(pairs) else released.captions(kept, coco)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from unimed.records.example import Example
 from unimed.tasks import answers
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import most_frequent
-from unimed.tasks.item import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
@@ -24,13 +24,13 @@ def class_question(what: str, names: Sequence[str], several: bool = False) -> st
     return f"Which {what}s are in the image: {listed}, or {NOTHING}?" if several else f"Which {what} is in the image: {listed}?"
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     """One class of a set."""
     what, listed = asked.annotation.set, asked.label()
     return asked.item("cls", class_question(what, listed), asked.text(asked.annotation.value, "value"), f"cls/{what}")
 
 
-def ask_several(asked: Asked) -> Example:
+def ask_several(asked: Asked) -> Item:
     """Any number of the classes of a set."""
     one = asked.annotation
     listed = asked.classes() or [*one.present, *one.absent]
@@ -38,18 +38,18 @@ def ask_several(asked: Asked) -> Example:
     return asked.item("cls", class_question(one.set or "finding", listed, several=True), answer, f"cls/{one.set or 'finding'}")
 
 
-def ask_as_given(asked: Asked) -> Example:
+def ask_as_given(asked: Asked) -> Item:
     return asked.question("cls")
 
 
-def listed(example: Example) -> Sequence[str]:
+def listed(item: Item) -> Sequence[str]:
     """ "Which organ is in the image: liver, spleen?"; by ";" where a name holds a comma."""
-    classes = example.question.rpartition(": ")[2].rstrip(" ?.")
+    classes = item.question.rpartition(": ")[2].rstrip(" ?.")
     return [strict(name).removeprefix("or ") for name in classes.split(";" if ";" in classes else ",")]
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    return released.cls(predictions, examples) | strictly(standard.cls(predictions, examples))
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    return released.cls(predictions, items) | strictly(standard.cls(predictions, items))
 
 
 TASK = Task(

@@ -6,24 +6,24 @@ accuracy   all of them and no other
 
 from collections.abc import Sequence
 
-from unimed.records.example import Example
 from unimed.tasks import answers, reading
+from unimed.tasks.asked import Asked, Unused
 from unimed.tasks.baselines import most_frequent
 from unimed.tasks.cls import NOTHING, class_question, joint, listed
-from unimed.tasks.item import Asked, Unused
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import standard
 from unimed.tasks.metrics.released import mean
 from unimed.tasks.task import Task
 
 
-def f1(example: Example, prediction: str) -> float:
+def f1(item: Item, prediction: str) -> float:
     """The F1 of one answer. "no finding" beside a finding counts as one more, which is wrong."""
-    given = answers.read(example, prediction).says or frozenset()
-    wanted = answers.read(example, example.answer).says or frozenset()
+    given = answers.read(item, prediction).says or frozenset()
+    wanted = answers.read(item, item.answer).says or frozenset()
     return 2 * len(given & wanted) / max(len(given) + len(wanted), 1)
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     """Asks about the findings that are certain."""
     one = asked.annotation
     certain = sorted({*one.present, *one.absent})
@@ -34,14 +34,14 @@ def ask(asked: Asked) -> Example:
     return asked.item("findings", question, answer, "findings")
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    shares = [f1(example, text) for example, text in zip(examples, predictions, strict=True)]
-    return {"f1": mean(shares)} | standard.accuracy(predictions, examples)
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    shares = [f1(item, text) for item, text in zip(items, predictions, strict=True)]
+    return {"f1": mean(shares)} | standard.accuracy(predictions, items)
 
 
-def read(example: Example, text: str) -> reading.Reading:
+def read(item: Item, text: str) -> reading.Reading:
     """Several findings are an answer here, also where one is wanted."""
-    return answers.read_text(example, text, several=True)
+    return answers.read_text(item, text, several=True)
 
 
 TASK = Task(

@@ -3,21 +3,21 @@
 from collections.abc import Sequence
 
 from unimed.records import box as boxes
-from unimed.records.example import Example
 from unimed.tasks import answers, reading
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import most_frequent
-from unimed.tasks.item import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box
     return asked.item("identify", boxes.to_text(box, size), name, "identify", box)
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    return released.identify(predictions, examples) | strictly(standard.identify(predictions, examples))
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    return released.identify(predictions, items) | strictly(standard.identify(predictions, items))
 
 
 TASK = Task(

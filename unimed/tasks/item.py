@@ -1,132 +1,69 @@
-"""From an annotation of a record to the question of a task."""
+"""One question with its answer, whatever dataset it comes from, and the image it is about."""
 
-from __future__ import annotations
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+import numpy as np
+from PIL import Image
 
-from unimed.records.box import Box, clip
-from unimed.records.example import Example
-from unimed.records.files import cleaned, name, short
-from unimed.records.policy import BadRecord
-
-if TYPE_CHECKING:
-    from unimed.records.image import Seen
-    from unimed.records.record import Record
-    from unimed.records.source import Source
-
-LAYOUT = "records"
+from unimed.errors import UserError
+from unimed.records.pixels import View, load_image
+from unimed.records.text import MAX_WORDS
 
 
-class Unused(Exception):
-    """A good annotation that makes no question; the text says which."""
+@dataclass(frozen=True, eq=False)
+class Item:
+    """``question`` is the bare content: the VQA question, the object's name (refer), the box text (identify), the class question (cls),
+    "" (caption). ``answer`` is "" for a question that a user asks.
+
+    size: (width, height) of the image that is shown, None where no task needs it. box: pixel xyxy of that image (refer, identify).
+    template: what the majority answer may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
+    dataset: the name of the set, its folder's where several have one layout. layout: the published set whose form it has.
+    max_words: words that the whole instruction of a text question may have, as released; 0: all.
+    """
+
+    id: str
+    task: str
+    dataset: str
+    question: str
+    answer: str = ""
+    image: Path | View | np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    box: tuple[float, float, float, float] | None = None
+    template: str = ""
+    answer_type: str | None = None
+    subject: str = ""
+    layout: str = ""
+    max_words: int = MAX_WORDS
+
+    def open(self) -> Image.Image:
+        """The RGB image that it is about."""
+        if self.image is None:
+            raise UserError(f"{self.id}: a {self.task} item has no image")
+        return load_image(self.image)
+
+    def __eq__(self, other: object) -> bool:
+        """Field by field; images that are arrays by their type, shape and pixels."""
+        if not isinstance(other, Item):
+            return NotImplemented
+        for name in (one.name for one in fields(self)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if isinstance(mine, np.ndarray) or isinstance(its, np.ndarray):
+                if type(mine) is not type(its) or mine.dtype != its.dtype or not np.array_equal(mine, its):
+                    return False
+            elif mine != its:
+                return False
+        return True
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.task, self.dataset, self.question, self.answer))
 
 
-@dataclass
-class Asked:
-    """One annotation of a record. faults: what was wrong with the record and mended, by kind."""
-
-    source: Source
-    record: Record
-    number: int
-    where: str
-    faults: dict[str, BadRecord] = field(default_factory=dict)
-
-    @property
-    def annotation(self) -> Any:
-        return self.record.annotations[self.number]
-
-    @cached_property
-    def seen(self) -> Seen | None:
-        """The image that the annotation is about."""
-        refs = self.record.images
-        return self.source.images.look(refs[self.annotation.image], self.where) if refs else None
-
-    def text(self, value: str, key: str) -> str:
-        """A text as the protocol cuts it."""
-        found = cleaned(value, key, self.where, self.source.rules.max_words)
-        self.source.cut += len(found.split()) < len(value.split())
-        return found
-
-    def classes(self) -> list[str]:
-        """Those of the annotation's set of labels."""
-        return self.source.classes.get(self.annotation.set, [])
-
-    def label(self) -> list[str]:
-        """The classes, of which the label must be one."""
-        one, listed = self.annotation, self.classes()
-        if one.value not in listed:
-            what = f"{one.value!r} is no class of {one.set!r} in dataset.json, which has {short(listed)}"
-            raise BadRecord("with a label outside its classes", f"{self.where}: {what}")
-        return listed
-
-    @cached_property
-    def box(self) -> tuple[Box, tuple[int, int]]:
-        """The box in pixels of the image that is shown, and that image's size."""
-        one, seen = self.annotation, self.seen
-        assert seen is not None  # a record without images has no box
-        box = seen.placement.inverse(one.xyxy)
-        clipped = clip(box, seen.size)
-        what = f"{self.where}: the box of {one.name!r} is {short(list(one.xyxy))} in pixels of the file"
-        file = seen.placement((0, 0, *seen.size))
-        size = f"{file.x2 - file.x1:g} x {file.y2 - file.y1:g}"
-        if clipped is None:
-            raise BadRecord("with a box outside the image", f"{what}, which has {size}")
-        if any(abs(a - b) > 0.01 for a, b in zip(clipped, box, strict=True)):
-            fault = BadRecord("with a box clipped to the image", f"{what}, which has {size}")
-            self.faults.setdefault(fault.kind, fault)
-        return clipped, seen.size
-
-    def question(self, task: str) -> Example:
-        """The item of a question with its answer."""
-        one, rules = self.annotation, self.source.rules
-        shown = self.source.own or rules.context  # the release shows neither options nor abstracts of its text questions
-        question, answer = self.text(one.question, "question"), self.text(one.answer, "answer")
-        template = "qa/records" if task == "qa" else f"{task}/{question.lower()}"
-        closed = one.answer_type or ("CLOSED" if one.options or answer.lower() in ("yes", "no") else "OPEN")
-        if shown:
-            question = f"{one.context} {question}".strip()
-            question += "".join(f" ({letter}) {text}" for letter, text in zip(_letters(), one.options, strict=False))
-        words = 0 if shown and (one.options or one.context) else rules.max_words
-        return self.item(task, question, answer, template, answer_type=closed if task == "vqa" else None, max_words=words)
-
-    def item(
-        self,
-        task: str,
-        question: str,
-        answer: str,
-        template: str,
-        box: Box | None = None,
-        answer_type: str | None = None,
-        max_words: int | None = None,
-    ) -> Example:
-        one, record, seen = self.annotation, self.record, self.seen
-        dataset = name(record.dataset)
-        key = one.id
-        if one.kind == "box" or not key:
-            above, _, last = (key or f"{record.id}/{self.number}").rpartition("/")
-            key = f"{above}/{task}{last}"
-        return Example(
-            id=name(f"{dataset}/{key}"),
-            task=task,
-            dataset=dataset,
-            question=question,
-            answer=answer,
-            image=seen.image if seen else None,
-            size=seen.size if seen and (self.source.sized or box) else None,
-            box=box,
-            template=one.template or template,
-            answer_type=answer_type,
-            subject=name(record.patient),
-            layout=LAYOUT if self.source.own else record.source,
-            max_words=self.source.rules.max_words if max_words is None else max_words,
-        )
-
-
-def _letters() -> Iterator[str]:
-    number = 0
-    while True:
-        yield chr(ord("A") + number) if number < 26 else str(number + 1)
-        number += 1
+def digest(items: Sequence[Item]) -> str:
+    """Changes with anything that an item asks or expects; pixels are not read."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr((item.id, item.task, item.question, item.answer, item.size, item.box)).encode())
+    return found.hexdigest()

@@ -7,20 +7,20 @@ Marks in a question are quoted (`unimed.literal`): "<image>" in a question is te
 import random
 
 from unimed.literal import literal
-from unimed.records.example import Example
 from unimed.records.text import clean
+from unimed.tasks.item import Item
 from unimed.tasks.task import task_of
 
 IMAGE = "<Img><ImageHere></Img>"
 
 
-def instruction(example: Example, rng: random.Random | None) -> str:
-    """Image wrapper, tag and sentence of an example; ``rng`` None gives the evaluation form, else one is drawn from the training pool."""
-    task = task_of(example)
-    pool = task.pool(example.layout or example.dataset)
-    sentence = (pool[0] if rng is None else rng.choice(pool)).replace("{}", literal(example.question))
+def instruction(item: Item, rng: random.Random | None) -> str:
+    """Image wrapper, tag and sentence of an item; ``rng`` None gives the evaluation form, else one is drawn from the training pool."""
+    task = task_of(item)
+    pool = task.pool(item.layout or item.dataset)
+    sentence = (pool[0] if rng is None else rng.choice(pool)).replace("{}", literal(item.question))
     if not task.needs_image:  # the release cuts the whole text-QA instruction to 50 words, lead-in included
-        return f"[{task.tag}] {clean(sentence, example.max_words)}"
+        return f"[{task.tag}] {clean(sentence, item.max_words)}"
     return f"{IMAGE} [{task.tag}] {sentence}"
 
 

@@ -2,27 +2,27 @@
 
 from collections.abc import Sequence
 
-from unimed.records.example import Example
 from unimed.tasks import answers
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import most_frequent
-from unimed.tasks.item import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import standard
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
 
 
-def listed(example: Example) -> Sequence[str]:
+def listed(item: Item) -> Sequence[str]:
     """Of "... What next? (A) rest (B) surgery", or yes, no and maybe."""
     words = standard.YES_NO_MAYBE
-    return words if strict(example.answer) in words else list(standard.options_in(example.question).values())
+    return words if strict(item.answer) in words else list(standard.options_in(item.question).values())
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     return asked.question("qa")
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    return standard.qa(predictions, examples)
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    return standard.qa(predictions, items)
 
 
 TASK = Task(

@@ -4,36 +4,36 @@ from collections.abc import Sequence
 
 from unimed.errors import UserError
 from unimed.records import box as boxes
-from unimed.records.example import Example
 from unimed.tasks import answers, reading
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import mean_box
-from unimed.tasks.item import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     name, (box, size) = asked.text(asked.annotation.name, "name"), asked.box
     return asked.item("refer", name, boxes.to_text(box, size), f"refer/{name.lower()}", box)
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    for example in examples:
-        _check_box(example)
-    found = released.refer(predictions, examples)
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    for item in items:
+        _check_box(item)
+    found = released.refer(predictions, items)
     found["unparsable_released"] = found.pop("unparsable")
-    return found | strictly(standard.refer(predictions, examples))
+    return found | strictly(standard.refer(predictions, items))
 
 
-def is_right(example: Example, prediction: str) -> bool:
+def is_right(item: Item, prediction: str) -> bool:
     """By IoU, wherever the box stands in the answer."""
-    _check_box(example)
-    return boxes.is_hit(standard.box_iou(example, prediction))
+    _check_box(item)
+    return boxes.is_hit(standard.box_iou(item, prediction))
 
 
-def _check_box(example: Example) -> None:
-    if example.box is None or example.size is None:
-        raise UserError(f"{example.id}: a {example.task} example needs a box and the image's size")
+def _check_box(item: Item) -> None:
+    if item.box is None or item.size is None:
+        raise UserError(f"{item.id}: a {item.task} item needs a box and the image's size")
 
 
 TASK = Task(

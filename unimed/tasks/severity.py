@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from unimed.records.example import Example
 from unimed.records.policy import BadRecord
 from unimed.tasks import answers, cls
-from unimed.tasks.item import Asked
+from unimed.tasks.asked import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import standard
 from unimed.tasks.metrics.released import mean
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     one, grades = asked.annotation, asked.label()
     if not asked.source.graded:
         raise BadRecord("with grades whose order is unknown", f"{asked.where}: dataset.json lists no classes of {one.set!r}")
@@ -26,19 +26,19 @@ def ask(asked: Asked) -> Example:
     return asked.item("severity", question, asked.text(one.value, "value"), f"severity/{one.set}")
 
 
-def grade(example: Example, prediction: str) -> int | None:
+def grade(item: Item, prediction: str) -> int | None:
     """The place of the grade that a prediction names; None unless it names exactly one."""
-    says = answers.read(example, prediction).says or frozenset()
-    grades = answers.options(example)
+    says = answers.read(item, prediction).says or frozenset()
+    grades = answers.options(item)
     (named,) = says if len(says) == 1 else ("",)
     return grades.index(named) if named in grades else None
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    grades = [(grade(example, text), grade(example, example.answer)) for example, text in zip(examples, predictions, strict=True)]
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    grades = [(grade(item, text), grade(item, item.answer)) for item, text in zip(items, predictions, strict=True)]
     named = [(given, wanted) for given, wanted in grades if given is not None and wanted is not None]
-    within = sum(abs(given - wanted) <= 1 for given, wanted in named) / len(examples)
-    return standard.accuracy(predictions, examples) | {"within_one": within, "kappa": kappa(named)}
+    within = sum(abs(given - wanted) <= 1 for given, wanted in named) / len(items)
+    return standard.accuracy(predictions, items) | {"within_one": within, "kappa": kappa(named)}
 
 
 def kappa(pairs: Sequence[tuple[int, int]]) -> float:

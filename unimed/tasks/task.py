@@ -14,14 +14,14 @@ from unimed.errors import UserError
 from unimed.records.policy import BadRecord
 
 if TYPE_CHECKING:
-    from unimed.records.example import Example
-    from unimed.tasks.item import Asked
+    from unimed.tasks.asked import Asked
+    from unimed.tasks.item import Item
     from unimed.tasks.reading import Reading
 
 TASKS: dict[str, Task] = {}
 
 
-def no_list(example: Example) -> Sequence[str]:
+def no_list(item: Item) -> Sequence[str]:
     """The listed answers of a task whose answers are open."""
     return ()
 
@@ -31,36 +31,36 @@ class Task:
     """``tag`` is its name, and the mark [tag] that begins its instructions. ``about``: what it asks, in a few words.
 
     wordings: the training pool by the layout of the data, "" for any other; {} is the question. The first one is the evaluation form.
-    read: what a text says that is not empty. listed: the answers to choose from, as far as the example tells. kinds: the kinds of
+    read: what a text says that is not empty. listed: the answers to choose from, as far as the item tells. kinds: the kinds of
     `reading.Reading` that its answers can have. score: every metric, released and `_strict` names; coco as in `metrics.score`. is_right:
-    whether one answer is right, strictly. majority: the answer that fits most of these examples. headline: the metric of the table, strict:
+    whether one answer is right, strictly. majority: the answer that fits most of these items. headline: the metric of the table, strict:
     the one beside it, nature: what a reader must know of either.
     makes: by kind of annotation, the item that an annotation becomes; named: the kinds of which that holds only where they name the task.
-    box: the field of an example that holds the text of its box. asks: what a caller must give as the question; "classes" is the question
+    box: the field of an item that holds the text of its box. asks: what a caller must give as the question; "classes" is the question
     that lists them. shown: the question as the report words it; graded: the report shows the score of one answer.
     """
 
     tag: str
     about: str
     wordings: Mapping[str, tuple[str, ...]]
-    read: Callable[[Example, str], Reading]
+    read: Callable[[Item, str], Reading]
     kinds: tuple[str, ...]
-    score: Callable[[Sequence[str], Sequence[Example], bool | None], dict[str, float]]
-    is_right: Callable[[Example, str], bool]
-    majority: Callable[[Sequence[Example]], str]
+    score: Callable[[Sequence[str], Sequence[Item], bool | None], dict[str, float]]
+    is_right: Callable[[Item, str], bool]
+    majority: Callable[[Sequence[Item]], str]
     headline: str
     strict: str
     nature: tuple[str, str]
     needs_image: bool = True
-    makes: Mapping[str, Callable[[Asked], Example]] = field(default_factory=dict)
+    makes: Mapping[str, Callable[[Asked], Item]] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
-    listed: Callable[[Example], Sequence[str]] = no_list
+    listed: Callable[[Item], Sequence[str]] = no_list
     box: Literal["", "question", "answer"] = ""
     asks: Literal["text", "classes", "nothing"] = "text"
     shown: str = "{}"
     graded: bool = False
 
-    def item(self, asked: Asked) -> Example | None:
+    def item(self, asked: Asked) -> Item | None:
         """The item that an annotation of a record becomes; None where it is about something else."""
         one, images = asked.annotation, bool(asked.record.images)
         make = self.makes.get(one.kind)
@@ -78,8 +78,8 @@ class Task:
         return self.wordings.get(layout, self.wordings[""])
 
 
-def task_of(example: Example) -> Task:
-    """The task of an example; an unknown one is named together with the example."""
-    if example.task not in TASKS:
-        raise UserError(f"{example.id}: unknown task {example.task!r}; valid are {', '.join(TASKS)}")
-    return TASKS[example.task]
+def task_of(item: Item) -> Task:
+    """The task of an item; an unknown one is named together with the item."""
+    if item.task not in TASKS:
+        raise UserError(f"{item.id}: unknown task {item.task!r}; valid are {', '.join(TASKS)}")
+    return TASKS[item.task]

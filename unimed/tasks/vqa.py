@@ -3,27 +3,27 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from unimed.records.example import Example
 from unimed.tasks import answers
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import most_frequent
-from unimed.tasks.item import Asked
+from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.normalise import strict
 from unimed.tasks.task import Task
 
 
-def listed(example: Example) -> Sequence[str]:
-    return ("yes", "no") if strict(example.answer) in ("yes", "no") else ()
+def listed(item: Item) -> Sequence[str]:
+    return ("yes", "no") if strict(item.answer) in ("yes", "no") else ()
 
 
-def ask(asked: Asked) -> Example:
+def ask(asked: Asked) -> Item:
     return asked.question("vqa")
 
 
-def score(predictions: Sequence[str], examples: Sequence[Example], coco: bool | None) -> dict[str, float]:
-    types = Counter(example.answer_type for example in examples)
+def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) -> dict[str, float]:
+    types = Counter(item.answer_type for item in items)
     counts = {f"count_{kind.lower()}": float(types[kind]) for kind in ("OPEN", "CLOSED") if types[kind]}
-    return released.vqa(predictions, examples) | counts | strictly(standard.vqa(predictions, examples))
+    return released.vqa(predictions, items) | counts | strictly(standard.vqa(predictions, items))
 
 
 TASK = Task(

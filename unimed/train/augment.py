@@ -1,4 +1,4 @@
-"""Random views of one training example: a shifted, scaled window and changed intensities, with the box moved along."""
+"""Random views of one training item: a shifted, scaled window and changed intensities, with the box moved along."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import numpy as np
 from PIL import Image
 
 from unimed.records import box as boxes
-from unimed.records.example import Example
+from unimed.tasks.item import Item
 from unimed.tasks.task import task_of
 from unimed.train.recipe import Augment
 
-LEAST_VISIBLE = 0.9  # share of a box that must stay inside, or the example keeps its whole image
+LEAST_VISIBLE = 0.9  # share of a box that must stay inside, or the item keeps its whole image
 
 
-def augment(example: Example, image: Image.Image, settings: Augment, rng: np.random.Generator) -> tuple[Example, Image.Image]:
-    """The example and image to train on. Nothing is mirrored or turned: side and plane are labels."""
+def augment(item: Item, image: Image.Image, settings: Augment, rng: np.random.Generator) -> tuple[Item, Image.Image]:
+    """The item and image to train on. Nothing is mirrored or turned: side and plane are labels."""
     if settings.zoom or settings.shift:
-        example, image = _window(example, image, settings, rng)
+        item, image = _window(item, image, settings, rng)
     if settings.brightness or settings.contrast or settings.noise:
         image = _intensity(image, settings, rng)
-    return example, image
+    return item, image
 
 
-def _window(example: Example, image: Image.Image, settings: Augment, rng: np.random.Generator) -> tuple[Example, Image.Image]:
+def _window(item: Item, image: Image.Image, settings: Augment, rng: np.random.Generator) -> tuple[Item, Image.Image]:
     width, height = image.size
     side = 1 + settings.zoom * rng.uniform(-1, 1, 2)
     centre = 0.5 + settings.shift * rng.uniform(-1, 1, 2)
     window_w, window_h = max(round(width * side[0]), 1), max(round(height * side[1]), 1)
     left, top = round(width * centre[0] - window_w / 2), round(height * centre[1] - window_h / 2)
-    if example.box is not None:
-        moved = _move_box(example, (left, top, window_w, window_h))
+    if item.box is not None:
+        moved = _move_box(item, (left, top, window_w, window_h))
         if moved is None:
-            return example, image
-        example = moved
-    return example, image.crop((left, top, left + window_w, top + window_h))  # outside is black
+            return item, image
+        item = moved
+    return item, image.crop((left, top, left + window_w, top + window_h))  # outside is black
 
 
-def _move_box(example: Example, window: tuple[int, int, int, int]) -> Example | None:
+def _move_box(item: Item, window: tuple[int, int, int, int]) -> Item | None:
     left, top, width, height = window
-    assert example.box is not None
-    x1, y1, x2, y2 = example.box
+    assert item.box is not None
+    x1, y1, x2, y2 = item.box
     inside = (max(x1 - left, 0.0), max(y1 - top, 0.0), min(x2 - left, float(width)), min(y2 - top, float(height)))
     area = max(inside[2] - inside[0], 0.0) * max(inside[3] - inside[1], 0.0)
     if area < LEAST_VISIBLE * (x2 - x1) * (y2 - y1):
         return None
     text = boxes.to_text(inside, (width, height))
     changed: dict[str, Any] = {"box": inside, "size": (width, height)}
-    if where := task_of(example).box:
+    if where := task_of(item).box:
         changed[where] = text
-    return dataclasses.replace(example, **changed)
+    return dataclasses.replace(item, **changed)
 
 
 def _intensity(image: Image.Image, settings: Augment, rng: np.random.Generator) -> Image.Image:

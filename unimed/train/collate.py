@@ -1,4 +1,4 @@
-"""From examples to the batches a model learns from."""
+"""From items to the batches a model learns from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from unimed.records.example import Example
-from unimed.records.pixels import load_image
 from unimed.tasks import TASKS, prompts
+from unimed.tasks.item import Item
 from unimed.train.augment import augment
 from unimed.train.recipe import Augment
 from unimed.train.sampler import Draw
@@ -36,32 +35,32 @@ class TrainingSet(Dataset[Sample]):
     in each process that reads.
     """
 
-    def __init__(self, examples: list[Example], settings: Augment, side: int | None = None, cache_mb: float = 2048):
-        self.examples, self.settings, self.side = examples, settings, side
+    def __init__(self, items: list[Item], settings: Augment, side: int | None = None, cache_mb: float = 2048):
+        self.items, self.settings, self.side = items, settings, side
         self.cache_bytes, self.cached_bytes = int(cache_mb * 2**20), 0
         self._cache: OrderedDict[Any, tuple[Image.Image, tuple[int, int]]] = OrderedDict()  # the last used comes last
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.items)
 
     def __getitem__(self, draw: Draw) -> Sample:
         index, seed = draw
-        example = self.examples[index]
+        item = self.items[index]
         image = None
-        if example.image is not None:
+        if item.image is not None:
             image, size = self._image(index)
-            example, image = augment(_resized(example, size, image.size), image, self.settings, np.random.default_rng(seed))
-        prompt = prompts.chat(prompts.instruction(example, random.Random(seed)))
-        return Sample(example.task, prompt, example.answer, image)
+            item, image = augment(_resized(item, size, image.size), image, self.settings, np.random.default_rng(seed))
+        prompt = prompts.chat(prompts.instruction(item, random.Random(seed)))
+        return Sample(item.task, prompt, item.answer, image)
 
     def _image(self, index: int) -> tuple[Image.Image, tuple[int, int]]:
         """The image as it is kept, and its size in the file."""
-        example = self.examples[index]
-        key = index if isinstance(example.image, np.ndarray) else example.image
+        item = self.items[index]
+        key = index if isinstance(item.image, np.ndarray) else item.image
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        image = load_image(example)
+        image = item.open()
         opened = self._reduced(image), image.size
         if _bytes(opened[0]) <= self.cache_bytes:
             self._cache[key] = opened
@@ -80,13 +79,13 @@ class TrainingSet(Dataset[Sample]):
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _resized(example: Example, size: tuple[int, int], new: tuple[int, int]) -> Example:
-    """The example with its box in pixels of the resized image."""
-    if example.box is None or size == new:
-        return example
+def _resized(item: Item, size: tuple[int, int], new: tuple[int, int]) -> Item:
+    """The item with its box in pixels of the resized image."""
+    if item.box is None or size == new:
+        return item
     x, y = new[0] / size[0], new[1] / size[1]
-    x1, y1, x2, y2 = example.box
-    return dataclasses.replace(example, box=(x1 * x, y1 * y, x2 * x, y2 * y), size=new)
+    x1, y1, x2, y2 = item.box
+    return dataclasses.replace(item, box=(x1 * x, y1 * y, x2 * x, y2 * y), size=new)
 
 
 def _bytes(image: Image.Image) -> int:

@@ -70,9 +70,7 @@ class Run:
             raise UserError(f"{self.path}: {what}; use torchrun --nproc-per-node {was}")
         if started.get("examples_sha256", start["examples_sha256"]) != start["examples_sha256"]:
             was, now = started["examples"], start["examples"]
-            what = (
-                f"{now} training examples in {recipe.data.where}, the run was started with {was}" if was != now else "the examples changed"
-            )
+            what = f"{now} training items in {recipe.data.where}, the run was started with {was}" if was != now else "the items changed"
             raise UserError(f"{self.path}: cannot resume with other data: {what}; use another --name")
 
     def stored_recipe(self, overrides: list[str] | None = None) -> Recipe:
@@ -82,5 +80,5 @@ class Run:
         return recipes.load(self.recipe, overrides)
 
     def started_with(self) -> dict[str, Any]:
-        """The command, number of processes and examples of the start; {} for a run of an earlier version."""
+        """The command, number of processes and items of the start; {} for a run of an earlier version."""
         return io.read_json(self.start) if self.start.is_file() else {}

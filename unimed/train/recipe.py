@@ -147,7 +147,7 @@ class Evaluate(Section):
     splits: list[str] = Field(default_factory=lambda: ["slab", "subject"], json_schema_extra=HARMLESS)  # any that the data has
     batch_size: Count = Field(40, json_schema_extra=HARMLESS)
     max_new_tokens: Count = Field(100, json_schema_extra=HARMLESS)
-    limit: Natural = Field(0, json_schema_extra=HARMLESS)  # examples a task and split, evenly spaced; 0: all
+    limit: Natural = Field(0, json_schema_extra=HARMLESS)  # items a task and split, evenly spaced; 0: all
 
     @field_validator("splits")
     @classmethod

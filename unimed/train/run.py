@@ -11,37 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from unimed import io
-from unimed.datasets.load import load_examples, load_set
-from unimed.errors import NoExamples, UserError
-from unimed.records.example import Example, digest
+from unimed.datasets.load import load_items, load_set
+from unimed.errors import NoItems, UserError
 from unimed.records.policy import Rules
 from unimed.tasks import RELEASED_TASKS, TASKS, prompts
+from unimed.tasks.item import Item, digest
 from unimed.train import machine
 from unimed.train.folder import Run
 from unimed.train.recipe import Recipe
 
 
-def examples(recipe: Recipe, split: str) -> list[Example]:
-    """The examples of a split of all data of a recipe: `data.root`, and each of `data.sets` by its own name of the split."""
+def items(recipe: Recipe, split: str) -> list[Item]:
+    """The items of a split of all data of a recipe: `data.root`, and each of `data.sets` by its own name of the split."""
     data = recipe.data
     rules = Rules(data.strict, tuple(data.languages), data.protocol, data.links)
-    found: list[Example] = []
+    found: list[Item] = []
     if data.root:
         root = Path(data.root)
         if not root.is_dir():
             raise UserError(f"data.root={data.root}: no such folder; make the sample with: unimed sample build --out {data.root}")
-        found += load_examples(root, split, data.tasks, rules)
+        found += load_items(root, split, data.tasks, rules)
     elif not data.sets:
         raise UserError("data: no data; name a folder with data.root=FOLDER or data.sets.NAME.root=FOLDER")
     for name, one in data.sets.items():
         found += load_set(name, Path(one.root), one.layout, one.splits.get(split, split), data.tasks, rules)
     if not found:
         what = f"data.root={data.root}" if not data.sets else f"data: {data.where}"
-        raise NoExamples(f"{what}: no example of the tasks {', '.join(data.tasks)} in its {split!r} split")
+        raise NoItems(f"{what}: no item of the tasks {', '.join(data.tasks)} in its {split!r} split")
     return found
 
 
-def build(recipe: Recipe, train_examples: Sequence[Example], base: Path | None = None) -> tuple[Any, Any]:
+def build(recipe: Recipe, train_items: Sequence[Item], base: Path | None = None) -> tuple[Any, Any]:
     """The untrained model of a recipe and its processor, the same every time for the same seed.
 
     `base`: where a model with LoRA is saved without it, unless it was; its adapters then name that folder.
@@ -54,7 +54,7 @@ def build(recipe: Recipe, train_examples: Sequence[Example], base: Path | None =
     set_seed(recipe.train.seed)
     more = [task for task in recipe.data.tasks if task not in RELEASED_TASKS]
     tasks = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
-    model, processor = models.build(recipe, texts(train_examples), tasks=tasks, seed=recipe.train.seed)
+    model, processor = models.build(recipe, texts(train_items), tasks=tasks, seed=recipe.train.seed)
     model.config.training = {"recipe": recipe.name, "description": recipe.description}
     if base is not None and recipe.lora and not (base / io.MANIFEST).is_file():
         io.write_folder(base, lambda folder: save(model, processor, folder))
@@ -71,12 +71,12 @@ def _can_run(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name!r} cannot run here: {recipe.cannot_run}")
 
 
-def texts(train_examples: Sequence[Example]) -> Iterator[str]:
+def texts(train_items: Sequence[Item]) -> Iterator[str]:
     """What the tokenizer is made from: prompts in both forms, and answers, of the training split alone."""
-    for index, example in enumerate(train_examples):
-        yield prompts.chat(prompts.instruction(example, None))
-        yield prompts.chat(prompts.instruction(example, random.Random(index)))
-        yield example.answer
+    for index, item in enumerate(train_items):
+        yield prompts.chat(prompts.instruction(item, None))
+        yield prompts.chat(prompts.instruction(item, random.Random(index)))
+        yield item.answer
 
 
 def train(
@@ -102,19 +102,19 @@ def train(
         import torch
 
         torch.set_num_threads(recipe.train.threads)
-    train_examples = examples(recipe, "train")
+    train_items = items(recipe, "train")
     start = {
         "command": command,
         "processes": settings.world_size,
-        "examples": len(train_examples),
-        "examples_sha256": digest(train_examples),
+        "examples": len(train_items),
+        "examples_sha256": digest(train_items),
     }
 
     checkpoint = processes.on_main(lambda: folder.resume(recipe, start) if resume else folder.create(recipe, start, overwrite))
     with processes.main_first():  # a language model that is converted once is kept for the others
-        model, processor = build(recipe, train_examples, folder.base)
+        model, processor = build(recipe, train_items, folder.base)
     cache_mb = recipe.data.cache_mb / max(recipe.data.workers, 1)
-    data = TrainingSet(train_examples, recipe.augment, model.config.vision_config.image_size, cache_mb)
+    data = TrainingSet(train_items, recipe.augment, model.config.vision_config.image_size, cache_mb)
     trainer = UniMedTrainer(recipe, model, processor, data, run, callbacks, settings)
     if checkpoint:
         trainer.resume(checkpoint)
@@ -127,10 +127,10 @@ def train(
             "seconds": round(trainer.seconds(), 1),
             "steps": trainer.state.global_step,
             "processes": settings.world_size,
-            "examples": len(train_examples),
+            "examples": len(train_items),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "class_questions": sorted({example.question for example in train_examples if TASKS[example.task].asks == "classes"}),
+            "class_questions": sorted({item.question for item in train_items if TASKS[item.task].asks == "classes"}),
             "machine": machine.describe(),
         }
         io.write_json(folder.record, record)

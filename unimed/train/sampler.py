@@ -1,6 +1,6 @@
 """Batches drawn from several sources by ratio, the same for the same seed, from any step on.
 
-The source of step `s` depends on (seed, s) alone; within a source, examples come in a fresh permutation every pass.
+The source of step `s` depends on (seed, s) alone; within a source, items come in a fresh permutation every pass.
 A batch sampler that starts again and skips `n` batches therefore gives exactly what an uninterrupted one gives.
 """
 
@@ -17,48 +17,48 @@ from unimed.errors import UserError
 
 log = logging.getLogger("unimed.train")
 
-Draw = tuple[int, int]  # index of the example, seed of its prompt and augmentation
+Draw = tuple[int, int]  # index of the item, seed of its prompt and augmentation
 
 
-def group(examples: Sequence, ratios: dict[str, float]) -> tuple[list[list[int]], np.ndarray]:
-    """Indices and probability of every source that has a ratio above zero and at least one example.
+def group(items: Sequence, ratios: dict[str, float]) -> tuple[list[list[int]], np.ndarray]:
+    """Indices and probability of every source that has a ratio above zero and at least one item.
 
-    A ratio without examples and examples without a ratio are named in a warning each.
+    A ratio without items and items without a ratio are named in a warning each.
     """
-    available = Counter((example.dataset, example.task) for example in examples)
+    available = Counter((item.dataset, item.task) for item in items)
     members: list[list[int]] = []
     weights: list[float] = []
     empty: list[str] = []
     for key, ratio in ratios.items():
         dataset, _, task = key.rpartition("/")
-        found = [i for i, example in enumerate(examples) if example.task == task and (not dataset or example.dataset == dataset)]
+        found = [i for i, item in enumerate(items) if item.task == task and (not dataset or item.dataset == dataset)]
         if ratio > 0 and not found and dataset:
             has = ", ".join(sorted({name for name, of in available if of == task})) or "none"
-            raise UserError(f"sampler.ratios.{key}: no training example of task {task!r} in dataset {dataset!r}; datasets that have: {has}")
+            raise UserError(f"sampler.ratios.{key}: no training item of task {task!r} in dataset {dataset!r}; datasets that have: {has}")
         if ratio > 0 and found:
             members.append(found)
             weights.append(ratio)
         elif ratio > 0:
             empty.append(key)
     if not members:
-        raise UserError("sampler.ratios: none of the tasks with a ratio above zero has a training example")
+        raise UserError("sampler.ratios: none of the tasks with a ratio above zero has a training item")
     if empty:
-        log.warning("sampler.ratios: no training example of %s; the other sources share what it had", ", ".join(empty))
+        log.warning("sampler.ratios: no training item of %s; the other sources share what it had", ", ".join(empty))
     unused = sorted(
         (f"{dataset}/{task}", count) for (dataset, task), count in available.items() if not {task, f"{dataset}/{task}"} & set(ratios)
     )
     if unused:
-        listed = ", ".join(f"{name} ({count:,} examples)" for name, count in unused)
+        listed = ", ".join(f"{name} ({count:,} items)" for name, count in unused)
         log.warning("sampler.ratios: no ratio for %s; they are not used in training", listed)
     return members, np.array(weights) / sum(weights)
 
 
-def by_set(ratios: dict[str, float], examples: Sequence, sets: dict[str, float]) -> dict[str, float]:
+def by_set(ratios: dict[str, float], items: Sequence, sets: dict[str, float]) -> dict[str, float]:
     """The ratios with each task's divided among the data sets that have it, by the ratios of `sets` (1 for a set that is not named)."""
     if not sets or (len(sets) == 1 and set(sets.values()) == {1.0}):
         return ratios
     there: dict[str, dict[str, float]] = {}
-    for dataset, task in dict.fromkeys((example.dataset, example.task) for example in examples):
+    for dataset, task in dict.fromkeys((item.dataset, item.task) for item in items):
         named = (ratio for name, ratio in sets.items() if dataset == name or dataset.startswith(f"{name}-"))
         there.setdefault(task, {})[dataset] = next(named, 1.0)
     divided: dict[str, float] = {}

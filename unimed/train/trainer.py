@@ -118,7 +118,7 @@ class UniMedTrainer(Trainer):
         recipe, data = self.recipe, self.train_dataset
         assert isinstance(data, TrainingSet)
         sets = {name: one.ratio for name, one in recipe.data.sets.items()}
-        members, probabilities = group(data.examples, by_set(recipe.sampler.ratios, data.examples, sets))
+        members, probabilities = group(data.items, by_set(recipe.sampler.ratios, data.items, sets))
         batches = recipe.train.max_steps * recipe.train.accumulate * self.accelerator.num_processes
         sampler = TaskRatioSampler(members, probabilities, recipe.train.batch_size, batches, recipe.train.seed, recipe.sampler.mode)
         workers = recipe.data.workers

@@ -13,27 +13,27 @@ from collections import Counter
 from collections.abc import Sequence
 
 from unimed.errors import UserError
-from unimed.records.example import Example
 from unimed.tasks import answers
+from unimed.tasks.item import Item
 from unimed.tasks.task import TASKS, task_of
 
 
-def score(task: str, predictions: Sequence[str], examples: Sequence[Example], coco: bool | None = None) -> dict[str, float]:
+def score(task: str, predictions: Sequence[str], items: Sequence[Item], coco: bool | None = None) -> dict[str, float]:
     """All scores of one task. ``coco`` (captions only) False leaves out what needs Java; None takes it when it is there."""
-    if len(predictions) != len(examples):
-        raise UserError(f"{task}: {len(predictions)} predictions for {len(examples)} examples")
+    if len(predictions) != len(items):
+        raise UserError(f"{task}: {len(predictions)} predictions for {len(items)} items")
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    if not examples:
+    if not items:
         return {"count": 0.0}
-    found = TASKS[task].score(predictions, examples, coco)
-    kinds = Counter(answers.read(example, given).kind for given, example in zip(predictions, examples, strict=True))
-    return {"count": float(len(examples)), **found, **{kind: float(kinds[kind]) for kind in TASKS[task].kinds}}
+    found = TASKS[task].score(predictions, items, coco)
+    kinds = Counter(answers.read(item, given).kind for given, item in zip(predictions, items, strict=True))
+    return {"count": float(len(items)), **found, **{kind: float(kinds[kind]) for kind in TASKS[task].kinds}}
 
 
-def is_right(example: Example, prediction: str) -> bool:
+def is_right(item: Item, prediction: str) -> bool:
     """Whether one answer is right, strictly: a box by its IoU, anything else when it is the reference."""
-    return task_of(example).is_right(example, prediction)
+    return task_of(item).is_right(item, prediction)
 
 
 def strictly(found: dict[str, float]) -> dict[str, float]:

@@ -16,9 +16,9 @@ The normalisation drops articles and maps "none" to 0, so that "A" is empty text
 from collections.abc import Sequence
 
 from unimed.records import box as boxes
-from unimed.records.example import Example
 from unimed.tasks import overlap
 from unimed.tasks.answers import spoken
+from unimed.tasks.item import Item
 from unimed.tasks.normalise import normalise
 
 Pairs = Sequence[tuple[str, str]]
@@ -28,8 +28,8 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def normalised(predictions: Sequence[str], examples: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(normalise(spoken(given.lower())), normalise(example.answer)) for given, example in zip(predictions, examples, strict=True)]
+def normalised(predictions: Sequence[str], items: Sequence[Item]) -> list[tuple[str, str]]:
+    return [(normalise(spoken(given.lower())), normalise(item.answer)) for given, item in zip(predictions, items, strict=True)]
 
 
 def words(pairs: Pairs) -> dict[str, float]:
@@ -46,11 +46,11 @@ def accuracy(pairs: Pairs) -> dict[str, float]:
     return {"accuracy": mean([float(given == wanted) for given, wanted in pairs])}
 
 
-def vqa(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    pairs = normalised(predictions, examples)
+def vqa(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    pairs = normalised(predictions, items)
     found = words(pairs) | accuracy(pairs)
     for kind in ("OPEN", "CLOSED"):
-        part = [pair for pair, example in zip(pairs, examples, strict=True) if example.answer_type == kind]
+        part = [pair for pair, item in zip(pairs, items, strict=True) if item.answer_type == kind]
         if part:
             found |= {f"{name}_{kind.lower()}": value for name, value in words(part).items()}
         if part and kind == "CLOSED":
@@ -58,27 +58,27 @@ def vqa(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, fl
     return found
 
 
-def identify(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    pairs = normalised(predictions, examples)
+def identify(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    pairs = normalised(predictions, items)
     return accuracy(pairs) | words(pairs)
 
 
-def cls(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    return accuracy(normalised(predictions, examples))
+def cls(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    return accuracy(normalised(predictions, items))
 
 
-def refer(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+def refer(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
     found = [boxes.from_text(given) for given in predictions]
-    overlaps = [box_overlap(box, example, plus_one=True) for box, example in zip(found, examples, strict=True)]
+    overlaps = [box_overlap(box, item, plus_one=True) for box, item in zip(found, items, strict=True)]
     hits = [float(boxes.is_hit(value)) for value in overlaps]
     return {"miou": mean(overlaps), "accuracy": mean(hits), "unparsable": float(found.count(None))}
 
 
-def box_overlap(box: boxes.Box | None, example: Example, plus_one: bool) -> float:
-    """IoU of a box in hundredths with the example's; 0 without one."""
-    assert example.box is not None
-    assert example.size is not None
-    return 0.0 if box is None else boxes.iou(boxes.to_pixels(box, example.size), example.box, plus_one)
+def box_overlap(box: boxes.Box | None, item: Item, plus_one: bool) -> float:
+    """IoU of a box in hundredths with the item's; 0 without one."""
+    assert item.box is not None
+    assert item.size is not None
+    return 0.0 if box is None else boxes.iou(boxes.to_pixels(box, item.size), item.box, plus_one)
 
 
 def captions(pairs: Pairs, coco: bool) -> dict[str, float]:

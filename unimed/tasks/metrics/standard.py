@@ -18,9 +18,9 @@ import re
 from collections.abc import Sequence
 
 from unimed.records import box as boxes
-from unimed.records.example import Example
 from unimed.tasks import overlap
 from unimed.tasks.answers import is_it, options, read, says_it, spoken
+from unimed.tasks.item import Item
 from unimed.tasks.metrics.released import Pairs, box_overlap, mean
 from unimed.tasks.normalise import strict
 from unimed.tasks.reading import INVERTED, UNPARSABLE
@@ -38,34 +38,34 @@ def words(pairs: Pairs) -> dict[str, float]:
     return words_in_common(pairs) | overlap.standard_bleu(pairs)
 
 
-def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    return {"accuracy": mean([float(is_it(example, given)) for given, example in zip(predictions, examples, strict=True)])}
+def accuracy(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    return {"accuracy": mean([float(is_it(item, given)) for given, item in zip(predictions, items, strict=True)])}
 
 
-def _pairs(predictions: Sequence[str], examples: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(strict(spoken(given)), strict(example.answer)) for given, example in zip(predictions, examples, strict=True)]
+def _pairs(predictions: Sequence[str], items: Sequence[Item]) -> list[tuple[str, str]]:
+    return [(strict(spoken(given)), strict(item.answer)) for given, item in zip(predictions, items, strict=True)]
 
 
-def identify(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    return accuracy(predictions, examples) | words(_pairs(predictions, examples))
+def identify(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    return accuracy(predictions, items) | words(_pairs(predictions, items))
 
 
-def vqa(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    found = identify(predictions, examples)
+def vqa(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    found = identify(predictions, items)
     for kind in ("OPEN", "CLOSED"):
-        part = [(given, example) for given, example in zip(predictions, examples, strict=True) if example.answer_type == kind]
+        part = [(given, item) for given, item in zip(predictions, items, strict=True) if item.answer_type == kind]
         if part:
-            given, asked = [text for text, _ in part], [example for _, example in part]
+            given, asked = [text for text, _ in part], [item for _, item in part]
             found |= {f"{name}_{kind.lower()}": value for name, value in words(_pairs(given, asked)).items()}
             if kind == "CLOSED":
-                found["closed_accuracy"] = mean([float(says_it(example, text)) for text, example in part])
+                found["closed_accuracy"] = mean([float(says_it(item, text)) for text, item in part])
     return found
 
 
-def named(example: Example, prediction: str) -> str | None:
+def named(item: Item, prediction: str) -> str | None:
     """The one answer of the list that a prediction names, maybe among other words."""
-    says = read(example, prediction).says or frozenset()
-    return next(iter(says)) if len(says) == 1 and says <= set(options(example)) else None
+    says = read(item, prediction).says or frozenset()
+    return next(iter(says)) if len(says) == 1 and says <= set(options(item)) else None
 
 
 def macro_f1(pairs: Sequence[tuple[str | None, str | None]]) -> float:
@@ -78,9 +78,9 @@ def macro_f1(pairs: Sequence[tuple[str | None, str | None]]) -> float:
     return mean(scores)
 
 
-def cls(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    pairs = [(named(example, text), named(example, example.answer)) for example, text in zip(examples, predictions, strict=True)]
-    return accuracy(predictions, examples) | {"macro_f1": macro_f1(pairs)}
+def cls(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    pairs = [(named(item, text), named(item, item.answer)) for item, text in zip(items, predictions, strict=True)]
+    return accuracy(predictions, items) | {"macro_f1": macro_f1(pairs)}
 
 
 def options_in(question: str) -> dict[str, str]:
@@ -89,38 +89,38 @@ def options_in(question: str) -> dict[str, str]:
     return {letter: strict(text) for letter, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def chosen(example: Example, prediction: str) -> str | None:
+def chosen(item: Item, prediction: str) -> str | None:
     """The option that a prediction chooses, by its letter or by its text; None where both are missing or differ."""
-    by_letter = options_in(example.question)
+    by_letter = options_in(item.question)
     found = _LETTER.match(spoken(prediction)) or _LETTER.search(spoken(prediction))
     letter = next(filter(None, found.groups()), "") if found and (found.start() == 0 or found[3]) else ""
-    text = named(example, prediction)
+    text = named(item, prediction)
     if letter in by_letter:
         return by_letter[letter] if text in (None, by_letter[letter]) else None
     return text
 
 
-def qa(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    found = accuracy(predictions, examples)
-    both = list(zip(predictions, examples, strict=True))
-    choices = [float(chosen(example, text) == strict(example.answer)) for text, example in both if options_in(example.question)]
+def qa(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    found = accuracy(predictions, items)
+    both = list(zip(predictions, items, strict=True))
+    choices = [float(chosen(item, text) == strict(item.answer)) for text, item in both if options_in(item.question)]
     if choices:
         found["option_accuracy"] = mean(choices)
-    pairs = [(named(example, text), strict(example.answer)) for text, example in both if strict(example.answer) in YES_NO_MAYBE]
+    pairs = [(named(item, text), strict(item.answer)) for text, item in both if strict(item.answer) in YES_NO_MAYBE]
     if pairs:
         found["yes_no_maybe_accuracy"] = mean([float(given == wanted) for given, wanted in pairs])
         found["yes_no_maybe_macro_f1"] = macro_f1(pairs)
     return found
 
 
-def refer(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    overlaps = [box_iou(example, given) for given, example in zip(predictions, examples, strict=True)]
+def refer(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
+    overlaps = [box_iou(item, given) for given, item in zip(predictions, items, strict=True)]
     return {"miou": mean(overlaps), "accuracy": mean([float(boxes.is_hit(value)) for value in overlaps])}
 
 
-def box_iou(example: Example, prediction: str) -> float:
-    reading = read(example, prediction)
-    return 0.0 if reading.kind in (UNPARSABLE, INVERTED) else box_overlap(reading.box, example, plus_one=False)
+def box_iou(item: Item, prediction: str) -> float:
+    reading = read(item, prediction)
+    return 0.0 if reading.kind in (UNPARSABLE, INVERTED) else box_overlap(reading.box, item, plus_one=False)
 
 
 def captions(pairs: Pairs) -> dict[str, float]:
