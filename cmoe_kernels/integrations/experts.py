@@ -26,7 +26,7 @@ from cmoe_kernels.integrations.activations import activation_name
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.sparse_experts import sparse_experts
-from cmoe_kernels.ops.topk_gate import topk_gate
+from cmoe_kernels.ops.topk_gate import Score, topk_gate
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Routing:
         cast: weights in the dtype of the logits, of exact ones in that of the hidden states, rather than in fp32.
     """
 
-    score: str = "softmax"
+    score: Score = "softmax"
     renormalize: bool | str = True
     exact: bool = False
     scale: str | None = None

@@ -3,16 +3,16 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
-from cmoe_kernels.ops.activation import ACTIVATIONS
-from cmoe_kernels.ops.task_router import ROUTER_INPUTS
+from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
+from cmoe_kernels.ops.task_router import ROUTER_INPUTS, RouterInputs
 
-EXPERTS = ("mlp", "linear")
-ROUTERS = ("soft", "sparse", "hard", "constant")
-RESAMPLES = ("projection", "avgpool", "maxpool", "none")
+Expert = Literal["mlp", "linear"]
+Router = Literal["soft", "sparse", "hard", "constant"]
+Resample = Literal["projection", "avgpool", "maxpool", "none"]
 # The routers whose outputs each auxiliary loss can be computed from.
-AUX_LOSSES = {"switch": ("sparse",), "sample_switch": ("sparse",), "importance": ROUTERS, "z": ("soft", "sparse")}
+AUX_LOSSES = {"switch": ("sparse",), "sample_switch": ("sparse",), "importance": get_args(Router), "z": ("soft", "sparse")}
 TASKS = ("vqa", "refer", "identify", "caption", "cls")
 
 
@@ -55,10 +55,10 @@ class CMoEConfig:
     out_features: int
     hidden_features: int | None = None
     num_experts: int = 5
-    expert: str = "mlp"
+    expert: Expert = "mlp"
     expert_bias: bool = True
-    router: str = "soft"
-    router_inputs: str = "task_token"
+    router: Router = "soft"
+    router_inputs: RouterInputs = "task_token"
     router_layers: int = 2
     router_features: int | None = None
     router_bias: bool = True
@@ -67,10 +67,10 @@ class CMoEConfig:
     task_features: int | None = None
     num_task_tokens: int = 1
     tasks: tuple[str, ...] = TASKS
-    resample: str = "projection"
+    resample: Resample = "projection"
     resample_rate: int = 4
     aux_losses: dict[str, float] = field(default_factory=dict)
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     recompute: bool = False
 
     def __post_init__(self) -> None:
@@ -79,12 +79,12 @@ class CMoEConfig:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "aux_losses", dict(self.aux_losses))
         for name, value, choices in (
-            ("expert", self.expert, EXPERTS),
-            ("router", self.router, ROUTERS),
+            ("expert", self.expert, get_args(Expert)),
+            ("router", self.router, get_args(Router)),
             ("router_inputs", self.router_inputs, ROUTER_INPUTS),
             ("router_layers", self.router_layers, (1, 2)),
             ("num_task_tokens", self.num_task_tokens, (0, 1)),
-            ("resample", self.resample, RESAMPLES),
+            ("resample", self.resample, get_args(Resample)),
             ("activation", self.activation, ACTIVATIONS),
         ):
             if value not in choices:

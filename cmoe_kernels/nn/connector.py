@@ -263,10 +263,11 @@ class CMoEConnector(nn.Module):
                     raise ValueError("features is packed [T, C]; aux_losses['sample_switch'] needs the samples of [B, P, C]")
                 samples = torch.arange(lead[0], device=gates.device).repeat_interleave(lead[1])
                 losses[name] = balance_loss(routing.logits, routing.indices[:, :1], mask, segments=samples, from_logits=True)
+            elif name == "importance":
+                losses[name] = balance_loss(gates, mask=mask, kind="importance")
             else:
-                scores = gates if name == "importance" else routing.logits
-                assert scores is not None
-                losses[name] = balance_loss(scores, mask=mask, kind=name)
+                assert routing.logits is not None
+                losses[name] = balance_loss(routing.logits, mask=mask, kind="z")
         return losses
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from cmoe_kernels import backends, native
 from cmoe_kernels.ops import packed
+from cmoe_kernels.ops.activation import Activation
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
-from cmoe_kernels.ops.task_router import task_router
+from cmoe_kernels.ops.task_router import RouterInputs, task_router
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class PackedExperts(Packed):
         b1: Tensor | None,
         w2: Tensor | None,
         b2: Tensor | None,
-        activation: str,
+        activation: Activation,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(module, dtype)
@@ -100,8 +101,8 @@ class PackedRouter(Packed):
         b1: Tensor | None,
         w2: Tensor | None,
         b2: Tensor | None,
-        inputs: str,
-        activation: str,
+        inputs: RouterInputs,
+        activation: Activation,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(module, dtype)

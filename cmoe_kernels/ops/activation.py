@@ -1,10 +1,13 @@
 """Activations and their derivatives, by the names that configurations use."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu2")
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 def activate(name: str, u: Tensor, gated: bool = False) -> Tensor:

@@ -7,6 +7,8 @@ z           mean_t logsumexp(scores[t])^2
 The op cmoe::balance_loss also has the kinds softmax_switch and softmax_importance, of the softmax of its scores (``from_logits``).
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,15 @@ from cmoe_kernels.ops.balance_loss import reference
 from cmoe_kernels.ops.precision import accumulate_dtype
 from cmoe_kernels.ops.registration import operator, refuse_double_backward
 
-KINDS = ("switch", "importance", "z")
+Kind = Literal["switch", "importance", "z"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def balance_loss(
     scores: Tensor,
     indices: Tensor | None = None,
     mask: Tensor | None = None,
-    kind: str = "switch",
+    kind: Kind = "switch",
     segments: Tensor | None = None,
     counts: Tensor | None = None,
     total: Tensor | float | None = None,
@@ -95,13 +98,14 @@ def balance_loss(
     elif total is not None:
         raise ValueError("total is given without counts")
     backend = backends.choose("balance_loss", scores.device.type, scores.dtype, scores.shape[0])
+    form: str = kind
     if from_logits and backend == "cpu":
-        kind = f"softmax_{kind}"
+        form = f"softmax_{kind}"
     elif from_logits:
         # A masked row gets the gradient zero, which a softmax of NaN would make NaN again.
         kept = scores if mask is None else scores.masked_fill(~mask[:, None], 0)
         scores = kept.softmax(-1, dtype=accumulate_dtype(scores.dtype))
-    return _balance_loss(scores, indices, mask, kind, segments, counts, total, backend)
+    return _balance_loss(scores, indices, mask, form, segments, counts, total, backend)
 
 
 @operator("balance_loss")

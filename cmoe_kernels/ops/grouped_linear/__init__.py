@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
-from cmoe_kernels.ops.activation import ACTIVATIONS
+from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.grouped_linear import reference
 from cmoe_kernels.ops.precision import autocast_dtype
@@ -22,7 +22,7 @@ def grouped_linear(
     gather_idx: Tensor | None = None,
     k: int = 1,
     scatter_idx: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """A linear layer per expert on its rows, with gather on load and scatter on store.
 

@@ -6,7 +6,7 @@ y[t] = sum_e gates[t, e] * (w2[e] @ act(w1[e] @ x[t] + b1[e]) + b2[e])          
 from torch import Tensor
 
 from cmoe_kernels import backends
-from cmoe_kernels.ops.activation import ACTIVATIONS
+from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
 from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
@@ -20,7 +20,7 @@ def soft_experts(
     b1: Tensor | None = None,
     w2: Tensor | None = None,
     b2: Tensor | None = None,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
     group_ids: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:

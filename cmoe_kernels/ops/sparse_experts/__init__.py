@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
-from cmoe_kernels.ops.activation import ACTIVATIONS
+from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
 from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
@@ -24,7 +24,7 @@ def sparse_experts(
     b1: Tensor | None = None,
     w2: Tensor | None = None,
     b2: Tensor | None = None,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
     gated: bool = False,
     group_ids: Tensor | None = None,
     recompute: bool = False,

@@ -4,16 +4,19 @@ hidden[t] = w1 @ [task[group_ids[t]] ; x[t]] + b1  =  W_task @ task[group_ids[t]
 logits[t] = w2 @ act(hidden[t]) + b2               (w2 None: logits = hidden)
 """
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
 from cmoe_kernels import backends
-from cmoe_kernels.ops.activation import ACTIVATIONS
+from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
 from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.task_router import reference
 
-ROUTER_INPUTS = ("task_token", "token", "task")
+RouterInputs = Literal["task_token", "token", "task"]
+ROUTER_INPUTS: tuple[RouterInputs, ...] = get_args(RouterInputs)
 
 
 def task_router(
@@ -24,8 +27,8 @@ def task_router(
     w2: Tensor | None = None,
     b2: Tensor | None = None,
     group_ids: Tensor | None = None,
-    inputs: str = "task_token",
-    activation: str = "gelu",
+    inputs: RouterInputs = "task_token",
+    activation: Activation = "gelu",
     recompute: bool = False,
 ) -> Tensor:
     """Router logits from image tokens, task tokens or both (Uni-Med's router_task_token, router_token, router_task).

@@ -5,7 +5,7 @@ indices[t]    = the k experts with the highest selection (default: the logits, w
 weights[t, i] = scale * score[t, indices[t, i]] / (sum_j score[t, indices[t, j]] if renormalize else 1)
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from cmoe_kernels.ops.arguments import require_choice, require_device, require_f
 from cmoe_kernels.ops.precision import accumulate_dtype
 from cmoe_kernels.ops.registration import operator, refuse_double_backward
 from cmoe_kernels.ops.topk_gate import reference
+
+Score = Literal["softmax", "sigmoid"]
+SCORES: tuple[Score, ...] = get_args(Score)
 
 
 class TopK(NamedTuple):
@@ -26,7 +29,12 @@ class TopK(NamedTuple):
 
 
 def topk_gate(
-    logits: Tensor, k: int, score: str = "softmax", renormalize: bool = True, scale: float = 1.0, selection: Tensor | None = None
+    logits: Tensor,
+    k: int,
+    score: Score = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    selection: Tensor | None = None,
 ) -> TopK:
     """The k best experts of each token, their weights, and how often each expert was chosen.
 
@@ -53,7 +61,7 @@ def topk_gate(
         weights, indices, counts = topk_gate(torch.randn(6, 4), k=2)  # [6, 2], [6, 2], [4]
     """
     require_float("logits", logits, "TE")
-    require_choice("score", score, ("softmax", "sigmoid"))
+    require_choice("score", score, SCORES)
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k is {k}, must be in 1..{logits.shape[1]} (the experts in logits of shape {tuple(logits.shape)})")
     if selection is not None:

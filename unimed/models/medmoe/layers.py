@@ -217,7 +217,7 @@ class MoEFFN(nn.Module):
         return weights, indices
 
     def _sparse(self, x: Tensor, weights: Tensor, indices: Tensor, w1: Any, b1: Any, w2: Any, b2: Any) -> Tensor:
-        activation = self.activation
+        activation: Any = self.activation
         if activation == "quick_gelu":
             # By silu on inputs scaled by QUICK, whose outputs are scaled back with the weights: no parameter changes.
             activation, x, weights = "silu", x * QUICK, weights / QUICK
