@@ -17,7 +17,7 @@ OPTIONAL = {
     "rouge": "ROUGE of reports as released",
     "sacrebleu": "BLEU",
     "rouge_score": "ROUGE",
-    "gguf": "SmolLM2",
+    "gguf": "SmolLM2 and other GGUF files",
 }
 
 
@@ -37,3 +37,14 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "sample", f"{root} is there" if (root / "sample.json").is_file() else f"{root} is not built: unimed sample build"
     runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
     yield "runs", ", ".join(runs) or "none yet: unimed demo"
+
+
+def full_size(checkpoints: Path | None = None, data: Path | None = None) -> Iterator[tuple[str, str]]:
+    """(key, finding) pairs: what `unimed train unimed-7b-release` needs, found or missing, and where each piece comes from."""
+    from unimed.needs import needs
+    from unimed.train import recipe as recipes
+
+    for need in needs(recipes.load("unimed-7b-release"), checkpoints, data):
+        state = "found" if need.found else "missing"
+        how = "" if need.found else f"; {need.how}"
+        yield need.key, f"{state}: {need.folder}: {need.title}; from {need.where}; licence: {need.licence}{how}"

@@ -76,7 +76,7 @@ def test_version():
     [
         (["train", "tiny", "train.max_stepz=5"], ["train.max_stepz", "5", "train.max_steps"]),
         (["train", "gigantic"], ["gigantic", "tiny"]),
-        (["train", "released"], ["'released' cannot run here", "unimed train tiny"]),
+        (["train", "unimed-7b-release"], ["'unimed-7b-release' cannot run here", "unimed convert eva", "unimed train tiny"]),
         (["train", "tiny", "--llm", "gpt"], ["gpt", "smollm2"]),
         (["train", "tiny", "--name", "../outside"], ["../outside"]),
         (["train", "tiny", "data.root=nowhere"], ["nowhere", "unimed sample build"]),
@@ -151,6 +151,23 @@ def test_warnings_are_one_line_and_libraries_keep_theirs(monkeypatch):
     shown = run("doctor").output
     assert "warning: the router never trains; give an auxiliary loss\n" in shown
     assert "inner workings" not in shown
+
+
+def test_the_doctor_lists_what_the_full_size_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("unimed.doctor.lines", lambda: [])
+    eva = tmp_path / "weights" / "eva-vit-g"
+    eva.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (eva / name).touch()
+    (tmp_path / "sets" / "slake" / "imgs").mkdir(parents=True)
+    (tmp_path / "sets" / "slake" / "train.txt").touch()
+    shown = run("doctor", "--checkpoints", str(tmp_path / "weights"), "--data", str(tmp_path / "sets")).output
+    of = {line.split()[0]: line for line in shown.splitlines() if re.match(r"(vision|language|data)\.", line)}
+    assert len(of) == 10
+    found = {key for key, line in of.items() if "found: " in line}
+    assert found == {"vision.from", "data.sets.slake"}
+    assert re.search("licence: Llama 2 Community License; unimed convert llama", of["language.from"])
+    assert all("http" in line and "licence: " in line for line in of.values())
 
 
 def test_the_doctor_names_only_packages_that_something_imports():

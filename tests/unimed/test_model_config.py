@@ -3,8 +3,10 @@ import torch
 from transformers import AutoConfig, Blip2VisionConfig, LlamaConfig
 
 from unimed.errors import UserError
-from unimed.models.build import released_config
+from unimed.models.build import adapt, describe
 from unimed.models.unimed import TASKS, UniMedConfig, UniMedForConditionalGeneration
+from unimed.models.unimed.modeling import EvaVisionModel
+from unimed.train import recipe as recipes
 
 
 def config(**changes) -> UniMedConfig:
@@ -75,18 +77,35 @@ def test_patches_that_do_not_divide():
         _ = config(connector={"resample_rate": 3}).num_image_tokens
 
 
-def test_released_sizes():
+@pytest.mark.parametrize("name", ["unimed-7b-release", "unimed-7b-paper"])
+def test_full_size(name):
+    recipe = recipes.load(name)
+    config = describe(recipe)
     with torch.device("meta"):
-        model = UniMedForConditionalGeneration(released_config())
-    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in model.connector.named_children()}
-    tasks = model.connector.router.task_tokens.numel()
+        model = adapt(UniMedForConditionalGeneration(config), recipe)
+    base = model.get_base_model()
+    connector = base.connector.modules_to_save["default"]
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in connector.named_children()}
+    tasks = connector.router.task_tokens.numel()
     assert counts["experts"] == 199_270_400
     assert counts["router"] - tasks == 507_781_125
     assert tasks == 28_160
     # The release's encoder stores no key bias (zeros here, 39 x 1408) and keeps its last norm (2 x 1408) outside the encoder.
-    vision = sum(p.numel() for p in model.vision_tower.parameters())
-    assert vision == 985_894_528 + 39 * 1408 + 2 * 1408
-    assert not any(p.requires_grad for p in model.vision_tower.parameters())
+    vision = sum(p.numel() for p in base.vision_tower.parameters())
+    assert vision == 985_894_528 + 54_912 + 2_816 == 985_952_256
+    assert not any(p.requires_grad for p in base.vision_tower.parameters())
+    assert isinstance(base.vision_tower, EvaVisionModel)
+    assert base.vision_tower.post_layernorm.eps == 1e-5
     # Llama-2-7B, and one row more in the embedding and in the head for <image>.
-    assert sum(p.numel() for p in model.language_model.parameters()) == 6_738_415_616 + 2 * 4096
-    assert released_config().num_image_tokens == 64
+    lora = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert lora == 19_988_480
+    assert sum(p.numel() for p in base.language_model.parameters()) - lora == 6_738_415_616 + 2 * 4096
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 727_068_165
+    assert config.num_image_tokens == 64
+
+
+def test_the_differences_of_the_paper_s_recipe_are_listed_in_its_file():
+    release, paper = (recipes.flat(recipes.load(name)) for name in ("unimed-7b-release", "unimed-7b-paper"))
+    differ = {key for key in release if release[key] != paper[key]} - {"name", "description"}
+    head = (recipes.RECIPES / "unimed-7b-paper.yaml").read_text().partition("description:")[0]
+    assert {line.split()[1] for line in head.splitlines() if line.startswith("#   ")} - {"setting"} == differ

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from unimed.errors import UserError
 from unimed.models.adapter import add_lora, merge
-from unimed.models.build import released_config
 from unimed.models.load import load
 from unimed.models.spec import Lora
 from unimed.models.unimed import UniMedForConditionalGeneration
@@ -198,13 +197,3 @@ def test_damaged_adapters_are_one_line(tmp_path):
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
     refused("names no base model")
-
-
-def test_released_adapter_size():
-    config = released_config()
-    config.vision_config.num_hidden_layers = 1
-    with torch.device("meta"):
-        model = add_lora(UniMedForConditionalGeneration(config), Lora(r=8))
-    assert sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name) == 19_988_480
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable == 199_270_400 + 507_781_125 + 28_160 + 19_988_480 == 727_068_165

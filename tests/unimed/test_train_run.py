@@ -197,7 +197,7 @@ def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, 
     with pytest.raises(UserError, match="unimed sample build"):
         items(recipes.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
     with pytest.raises(UserError, match="cannot run here"):
-        train(recipes.load("released", [f"data.root={sample_folder}"]), tmp_path / "released")
+        train(recipes.load("unimed-7b-release", [f"data.root={sample_folder}"]), tmp_path / "released")
 
 
 def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_path):

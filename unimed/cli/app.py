@@ -6,6 +6,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -117,14 +118,24 @@ for _owner, _files in ((sample_app, (sample,)), (data_app, (data,)), (app, (trai
 
 
 @command(app, "doctor")
-def doctor() -> None:
-    """Say what is installed, which kernels this machine uses, and what is missing for what.
+def doctor(
+    checkpoints: Annotated[Path | None, typer.Option(help="folder of the 7B run's weights, in place of checkpoints/")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the 7B run's data sets, in place of data/")] = None,
+) -> None:
+    """Say what is installed, which kernels this machine uses, what is missing for what, and what the run at full size needs.
 
-    Example: [cyan]unimed doctor[/]
+    Examples:
+
+      [cyan]unimed doctor[/]
+
+      [cyan]unimed doctor --checkpoints weights --data datasets[/]    look there for the pieces of unimed-7b-release
     """
-    from unimed.doctor import lines
+    from unimed.doctor import full_size, lines
 
     for title, text in lines():
+        console.print(f"[bold]{title:<24}[/] {escape(text)}", highlight=False, soft_wrap=True)
+    console.print("\n[bold]unimed train unimed-7b-release needs[/] (no weights or data are shipped)", highlight=False)
+    for title, text in full_size(checkpoints, data):
         console.print(f"[bold]{title:<24}[/] {escape(text)}", highlight=False, soft_wrap=True)
     from cmoe_kernels.doctor import report as kernels
 

@@ -17,7 +17,7 @@ from unimed.notice import NOTICE
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="tiny, smollm2, released, or a YAML file")] = "tiny",
+    recipe: Annotated[str, typer.Argument(help="tiny, smollm2, unimed-7b-release, unimed-7b-paper, or a YAML file")] = "tiny",
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="the run's name; by default the recipe's")] = None,
     llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,

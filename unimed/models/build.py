@@ -1,13 +1,14 @@
-"""A model ready to train and its processor, from a ModelSpec; and the released sizes."""
+"""A model ready to train and its processor, from a ModelSpec; or its sizes only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Blip2VisionConfig, BlipImageProcessorPil, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BlipImageProcessorPil, GenerationConfig, LlamaConfig
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
 from unimed.models import parts, smollm2
@@ -33,7 +34,7 @@ def build(
     read_text = read_vision = None
     if from_scratch(language.source):
         tokenizer = train_tokenizer(texts, language.vocab_size)
-        text_config = parts.text_config(language, tokenizer)
+        text_config = parts.text_config(language, tokenizer, len(tokenizer))
     else:
         source = str(smollm2.folder(language.archive)) if language.source == SMOLLM2 else language.source
         read_text, tokenizer = parts.read_language_model(source, getattr(torch, DTYPES[language.dtype]))
@@ -43,17 +44,7 @@ def build(
     else:
         read_vision = parts.read_tower(vision.source, getattr(torch, DTYPES[vision.dtype]))
         vision_config = read_vision.config  # type: ignore[assignment]
-    stored = (vision.dtype, spec.connector.dtype, language.dtype)
-    config = UniMedConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        connector={**spec.connector.settings(), "tasks": list(tasks)},
-        image_token_index=token_id(tokenizer, IMAGE_TOKEN),
-        freeze_vision=vision.freeze,
-        freeze_connector=spec.connector.freeze,
-        freeze_language=language.freeze,
-        dtypes={name: DTYPES[one] for name, one in zip(PARTS, stored, strict=True)},
-    )
+    config = _config(spec, vision_config, text_config, token_id(tokenizer, IMAGE_TOKEN), tasks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if read_text is None and read_vision is None:
@@ -92,14 +83,34 @@ def _start_connector(model: UniMedForConditionalGeneration, source: str) -> None
     model.connector.load_state_dict(weights)
 
 
-def released_config() -> UniMedConfig:
-    """The released sizes: EVA-CLIP ViT-g, five two-layer experts, task-token router, Llama-2-7B and a row for `<image>`."""
+def describe(spec: ModelSpec, tasks: Iterable[str] = TASKS) -> UniMedConfig:
+    """The configuration of the model that `build` makes, from sizes only: nothing but configurations is read.
+
+    A tokenizer from scratch counts as full, and one of a folder as one that gets a row for `<image>`.
+    """
+    vision, language = spec.vision, spec.language
+    vision_config = parts.vision_config(vision) if from_scratch(vision.source) else parts.read_config("vision", vision.source)
+    if from_scratch(language.source):
+        text_config = parts.text_config(language, SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0), language.vocab_size)
+    elif language.source == SMOLLM2:
+        text_config = LlamaConfig(**smollm2.SIZES)
+    else:
+        text_config = parts.read_config("language", language.source)
+        text_config.vocab_size += 1
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    return _config(spec, vision_config, text_config, text_config.vocab_size - 1, tasks)
+
+
+def _config(spec: ModelSpec, vision: Any, text: Any, image_token: int, tasks: Iterable[str]) -> UniMedConfig:
     return UniMedConfig(
-        vision_config=Blip2VisionConfig(),
-        text_config=LlamaConfig(vocab_size=32001, max_position_embeddings=4096, rms_norm_eps=1e-5),
-        connector={"num_experts": 5, "expert": "mlp", "router": "soft", "router_inputs": "task_token", "tasks": list(TASKS)},
-        image_token_index=32000,
-        freeze_vision=True,
+        vision_config=vision,
+        text_config=text,
+        connector={**spec.connector.settings(), "tasks": list(tasks)},
+        image_token_index=image_token,
+        freeze_vision=spec.vision.freeze,
+        freeze_connector=spec.connector.freeze,
+        freeze_language=spec.language.freeze,
+        dtypes={name: DTYPES[one.dtype] for name, one in zip(PARTS, (spec.vision, spec.connector, spec.language), strict=True)},
     )
 
 

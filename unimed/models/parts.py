@@ -17,8 +17,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import logging
 
 from unimed.errors import UserError
+from unimed.models.published import published
 from unimed.models.spec import LANGUAGE, VISION, Family, Language, Vision, family
-from unimed.models.unimed.modeling import make_tower, tower_class
+from unimed.models.unimed.modeling import tower_class
 from unimed.models.unimed.tokenization import IMAGE_TOKEN
 
 T = TypeVar("T")
@@ -35,17 +36,26 @@ def vision_config(part: Vision) -> PreTrainedConfig:
     return _configured("vision", kind, {**defaults, **sizes, **part.config})
 
 
-def text_config(part: Language, tokenizer: Any) -> PreTrainedConfig:
-    """The configuration of a language model from scratch, for the vocabulary of `tokenizer`."""
+def text_config(part: Language, tokenizer: Any, vocab_size: int) -> PreTrainedConfig:
+    """The configuration of a language model from scratch, for the tokens of `tokenizer`."""
     kind = _kind("language", part.source, LANGUAGE)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"language.from={part.source!r}: not a causal language model; tested are {', '.join(LANGUAGE)}")
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": part.width, "intermediate_size": part.mlp_width}
+    sizes = {"vocab_size": vocab_size, "hidden_size": part.width, "intermediate_size": part.mlp_width}
     sizes |= {"num_hidden_layers": part.layers, "num_attention_heads": part.heads, "max_position_embeddings": 1024}
     optional = {"num_key_value_heads": part.heads, "head_dim": part.width // part.heads}
     sizes |= {name: size for name, size in optional.items() if hasattr(kind, name)}
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return _configured("language", kind, {**sizes, **tokens, "tie_word_embeddings": True, **part.config})
+
+
+def read_config(part: str, source: str) -> PreTrainedConfig:
+    """The configuration of what `from` names, without its weights: of a folder, of published weights, or of the hub's cache."""
+    known = published(source)
+    if known is not None and not Path(source).is_dir():
+        fields = dict(known.config)
+        return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    return _read(part, source, lambda: AutoConfig.from_pretrained(source, **NEVER))
 
 
 def read_tower(source: str, dtype: torch.dtype) -> nn.Module:
@@ -54,7 +64,7 @@ def read_tower(source: str, dtype: torch.dtype) -> nn.Module:
     def read() -> nn.Module:
         config = AutoConfig.from_pretrained(source, **NEVER)
         config = getattr(config, "vision_config", config)
-        return make_tower(config, lambda: tower_class(config).from_pretrained(source, config=config, dtype=dtype, use_safetensors=True))
+        return tower_class(config).from_pretrained(source, config=config, dtype=dtype, use_safetensors=True)
 
     return _read("vision", source, read)
 

@@ -161,7 +161,6 @@ class Evaluate(Section):
 class Recipe(ModelSpec):
     name: str = Field("run", json_schema_extra=HARMLESS)
     description: str = Field("", json_schema_extra=HARMLESS)
-    cannot_run: str = ""  # why this recipe is a record and not something that trains here
     data: Data = Field(default_factory=Data)
     augment: Augment = Field(default_factory=Augment)
     sampler: Sampler = Field(default_factory=Sampler)
@@ -272,6 +271,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"recipe {path}: must be a mapping of sections such as `train:`, it is a {type(config).__name__}")
     raw = {str(key): value for key, value in OmegaConf.to_container(config).items()}  # type: ignore[union-attr]
     data, language, lora = raw.get("data"), raw.get("language"), raw.pop("lora", None)
+    raw.pop("cannot_run", None)  # runs of earlier versions
     if isinstance(data, dict) and "cache_images" in data:
         del data["cache_images"]
         warnings.warn(f"recipe {path}: data.cache_images is no longer read; use data.cache_mb", stacklevel=3)

@@ -13,6 +13,7 @@ from typing import Any
 from unimed import io
 from unimed.datasets.load import load_items, load_set
 from unimed.errors import NoItems, UserError
+from unimed.needs import missing_weights
 from unimed.records.policy import Rules
 from unimed.tasks import RELEASED_TASKS, TASKS, prompts
 from unimed.tasks.item import Item, digest
@@ -67,8 +68,8 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 
 def _can_run(recipe: Recipe) -> None:
-    if recipe.cannot_run:
-        raise UserError(f"recipe {recipe.name!r} cannot run here: {recipe.cannot_run}")
+    if missing := missing_weights(recipe):
+        raise UserError(f"recipe {recipe.name!r} cannot run here: {missing}; see unimed doctor. `unimed train tiny` runs")
 
 
 def texts(train_items: Sequence[Item]) -> Iterator[str]:

@@ -8,7 +8,6 @@ The embeddings replace the `<image>` tokens in order, so a batch may mix tasks, 
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,23 +48,27 @@ class UniMedOutput(ModelOutput):
     lm_loss: Tensor | None = None
 
 
-def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model that transformers has for a vision configuration."""
+class EvaVisionModel(Blip2VisionModel):
+    """EVA-CLIP ViT-g with the release's last norm: a LayerNorm of its own, with torch's default eps, after the encoder."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.post_layernorm.eps = 1e-5
+
+
+def tower_class(config: PreTrainedConfig) -> Any:
+    """The model for a vision configuration."""
     if config.model_type == "blip_2_vision_model":  # not among the Auto classes
-        return Blip2VisionModel
+        return EvaVisionModel
     found: Any = MODEL_MAPPING.get(type(config), None)
     if found is None or not all(hasattr(type(config), name) for name in ("hidden_size", "image_size", "patch_size")):
         raise UserError(f"vision: {config.model_type!r} is not a tower that has hidden_size, image_size and patch_size")
     return found
 
 
-def make_tower(config: PreTrainedConfig, make: Callable[[], Any] | None = None) -> Any:
-    """A vision tower from scratch, or the one that `make` gives."""
-    tower = make() if make else tower_class(config)._from_config(config)
-    if isinstance(tower, Blip2VisionModel):
-        # The release puts a LayerNorm of its own, with torch's default eps, after the encoder; here it is the encoder's last norm.
-        tower.post_layernorm.eps = 1e-5
-    return tower
+def make_tower(config: PreTrainedConfig) -> Any:
+    """A vision tower from scratch."""
+    return tower_class(config)._from_config(config)
 
 
 def _many_processes() -> bool:
