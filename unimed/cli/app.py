@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from unimed.cli import data, evaluate, predict, sample, shared, train
+from unimed.cli import convert, data, evaluate, predict, sample, shared, train
 from unimed.cli.shared import console, errors, rank
 from unimed.errors import UserError
 from unimed.notice import NOTICE
@@ -36,6 +36,8 @@ sample_app = typer.Typer(no_args_is_help=True, help="The small CT and MR data se
 app.add_typer(sample_app, name="sample")
 data_app = typer.Typer(no_args_is_help=True, help="Own data: import it, check it, count it.", epilog=f"{NOTICE}.")
 app.add_typer(data_app, name="data")
+convert_app = typer.Typer(no_args_is_help=True, help="Checkpoints of other projects: into our folders, and back.", epilog=f"{NOTICE}.")
+app.add_typer(convert_app, name="convert")
 
 
 def command(owner: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -111,7 +113,7 @@ def _common(
     pass
 
 
-for _owner, _files in ((sample_app, (sample,)), (data_app, (data,)), (app, (train, evaluate, predict))):
+for _owner, _files in ((sample_app, (sample,)), (data_app, (data,)), (convert_app, (convert,)), (app, (train, evaluate, predict))):
     for _file in _files:
         for _name, _body in _file.COMMANDS.items():
             command(_owner, _name)(_body)

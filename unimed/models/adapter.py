@@ -70,7 +70,7 @@ def add_lora(model: UniMedForConditionalGeneration, language: Lora | None = None
     if language is None and vision is None:
         language = Lora()
     of = {name: lora for name, lora in (("language_model", language), ("vision_tower", vision)) if lora}
-    targets = {name: _linears(model, name) for name in of}
+    targets = {name: _linears(model, name, lora.targets) for name, lora in of.items()}
     first, *others = of
     config = LoraConfig(
         r=of[first].r,
@@ -93,11 +93,18 @@ def _whole(model: UniMedForConditionalGeneration, of: dict[str, Lora]) -> list[s
     return [name for name, is_frozen in frozen.items() if not is_frozen and name not in of]
 
 
-def _linears(model: UniMedForConditionalGeneration, part: str) -> str:
-    """A regex for the Linears of a part, without the head of the language model and what is left out of a tower's features."""
+def _linears(model: UniMedForConditionalGeneration, part: str, targets: list[str]) -> str:
+    """A regex for the Linears of a part, without the head of the language model and what is left out of a tower's features.
+
+    `targets`: only those whose names end so; empty for all.
+    """
     head, kind = model.get_output_embeddings(), model.config.vision_config.model_type
     names = [name for name, module in model.get_submodule(part).named_modules() if isinstance(module, nn.Linear) and module is not head]
     paths = [name.split(".") for name in names if part != "vision_tower" or not is_unread(kind, name)]
+    if absent := sorted(set(targets) - {path[-1] for path in paths}):
+        there = ", ".join(sorted({path[-1] for path in paths}))
+        raise UserError(f"lora.targets: no Linear of the {part} is called {', '.join(absent)}; there are {there}")
+    paths = [path for path in paths if not targets or path[-1] in targets]
     first, last = ("|".join(sorted({re.escape(path[end]) for path in paths})) for end in (0, -1))
     return rf"{part}\.({first})\..*\.({last})"
 

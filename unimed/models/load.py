@@ -1,28 +1,22 @@
-"""Read saved models strictly, and the released project's checkpoints."""
+"""Read saved models strictly."""
 
 import os
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging
 
-from cmoe_kernels import CMoEConfig
-from cmoe_kernels.nn.convert import from_unimed
 from unimed import io
 from unimed.errors import UserError
 from unimed.models.keys import require_same_keys
 from unimed.models.unimed.configuration import UniMedConfig
 from unimed.models.unimed.modeling import UniMedForConditionalGeneration
 from unimed.models.unimed.processing import UniMedProcessor
-
-if TYPE_CHECKING:
-    from unimed.models.adapter import UniMedPeftModel
 
 
 def load(
@@ -42,14 +36,14 @@ def load(
     if (folder / "adapter_config.json").is_file():
         from unimed.models.adapter import load_adapter  # peft takes a second to import
 
-        where = Path(base) if base is not None else _base(folder, search)
+        where = Path(base) if base is not None else base_folder(folder, search)
         model = _model(where, dtype)
         return load_adapter(model, folder, trainable), _processor(folder if _has_processor(folder) else where, model.config)
     model = _model(folder, dtype)
     return model, _processor(folder, model.config)
 
 
-def _base(folder: Path, search: Iterable[str | os.PathLike]) -> Path:
+def base_folder(folder: Path, search: Iterable[str | os.PathLike] = ()) -> Path:
     """The folder of the base model that an adapter names."""
     name = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not name:
@@ -142,54 +136,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: it must hold a JSON object")
     return content
-
-
-class Released(NamedTuple):
-    """The trained part of a released checkpoint, in our names."""
-
-    connector_config: CMoEConfig
-    connector: dict[str, Tensor]
-    lora: dict[str, Tensor]
-
-
-RELEASED_LORA = re.compile(r"llm_model\.base_model\.model\.(model\.layers\.\d+\..+\.lora_[AB])\.default\.weight")
-
-
-def import_released(path: str | os.PathLike, **settings: Any) -> Released:
-    """Read a checkpoint of the released project: tensors only, nothing in the file is executed.
-
-    `settings` (router, router_inputs, resample, ...) name what the shapes cannot show; see `cmoe_kernels.nn.convert.from_unimed`.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a checkpoint of plain tensors: {str(error).splitlines()[0]}") from error
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: it must hold a dictionary whose 'model' entry maps names to tensors")
-    try:
-        config, connector = from_unimed(state, **settings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-    lora = {f"base_model.model.language_model.{m[1]}.weight": value for key, value in state.items() if (m := RELEASED_LORA.fullmatch(key))}
-    return Released(config, connector, lora)
-
-
-def apply_released(model: "UniMedPeftModel", released: Released) -> None:
-    """Put a released checkpoint's connector and LoRA into a model with LoRA of the same sizes."""
-    saved = {f"base_model.model.connector.{key}": value for key, value in released.connector.items()} | released.lora
-    wanted = {key: value for key, value in _trained(model).items() if "vision_tower" not in key}
-    shapes = [{key: tuple(value.shape) for key, value in state.items()} for state in (saved, wanted)]
-    require_same_keys("released checkpoint", *shapes)
-    with torch.no_grad():
-        for key, value in saved.items():
-            wanted[key].copy_(value)
-
-
-def _trained(model: "UniMedPeftModel") -> dict[str, Tensor]:
-    """The adapter's own tensors under the names that its file has."""
-    names: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            names[name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")] = parameter
-    return names

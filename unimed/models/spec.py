@@ -79,11 +79,12 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    """Low-rank adapters on every Linear of a part, but not on the head of the language model."""
+    """Low-rank adapters on every Linear of a part, but not on the head of the language model; or on those that `targets` names."""
 
     r: Count = 8
     alpha: Count = 16
     dropout: Share = 0.05
+    targets: list[str] = Field(default_factory=list)  # the last words of their names: q_proj, v_proj
 
 
 class Vision(Section):
