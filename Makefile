@@ -8,6 +8,8 @@ TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # What CI runs of a test with more cases: this many, each value of each parameter among them.
 SAMPLE := --sample 24
+# Interpreted and emulated kernels take many times as long.
+SAMPLE_SLOW := --sample 12
 BIN := $(VENV)/bin
 # Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
@@ -56,18 +58,18 @@ test: install
 else
 test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(SAMPLE) --ignore tests/triton --ignore tests/emulation
-	$(VERSIONS) latest --sample 170
+	$(VERSIONS) latest --sample 90
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 endif
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/ops tests/triton -k triton
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(SAMPLE) tests/triton/test_capture.py tests/triton/test_aot.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE_SLOW) tests/ops tests/triton -k triton
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(SAMPLE_SLOW) tests/triton/test_capture.py tests/triton/test_aot.py
 
 # A process of its own here too: the emulated kernels take the place of the backend "cuda" on the CPU.
 test-cuda: lint  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
-	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE) tests/ops tests/emulation -k "cuda or emulation"
+	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE_SLOW) tests/ops tests/emulation -k "cuda or emulation"
 
 records: install  ## every generated record that is stale, anew (CHECK=1: which are; ONLY=aot,sass,roofline,verdicts: those)
 	$(BIN)/python -m tools.records --jobs $(JOBS) $(if $(CHECK),--check) $(if $(ONLY),--only $(ONLY))

@@ -35,8 +35,8 @@ def compile_program(name: str, *flags: str) -> Path:
     return ROOT / program
 
 
-def run_program(program: Path, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([str(program)], env=os.environ | environment, capture_output=True, text=True)
+def run_program(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(program), *arguments], env=os.environ | environment, capture_output=True, text=True)
 
 
 if __name__ == "__main__":  # compiled before the tests of a mutant

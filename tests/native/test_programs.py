@@ -8,6 +8,7 @@ import pytest
 from cmoe_kernels import native
 from tests.native.programs import compile_program, run_program
 from tests.native.variants import emulated_tiers, runtime_of
+from tests.sampling import FULL
 
 pytestmark = [
     pytest.mark.skipif(native.library is None, reason=str(native.error)),
@@ -36,12 +37,12 @@ def some(wanted):
 # A minute each, and more where the tier is emulated: CI runs the best one of this machine.
 @pytest.mark.parametrize("tier", some(HERE[:1]))
 def test_no_races(race, tier):
-    """Forward and backward of every driver with 1 to 4 threads of std::thread under ThreadSanitizer.
+    """Forward and backward of every driver with several threads of std::thread under ThreadSanitizer.
 
     torch's own pool is not seen by it: its OpenMP runtime is not instrumented, and every barrier of it would be reported.
     """
     # Addresses must lie where the sanitizer's shadow expects them.
-    run = run_program(race, CMOE_CPU_ISA=tier, TSAN_OPTIONS="halt_on_error=1:exitcode=66")
+    run = run_program(race, *(["all"] if FULL else []), CMOE_CPU_ISA=tier, TSAN_OPTIONS="halt_on_error=1:exitcode=66")
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
     assert f"instruction set {tier}" in run.stdout
     assert run.stdout.endswith("0 results differ\n")
