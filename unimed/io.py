@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -154,23 +155,46 @@ def verify_folder(path: Path, hashes: bool = True) -> None:
         raise UserError(f"{path}: corrupt: {wrong}; delete this folder, and --resume goes on from the checkpoint before it")
 
 
-def inside(root: Path, name: str, links: bool = True) -> Path:
-    """``root / name``. A name with ``..``, an absolute one, or one that no file can have is a UserError.
+# Names without anything that needs a look: no part begins with a dot, no drive, no backslash, no character that a file system lacks.
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}){0,9}")
 
-    ``links``: symbolic links that lie in ``root`` are followed, wherever they lead; else one that leads out of ``root`` is a UserError.
-    """
+
+def check_name(name: str, root: Path) -> None:
+    """A name with ``..``, an absolute one, or one that no file in ``root`` can have is a UserError."""
+    if _PLAIN.fullmatch(name):  # nearly all names; paths are slow to take apart
+        return
     for parts in (PurePosixPath(name), PureWindowsPath(name)):  # the same data set is refused on every system
         if parts.anchor or ".." in parts.parts:
             raise UserError(f"{name!r} leads out of {root}: file names in a dataset must stay inside its folder")
+    try:
+        if os.fsencode(name).find(b"\0") >= 0:
+            raise ValueError("null byte")
+    except ValueError as error:  # also a lone surrogate
+        raise _impossible(name, root, error) from error
+
+
+def inside(root: Path, name: str, links: bool = True) -> Path:
+    """``root / name``, for a name that `check_name` lets through.
+
+    ``links``: symbolic links that lie in ``root`` are followed, wherever they lead; else one that leads out of ``root`` is a UserError.
+    """
+    check_name(name, root)
     path = Path(os.path.abspath(root), name)
     try:
-        if os.fsencode(path).find(b"\0") >= 0:
-            raise ValueError("null byte")
         if not links and not path.resolve().is_relative_to(root.resolve()):
             raise UserError(f"{name!r} leads out of {root} by a symbolic link, and data.links=false does not follow it")
-    except (ValueError, OSError, RuntimeError) as error:  # a null byte, a lone surrogate, too long, a loop of links
-        raise UserError(f"{name!r} in {root} is not a possible file name ({error})") from error
+    except (ValueError, OSError, RuntimeError) as error:  # too long, a loop of links
+        raise _impossible(name, root, error) from error
     return path
+
+
+def _impossible(name: str, root: Path, error: Exception) -> UserError:
+    return UserError(f"{name!r} in {root} is not a possible file name ({error})")
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: UNIMED_CACHE, by default ~/.cache/unimed."""
+    return Path(os.environ.get("UNIMED_CACHE") or Path("~/.cache/unimed").expanduser())
 
 
 def sha256(path: Path) -> str:

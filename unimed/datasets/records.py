@@ -26,30 +26,39 @@ def names(folder: Path) -> list[str]:
 
 
 def read(source: Source) -> Iterator[tuple[str, Record]]:
+    """One record after the other, however many there are."""
     info = jsonl.read_info(source.folder)
     source.tally.name = source.called(info.name)
     source.images.roots = info.roots
     source.counted, source.own = False, not info.made_by.startswith(CONVERTED)
-    found = list(jsonl.read_records(source.folder, source.tally, source.split))
-    labelled = any(isinstance(one, Label) for _, record in found for one in record.annotations)
-    source.classes = info.classes if info.classes or not labelled else label_values(source.folder)
+    labelled = not info.classes and any(record.split == source.split for record in _labelled(source.folder))
+    source.classes = label_values(source.folder) if labelled else info.classes
     source.graded = bool(info.classes)
-    for where, record in found:
-        yield where, record.model_copy(update={"dataset": source.called(record.dataset)})
+    for where, record in jsonl.read_records(source.folder, source.tally, source.split):
+        name = source.called(record.dataset)
+        yield where, record if name == record.dataset else record.model_copy(update={"dataset": name})
 
 
 def label_values(folder: Path) -> dict[str, list[str]]:
     """The classes of each set of labels in the order of the alphabet, where dataset.json does not list them: all that the records have."""
     found: dict[str, set[str]] = defaultdict(set)
-    for _, text in jsonl.read_lines_of(folder):
-        try:
-            record = jsonl.parse(text, "")
-        except BadRecord:
-            continue
+    for record in _labelled(folder):
         for one in record.annotations:
             if isinstance(one, Label):
                 found[one.set].add(one.value)
     return {name: sorted(values) for name, values in found.items()}
+
+
+def _labelled(folder: Path) -> Iterator[Record]:
+    """The records with a label."""
+    for _, text in jsonl.read_lines_of(folder):
+        if '"label"' in text or "\\u" in text:  # the kind, which JSON may also spell by number
+            try:
+                record = jsonl.parse(text, "")
+            except BadRecord:
+                continue
+            if any(isinstance(one, Label) for one in record.annotations):
+                yield record
 
 
 SPEC = DatasetSpec(

@@ -166,11 +166,10 @@ def whole_image(image: Path | View) -> tuple[tuple[int, int], Placement]:
             return opened.rgb.size, opened.to_original
         with path.open("rb") as file:
             end = ENDS.get(file.read(2), b"")
-            file.seek(-min(64, path.stat().st_size), 2)
-            complete = bool(end) and end in file.read()
-        # Pixels are decoded in training; here only of files that do not say where they end, or do not end there.
-        if complete:
-            return placed_size(path)
+            file.seek(-min(64, file.seek(0, 2)), 2)
+            # Pixels are decoded in training; here only of files that do not say where they end, or do not end there.
+            if end and end in file.read():
+                return placed_size(path, file)
         opened = open_image(path)
         return opened.rgb.size, opened.to_original
     except BadRecord:

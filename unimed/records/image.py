@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from unimed.records.policy import BadRecord
 from unimed.records.record import ImageRef, split_root
 
 __all__ = ["Images", "Opened", "Seen", "open_image"]
+
+MOST_SEEN = 1 << 16  # about 100 MB
 
 
 def view(ref: ImageRef, path: Path) -> View:
@@ -38,7 +41,7 @@ class Seen(NamedTuple):
 
 
 class Images:
-    """The images of one data set. Each is looked at once: whether it is there and readable, and its size.
+    """The images of one data set. Each is looked at once, or again after MOST_SEEN others: is it there and readable, and its size.
 
     arrays: [N, H, W] or [N, H, W, 3] of an archive that a reader has opened, by the path that its references have; their frame is N.
     """
@@ -69,10 +72,13 @@ class Images:
         if found is None:
             try:
                 path = self.path(ref)
-                plain = ref == ImageRef(path=ref.path) and not path.is_dir()
-                found = Seen(path if plain else view(ref, path), *whole_image(path if plain else view(ref, path)))
+                whole = ref.plane is ref.slice is ref.window is ref.frame is None and not os.path.isdir(path)
+                image = path if whole else view(ref, path)
+                found = Seen(image, *whole_image(image))
             except BadRecord as error:
                 found = error
+            if len(self._seen) >= MOST_SEEN:
+                self._seen.clear()
             self._seen[ref] = found
         if isinstance(found, BadRecord):
             raise BadRecord(found.kind, f"{where}: {found}")

@@ -9,6 +9,7 @@ A folder is written beside its place and renamed when it is whole.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from unimed.records.record import SPLITS, Record, Text, parse, wrong
 DATASET_FILE = "dataset.json"
 SHARDS = "records-*.jsonl"
 SHARD = 10_000
+_SPLIT = re.compile(r'"split"\s*:\s*"(train|val|test)"')
 
 
 class DatasetInfo(BaseModel):
@@ -66,6 +68,8 @@ def read_records(folder: Path, tally: Tally | None = None, split: str | None = N
     A bad line whose split can still be read is reported with that split only.
     """
     for where, text in read_lines_of(folder):
+        if split is not None and _names_another(text, split) and _split(text) not in (split, None):
+            continue  # a tenth of the time that a record takes
         try:
             record = parse(text, where)
         except BadRecord as error:
@@ -76,6 +80,11 @@ def read_records(folder: Path, tally: Tally | None = None, split: str | None = N
             continue
         if split in (record.split, None):
             yield where, record
+
+
+def _names_another(text: str, split: str) -> bool:
+    found = _SPLIT.search(text)
+    return found is not None and found[1] != split
 
 
 def _split(text: str) -> str | None:

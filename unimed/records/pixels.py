@@ -4,8 +4,11 @@ What a file says about its pixels (depth, transparency, orientation, colour prof
 docs/unimed/images.md lists every case.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +28,8 @@ _EXIF_TURNS = {
     2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
     7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
+_START = 352  # bytes that tell the kind of a file
+_SILENT = (b"IDAT", b"tIME", b"tRNS")  # chunks of a PNG, behind the first pixels, without an orientation
 _EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
 
 
@@ -67,17 +72,47 @@ def image_size(path: Path) -> tuple[int, int]:
     return placed_size(Path(path))[0]
 
 
-def placed_size(path: Path) -> tuple[tuple[int, int], Placement]:
-    """Size and placement of the image that `load_image` gives; from the header where that tells."""
-    if _kind(path) == "raster":
-        try:
-            with Image.open(path) as image:
-                if image.getexif().get(_EXIF_ORIENTATION, 1) not in _EXIF_TURNS:
-                    return image.size, AS_STORED
-        except Exception as error:  # Pillow's readers let many kinds through
-            raise UserError(f"{path}: not a readable image ({short(error)})") from error
+def placed_size(path: Path, file: BinaryIO | None = None) -> tuple[tuple[int, int], Placement]:
+    """Size and placement of the image that `load_image` gives; from the header where that tells. file: the same, opened."""
+    if file is None and not path.is_dir():
+        with _opened(path) as file:
+            return placed_size(path, file)
+    if file is not None:
+        file.seek(0)
+        if _kind_of(path.name, file.read(_START)) == "raster":
+            file.seek(0)
+            try:
+                with Image.open(file) as image:
+                    if _orientation(image, file) not in _EXIF_TURNS:
+                        return image.size, AS_STORED
+            except Exception as error:  # Pillow's readers let many kinds through
+                raise UserError(f"{path}: not a readable image ({short(error)})") from error
     opened = open_image(path)
     return opened.rgb.size, opened.to_original
+
+
+def _orientation(image: Image.Image, file: BinaryIO) -> int:
+    """The EXIF orientation, with no pixel decoded where that can be."""
+    if image.format == "PNG" and not _text_after_pixels(file):  # Pillow decodes a PNG to see what comes after its pixels
+        return Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+    return image.getexif().get(_EXIF_ORIENTATION, 1)
+
+
+def _text_after_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG has a chunk behind its first pixels that may tell its orientation; also where its chunks cannot be followed."""
+    place, at, pixels = file.tell(), 8, False
+    try:
+        while True:
+            file.seek(at)
+            head = file.read(8)
+            kind, at = head[4:], at + 12 + int.from_bytes(head[:4])
+            pixels |= kind == b"IDAT"
+            if kind == b"IEND":
+                return False
+            if len(head) < 8 or (pixels and kind not in _SILENT):
+                return True
+    finally:
+        file.seek(place)
 
 
 def read_image_file(
@@ -136,18 +171,29 @@ def _volume(path: Path, kind: str) -> volumes.Volume:
     return volumes.read_nifti(path) if kind == "nifti" else volumes.read_dicom_series(path)
 
 
-def _kind(path: Path) -> str:
-    """What a file is by its first bytes, or by its suffix where these do not tell: raster, dicom, nifti or series."""
-    if path.is_dir():
-        return "series"
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as file:
-            start = file.read(352)
+        file = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from None
-    name = path.name.lower()
+    with file:
+        yield file
+
+
+def _kind(path: Path) -> str:
+    """What a file is by its first bytes, or by its suffix where these do not tell: raster, dicom, nifti or series."""
+    if path.is_dir():
+        return "series"
+    with _opened(path) as file:
+        return _kind_of(path.name, file.read(_START))
+
+
+def _kind_of(name: str, start: bytes) -> str:
+    """The kind of a file by its name and its first bytes."""
+    name = name.lower()
     if start[128:132] == b"DICM" or name.endswith(dicom.SUFFIXES):
         return "dicom"
     if name.endswith(NIFTI) or start[344:347] in (b"n+1", b"ni1") or start[4:7] in (b"n+2", b"ni2") or start[:2] == b"\x1f\x8b":

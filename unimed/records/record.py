@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unimed.errors import UserError
-from unimed.io import inside
+from unimed.io import check_name
 from unimed.records.policy import BadRecord
 
 Split = Literal["train", "val", "test"]
@@ -63,7 +63,7 @@ class ImageRef(_Part):
     @classmethod
     def _stays_inside(cls, path: str) -> str:
         try:
-            inside(Path("DATA"), split_root(path)[1])
+            check_name(split_root(path)[1], Path("DATA"))
         except UserError:
             raise ValueError("a path must stay inside the data set's folder or root: no '..', no absolute path") from None
         return path
