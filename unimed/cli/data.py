@@ -96,12 +96,26 @@ def validate(path: Folder, json: JsonFile = None, html: HtmlFile = None, strict:
     console.print(f"{path}: no {'other ' if checked.findings else ''}findings · {NOTICE}", markup=False)
 
 
-def stats(path: Folder, json: JsonFile = None, html: HtmlFile = None, strict: Strict = False) -> None:
-    """Count what is in a folder of records, by split. No image is opened, but the samples of the page.
+def stats(
+    path: Folder,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+    plot: Annotated[Path | None, typer.Option(help="draw entries by task and images by number of tasks here, as .png or .svg")] = None,
+    strict: Strict = False,
+) -> None:
+    """Count what is in a folder of records, by split: records and annotations, then training entries by task and source.
 
-    Example: [cyan]unimed data stats mine[/]
+    No image is opened, but the samples of the page. The numbers beside IMAX's are those of its paper.
+
+    Example: [cyan]unimed data stats mine --plot mine.png[/]
     """
     checked = _check(path, False, json, html, images=False)
+    _show_entries(checked.entries)
+    if plot is not None:
+        from unimed.report.entries import draw
+
+        draw(checked.entries, checked.name, plot)
+        _console().print(f"plot: {plot}", style="dim", markup=False)
     bad = {kind: one for kind, one in checked.findings.items() if kind.startswith("lines ")}
     for kind, one in bad.items():
         _console().print(f"{one.count:,} {kind} (first: {one.first})", style="yellow", markup=False)
@@ -138,4 +152,122 @@ def _check(path: Path, strict: bool, json: Path | None, html: Path | None, image
     return checked
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"import": import_, "convert": convert, "validate": validate, "stats": stats}
+def _show_entries(found: dict[str, Any]) -> None:
+    """The tables of IMAX's paper: entries, images, tasks and entries an image; entries by task and source."""
+    from rich.table import Table
+
+    from unimed.datasets.entries import PAPER
+
+    table = Table(title="training entries", title_justify="left")
+    for title in ("", "this set", "IMAX (paper)"):
+        table.add_column(title, justify="left" if not title else "right")
+    for name in ("entries", "images", "tasks", "tasks per image", "entries per image", "entries without an image"):
+        theirs = PAPER.get(name)
+        shown = "" if theirs is None else f"> {theirs:,}" if name == "entries" else f"{theirs:.2f}" if isinstance(theirs, float) else theirs
+        ours = f"{found[name]:.2f}" if isinstance(found[name], float) else f"{found[name]:,}"
+        table.add_row(name, ours, str(shown))
+    _console().print(table)
+    tasks = list(found["entries by task"])
+    table = Table(title="entries by source and task", title_justify="left")
+    table.add_column("")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for name, by_task in found["entries by source and task"].items():
+        table.add_row(name, *(f"{by_task[task]:,}" if task in by_task else "" for task in tasks))
+    table.add_row("all", *(f"{count:,}" for count in found["entries by task"].values()), style="bold")
+    table.add_row("images", *(f"{count:,}" for count in found["images by task"].values()), style="dim")
+    _console().print(table)
+
+
+def build_imax(
+    out: Annotated[Path, typer.Option(help="the new folder of records")],
+    source: Annotated[list[str] | None, typer.Option(help="LAYOUT=FOLDER; may stand several times; none: the built-in sample")] = None,
+    join: Annotated[Path | None, typer.Option(help="a CSV table source,id,image: ids of the sources that name one image")] = None,
+    by: Annotated[str, typer.Option(help="what makes two files one image: id, or hash (the same bytes)")] = "id",
+    jobs: Annotated[int, typer.Option(help="processes; 0: one a core")] = 0,
+    ray: Annotated[bool, typer.Option("--ray", help="make the parts as a Ray Data pipeline (extra: ray)")] = False,
+    strict: Strict = False,
+) -> None:
+    """Join sources that share images into one record an image, with up to seven tasks (IMAX).
+
+    A build that was stopped goes on with the same command. Annotations that contradict each other are listed in conflicts.jsonl.
+
+    Examples:
+
+      [cyan]unimed data build-imax --out imax[/]                           the built-in CT and MR slices
+
+      [cyan]unimed data build-imax --source mimic-cxr-jpg=mimic --source chexmask=masks --source edema=grades --out imax[/]
+    """
+    from unimed.cli.shared import bar
+    from unimed.datasets.build import build
+    from unimed.datasets.imax import source_named
+    from unimed.errors import UserError
+
+    console = _console()
+    lines: list[str] = []
+    conflicts: dict[str, int] = {}
+    orphans: dict[str, int] = {}
+    with bar(console) as progress:
+        task = progress.add_task("build-imax", total=None, note="")
+
+        def tell(done: int, total: int, what: str) -> None:
+            progress.update(task, description=what, completed=done, total=total or None)
+
+        if not source:
+            from unimed.sample.imax import build_imax_sample
+
+            if join is not None or ray:
+                raise UserError("build-imax: --join and --ray need a --source")
+            if out.exists():
+                raise UserError(f"--out {out}: exists already; choose another folder, or delete it")
+            counts = build_imax_sample(out, tell)
+        else:
+            named = [(name, Path(root)) for name, root in map(source_named, source)]
+            done = build(named, out, join, by, strict, jobs, tell, ray)
+            counts, lines, conflicts, orphans = done.splits, done.lines, done.conflicts, done.orphans
+    for line in lines:
+        console.print(line, style="yellow", markup=False)
+    for name, count in orphans.items():
+        console.print(f"{name}: {count:,} rows are about images that no source brings", style="yellow", markup=False)
+    for kind, count in conflicts.items():
+        console.print(f"{count:,} conflicts: {kind}", style="yellow", markup=False)
+    shares = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    console.print(f"{sum(counts.values()):,} images: {shares}", markup=False)
+    console.print(f"{out} · next: unimed data stats {out} · {NOTICE}", markup=False)
+
+
+def build_dmax(
+    imax: Annotated[Path, typer.Argument(help="a folder of image-centric records (unimed data build-imax)")],
+    out: Annotated[Path, typer.Option(help="the new folder of records")],
+    pool: Annotated[Path | None, typer.Option(help="records whose images are drawn from; by default those of IMAX itself")] = None,
+    tasks_per_image: Annotated[int, typer.Option(help="tasks of every image")] = 1,
+    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+) -> None:
+    """Make the decentralised twin of an image-centric set: as many entries of every task, from images that have one task each (DMAX).
+
+    Example: [cyan]unimed data build-dmax imax --pool all --out dmax[/]
+    """
+    from unimed.datasets.dmax import build_dmax as build
+
+    done = build(imax, out, pool, tasks_per_image, seed)
+    console = _console()
+    for split, by_task in done.variation.items():
+        shown = ", ".join(f"{task} {value:.3f}" for task, value in by_task.items())
+        console.print(f"{split}: total variation of labels: {shown}", style="dim", markup=False)
+    leaks = ", ".join(f"{count:,} {what}" for what, count in done.leaks.items())
+    console.print(f"leakage: {leaks}", markup=False)
+    entries, per_image = done.counts.entries, done.counts.tasks_per_image
+    console.print(
+        f"{entries:,} entries of {done.images['dmax']:,} images ({done.images['imax']:,} in {imax}), {per_image:.2f} tasks an image"
+    )
+    console.print(f"{out} · next: unimed data stats {out} · {NOTICE}", markup=False)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "import": import_,
+    "convert": convert,
+    "validate": validate,
+    "stats": stats,
+    "build-imax": build_imax,
+    "build-dmax": build_dmax,
+}

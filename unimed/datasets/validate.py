@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from unimed.datasets.alike import Alike, look_hash
+from unimed.datasets.entries import Counts
 from unimed.datasets.items import tasks_of
 from unimed.datasets.records import CONVERTED, label_values
 from unimed.datasets.spec import DATASETS
@@ -46,7 +47,7 @@ class Finding:
 class Checked:
     """The outcome: numbers for the tables, findings by what is wrong. stopped: at the first finding (strict).
 
-    samples: some records, spread over the data set, for the page.
+    entries: training entries as IMAX's paper counts them (Counts.as_json). samples: some records, spread over the data set, for the page.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Checked:
     annotations: dict[str, dict[str, int]]
     words: dict[str, dict[str, int]]
     licences: dict[str, int]
+    entries: dict[str, Any] = field(default_factory=dict)
     findings: dict[str, Finding] = field(default_factory=dict)
     stopped: bool = False
     samples: list[Record] = field(default_factory=list)
@@ -99,6 +101,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
     info = jsonl.read_info(folder)
     findings = _Findings(folder, strict, known_faults(info.made_by))
     samples = _Samples()
+    entries = Counts()
     alike = Alike()
     annotations: dict[str, Counter[str]] = defaultdict(Counter)
     records: Counter[str] = Counter()
@@ -119,6 +122,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
                 findings.add(f"lines {error.kind}", str(error))
                 continue
             records[record.split] += 1
+            entries.add(record)
             samples.add(record)
             licences[record.licence or info.licence or NO_LICENCE] += 1
             if record.id in ids:
@@ -163,6 +167,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
         annotations={split: dict(annotations[split]) for split in SPLITS},
         words={kind: _percentiles(values) for kind, values in sorted(lengths.items())},
         licences=dict(licences.most_common()),
+        entries=entries.as_json(),
         findings=findings.found,
         stopped=stopped,
         samples=samples.kept,

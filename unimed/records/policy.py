@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from unimed.errors import UserError
 from unimed.records.text import MAX_WORDS
@@ -62,6 +62,9 @@ class _Count:
     first: str = ""
 
 
+_COUNTS = ("_wrong", "_chosen", "_mended")
+
+
 @dataclass
 class Tally:
     """Counts the records of one split of one data set.
@@ -95,6 +98,10 @@ class Tally:
         self.records += records
         self._fault(self._wrong, error, records)
 
+    def spoil(self, error: BadRecord) -> None:
+        """A record that was counted when it was read, and turns out to be bad."""
+        self._fault(self._wrong, error, 1)
+
     def mend(self, error: BadRecord) -> None:
         """A bad record that is kept in another form."""
         self._fault(self._mended, error, 1)
@@ -106,6 +113,20 @@ class Tally:
     def note(self, text: str) -> None:
         """A choice of ours about good records that a user must know."""
         self._notes.append(text)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a file; `add` takes them."""
+        counts = {name: {kind: [one.records, one.first] for kind, one in getattr(self, name).items()} for name in _COUNTS}
+        return {"records": self.records, "notes": self._notes, **counts}
+
+    def add(self, state: dict[str, Any]) -> None:
+        """The counts of another part of the same data."""
+        self.records += state["records"]
+        self._notes += [text for text in state["notes"] if text not in self._notes]
+        for name in _COUNTS:
+            for kind, (records, first) in state[name].items():
+                count = getattr(self, name).setdefault(kind, _Count(first=first))
+                count.records += records
 
     def _fault(self, counts: dict[str, _Count], error: BadRecord, records: int) -> None:
         if self.rules.strict:

@@ -14,6 +14,7 @@ from unimed.errors import UserError
 from unimed.records.policy import BadRecord
 
 if TYPE_CHECKING:
+    from unimed.records.record import Annotation
     from unimed.tasks.asked import Asked
     from unimed.tasks.item import Item
     from unimed.tasks.reading import Reading
@@ -63,15 +64,18 @@ class Task:
     def item(self, asked: Asked) -> Item | None:
         """The item that an annotation of a record becomes; None where it is about something else."""
         one, images = asked.annotation, bool(asked.record.images)
-        make = self.makes.get(one.kind)
-        if make is None or (one.task != self.tag if one.task else one.kind in self.named):
+        if not self.takes(one):
             return None
         if images != self.needs_image:
             if one.task:
                 what = f"task {one.task!r} in a record {'with' if images else 'without'} images"
                 raise BadRecord("of a task that does not fit", f"{asked.where}: {what}")
             return None
-        return make(asked)
+        return self.makes[one.kind](asked)
+
+    def takes(self, one: Annotation) -> bool:
+        """Whether the task asks about an annotation, as far as its kind and the task that it names tell."""
+        return one.kind in self.makes and (one.task == self.tag if one.task else one.kind not in self.named)
 
     def pool(self, layout: str) -> tuple[str, ...]:
         """The wordings for data of this layout."""
