@@ -18,6 +18,7 @@ OPTIONAL = {
     "sacrebleu": "BLEU",
     "rouge_score": "ROUGE",
     "gguf": "SmolLM2 and other GGUF files",
+    "pyarrow": "training and evaluation",
 }
 
 
@@ -34,6 +35,7 @@ def lines() -> Iterator[tuple[str, str]]:
         yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {INSTALL}"
     root = Path(recipes.Data().root)
     yield "java", "found: BLEU by the PTB tokenizer, METEOR" if which("java") else "none: BLEU by our tokenizer, no METEOR"
+    yield "index", _index()
     yield "sample", f"{root} is there" if (root / "sample.json").is_file() else f"{root} is not built: unimed sample build"
     runs = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
     yield "runs", ", ".join(runs) or "none yet: unimed demo"
@@ -48,3 +50,11 @@ def full_size(checkpoints: Path | None = None, data: Path | None = None) -> Iter
         state = "found" if need.found else "missing"
         how = "" if need.found else f"; {need.how}"
         yield need.key, f"{state}: {need.folder}: {need.title}; from {need.where}; licence: {need.licence}{how}"
+
+
+def _index() -> str:
+    from unimed import io
+
+    files = list((place := io.index_folder()).glob("*"))
+    count, size = sum(file.suffix == ".json" for file in files), sum(file.stat().st_size for file in files)
+    return f"{count} indexes of data sets, {size / 1e6:.1f} MB, in {place}: made again when it is deleted" if count else f"{place} is empty"

@@ -194,7 +194,12 @@ def _impossible(name: str, root: Path, error: Exception) -> UserError:
 
 def cache_folder() -> Path:
     """Where what can be made again is kept: UNIMED_CACHE, by default ~/.cache/unimed."""
-    return Path(os.environ.get("UNIMED_CACHE") or Path("~/.cache/unimed").expanduser())
+    return Path(os.path.abspath(os.environ.get("UNIMED_CACHE") or os.path.expanduser("~/.cache/unimed")))
+
+
+def index_folder() -> Path:
+    """Where `unimed.datasets.index` keeps the items of data sets."""
+    return cache_folder() / "index"
 
 
 def sha256(path: Path) -> str:

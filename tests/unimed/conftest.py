@@ -11,6 +11,14 @@ evaluate.limit=4 evaluate.max_new_tokens=12 name=small
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """UNIMED_CACHE of all tests, also of the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIMED_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sample_folder(tmp_path_factory):
     """The built-in sample, built once for all tests that read it."""

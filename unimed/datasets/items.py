@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from unimed.datasets.spec import DatasetSpec
 from unimed.records.files import short
 from unimed.records.image import Images
@@ -15,13 +17,18 @@ from unimed.tasks.item import Item
 
 def read_items(spec: DatasetSpec, tally: Tally) -> list[Item]:
     """All questions of a split, in the order of the records."""
-    source = Source(tally, Images(tally.folder, {}, tally.rules.links), sized=spec.sized)
-    found = [item for where, record in spec.read(source) for item in items(source, record, where)]
+    return list(each_item(spec, Source(tally, Images(tally.folder, {}, tally.rules.links), sized=spec.sized)))
+
+
+def each_item(spec: DatasetSpec, source: Source) -> Iterator[Item]:
+    """The same, one after the other. The tally is whole after the last."""
+    tally = source.tally
+    for where, record in spec.read(source):
+        yield from items(source, record, where)
     for kind, count in sorted(source.unused.items()):
         tally.note(f"no task asks annotations {kind} ({count:,})")
     if source.cut:
         tally.note(f"texts cut to {tally.rules.max_words} words: {source.cut:,} (data.protocol=standard keeps them whole)")
-    return found
 
 
 def items(source: Source, record: Record, where: str) -> list[Item]:

@@ -1,30 +1,49 @@
 """One way in: find the datasets under a folder by their layouts and read a split of them."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unimed.datasets.items import read_items
 from unimed.datasets.spec import DATASETS, DatasetSpec
 from unimed.errors import NoItems, UserError
-from unimed.records.files import once
 from unimed.records.policy import Rules, Tally, log
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.item import Item
+
+if TYPE_CHECKING:
+    from unimed.datasets.index import Items
+
+Read = Callable[[DatasetSpec, Tally], Sequence[Item]]
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
 
 
 def load_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Item]:
-    """All items of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
+    """All of `find_items` as a list, read anew."""
+    return list(find_items(root, split, tasks, rules, read_items))
+
+
+def load_set(name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Item]:
+    """All of `set_items` as a list, read anew."""
+    return list(set_items(name, root, layout, split, tasks, rules, read_items))
+
+
+def find_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None, read: Read | None = None) -> Items:
+    """The items of a split from every dataset in ``root`` or in a folder of it; no two have the same id.
 
     split: "train", "slab" or "subject"; for released datasets also "val" (= slab), "test" (= subject) and any other that the data has.
     rules: what becomes of bad records, which languages and which texts are read. A data set is named by its layout; where several folders
-    have one layout, each of them by its folder.
+    have one layout, each of them by its folder. read: by default from the index.
     """
+    from unimed.datasets.index import Items, items_of  # it brings pyarrow
+
+    read = read or items_of
     root = Path(root)
     unknown = sorted(set(tasks or ()) - set(TASKS))
     if unknown:
@@ -38,14 +57,15 @@ def load_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules
         raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
     names = _names(found)
     tallies = []
-    items: list[Item] = []
+    parts: list[Sequence[Item]] = []
     for (layout, folder), name in zip(found, names, strict=True) if SPLIT.fullmatch(split) else ():
         tally = Tally(name or layout.name, folder, SPLITS.get(split, split), rules or Rules(), name)
-        read = read_items(layout, tally)
+        part = read(layout, tally)
         if layout.certain:
-            tally.close(len(read))
+            tally.close(len(part))
         tallies.append(tally)
-        items += read
+        parts.append(part)
+    items = Items(parts)
     if split not in SPLITS and not items:
         raise NoItems(f"split {split!r}: expected one of {', '.join(SPLITS)}, or another that the data at {root} has")
     for tally in tallies:
@@ -53,11 +73,21 @@ def load_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules
             tally.tell()
         else:
             tally.close(0)
-    return _of_tasks(_one_of_each_id(items), tasks)
+    return _of_tasks(items.distinct(), tasks)
 
 
-def load_set(name: str, root: Path, layout: str, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Item]:
-    """All items of a split of the one data set in the folder ``root``, whose layout is known and whose items carry ``name``."""
+def set_items(
+    name: str,
+    root: Path,
+    layout: str,
+    split: str,
+    tasks: Sequence[str] | None = None,
+    rules: Rules | None = None,
+    read: Read | None = None,
+) -> Items:
+    """The items of a split of the one data set in the folder ``root``, whose layout is known and whose items carry ``name``."""
+    from unimed.datasets.index import Items, items_of
+
     if layout not in DATASETS:
         raise UserError(f"data.sets.{name}.layout={layout!r}: no such layout; known are {', '.join(DATASETS)}")
     if not root.is_dir():
@@ -65,9 +95,9 @@ def load_set(name: str, root: Path, layout: str, split: str, tasks: Sequence[str
     if not DATASETS[layout].matches(root):
         raise UserError(f"data.sets.{name}.root={root}: not a folder of the layout {DATASETS[layout].files}")
     tally = Tally(name, root, SPLITS.get(split, split), rules or Rules(), name)
-    items = read_items(DATASETS[layout], tally)
+    items = Items([(read or items_of)(DATASETS[layout], tally)])
     tally.close(len(items))
-    return _of_tasks(_one_of_each_id(items), tasks)
+    return _of_tasks(items.distinct(), tasks)
 
 
 def _names(found: Sequence[tuple[DatasetSpec, Path]]) -> list[str]:
@@ -88,17 +118,12 @@ def _names(found: Sequence[tuple[DatasetSpec, Path]]) -> list[str]:
     return given
 
 
-def _of_tasks(items: list[Item], tasks: Sequence[str] | None) -> list[Item]:
+def _of_tasks(items: Items, tasks: Sequence[str] | None) -> Items:
     """Those of the tasks. A line counts the others whose task no recipe takes by itself."""
     if tasks is None:
         return items
-    unnamed = Counter(item.task for item in items if item.task not in (*tasks, *RELEASED_TASKS))
+    counts = items.often("task")
+    unnamed = {task: count for task, count in counts.items() if task not in (*tasks, *RELEASED_TASKS)}
     if unnamed:
         log.warning("data.tasks does not name %s", ", ".join(f"{task} ({count:,} items)" for task, count in unnamed.items()))
-    return [item for item in items if item.task in tasks]
-
-
-def _one_of_each_id(items: list[Item]) -> list[Item]:
-    """The items, with a number behind an id that came before."""
-    seen: Counter[str] = Counter()
-    return [item if (key := once(item.id, seen)) == item.id else replace(item, id=key) for item in items]
+    return items.of_tasks(tasks)

@@ -230,5 +230,6 @@ SPEC = DatasetSpec(
     citation="Yang et al., MedMNIST v2: a benchmark for 2D and 3D biomedical image classification, Scientific Data 2023",
     where="https://medmnist.com",
     certain=False,
+    arrays=True,
     names=archives,
 )

@@ -52,7 +52,7 @@ def label_values(folder: Path) -> dict[str, list[str]]:
 def _labelled(folder: Path) -> Iterator[Record]:
     """The records with a label."""
     for _, text in jsonl.read_lines_of(folder):
-        if '"label"' in text or "\\u" in text:  # the kind, which JSON may also spell by number
+        if '"label"' in text or "\\u00" in text:  # the kind, which JSON may also spell by number
             try:
                 record = jsonl.parse(text, "")
             except BadRecord:

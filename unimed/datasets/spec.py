@@ -21,7 +21,8 @@ class DatasetSpec:
     read: place and record of everything in a split, in the order of the files. A bad row goes to the source's tally.
     names: what the data sets of a folder are called, where that is not the layout's name. certain: the files that `matches` looks for are
     of no other layout, so a folder without one good record is an error. tasks: those that its annotations make.
-    ratio: batches out of 50 for each task in the release. known: a fault of the published split, by the kind of finding.
+    arrays: its images are in memory, not in files. ratio: batches out of 50 for each task in the release. known: a fault of the published
+    split, by the kind of finding.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DatasetSpec:
     where: str = ""
     certain: bool = True
     sized: bool = True
+    arrays: bool = False
     names: Callable[[Path], list[str]] | None = None
     known: Mapping[str, str] = field(default_factory=dict)
 

@@ -51,6 +51,7 @@ class Images:
         self.arrays: dict[str, np.ndarray] = {}
         self._seen: dict[ImageRef, Seen | BadRecord] = {}
         self._hashes: dict[Path, str] = {}
+        self.outside: dict[str, bool] = {}  # folders under other roots where images were looked for; True: all of it is an image
 
     def path(self, ref: ImageRef) -> Path:
         """The file of an image, which need not be there."""
@@ -59,9 +60,13 @@ class Images:
             known = ", ".join(self.roots) or "none"
             raise BadRecord("with an unknown root", f"path {ref.path!r}: dataset.json has no root {root!r} (it has {known})")
         try:
-            return inside(self.folder / self.roots[root] if root else self.folder, name, self.links)
+            path = inside(self.folder / self.roots[root] if root else self.folder, name, self.links)
         except UserError as error:
             raise BadRecord("with a file name that is not allowed", str(error)) from None
+        if root:
+            whole = os.path.isdir(path)
+            self.outside[str(path if whole else path.parent)] = whole
+        return path
 
     def look(self, ref: ImageRef, where: str) -> Seen:
         """Path or view, size and placement of an image; a BadRecord where it cannot be used."""

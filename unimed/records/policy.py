@@ -18,6 +18,7 @@ log = logging.getLogger("unimed.records")
 ProtocolName = Literal["released", "standard"]
 
 KINDS_SHOWN = 6
+_COUNTS = ("_wrong", "_chosen", "_mended")
 _printed: set[tuple[str, str]] = set()  # a split is read more than once in a run, its line is printed once
 
 
@@ -157,6 +158,17 @@ class Tally:
             shown.append(f"{count.records:,} {kind}" + (f" (first: {first})" if first else ""))
         more = sum(count.records for _, count in often[KINDS_SHOWN:])
         return ", ".join(shown) + (f", {more:,} of other kinds" if more else "")
+
+    def state(self) -> dict[str, Any]:
+        """All that was counted, as plain JSON."""
+        kinds = {key: {kind: [one.records, one.first] for kind, one in getattr(self, key).items()} for key in _COUNTS}
+        return {"name": self.name, "records": self.records, "notes": self._notes.copy(), **kinds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the place of all that was counted."""
+        counts = {key: {kind: _Count(*one) for kind, one in state[key].items()} for key in _COUNTS}
+        self.name, self.records, self._notes = state["name"], state["records"], list(state["notes"])
+        vars(self).update(counts)
 
     def close(self, kept: int) -> None:
         """Prints the summary. A data set of which nothing can be used is an error: its folder is not as it should be."""

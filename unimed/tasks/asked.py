@@ -69,13 +69,13 @@ class Asked:
         assert seen is not None  # a record without images has no box
         box = seen.placement.inverse(one.xyxy)
         clipped = clip(box, seen.size)
-        what = f"{self.where}: the box of {one.name!r} is {short(list(one.xyxy))} in pixels of the file"
-        file = seen.placement((0, 0, *seen.size))
-        size = f"{file.x2 - file.x1:g} x {file.y2 - file.y1:g}"
-        if clipped is None:
-            raise BadRecord("with a box outside the image", f"{what}, which has {size}")
-        if any(abs(a - b) > 0.01 for a, b in zip(clipped, box, strict=True)):
-            fault = BadRecord("with a box clipped to the image", f"{what}, which has {size}")
+        if clipped is None or any(abs(a - b) > 0.01 for a, b in zip(clipped, box, strict=True)):
+            file = seen.placement((0, 0, *seen.size))
+            size = f"{file.x2 - file.x1:g} x {file.y2 - file.y1:g}"
+            what = f"{self.where}: the box of {one.name!r} is {short(list(one.xyxy))} in pixels of the file, which has {size}"
+            if clipped is None:
+                raise BadRecord("with a box outside the image", what)
+            fault = BadRecord("with a box clipped to the image", what)
             self.faults.setdefault(fault.kind, fault)
         return clipped, seen.size
 

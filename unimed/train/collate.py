@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ class TrainingSet(Dataset[Sample]):
     in each process that reads.
     """
 
-    def __init__(self, items: list[Item], settings: Augment, side: int | None = None, cache_mb: float = 2048):
+    def __init__(self, items: Sequence[Item], settings: Augment, side: int | None = None, cache_mb: float = 2048):
         self.items, self.settings, self.side = items, settings, side
         self.cache_bytes, self.cached_bytes = int(cache_mb * 2**20), 0
         self._cache: OrderedDict[Any, tuple[Image.Image, tuple[int, int]]] = OrderedDict()  # the last used comes last

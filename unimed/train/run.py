@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unimed import io
-from unimed.datasets.load import load_items, load_set
+from unimed.datasets.load import find_items, set_items
 from unimed.errors import NoItems, UserError
 from unimed.needs import missing_weights
 from unimed.records.policy import Rules
@@ -21,21 +21,27 @@ from unimed.train import machine
 from unimed.train.folder import Run
 from unimed.train.recipe import Recipe
 
+if TYPE_CHECKING:
+    from unimed.datasets.index import Items
 
-def items(recipe: Recipe, split: str) -> list[Item]:
+
+def items(recipe: Recipe, split: str) -> Items:
     """The items of a split of all data of a recipe: `data.root`, and each of `data.sets` by its own name of the split."""
+    from unimed.datasets.index import Items
+
     data = recipe.data
     rules = Rules(data.strict, tuple(data.languages), data.protocol, data.links)
-    found: list[Item] = []
+    parts: list[Items] = []
     if data.root:
         root = Path(data.root)
         if not root.is_dir():
             raise UserError(f"data.root={data.root}: no such folder; make the sample with: unimed sample build --out {data.root}")
-        found += load_items(root, split, data.tasks, rules)
+        parts.append(find_items(root, split, data.tasks, rules))
     elif not data.sets:
         raise UserError("data: no data; name a folder with data.root=FOLDER or data.sets.NAME.root=FOLDER")
     for name, one in data.sets.items():
-        found += load_set(name, Path(one.root), one.layout, one.splits.get(split, split), data.tasks, rules)
+        parts.append(set_items(name, Path(one.root), one.layout, one.splits.get(split, split), data.tasks, rules))
+    found = parts[0] if len(parts) == 1 else Items(parts)
     if not found:
         what = f"data.root={data.root}" if not data.sets else f"data: {data.where}"
         raise NoItems(f"{what}: no item of the tasks {', '.join(data.tasks)} in its {split!r} split")

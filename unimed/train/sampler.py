@@ -7,12 +7,12 @@ A batch sampler that starts again and skips `n` batches therefore gives exactly 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from unimed.datasets.index import kinds
 from unimed.errors import UserError
 
 log = logging.getLogger("unimed.train")
@@ -20,22 +20,23 @@ log = logging.getLogger("unimed.train")
 Draw = tuple[int, int]  # index of the item, seed of its prompt and augmentation
 
 
-def group(items: Sequence, ratios: dict[str, float]) -> tuple[list[list[int]], np.ndarray]:
+def group(items: Sequence, ratios: dict[str, float]) -> tuple[list[np.ndarray], np.ndarray]:
     """Indices and probability of every source that has a ratio above zero and at least one item.
 
     A ratio without items and items without a ratio are named in a warning each.
     """
-    available = Counter((item.dataset, item.task) for item in items)
-    members: list[list[int]] = []
+    pairs, of = kinds(items)
+    available = dict(zip(pairs, np.bincount(of, minlength=len(pairs)).tolist(), strict=True))
+    members: list[np.ndarray] = []
     weights: list[float] = []
     empty: list[str] = []
     for key, ratio in ratios.items():
         dataset, _, task = key.rpartition("/")
-        found = [i for i, item in enumerate(items) if item.task == task and (not dataset or item.dataset == dataset)]
-        if ratio > 0 and not found and dataset:
-            has = ", ".join(sorted({name for name, of in available if of == task})) or "none"
+        found = np.flatnonzero(np.isin(of, [place for place, pair in enumerate(pairs) if pair == (dataset or pair[0], task)]))
+        if ratio > 0 and not len(found) and dataset:
+            has = ", ".join(sorted({name for name, of_task in pairs if of_task == task})) or "none"
             raise UserError(f"sampler.ratios.{key}: no training item of task {task!r} in dataset {dataset!r}; datasets that have: {has}")
-        if ratio > 0 and found:
+        if ratio > 0 and len(found):
             members.append(found)
             weights.append(ratio)
         elif ratio > 0:
@@ -58,7 +59,7 @@ def by_set(ratios: dict[str, float], items: Sequence, sets: dict[str, float]) ->
     if not sets or (len(sets) == 1 and set(sets.values()) == {1.0}):
         return ratios
     there: dict[str, dict[str, float]] = {}
-    for dataset, task in dict.fromkeys((item.dataset, item.task) for item in items):
+    for dataset, task in kinds(items)[0]:
         named = (ratio for name, ratio in sets.items() if dataset == name or dataset.startswith(f"{name}-"))
         there.setdefault(task, {})[dataset] = next(named, 1.0)
     divided: dict[str, float] = {}
@@ -77,7 +78,7 @@ class TaskRatioSampler(Sampler[list[Draw]]):
 
     def __init__(
         self,
-        members: list[list[int]],
+        members: Sequence[Sequence[int] | np.ndarray],
         probabilities: np.ndarray,
         batch_size: int,
         num_batches: int,
@@ -107,5 +108,5 @@ class TaskRatioSampler(Sampler[list[Draw]]):
                 if place == 0:
                     orders[source] = np.random.default_rng([self.seed, 1 + source, turn, 1]).permutation(size)
                 taken[source] += 1
-                batch.append((self.members[source][orders[source][place]], int(seeds[position])))
+                batch.append((int(self.members[source][orders[source][place]]), int(seeds[position])))
             yield batch
