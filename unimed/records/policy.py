@@ -116,9 +116,9 @@ class Tally:
         self._notes.append(text)
 
     def state(self) -> dict[str, Any]:
-        """Plain values, for a file; `add` takes them."""
+        """All that was counted, as plain JSON; `add` and `restore` take it."""
         counts = {name: {kind: [one.records, one.first] for kind, one in getattr(self, name).items()} for name in _COUNTS}
-        return {"records": self.records, "notes": self._notes, **counts}
+        return {"name": self.name, "records": self.records, "notes": self._notes.copy(), **counts}
 
     def add(self, state: dict[str, Any]) -> None:
         """The counts of another part of the same data."""
@@ -128,6 +128,12 @@ class Tally:
             for kind, (records, first) in state[name].items():
                 count = getattr(self, name).setdefault(kind, _Count(first=first))
                 count.records += records
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the place of all that was counted."""
+        counts = {key: {kind: _Count(*one) for kind, one in state[key].items()} for key in _COUNTS}
+        self.name, self.records, self._notes = state["name"], state["records"], list(state["notes"])
+        vars(self).update(counts)
 
     def _fault(self, counts: dict[str, _Count], error: BadRecord, records: int) -> None:
         if self.rules.strict:
@@ -158,17 +164,6 @@ class Tally:
             shown.append(f"{count.records:,} {kind}" + (f" (first: {first})" if first else ""))
         more = sum(count.records for _, count in often[KINDS_SHOWN:])
         return ", ".join(shown) + (f", {more:,} of other kinds" if more else "")
-
-    def state(self) -> dict[str, Any]:
-        """All that was counted, as plain JSON."""
-        kinds = {key: {kind: [one.records, one.first] for kind, one in getattr(self, key).items()} for key in _COUNTS}
-        return {"name": self.name, "records": self.records, "notes": self._notes.copy(), **kinds}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes the place of all that was counted."""
-        counts = {key: {kind: _Count(*one) for kind, one in state[key].items()} for key in _COUNTS}
-        self.name, self.records, self._notes = state["name"], state["records"], list(state["notes"])
-        vars(self).update(counts)
 
     def close(self, kept: int) -> None:
         """Prints the summary. A data set of which nothing can be used is an error: its folder is not as it should be."""
