@@ -14,7 +14,7 @@ from pydicom.data import get_palette_files, get_testdata_file
 from pydicom.pixels import apply_color_lut
 
 from unimed.errors import UserError
-from unimed.records import dicom
+from unimed.records import dicom, limits
 from unimed.records import volume as volumes
 from unimed.records.dicom import parse, picture, read_frame
 from unimed.records.pixels import open_image, read_image_file
@@ -495,7 +495,7 @@ def test_two_series_are_refused(tmp_path):
 def test_archives_that_unpack_to_too_much(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a", bytes(100_000))
-    monkeypatch.setattr(volumes, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(limits, "BYTES", 50_000)
     with pytest.raises(UserError, match="unpacks to more than"):
         volumes.read_dicom_series(tmp_path / "a.zip")
 
@@ -509,8 +509,20 @@ def test_a_jpeg_2000_box_of_no_length_does_not_hang():
 def test_a_deflated_file_that_inflates_to_too_much(monkeypatch):
     data = (BUNDLED / "image_dfl.dcm").read_bytes()
     assert parse("f", data).Rows == 512
-    monkeypatch.setattr(dicom, "MAX_BYTES", 100_000)
-    assert "inflates to more than" in refused(data)
+    length = int.from_bytes(data[140:144], "little")
+    ungrouped = data[:132] + data[144:]  # without the element that says how long the meta header is
+    assert parse("f", ungrouped).Rows == 512
+    assert len(data) - 144 - length > 0
+    monkeypatch.setattr(limits, "BYTES", 100_000)
+    for bomb in (data, ungrouped):
+        assert "inflates to more than" in refused(bomb)
+
+
+def test_frames_that_decode_to_too_much(tmp_path, monkeypatch):
+    data = dicom_file(np.zeros((4, 8, 8), np.uint8), NumberOfFrames=4)
+    monkeypatch.setattr(limits, "BYTES", 4 * 4 * 64 - 1)
+    with pytest.raises(UserError, match="256 voxels, which take more than"):
+        volumes.read_dicom_frames("f", parse("f", data))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 
 from unimed.errors import UserError
+from unimed.records import limits
 from unimed.records import volume as volumes
 from unimed.records.pixels import open_image, read_image_file
 from unimed.sample.masks import STRUCTURES
@@ -355,7 +356,7 @@ def test_nifti_that_is_refused(data, message):
 
 def test_nifti_that_unpacks_to_too_much(monkeypatch):
     data = gzip.compress(bytes(100_000)) + gzip.compress(bytes(100_000))
-    monkeypatch.setattr(volumes, "MAX_BYTES", 150_000)
+    monkeypatch.setattr(limits, "BYTES", 150_000)
     with pytest.raises(UserError, match="unpacks to more than"):
         volumes.nifti_from_bytes("v", data)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_samples import dicom_file
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from unimed.cli import app as cli
 from unimed.errors import UserError
 from unimed.evaluate import evaluate
 from unimed.inference import draw
+from unimed.inference.follow import Follow
 from unimed.inference.images import open_source
 from unimed.inference.request import prepare, read_box
 from unimed.inference.rows import answer_rows, read_rows
@@ -83,14 +85,14 @@ def test_confidence_is_the_mean_probability_of_the_answer(session, slab):
     import torch
 
     item = slab[0]
-    inputs = session._inputs([item], 6)
+    inputs = session._inputs([item], [6])
     with torch.inference_mode():
         made = session.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True
         )
     tokens = made.sequences[0, inputs["input_ids"].shape[1] :]
     chances = [step[0].float().softmax(-1)[token] for step, token in zip(made.logits, tokens, strict=True)]
-    ends = [place for place, token in enumerate(tokens) if token in session._ends]
+    ends = [place for place, token in enumerate(tokens) if token in session.ends]
     chances = torch.stack(chances[: ends[0] + 1 if ends else None])
     expected = float(chances.log().mean().exp())
     assert session.generate([item], max_new_tokens=6, details=True)[0].confidence == pytest.approx(expected, rel=1e-4)
@@ -402,3 +404,85 @@ def test_a_second_question_loads_nothing_again(session, picture, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda file, *args, **kwargs: opened.append(str(file)) or original(file, *args, **kwargs))
     session.answer(picture, "which organ is shown", max_new_tokens=2)
     assert [name for name in opened if name != str(picture)] == []
+
+
+class Noted(Follow):
+    """Notes pieces and ends in the order in which they come; `stop` ends a row after so many pieces."""
+
+    def __init__(self, stop=None):
+        self.events, self.stop = [], stop or {}
+
+    def of(self, row):
+        return [what for at, what in self.events if at == row]
+
+    def stopped(self, row):
+        return row in self.stop and len(self.of(row)) >= self.stop[row]
+
+    def streams(self, row):
+        return row != 1
+
+    def piece(self, row, text):
+        self.events.append((row, text))
+
+    def done(self, row, made):
+        self.events.append((row, made))
+
+
+def test_rows_of_a_batch_are_followed_each_to_its_own_limit(session, slab):
+    slab = slab[::4]
+    limits = [(1, 9, 4, 12, 6)[place % 5] for place in range(len(slab))]
+    single = [session.generate([item], max_new_tokens=most, details=True)[0] for item, most in zip(slab, limits, strict=True)]
+    seen = Noted()
+    together = session.generate(slab, 3, limits, follow=seen)
+    for row, (one, alone) in enumerate(zip(together, single, strict=True)):
+        assert one._replace(confidence=0, gates=()) == alone._replace(confidence=0, gates=())
+        assert one.confidence == pytest.approx(alone.confidence, rel=1e-3)
+        assert one.gates == pytest.approx(alone.gates, abs=1e-4)
+        *pieces, made = seen.of(row)
+        assert made == one
+        assert "".join(pieces) == ("" if row == 1 else one.text)
+        assert one.tokens == limits[row] if not one.ended else one.tokens <= limits[row]
+    ends = [row for row, what in seen.events if not isinstance(what, str)]
+    assert ends.index(0) < ends.index(1)  # a short answer does not wait for the longest of its batch
+    seen = Noted(stop={3: 0})
+    stopped = session.generate(slab, 5, limits, follow=seen)
+    assert seen.of(3) == []
+    assert [one.text for one in stopped] == [one.text if row != 3 else "" for row, one in enumerate(single)]
+
+
+def test_a_long_neighbour_does_not_push_a_request_out_of_the_positions(session, monkeypatch):
+    """Padding is no part of a prompt: what is answered by itself is answered in a batch."""
+    short, long = Request(None, "where?", "qa", max_new_tokens=9), Request(None, "where " * 40, "qa", max_new_tokens=2)
+    items = [prepare(request).item for request in (short, long)]
+    lengths = session._inputs(items, [1, 1])["attention_mask"].sum(1).tolist()
+    monkeypatch.setattr(session.model.config.text_config, "max_position_embeddings", lengths[1] + 2)
+    assert lengths[0] + 9 <= lengths[1] + 2 < lengths[1] + 9
+    assert session.answer([short, long])[0].text == session.answer(short).text
+
+
+def test_image_bytes_never_touch_the_disk(picture, tmp_path, monkeypatch):
+    import tempfile
+    import zipfile
+
+    import nibabel as nib
+
+    def never(*args, **kwargs):
+        raise AssertionError("a file was made")
+
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    place = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [1, 1]}
+    slices = [dicom_file(grey, ImagePositionPatient=[0, 0, z], **place) for z in range(3)]
+    (tmp_path / "one.dcm").write_bytes(slices[0])
+    nib.save(nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4)), tmp_path / "v.nii.gz")
+    with zipfile.ZipFile(tmp_path / "series.zip", "w") as archive:
+        for z, data in enumerate(slices):
+            archive.writestr(f"{z}.dcm", data)
+    files = [picture, *sorted(tmp_path.iterdir())]
+    expected = [open_source(file) for file in files]
+    for name in ("mkdtemp", "mkstemp", "NamedTemporaryFile", "TemporaryFile"):
+        monkeypatch.setattr(tempfile, name, never)
+    for file, one in zip(files, expected, strict=True):
+        found = open_source(file.read_bytes())
+        assert found.rgb.tobytes() == one.rgb.tobytes()
+        assert found.notes == one.notes
+        assert found.to_original == one.to_original

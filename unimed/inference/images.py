@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from unimed.errors import UserError
-from unimed.records.pixels import Opened, open_image, to_rgb
+from unimed.records.pixels import Opened, open_bytes, open_image, to_rgb
 
 Source = Path | str | bytes | Image.Image | np.ndarray | Opened
 _ARRAYS = "uint8 [H, W], [H, W, 3] or [H, W, 4], or any number [H, W]"
@@ -23,7 +22,7 @@ def open_source(source: Source, plane: str = "axial", index: int | None = None, 
     if isinstance(source, Opened):
         return source
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_bytes(bytes(source), plane, index, grey)
+        return open_bytes(bytes(source), f"image of {len(source)} bytes", plane, index, grey)
     if isinstance(source, str | Path):
         return open_image(Path(source), plane, index, grey)
     if plane != "axial" or index is not None:
@@ -36,16 +35,6 @@ def open_source(source: Source, plane: str = "axial", index: int | None = None, 
         return to_rgb(source, grey)
     except UserError as error:
         raise UserError(f"image in memory: {error}") from error
-
-
-def _from_bytes(data: bytes, plane: str, index: int | None, grey: tuple[float, float] | None) -> Opened:
-    with tempfile.TemporaryDirectory(prefix="unimed-") as folder:
-        path = Path(folder, "image")
-        path.write_bytes(data)
-        try:
-            return open_image(path, plane, index, grey)
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), f"image of {len(data)} bytes")) from None
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

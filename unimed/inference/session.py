@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 import yaml
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from unimed import io
 from unimed.errors import UserError
 from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
+from unimed.inference.follow import Follow, Generated, Rows
 from unimed.inference.request import Answer, Asked, Request, prepare
 from unimed.models.spec import DTYPES
 from unimed.records import box as boxes
@@ -27,12 +29,6 @@ from unimed.tasks.answers import read
 from unimed.tasks.item import Item
 
 BATCH = 16  # requests that one call of the model answers
-
-
-class Generated(NamedTuple):
-    text: str
-    confidence: float
-    gates: tuple[float, ...]
 
 
 class Session:
@@ -86,40 +82,44 @@ class Session:
 
     def answer_prepared(self, asked: Sequence[Asked]) -> list[Answer]:
         """The answers to requests whose images are open."""
-        found: dict[int, Answer] = {}
-        for tokens in dict.fromkeys(one.max_new_tokens for one in asked):
-            places = [place for place, one in enumerate(asked) if one.max_new_tokens == tokens]
-            made = self.generate([asked[place].item for place in places], BATCH, tokens, details=True)
-            found |= {place: self.read(asked[place], *one) for place, one in zip(places, made, strict=True)}
-        return [found[place] for place in range(len(asked))]
+        made = self.generate([one.item for one in asked], BATCH, [one.max_new_tokens for one in asked], details=True)
+        return [self.read(one, *found[:3]) for one, found in zip(asked, made, strict=True)]
 
     @torch.inference_mode()
     def generate(
         self,
         items: Sequence[Item],
         batch_size: int = 40,
-        max_new_tokens: int = 100,
+        max_new_tokens: int | Sequence[int] = 100,
         blank_images: bool = False,
         progress: Callable[[int], None] | None = None,
         details: bool = False,
+        follow: Follow | None = None,
     ) -> list[Generated]:
         """One greedy answer an item, in order: one beam, no sampling, the evaluation form of the prompt, left padding.
 
-        ``details`` fills confidence and gates. ``progress`` is called with the number of items just answered.
+        ``max_new_tokens``: of all, or one for each. ``details`` fills the fields beside the text, and so does ``follow``, which is told of
+        each row while it is made; a row that it stops has an empty text. ``progress`` gets the number of items just answered.
         """
+        limits = [max_new_tokens] * len(items) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        details = details or follow is not None or len(set(limits)) > 1
         found: list[Generated] = []
         with self._answering():
             for start in range(0, len(items), batch_size):
-                part = items[start : start + batch_size]
-                inputs = self._inputs(part, max_new_tokens, blank_images)
-                seen = _Details(self._connector) if details else None
-                options = {"logits_processor": LogitsProcessorList([seen])} if seen else {}
-                with seen or nullcontext():
-                    sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
-                length = inputs["input_ids"].shape[1]
-                texts = self.processor.decode_answers(sequences, prompt_length=length)
-                beside = seen.close(sequences[:, length:], self._ends, part) if seen else [(math.nan, ())] * len(part)
-                found += [Generated(text, *one) for text, one in zip(texts, beside, strict=True)]
+                part, most = items[start : start + batch_size], limits[start : start + batch_size]
+                inputs = self._inputs(part, most, blank_images)
+                gated = [item.image is not None for item in part]
+                rows = Rows(self, inputs["attention_mask"], most, gated, follow or Follow(), start) if details else None
+                options: dict[str, Any] = {}
+                if rows:
+                    options = {"logits_processor": LogitsProcessorList([rows.chances]), "stopping_criteria": StoppingCriteriaList([rows])}
+                with rows or nullcontext():
+                    sequences = self.model.generate(**inputs, max_new_tokens=max(most), do_sample=False, num_beams=1, **options)
+                if rows:
+                    found += [one or Generated("") for one in rows.made]
+                else:
+                    texts = self.processor.decode_answers(sequences, prompt_length=inputs["input_ids"].shape[1])
+                    found += [Generated(text) for text in texts]
                 if progress:
                     progress(len(part))
         return found
@@ -127,37 +127,25 @@ class Session:
     def stream(self, request: Request) -> Iterator[str]:
         """The answer in pieces, as they are made; joined, they are the text of `answer`. Leaving the loop stops the model."""
         asked = prepare(request, self.class_questions)
-        pieces = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop, failed = threading.Event(), []
+        pieces = _Pieces()
 
         def work() -> None:
             try:
-                with torch.inference_mode(), self._answering():
-                    inputs = self._inputs([asked.item], asked.max_new_tokens)
-                    self.model.generate(
-                        **inputs, max_new_tokens=asked.max_new_tokens, do_sample=False, num_beams=1, streamer=pieces,
-                        stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
-                    )  # fmt: skip
+                self.generate([asked.item], 1, asked.max_new_tokens, follow=pieces)
+                pieces.waiting.put(None)
             except BaseException as error:  # raised again where the pieces are read
-                failed.append(error)
-                pieces.end()
+                pieces.waiting.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        started, space = False, ""
         try:
-            for piece in pieces:
-                text = space + piece if started else piece.lstrip()
-                kept = text.rstrip()
-                space = text[len(kept) :]
-                started = started or bool(kept)
-                if kept:
-                    yield kept
+            while isinstance(piece := pieces.waiting.get(), str):
+                yield piece
         finally:
-            stop.set()
+            pieces.left.set()
             thread.join()
-        if failed:
-            raise failed[0]
+        if piece is not None:
+            raise piece
 
     @staticmethod
     def read(asked: Asked, text: str, confidence: float = math.nan, gates: tuple[float, ...] = ()) -> Answer:
@@ -168,11 +156,12 @@ class Session:
         return Answer(text, box, asked.item.task, confidence, gates, opened.notes if opened else (), parsed)
 
     @property
-    def _connector(self) -> Any:
+    def connector(self) -> Any:
         return (self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).connector
 
     @property
-    def _ends(self) -> list[int]:
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
         return ends if isinstance(ends, list) else [ends]
 
@@ -185,7 +174,7 @@ class Session:
         finally:
             self.model.train(was_training)
 
-    def _inputs(self, items: Sequence[Item], max_new_tokens: int, blank_images: bool = False) -> dict[str, Tensor]:
+    def _inputs(self, items: Sequence[Item], limits: Sequence[int], blank_images: bool = False) -> dict[str, Tensor]:
         images = [item.open() for item in items if item.image is not None]
         if blank_images:
             images = [Image.new("RGB", image.size) for image in images]
@@ -197,49 +186,29 @@ class Session:
         )
         device = self.device
         inputs = {name: value.to(device) for name, value in batch.items()}
-        length, positions = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
-        if length + max_new_tokens > positions:
-            what = f"a prompt of {length} tokens and an answer of up to {max_new_tokens}"
-            raise UserError(f"{what} do not fit the model's {positions} positions; shorten the question or max_new_tokens")
+        positions = self.model.config.text_config.max_position_embeddings
+        for length, most in zip(inputs["attention_mask"].sum(1).tolist(), limits, strict=True):
+            if length + most > positions:
+                what = f"a prompt of {length} tokens and an answer of up to {most}"
+                raise UserError(f"{what} do not fit the model's {positions} positions; shorten the question or max_new_tokens")
         return inputs
 
 
-class _Details(LogitsProcessor):
-    """Watches one call of `generate`: the probability of each greedy token, and the gates of each image. It changes nothing."""
+class _Pieces(Follow):
+    """The pieces of one answer, for another thread that may leave."""
 
-    def __init__(self, connector: Any) -> None:
-        self.steps: list[Tensor] = []
-        self.gates: list[Tensor] = []
-        self._connector = connector
+    def __init__(self) -> None:
+        self.waiting: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self.left = threading.Event()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores_32 = scores.float()
-        self.steps.append(scores_32.max(-1).values - scores_32.logsumexp(-1))
-        return scores
+    def stopped(self, row: int) -> bool:
+        return self.left.is_set()
 
-    def __enter__(self) -> _Details:
-        self._hook = self._connector.register_forward_hook(lambda module, given, out: self.gates.append(out.gates.float().mean(1)))
-        return self
+    def streams(self, row: int) -> bool:
+        return True
 
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def close(self, made: Tensor, ends: list[int], items: Sequence[Item]) -> list[tuple[float, tuple[float, ...]]]:
-        """Confidence and gates of each item; a row's tokens count up to and with its end mark."""
-        logs = torch.stack(self.steps, 1).cpu()
-        ended = torch.isin(made.cpu(), torch.tensor(ends))
-        counts = (ended.long().cumsum(1) - ended.long() == 0)[:, : logs.shape[1]]
-        confidence = ((logs * counts).sum(1) / counts.sum(1)).exp().tolist()
-        gates = iter(torch.cat(self.gates).cpu().tolist() if self.gates else [])
-        return [(value, tuple(next(gates)) if item.image is not None else ()) for value, item in zip(confidence, items, strict=True)]
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+    def piece(self, row: int, text: str) -> None:
+        self.waiting.put(text)
 
 
 def load(path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto", verify: bool = False) -> Session:

@@ -21,6 +21,7 @@ import pydicom
 from PIL import Image, ImageDraw
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.multival import MultiValue
 from pydicom.pixels import (
     apply_color_lut,
@@ -33,11 +34,10 @@ from pydicom.pixels import (
 )
 
 from unimed.errors import UserError
+from unimed.records import limits
 from unimed.records.box import AS_STORED, Placement, stretched, turned
 from unimed.records.greys import PROJECTIONS, finite, grey_range, window
 
-MAX_PIXELS = 178_956_970  # of a frame; Pillow's own limit for the other formats
-MAX_BYTES = 4 << 30  # of a file, a volume or an archive, unpacked
 SUFFIXES = (".dcm", ".dicom", ".ima")
 EXTRA = "pip install 'cmoe-kernels[dicom]'"
 _JPEG2000 = (*uid.JPEG2000TransferSyntaxes, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
@@ -203,11 +203,17 @@ def parse(name: str, data: bytes) -> Dataset:
 
 
 def _check_deflated(name: str, data: bytes) -> None:
-    """Refuse a deflated file that inflates to more than MAX_BYTES, before pydicom inflates it."""
-    if data[128:138] == b"DICM\x02\x00\x00\x00UL" and str(uid.DeflatedExplicitVRLittleEndian).encode() in data[:1024]:
-        start = 144 + int.from_bytes(data[140:144], "little")
-        if len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[start:], MAX_BYTES + 1)) > MAX_BYTES:
-            raise UserError(f"{name}: inflates to more than {MAX_BYTES >> 30} GiB")
+    """Refuse a deflated file that inflates to more than `limits.BYTES`, before pydicom inflates it. pydicom itself says where it begins."""
+    file = io.BytesIO(data)
+    read_preamble(file, force=True)
+    if _read_file_meta_info(file).get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+        return
+    unpack, rest, inflated = zlib.decompressobj(-zlib.MAX_WBITS), data[file.tell() :], 0
+    while rest and not unpack.eof:
+        inflated += len(unpack.decompress(rest, 1 << 24))
+        rest = unpack.unconsumed_tail
+        if inflated > limits.BYTES:
+            raise UserError(f"{name}: inflates to more than {limits.size(limits.BYTES)}")
 
 
 def has_pixels(source: Dataset) -> bool:
@@ -254,8 +260,8 @@ def read_frame(name: str, source: Dataset, index: int = 0) -> Frame:
     """Frame ``index``, decoded and rescaled."""
     with readable(name):
         header = header_of(source, index)
-        if int(header.get("Rows", 0)) * int(header.get("Columns", 0)) > MAX_PIXELS:
-            raise UserError(f"{name}: {header.get('Columns')} x {header.get('Rows')} pixels, at most {MAX_PIXELS} are read")
+        if int(header.get("Rows", 0)) * int(header.get("Columns", 0)) > limits.PIXELS:
+            raise UserError(f"{name}: {header.get('Columns')} x {header.get('Rows')} pixels, at most {limits.PIXELS} are read")
         stored, found = _decode(name, source, header, index)
         colours = found["photometric_interpretation"]
         bits = int(found.get("bits_stored", 0))

@@ -4,6 +4,7 @@ What a file says about its pixels (depth, transparency, orientation, colour prof
 docs/unimed/images.md lists every case.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -131,25 +132,38 @@ def open_image(
     says, else by `greys.grey_range`) choose the slice and its window. In a file of several frames or pages ``index`` is the frame.
     """
     path = Path(path)
+    return _open(path, str(path), _kind(path), plane, index, grey, pixel_mm)
+
+
+def open_bytes(
+    data: bytes, name: str, plane: str = "axial", index: int | None = None, grey: tuple[float, float] | None = None, pixel_mm: float = 1.5
+) -> Opened:
+    """`open_image` of a file, or of a zip, that is in memory; no file is made. ``name`` is for messages."""
+    return _open(data, name, _kind_of("", data[:_START]), plane, index, grey, pixel_mm)
+
+
+def _open(
+    source: Path | bytes, name: str, kind: str, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float
+) -> Opened:
     if plane not in volumes.AXIS:
         raise UserError(f"plane {plane!r}: expected one of {', '.join(volumes.PLANES)}")
-    kind = _kind(path)
     if kind == "raster":
         if plane != "axial":
-            raise UserError(f"{path}: plane {plane!r} needs a volume, this is one image")
-        return _raster(path, index, grey)
+            raise UserError(f"{name}: plane {plane!r} needs a volume, this is one image")
+        return _raster(source, name, index, grey)
     if kind == "dicom":
         try:
-            source = dicom.parse(str(path), path.read_bytes())
+            data = source if isinstance(source, bytes) else source.read_bytes()
         except OSError as error:
-            raise UserError(f"{path}: not readable ({error.strerror})") from None
-        dicom.check_picture(str(path), source)
+            raise UserError(f"{name}: not readable ({error.strerror})") from None
+        parsed = dicom.parse(name, data)
+        dicom.check_picture(name, parsed)
         if plane == "axial":
-            return _dicom_frame(path, source, index, grey)
-        volume = volumes.read_dicom_frames(str(path), source)
+            return _dicom_frame(name, parsed, index, grey)
+        volume = volumes.read_dicom_frames(name, parsed)
     else:
-        volume = _volume(path, kind)
-    return _slice(path, volume, plane, index, grey, pixel_mm)
+        volume = _volume(source, name, kind)
+    return _slice(name, volume, plane, index, grey, pixel_mm)
 
 
 def open_view(view: View) -> Opened:
@@ -160,15 +174,17 @@ def open_view(view: View) -> Opened:
     key = view.path, sum(file.stat().st_mtime_ns for file in (view.path.rglob("*") if kind == "series" else [view.path]))
     if _kept.get(key) is None:
         _kept.clear()
-        _kept[key] = _volume(view.path, kind)
-    return _slice(view.path, _kept[key], view.plane, view.index, view.grey, 1.5)
+        _kept[key] = _volume(view.path, str(view.path), kind)
+    return _slice(str(view.path), _kept[key], view.plane, view.index, view.grey, 1.5)
 
 
 _kept: dict[tuple[Path, int], volumes.Volume] = {}
 
 
-def _volume(path: Path, kind: str) -> volumes.Volume:
-    return volumes.read_nifti(path) if kind == "nifti" else volumes.read_dicom_series(path)
+def _volume(source: Path | bytes, name: str, kind: str) -> volumes.Volume:
+    if kind != "nifti":
+        return volumes.read_dicom_series(source, name)
+    return volumes.nifti_from_bytes(name, source) if isinstance(source, bytes) else volumes.read_nifti(source)
 
 
 @contextmanager
@@ -203,16 +219,16 @@ def _kind_of(name: str, start: bytes) -> str:
     return "dicom" if dicom.is_dicom(start) else "raster"
 
 
-def _dicom_frame(path: Path, source: dicom.Dataset, index: int | None, grey: tuple[float, float] | None) -> Opened:
-    count = dicom.frame_count(str(path), source)
+def _dicom_frame(name: str, source: dicom.Dataset, index: int | None, grey: tuple[float, float] | None) -> Opened:
+    count = dicom.frame_count(name, source)
     at = count // 2 if index is None else index
     if not 0 <= at < count:
-        raise UserError(f"{path}: frame {index}, expected 0 to {count - 1}")
-    rgb, notes, placement = dicom.picture(dicom.read_frame(str(path), source, at), grey)
+        raise UserError(f"{name}: frame {index}, expected 0 to {count - 1}")
+    rgb, notes, placement = dicom.picture(dicom.read_frame(name, source, at), grey)
     return Opened(rgb, (f"frame {at} of 0 to {count - 1}", *notes) if count > 1 else notes, placement)
 
 
-def _slice(path: Path, volume: volumes.Volume, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float) -> Opened:
+def _slice(name: str, volume: volumes.Volume, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float) -> Opened:
     axis = volumes.AXIS[plane]
     count = volume.data.shape[axis]
     if index is None:
@@ -220,7 +236,7 @@ def _slice(path: Path, volume: volumes.Volume, plane: str, index: int | None, gr
     notes = [f"{plane} slice {index} of 0 to {count - 1}", *volume.notes]
     shown: Voi | tuple[float, float] = grey or (0.0, 255.0)
     if volume.data.ndim == 4 and grey is not None:
-        raise UserError(f"{path}: a colour volume takes no window")
+        raise UserError(f"{name}: a colour volume takes no window")
     if volume.data.ndim == 3:
         shown = _window(volume, grey, notes)
     sizes = [(mm, count) for at, (mm, count) in enumerate(zip(volume.spacing, volume.data.shape, strict=False)) if at != axis]
@@ -256,25 +272,25 @@ def _window(volume: volumes.Volume, grey: tuple[float, float] | None, notes: lis
     return low, high
 
 
-def _raster(path: Path, index: int | None, grey: tuple[float, float] | None) -> Opened:
+def _raster(source: Path | bytes, name: str, index: int | None, grey: tuple[float, float] | None) -> Opened:
     try:
-        with Image.open(path) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             if image.format == "EPS":
-                raise UserError(f"{path}: EPS is a program, not pixels; convert it to PNG")
+                raise UserError(f"{name}: EPS is a program, not pixels; convert it to PNG")
             pages = getattr(image, "n_frames", 1)
             if index is not None and not 0 <= index < pages:
-                raise UserError(f"{path}: page {index}, expected 0 to {pages - 1}")
+                raise UserError(f"{name}: page {index}, expected 0 to {pages - 1}")
             if index:
                 image.seek(index)
             opened = to_rgb(image, grey)
             page = f"page {index or 0} of 0 to {pages - 1}"
             return replace(opened, notes=(page, *opened.notes)) if pages > 1 else opened
     except UserError as error:
-        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+        raise error if str(error).startswith(name) else UserError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not a readable image (no known format: png, jpg, tiff, DICOM, NIfTI ...)") from error
+        raise UserError(f"{name}: not a readable image (no known format: png, jpg, tiff, DICOM, NIfTI ...)") from error
     except Exception as error:  # Pillow's readers let many kinds through
-        raise UserError(f"{path}: not a readable image ({short(error)})") from error
+        raise UserError(f"{name}: not a readable image ({short(error)})") from error
 
 
 def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opened:
@@ -376,8 +392,6 @@ def _opaque(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _from_cmyk(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    import io
-
     from PIL import ImageCms
 
     try:

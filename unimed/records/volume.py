@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from unimed.errors import UserError
-from unimed.records import dicom
+from unimed.records import dicom, limits
 from unimed.records.box import Placement, stretched, turned
-from unimed.records.dicom import MAX_BYTES, Frame, Voi, short
+from unimed.records.dicom import Frame, Voi, short
 from unimed.records.greys import CT_WINDOW, MR_PERCENTILE, grey_range, window
 
 __all__ = ["CT_WINDOW", "MR_PERCENTILE", "Region", "Volume", "window"]
@@ -140,15 +140,15 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
 
 
 def _unpacked(data: bytes) -> bytes:
-    """The bytes of a file that may be gzipped; a file that unpacks to more than MAX_BYTES is an error."""
+    """The bytes of a file that may be gzipped; a file that unpacks to more than `limits.BYTES` is an error."""
     if data[:2] != b"\x1f\x8b":
         return data
     parts: list[bytes] = []
     while data[:2] == b"\x1f\x8b":  # gzip files may have several members
         unpack = zlib.decompressobj(wbits=31)
-        parts.append(unpack.decompress(data, MAX_BYTES + 1 - sum(map(len, parts))))
-        if sum(map(len, parts)) > MAX_BYTES:
-            raise UserError(f"unpacks to more than {MAX_BYTES >> 30} GiB")
+        parts.append(unpack.decompress(data, limits.BYTES + 1 - sum(map(len, parts))))
+        if sum(map(len, parts)) > limits.BYTES:
+            raise UserError(f"unpacks to more than {limits.size(limits.BYTES)}")
         if not unpack.eof:
             raise EOFError("the compressed file ends too early")
         data = unpack.unused_data
@@ -185,67 +185,77 @@ def _nifti(data: bytes, image_data: bytes | None) -> tuple[np.ndarray, Any, np.n
     return np.asarray(image.dataobj), image.header, np.asarray(image.affine)
 
 
-def _files(path: Path) -> Iterable[tuple[str, bytes]]:
+def _files(source: Path | bytes, name: str) -> Iterable[tuple[str, bytes]]:
     """Names and bytes of the files in a folder (and below) or a zip, without those that systems leave behind."""
     try:
-        if path.is_dir():
-            names = sorted(file for file in path.rglob("*") if file.is_file() and not _left_behind(file.relative_to(path).parts))
+        if isinstance(source, Path) and source.is_dir():
+            names = sorted(file for file in source.rglob("*") if file.is_file() and not _left_behind(file.relative_to(source).parts))
             if len(names) > MAX_FILES:
-                raise UserError(f"{path}: {len(names)} files, at most {MAX_FILES} are searched: give the folder of one series")
+                raise UserError(f"{name}: {len(names)} files, at most {MAX_FILES} are searched: give the folder of one series")
             yield from ((str(file), file.read_bytes()) for file in names)
             return
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source if isinstance(source, Path) else io.BytesIO(source)) as archive:
             members = sorted((entry for entry in archive.infolist() if not entry.is_dir()), key=lambda entry: entry.filename)
             members = [entry for entry in members if not _left_behind(entry.filename.split("/"))]
-            if sum(entry.file_size for entry in members) > MAX_BYTES:
-                raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 30} GiB")
-            yield from ((f"{path}:{entry.filename}", archive.read(entry)) for entry in members)
+            if sum(entry.file_size for entry in members) > limits.BYTES:
+                raise UserError(f"{name}: unpacks to more than {limits.size(limits.BYTES)}")
+            yield from ((f"{name}:{entry.filename}", archive.read(entry)) for entry in members)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:  # RuntimeError: encrypted
-        raise UserError(f"{path}: expected a folder or a zip of DICOM files ({short(error)})") from error
+        raise UserError(f"{name}: expected a folder or a zip of DICOM files ({short(error)})") from error
 
 
 def _left_behind(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def read_dicom_series(path: Path) -> Volume:
-    """One DICOM series (a folder or a zip), ordered by position, on the canonical grid.
+def read_dicom_series(source: Path | bytes, name: str = "") -> Volume:
+    """One DICOM series (a folder or a zip, or the bytes of a zip), ordered by position, on the canonical grid. ``name`` is for messages.
 
     Files that hold no picture (DICOMDIR, reports, a licence) are passed over and counted in the notes.
     """
-    path = Path(path)
+    where = name or str(source)
     found: list[tuple[str, Any]] = []
     others: list[str] = []
-    for name, data in _files(path):
+    for name, data in _files(source if isinstance(source, bytes) else Path(source), where):
         if not dicom.is_dicom(data) and not name.lower().endswith(dicom.SUFFIXES):
             others.append(name)
             continue
-        source = dicom.parse(name, data)
-        if dicom.has_pixels(source) or not dicom.is_dicom(data):
-            found.append((name, source))
+        one = dicom.parse(name, data)
+        if dicom.has_pixels(one) or not dicom.is_dicom(data):
+            found.append((name, one))
         else:
             others.append(name)
     series: dict[str, int] = {}
-    for _, source in found:
+    for name, one in found:
         with dicom.readable(name):
-            key = str(source.get("SeriesInstanceUID") or "")
+            key = str(one.get("SeriesInstanceUID") or "")
         series[key] = series.get(key, 0) + 1
     if len(series) > 1:
         sizes = ", ".join(str(count) for count in series.values())
-        raise UserError(f"{path}: {len(series)} series with {sizes} files; give the folder of one series")
+        raise UserError(f"{where}: {len(series)} series with {sizes} files; give the folder of one series")
     frames = []
-    for name, source in found:
-        dicom.check_picture(name, source)
-        frames += [dicom.read_frame(name, source, index) for index in range(dicom.frame_count(name, source))]
+    for name, one in found:
+        dicom.check_picture(name, one)
+        frames += _frames(name, one, sum(frame.values.size for frame in frames))
     if others:
         shown = ", ".join(name.replace("\\", "/").rsplit("/", 1)[-1] for name in others[:3])
         others = [f"{len(others)} files without DICOM pixels passed over ({shown}{', ...' if len(others) > 3 else ''})"]
-    return stack(str(path), frames, tuple(others))
+    return stack(where, frames, tuple(others))
 
 
 def read_dicom_frames(name: str, source: Any) -> Volume:
     """The volume of one multi-frame file that says where each frame lies."""
-    return stack(name, [dicom.read_frame(name, source, index) for index in range(dicom.frame_count(name, source))])
+    return stack(name, _frames(name, source))
+
+
+def _frames(name: str, source: Any, before: int = 0) -> list[Frame]:
+    """Every frame of a file, whose pixels, after ``before`` others, fit `limits.BYTES` once they are decoded."""
+    count = dicom.frame_count(name, source)
+    with dicom.readable(name):
+        pixels = before + count * int(source.get("Rows") or 0) * int(source.get("Columns") or 0)
+        if 4 * pixels > limits.BYTES:
+            raise UserError(f"{name}: {pixels} voxels, which take more than {limits.size(limits.BYTES)} decoded")
+    return [dicom.read_frame(name, source, index) for index in range(count)]
 
 
 def stack(name: str, frames: Sequence[Frame], notes: tuple[str, ...] = ()) -> Volume:
