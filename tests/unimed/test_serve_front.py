@@ -1,0 +1,390 @@
+"""The front of `unimed serve` by itself: limits, keys, errors, and what becomes of questions when workers die. No model is loaded."""
+
+import asyncio
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_worker
+import pytest
+from serving import body, png, url
+from typer.testing import CliRunner
+
+from unimed.errors import UserError
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from unimed.serve import worker  # noqa: E402
+from unimed.serve.api import application  # noqa: E402
+from unimed.serve.dispatch import LAST_WORDS, Dispatcher  # noqa: E402
+from unimed.serve.settings import Refused, Settings, read_keys, read_places  # noqa: E402
+from unimed.serve.telemetry import Telemetry  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "a-key-of-twenty-letters"
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "main", fake_worker.main)
+    return lambda **changes: Settings(**{"model": tmp_path, **changes})
+
+
+def asked(text, stream=False):
+    return {"image": None, "fields": {"question": text, "task": "qa"}, "stream": stream}
+
+
+async def heard(job):
+    events = []
+    while not events or events[-1].kind not in LAST_WORDS:
+        events.append(await asyncio.wait_for(job.events.get(), 30))
+    return events
+
+
+def with_dispatcher(settings, body):
+    """Runs ``body(dispatcher)`` beside a dispatcher; gives its result and the log's events."""
+
+    async def run():
+        log = io.StringIO()
+        dispatcher = Dispatcher(settings, Telemetry(log))
+        dispatcher.start()
+        await asyncio.wait_for(dispatcher.first.wait(), 60)
+        try:
+            return await body(dispatcher), [json.loads(line) for line in log.getvalue().splitlines()]
+        finally:
+            await dispatcher.stop()
+
+    return asyncio.run(run())
+
+
+def test_questions_of_a_dead_worker_are_asked_again(settings):
+    async def ask(dispatcher):
+        texts = ["one", "die once", "two", "die", "three"]
+        jobs = [dispatcher.submit(asked(text)) for text in texts]
+        jobs.append(dispatcher.submit(asked("die later", stream=True)))
+        return [await heard(job) for job in jobs], [job.tries for job in jobs], dispatcher.inside
+
+    (events, tries, inside), log = with_dispatcher(settings(max_batch=8), ask)
+    last = [one[-1] for one in events]
+    assert [one.kind for one in last] == ["done", "done", "done", "error", "done", "broken"]
+    assert last[3].value == "3 workers died over this question"
+    assert [one.value["text"] for one in last if one.kind == "done"] == ["one", "die once", "two", "three"]
+    assert tries[0] == 0  # answered before its neighbour killed the worker
+    assert tries[1:5] == [1, 1, 3, 1]  # who sat beside is asked again by itself, once
+    assert [one.kind for one in events[5]] == ["piece", "broken"]  # a begun stream is not begun again
+    assert inside == {}
+    assert sum(event["event"] == "worker_ended" for event in log) == 4
+
+
+def test_a_worker_that_hangs_is_replaced(settings):
+    async def ask(dispatcher):
+        return await heard(dispatcher.submit(asked("hang")))
+
+    events, log = with_dispatcher(settings(stall=1.5), ask)
+    assert [one.kind for one in events] == ["done"]
+    assert [event["event"] for event in log][:3] == ["worker_ready", "worker_silent", "worker_ended"]
+
+
+def test_a_batch_is_what_waits_and_a_cancelled_question_leaves_it(settings, tmp_path):
+    async def ask(dispatcher):
+        first = dispatcher.submit(asked("wait"))
+        waiting = [dispatcher.submit(asked(str(number))) for number in range(6)]
+        with pytest.raises(Refused, match="6 questions are waiting, at most 6 may") as caught:
+            dispatcher.submit(asked("too many"))
+        assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "1"})
+        dispatcher.cancel(waiting[2])
+        dispatcher.cancel(first)
+        return [await heard(job) for at, job in enumerate(waiting) if at != 2]
+
+    events, _ = with_dispatcher(settings(max_batch=4, max_queue=6), ask)
+    assert [one[-1].value["batch"] for one in events] == [4, 4, 4, 4, 1]
+    assert [one[-1].value["text"] for one in events] == ["0", "1", "3", "4", "5"]
+    assert (tmp_path / "cancelled").exists()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start(settings, tmp_path):
+    async def ask(dispatcher):
+        return dispatcher.failed, dispatcher.ready
+
+    assert with_dispatcher(settings(model=tmp_path / "absent"), ask)[0] == ("no such model", False)
+
+
+def test_serving_it_is_one_line(settings, tmp_path):
+    from unimed.serve.run import run
+
+    with pytest.raises(UserError, match=r"^no such model$"):
+        run(settings(model=tmp_path / "absent", port=0), lambda port, about: None, Telemetry(io.StringIO()))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen there"):
+        run(settings(port=taken.getsockname()[1]), lambda port, about: None, Telemetry(io.StringIO()))
+
+
+def with_api(settings, body, log=None):
+    """Runs ``body(client)`` against the whole application; the client's host is this machine."""
+
+    async def run():
+        guard = application(settings, Telemetry(log or io.StringIO()))
+        transport = httpx.ASGITransport(app=guard, raise_app_exceptions=False)
+        async with (
+            guard.app.router.lifespan_context(guard.app),
+            httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client,
+        ):
+            return await body(client)
+
+    return asyncio.run(run())
+
+
+async def chat(client, text, image=None, headers=None, **fields):
+    return await client.post("/v1/chat/completions", json=body(text, image, **fields), headers=headers)
+
+
+def test_outcomes_have_openais_shapes(settings):
+    async def ask(client):
+        return {text: await chat(client, text) for text in ("hello", "bad", "fault")}
+
+    found = with_api(settings(), ask)
+    made = found["hello"].json()
+    assert made["object"] == "chat.completion"
+    assert made["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
+    assert made["choices"][0]["unimed"]["notice"] == "Research use, not for diagnosis"
+    assert made["id"] == "chatcmpl-" + found["hello"].headers["x-request-id"]
+    assert found["bad"].json() == {"error": {"message": "what, where", "type": "invalid_request_error", "param": "messages", "code": None}}
+    assert found["bad"].status_code == 400
+    assert found["fault"].status_code == 500
+    assert "ValueError" not in found["fault"].text
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error(settings):
+    async def ask(client):
+        whole, broken = await chat(client, "hello", stream=True), await chat(client, "die later", stream=True)
+        return whole, broken, (await client.get("/metrics")).text
+
+    whole, broken, metrics = with_api(settings(), ask)
+    events = [json.loads(line[6:]) for line in broken.text.split("\n\n") if line and line != "data: [DONE]"]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == "begun"
+    assert events[-1]["error"]["code"] == "broken"
+    assert "[DONE]" not in broken.text
+    assert whole.text.endswith("data: [DONE]\n\n")
+    assert "unimed_streams_broken_total 1.0" in metrics
+    assert "unimed_worker_restarts_total 1.0" in metrics
+
+
+@pytest.mark.parametrize(("limits", "code"), [({"max_queue": 1}, "queue_full"), ({"max_open": 2}, "too_many_requests")])
+def test_time_and_places_are_limited(settings, limits, code):
+    async def ask(client):
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.02)
+        first = asyncio.create_task(chat(client, "wait"))  # is with the worker
+        await asyncio.sleep(0.1)
+        many = await asyncio.gather(*(chat(client, "wait") for _ in range(3)))
+        return await first, many
+
+    late, many = with_api(settings(timeout=0.6, max_batch=1, **limits), ask)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    assert [one.json()["error"]["code"] for one in many] == ["timeout", code, code]
+    assert [(one.status_code, one.headers["retry-after"]) for one in many[1:]] == [(429, "1")] * 2
+
+
+def test_a_key_is_needed_where_there_is_one(settings):
+    async def ask(client):
+        found = []
+        for given in (
+            None,
+            "Bearer",
+            "Bearer x",
+            f"Basic {KEY}",
+            f"Bearer {KEY}x",
+            "Bearer \xe4".encode("latin-1"),
+            f"Bearer {KEY}",
+            f"bearer  {KEY}",
+        ):
+            found.append((await client.get("/v1/models", headers={"Authorization": given} if given else {})).status_code)
+        probes = [(await client.get(path)).status_code for path in ("/health", "/metrics")]
+        return found, probes, await client.get("/v1/models")
+
+    found, probes, refused = with_api(settings(keys=("another-key-of-25-letters", KEY), host="0.0.0.0"), ask)
+    assert found == [401] * 6 + [200] * 2
+    assert probes == [200, 401]
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert refused.json()["error"]["type"] == "authentication_error"
+
+
+def test_keys_are_compared_in_constant_time(settings, monkeypatch):
+    import hmac
+
+    compared, original = [], hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(b) or original(a, b))
+    keys = (KEY, "another-key-of-25-letters")
+
+    async def ask(client):
+        return await client.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+
+    assert with_api(settings(keys=keys), ask).status_code == 200
+    assert compared == [key.encode() for key in keys]  # all of them, also after one that fits
+
+
+def test_a_page_of_another_site_gets_nothing(settings):
+    async def ask(client):
+        rebound = await client.get("/v1/models", headers={"Host": "evil.example"})
+        preflight = await client.options(
+            "/v1/chat/completions", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+        )
+        simple = await client.post("/v1/chat/completions", content=json.dumps(body("hi")), headers={"Content-Type": "text/plain"})
+        local = [await client.get("/health", headers={"Host": host}) for host in ("localhost:8000", "[::1]:8000", "127.0.0.1")]
+        return rebound, preflight, simple, local
+
+    rebound, preflight, simple, local = with_api(settings(), ask)
+    assert [one.status_code for one in (rebound, preflight, simple)] == [421, 405, 415]
+    assert [one.status_code for one in local] == [200] * 3
+    for one in (rebound, preflight, simple, *local):
+        assert not any(name.startswith("access-control") for name in one.headers)
+
+
+def test_only_this_machine_may_ask_without_a_key(settings, tmp_path):
+    for host in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
+        settings(host=host)
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""):
+        with pytest.raises(UserError, match="without a key only this machine"):
+            settings(host=host)
+        settings(host=host, keys=(KEY,))
+    file = tmp_path / "keys"
+    for text, words in (
+        ("", "no key in it"),
+        ("# only this\n", "no key in it"),
+        ("short\n", "key 1 must have 16"),
+        ("a b" * 9, "without spaces"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words) as caught:
+            read_keys(file)
+        assert "short" not in str(caught.value)
+    file.write_text(f"# clients\n{KEY}\n\n{KEY}2\n")
+    assert read_keys(file) == (KEY, KEY + "2")
+    assert KEY not in repr(settings(keys=(KEY,)))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_keys(tmp_path / "absent")
+
+
+def test_hosts_are_read(settings):
+    assert read_places(["Pacs.example.org, 10.0.0.5:8443", "[fd00::1]:80", "::1"]) == (
+        ("pacs.example.org", None), ("10.0.0.5", 8443), ("fd00::1", 80), ("::1", None),
+    )  # fmt: skip
+    for wrong in ("http://x", "*.example.org", "a:b", "a:0", "user@host"):
+        with pytest.raises(UserError, match="write a host"):
+            read_places([wrong])
+
+
+ONE = [{"role": "user", "content": "x"}]
+WRONG = [
+    (b"", 400, "not valid JSON"),
+    (b"[]", 400, "must be a JSON object"),
+    (b"{" * 60_000, 400, "not valid JSON"),
+    (b'{"messages":' + b"[" * 60_000, 400, "not valid JSON"),
+    (b'{"messages": NaN}', 400, "not valid JSON"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", 400, "not valid JSON"),
+    (b'{"messages": "\xff"}', 400, "not valid UTF-8"),
+    ({"messages": []}, 400, "messages: List should have at least 1"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "not valid UTF-8"),
+    ({"\ud800": 1, "messages": ONE}, 400, "unable to parse raw data as a unicode string"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "the last one must be of the role user"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages.0.content"),
+    ({"messages": ONE, "n": 2}, 400, "n: Input should be 1"),
+    ({"messages": ONE, "taks": "vqa"}, 400, "taks: Extra inputs"),
+    ({"messages": ONE, "tools": []}, 400, "tools: Extra inputs"),
+    ({"messages": ONE, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"messages": ONE, "max_tokens": 10**6}, 400, "max_tokens is 1000000, at most 512"),
+    ({"messages": ONE, "max_tokens": 0}, 400, "max_tokens"),
+    ({"messages": ONE, "window": [5, 5]}, 400, "the first number must be below"),
+    ({"messages": ONE, "task": "speech"}, 400, "task 'speech': no such task; valid are vqa"),
+    ({"messages": [{"role": "user", "content": "[refr] liver"}]}, 400, "task 'refr': no such task"),
+    ({"messages": [{"role": "user", "content": "[refer] liver"}], "task": "vqa"}, 400, "the field says vqa"),
+    ({"messages": [{"role": "user", "content": "x" * 20_001}]}, 400, "at most 20000"),
+    ({"messages": ONE, "model": "gpt"}, 404, "this server has 'fake' only"),
+    (body("x", "data:image/png,abc"), 400, "write it as data:image/png;base64"),
+    (body("x", "data:text/html;base64,QUJD"), 400, "its media type must be"),
+    (body("x", "data:image/png;base64,@@@"), 400, "not valid base64"),
+    (body("x", "data:image/png;base64,"), 400, "it is empty"),
+    (body("x", url(bytes(3000))), 413, "more than 2000 bytes"),
+    (b'{"messages": "' + b"x" * 70_000 + b'"}', 413, "the body has more than"),
+]
+
+
+def test_a_wrong_body_says_what_is_wrong(settings):
+    async def ask(client):
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.02)
+        bodies = [change if isinstance(change, bytes) else json.dumps(change).encode() for change, _, _ in WRONG]
+        given = {"Content-Type": "application/json"}
+        return [await client.post("/v1/chat/completions", content=data, headers=given) for data in bodies]
+
+    log = io.StringIO()
+    for (change, status, words), found in zip(WRONG, with_api(settings(max_bytes=2000), ask, log), strict=True):
+        assert found.status_code == status, str(change)[:100]
+        assert words in found.json()["error"]["message"]
+        assert len(found.content) < 1500
+    assert log.getvalue().count("\n") == 1 + len(WRONG)
+    assert '"error"' not in log.getvalue()
+
+
+def test_what_is_asked_is_read_as_meant():
+    from unimed.serve.chat import read
+
+    limits = Settings(model=Path())
+
+    def read_of(messages, **fields):
+        return read(json.dumps({"messages": messages, **fields}).encode(), limits)
+
+    image = {"type": "image_url", "image_url": {"url": url(png())}}
+    user = lambda *parts: {"role": "user", "content": list(parts)}  # noqa: E731
+    text = lambda text: {"type": "text", "text": text}  # noqa: E731
+    for question, fields, task, words in (
+        ("[refer] liver", {}, "refer", "liver"),
+        (" [refer]  liver", {"task": "refer"}, "refer", "liver"),
+        ("liver", {"task": "refer"}, "refer", "liver"),
+        ("is [this] it?", {}, "vqa", "is [this] it?"),
+        ("[3] is it?", {}, "vqa", "[3] is it?"),
+        ("[note] is it?", {"task": "vqa"}, "vqa", "[note] is it?"),
+    ):
+        ask = read_of([user(text(question), image)], **fields)
+        assert (ask.fields["task"], ask.fields["question"], ask.notes) == (task, words, ())
+    assert read_of([user(text("where?"))]).fields["task"] == "qa"
+    assert read_of([{"role": "user", "content": "where?"}]).url is None
+    dialogue = [
+        {"role": "system", "content": "be kind"},
+        user(text("what?"), image),
+        {"role": "assistant", "content": "a"},
+        user(text("and?")),
+    ]
+    ask = read_of(dialogue)
+    assert (ask.fields["task"], ask.fields["question"], ask.url) == ("vqa", "and?", image["image_url"]["url"])
+    assert ask.notes == ("system message not used", "earlier messages not used: the model takes one question")
+    assert read_of([*dialogue[:3], user(text("[qa] and?"))]).url is None
+    ask = read_of([user(text("a"), image)], max_completion_tokens=7, temperature=0.5, window=[0, 5], slice=3, plane="coronal", stream=True)
+    expected = {"question": "a", "task": "vqa", "plane": "coronal", "slice": 3, "window": (0, 5), "max_new_tokens": 7}
+    assert (ask.fields, ask.stream) == (expected, True)
+    with pytest.raises(Refused, match="2 images in one message"):
+        read_of([user(text("a"), image, image)])
+
+
+def test_nothing_heavy_is_imported_early():
+    code = (
+        "import sys, unimed.cli.app; heavy = {'torch', 'fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'openai', 'pydantic'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "import unimed.serve.run; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch):
+    from unimed.cli import app as cli
+    from unimed.cli import serve
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "fastapi" else object())
+    shown = CliRunner().invoke(cli.app, ["serve"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert shown.exit_code == 2
+    assert "fastapi not installed: pip install 'cmoe-kernels[unimed,serve]'" in shown.output
+    assert shown.output.count("\n") == 1
