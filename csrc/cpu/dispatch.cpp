@@ -1,8 +1,11 @@
 // The instruction set, chosen once a process: the best that the processor, the operating system and the build have and that passes its
 // self-test, or the one that CMOE_CPU_ISA names.
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "gemm/pack.h"
@@ -55,7 +58,7 @@ bool has_amx() {
 #endif
 bool always() { return true; }
 
-// Best first.
+// Best first, but for best_first().
 constexpr Tier tiers[] = {
 #if defined(CMOE_HAS_AMX)
     {&isa_amx, has_amx},
@@ -72,6 +75,18 @@ constexpr Tier tiers[] = {
     {&isa_generic, always},
 };
 
+// VDPBF16PS has half the rate of fp32 products on Intel's processors: without AMX, 256 tokens of the released connector took 0.85 times the
+// time on the avx512 tier. On AMD's it has the full rate.
+std::vector<Tier> best_first() {
+  std::vector<Tier> order(std::begin(tiers), std::end(tiers));
+#if defined(CMOE_HAS_AVX512_BF16) && defined(CMOE_HAS_AVX512)
+  const auto is = [](const Isa& isa) { return [&isa](const Tier& tier) { return tier.isa == &isa; }; };
+  if (__builtin_cpu_is("intel"))
+    std::iter_swap(std::find_if(order.begin(), order.end(), is(isa_avx512)), std::find_if(order.begin(), order.end(), is(isa_avx512_bf16)));
+#endif
+  return order;
+}
+
 // CMOE_SELF_TEST=0: tiers are trusted.
 bool self_tests() {
   const char* const setting = std::getenv("CMOE_SELF_TEST");
@@ -85,7 +100,7 @@ struct Choice {
   Choice() {
     const char* const setting = std::getenv("CMOE_CPU_ISA");
     const std::string named = setting ? setting : "";
-    for (const Tier& tier : tiers) {
+    for (const Tier& tier : best_first()) {
       if (!tier.supported()) continue;
       const std::string name = tier.isa->name;
       const bool wanted = !isa && (named.empty() || named == name);
