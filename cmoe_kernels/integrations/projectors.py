@@ -4,20 +4,18 @@
     model(**inputs, task=["chart", "photo"]).loss.backward()                    # one task per sample; its images follow it
     model.generate(**inputs, task="chart")
 
-The projector sees image features alone, deep inside the model. Who they belong to is known where ``forward`` starts: there the task of
-each sample and the image tokens in its text are recorded (:class:`_Call`), and the connector looks them up. The record lives in a context
-variable, so threads do not meet, and a connector that runs without one says that a task is missing instead of taking a stale one. Inside an
-activation checkpoint the task stays with the call (``task_calls.py``): recomputation sees it again, whatever the context is by then.
+The projector sees image features only, deep inside the model. ``forward`` records the task of each sample and the image tokens in its text
+(:class:`calls.Call`), and the connector looks them up. The record lives in a context variable, so threads do not meet, and a connector that
+runs without one says that a task is missing instead of taking a stale one. Inside an activation checkpoint the task stays with the call
+(``task_calls.py``): recomputation sees it again, whatever the context is by then.
 """
 
 import copy
-import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,17 +30,14 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
 )
-from transformers.utils import ModelOutput
 
-from cmoe_kernels.integrations.activations import activation_name
+from cmoe_kernels.integrations import calls
 from cmoe_kernels.integrations.adapters import FAMILIES, WITHOUT_PROJECTOR, Adapter
-from cmoe_kernels.integrations.task_calls import Route, route_of
+from cmoe_kernels.integrations.calls import Task
+from cmoe_kernels.integrations.task_calls import route_of
+from cmoe_kernels.integrations.upcycle import configure, read, upcycle
 from cmoe_kernels.nn.config import CMoEConfig
-from cmoe_kernels.nn.connector import CMoEConnector, ConnectorOutput
-from cmoe_kernels.ops.activation import ACTIVATIONS
-from cmoe_kernels.ops.arguments import require_index, require_range
-
-Task = str | Sequence[str] | Tensor
+from cmoe_kernels.nn.connector import CMoEConnector
 
 INITS = ("upcycle", "random")
 
@@ -81,10 +76,10 @@ def replace_projector(
     if init not in INITS:
         raise ValueError(f"init is {init!r}, must be one of {', '.join(INITS)}")
     places = _places(model, adapter)
-    trained = [_read(model.get_submodule(path), adapter) for path in places]
+    trained = [read(model.get_submodule(path), adapter) for path in places]
     if any(layers.shape != trained[0].shape for layers in trained):
         raise ValueError(f"the projectors at {', '.join(places)} differ in width, must be alike to share one configuration")
-    chosen = _configure(trained[0], config, settings, init)
+    chosen = configure(trained[0], config, settings, init)
     if not upcycle_noise >= 0:
         raise ValueError(f"upcycle_noise is {upcycle_noise}, must be 0 or positive")
     if init == "upcycle":
@@ -100,7 +95,7 @@ def replace_projector(
         weight = layers.first.weight
         projector = CMoEProjector(chosen, weight.device, weight.dtype)
         if init == "upcycle":
-            _upcycle(projector.connector, layers, upcycle_noise)
+            upcycle(projector.connector, layers, upcycle_noise)
         _place(model, adapter, path, projector.train(model.training))
     classes = _classes[adapter.model_type]
     _share_config(model, classes.config, chosen)
@@ -149,11 +144,11 @@ def use_task(task: Task | None = None, group_ids: Tensor | None = None) -> Itera
             tasks need one image per sample.
         group_ids: for such a call where image tokens are packed (Qwen-VL, Mistral 3): [T], the task of each token.
     """
-    token = _ambient.set((task, group_ids))
+    token = calls.ambient.set((task, group_ids))
     try:
         yield
     finally:
-        _ambient.reset(token)
+        calls.ambient.reset(token)
 
 
 class CMoEProjector(nn.Module):
@@ -167,8 +162,8 @@ class CMoEProjector(nn.Module):
         self.connector = CMoEConnector(config, device, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
-        call, compiling = _call.get(), torch.compiler.is_compiling()
-        look_up = _ambient.get if call is None else functools.partial(call.route, self, features)
+        call, compiling = calls.current.get(), torch.compiler.is_compiling()
+        look_up = calls.ambient.get if call is None else functools.partial(call.route, self, features)
         # Compiled code keeps what it recomputes by itself.
         task, group_ids = look_up() if compiling else route_of(self, look_up)
         if features.dim() == 3 and group_ids is None:
@@ -225,8 +220,8 @@ class CMoEModel:
         if (total := inputs.get("num_items_in_batch")) is not None:
             # A step without a learned token has the loss 0, not 0 / 0.
             inputs["num_items_in_batch"] = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-        call = _Call(self, inputs, _ambient.get()[0] if task is None else task)
-        with _recorded(call):
+        call = calls.Call(self, inputs, calls.ambient.get()[0] if task is None else task)
+        with calls.recorded(call):
             output = super().forward(**inputs, return_dict=True)  # type: ignore[misc]
         output = call.add_to(output)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -234,10 +229,10 @@ class CMoEModel:
     def _generate(self, inputs: dict[str, Any], task: Task | None) -> Any:
         """The family's generate on ``inputs``: its images are encoded before the first forward, or within it."""
         texts = inputs if inputs.get("inputs") is None else {**inputs, "input_ids": inputs["inputs"]}
-        call = _Call(self, texts, _ambient.get()[0] if task is None else task)
+        call = calls.Call(self, texts, calls.ambient.get()[0] if task is None else task)
         if call.task is not None and self.generate_hands_on:
             inputs = {**inputs, "task": call.places()}
-        with _recorded(call):
+        with calls.recorded(call):
             return super().generate(**inputs)  # type: ignore[misc]
 
 
@@ -266,129 +261,7 @@ class AuxLossLogging:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class _Call:
-    """One forward (or generate): whose tasks, which text, and what the connectors gave."""
-
-    def __init__(self, model: Any, inputs: dict[str, Any], task: Task | None) -> None:
-        self.model, self.inputs, self.task = model, inputs, task
-        self.outputs: list[ConnectorOutput] = []
-        self.seen: dict[nn.Module, int] = {}
-        # A call that began in a backward pass is recomputed there; recomputed projectors of other calls are no part of it.
-        self.graph_task = torch._C._current_graph_task_id()
-
-    def route(self, projector: CMoEProjector, features: Tensor) -> Route:
-        """One task for all rows of features, or the task of each."""
-        turn = self.seen[projector] = self.seen.get(projector, -1) + 1
-        if self.task is None or not projector.connector.config.needs_task:
-            return None, None
-        if isinstance(self.task, str):
-            return self.task, None
-        places, rows = self.places().to(features.device), features.shape[:-1].numel()
-        kinds = [kind for kind, name in _PIXELS.items() if self.inputs.get(name) is not None] or ["image"]
-        kind = kinds[min(turn, len(kinds) - 1)]
-        tokens = self._image_tokens(kind)
-        if tokens is None:
-            return None, places.repeat_interleave(rows // len(places))
-        of_token = places.repeat_interleave(tokens.to(features.device))
-        images = None
-        if self.model.adapter.images is not None:
-            images = self.model.adapter.images(self.model, self.inputs, kind, features, len(of_token))
-        expected = rows if images is None else sum(images.tokens)
-        if expected != len(of_token):
-            raise ValueError(f"input_ids hold {len(of_token)} {kind} tokens, the {kind}s become {expected}: tasks cannot be told apart")
-        if images is None:
-            return None, of_token
-        first = torch.tensor([0, *images.tokens[:-1]], device=features.device).cumsum(0)
-        return None, of_token[first].repeat_interleave(torch.tensor(images.rows, device=features.device))
-
-    def places(self) -> Tensor:
-        """LongTensor [B], the place of each sample's task in ``tasks``."""
-        tasks = self.model.config.cmoe["tasks"]
-        # BLIP-2 may lack a text; every sample has one image then.
-        samples = next(x for name in ("input_ids", "inputs_embeds", "pixel_values") if (x := self.inputs.get(name)) is not None)
-        given = [self.task] * len(samples) if isinstance(self.task, str) else self.task
-        if isinstance(given, Tensor):
-            require_index("task", given, "B", samples)
-            require_range("task", given, len(tasks), ", ".join(tasks))
-        elif not isinstance(given, Sequence):
-            raise TypeError(f"task is {given!r}, must be a name, a name per sample or LongTensor [B]")
-        else:
-            unknown = [name for name in given if name not in tasks]
-            if unknown:
-                raise ValueError(f"task is {unknown[0]!r}, must be one of {', '.join(tasks)}")
-            given = torch.tensor([tasks.index(name) for name in given], device=samples.device)
-        if given.shape != (len(samples),):
-            raise ValueError(f"task has {len(given)} entries, must have {len(samples)} (samples in the batch)")
-        return given
-
-    def _image_tokens(self, kind: str) -> Tensor | None:
-        """How many tokens of a kind each sample's text holds."""
-        ids, embeds, token = self.inputs.get("input_ids"), self.inputs.get("inputs_embeds"), getattr(self.model.config, f"{kind}_token_id")
-        if ids is not None:
-            return (ids == token).sum(-1)
-        if embeds is None:
-            return None
-        return (embeds == self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1).sum(-1)
-
-    def add_to(self, output: Any) -> Any:
-        """The family's output with what the connectors gave."""
-        added: dict[str, Any] = {"lm_loss": output.get("loss")}
-        if self.outputs:
-            parts = [out.aux_losses for out in self.outputs]
-            aux_loss = torch.stack([out.aux_loss for out in self.outputs]).sum()
-            added["aux_loss"] = aux_loss
-            added["aux_losses"] = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
-            added["gates"] = tuple(out.gates for out in self.outputs)
-            if output.get("loss") is not None:
-                added["loss"] = output["loss"] + self._share() * aux_loss
-        return _output(type(output), {**output, **added})
-
-    def _share(self) -> Tensor | float:
-        """This batch's part of an optimiser step, by learned tokens, as the language model's loss has it."""
-        total = self.inputs.get("num_items_in_batch")
-        return 1.0 if total is None else (self.inputs["labels"][:, 1:] != -100).sum() / total
-
-
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # in the order in which models encode them
-
-_call: ContextVar[_Call | None] = ContextVar("_call", default=None)
-_ambient: ContextVar[Route] = ContextVar("_ambient", default=(None, None))
-
-
-@contextmanager
-def _recorded(call: _Call) -> Iterator[None]:
-    token = _call.set(call)
-    try:
-        yield
-    finally:
-        _call.reset(token)
-
-
-@functools.cache
-def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
-    fields = dict.fromkeys(("lm_loss", "aux_loss", "aux_losses", "gates"), None)
-    annotations = dict.fromkeys(fields, Any)
-    members = {"__module__": __name__, "__annotations__": annotations, "__reduce__": lambda self: (_output, (base, dict(self))), **fields}
-    return dataclasses.dataclass(type(f"CMoE{base.__name__}", (base,), members))
-
-
-def _output(base: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
-    return _output_class(base)(**values)
-
-
 # Reading and replacing the projector
-
-
-class _Layers(NamedTuple):
-    """The trained linear layers: w1 [H, D], w2 [O, H]; or w1 [O, D] alone."""
-
-    first: nn.Linear
-    second: nn.Linear | None
-    activation: str | None
-
-    @property
-    def shape(self) -> tuple[torch.Size, torch.Size | None]:
-        return self.first.weight.shape, None if self.second is None else self.second.weight.shape
 
 
 def _adapter_of(model: Any) -> Adapter:
@@ -417,63 +290,6 @@ def _places(model: PreTrainedModel, adapter: Adapter) -> list[str]:
         owner, _, last = path.rpartition(".")
         places += [f"{owner}.{name}" for name, _ in model.get_submodule(owner).named_children()] if last == "*" else [path]
     return places
-
-
-def _read(projector: nn.Module, adapter: Adapter) -> _Layers:
-    if adapter.rebuild is not None:
-        projector = adapter.rebuild(projector)
-    layers: list[Any] = [projector.get_submodule(name) for name in adapter.layers]
-    for name, layer in zip(adapter.layers[::2], layers[::2], strict=True):
-        if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
-            raise TypeError(
-                f"the projector's layer {name or adapter.projector!r} is a {type(layer).__name__}, must be an unquantised Linear"
-            )
-        if layer.weight.device.type == "meta":
-            raise ValueError(f"the projector's layer {name or adapter.projector!r} is on the meta device, must be loaded")
-    if len(layers) == 1:
-        return _Layers(layers[0], None, None)
-    return _Layers(layers[0], layers[2], activation_name(layers[1]))
-
-
-def _configure(trained: _Layers, config: CMoEConfig | None, settings: dict[str, Any], init: str) -> CMoEConfig:
-    """The connector's settings; those that the trained projector fixes are filled in, or checked."""
-    if config is not None and settings:
-        raise TypeError(f"config and {', '.join(settings)} are given, must be one or the other")
-    widths: dict[str, Any] = {
-        "in_features": trained.first.weight.shape[1],
-        "out_features": (trained.second or trained.first).weight.shape[0],
-        "resample": "none",
-    }
-    kind: dict[str, Any] = {"expert": "linear", "expert_bias": trained.first.bias is not None}
-    if trained.second is not None:
-        kind |= {"expert": "mlp", "hidden_features": trained.first.weight.shape[0], "activation": trained.activation}
-        if trained.activation is None and "activation" not in settings and config is None:
-            raise ValueError(f"the projector's activation is none of {', '.join(ACTIVATIONS)}: give activation and init='random'")
-    if config is None:
-        config = CMoEConfig.from_dict({**widths, **kind, **settings})
-    elif not isinstance(config, CMoEConfig):
-        raise TypeError(f"config is a {type(config).__name__}, must be a CMoEConfig; settings are given by name: num_experts=4")
-    fixed = {**widths, **kind} if init == "upcycle" else widths
-    for name, value in fixed.items():
-        found = config.hidden if name == "hidden_features" else getattr(config, name)
-        if found != value:
-            raise ValueError(
-                f"{name} is {found!r}, must be {value!r} "
-                + ("(what is trained is copied; init='random' is free of this)" if name in kind else "(the model around the projector)")
-            )
-    return config
-
-
-@torch.no_grad()
-def _upcycle(connector: CMoEConnector, trained: _Layers, noise: float) -> None:
-    experts = connector.experts
-    for layer, weight, bias in ((trained.first, experts.w1, experts.b1), (trained.second, experts.w2, experts.b2)):
-        if layer is not None and weight is not None:
-            weight.copy_(layer.weight)  # to every expert
-            if bias is not None:
-                bias.copy_(layer.bias)
-            if noise:
-                weight.add_(torch.randn_like(weight), alpha=noise * float(layer.weight.std()))
 
 
 def _place(model: PreTrainedModel, adapter: Adapter, path: str, projector: CMoEProjector) -> None:
