@@ -1,7 +1,7 @@
 """Ask a trained model: one question, a batch, a stream, a box drawn on its image.
 
 make demo
-python examples/unimed_ask.py runs/demo .cache/unimed/sample/slake/imgs/ct_axial_014/source.jpg
+python examples/unimed_ask.py runs/demo .cache/unimed/sample/images/ct_axial_014.jpg
 """
 
 import sys

@@ -116,19 +116,6 @@ def place_folder(partial: Path, path: Path) -> None:
     _take_place(partial, path)
 
 
-@contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path``. It takes the place of ``path`` when the block ends, and is removed when the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        _take_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _take_place(partial: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -60,16 +60,18 @@ def evaluated_run(small_run):
 def test_only_run(small_run, sample_folder, tmp_path_factory):
     """The small run, evaluated on another data set, which has a test split only, after its own is gone: run, data set, metrics."""
     from unimed.evaluate.run import evaluate_run
+    from unimed.records import jsonl
 
     folder = tmp_path_factory.mktemp("elsewhere")
     run, root = folder / "runs" / "small", folder / "hospital"
     shutil.copytree(small_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace(str(sample_folder), str(folder / "gone")))
-    for name in ("slake", "medqa"):
-        shutil.copytree(sample_folder / name, root / name)
-    for name in ("slake/train.txt", "slake/validate.txt", "medqa/questions/US/train.jsonl", "medqa/questions/US/dev.jsonl"):
-        (root / name).unlink()
+    named = {"dataset": "hospital", "source": ""}
+    held_out = [record for _, record in jsonl.read_records(sample_folder, split="test")]
+    asked = [record for record in held_out if {"qa", "box"} & {one.kind for one in record.annotations}]
+    jsonl.write(root, jsonl.DatasetInfo(name="hospital"), [record.model_copy(update=named) for record in asked])
+    shutil.copytree(sample_folder / "images", root / "images")
     return run, root, evaluate_run(run, [f"data.root={root}", "evaluate.splits=[test]", "evaluate.limit=3"], untrained=True)
 
 

@@ -293,7 +293,7 @@ def test_a_corrupt_model_is_refused(at_work, tmp_path):
 
 
 def test_predicting_prints_answer_and_notice_and_draws_the_box(at_work, sample_folder, tmp_path):
-    image = next((sample_folder / "slake" / "imgs").rglob("source.jpg"))
+    image = sample_folder / "images" / "ct_axial_014.jpg"
     drawn = tmp_path / "boxed.png"
     result = run("predict", image, "5,5,15,15", "--task", "identify", "--save", drawn)
     assert result.exit_code == 0, result.output

@@ -43,7 +43,7 @@ def slab(small_run):
 
 @pytest.fixture(scope="module")
 def picture(sample_folder):
-    return sorted((sample_folder / "slake" / "imgs").rglob("source.jpg"))[0]
+    return sample_folder / "images" / "ct_axial_014.jpg"
 
 
 def run(*line, **options):

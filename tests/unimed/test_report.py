@@ -121,7 +121,7 @@ def test_nothing_of_the_sample_is_said_of_other_data(test_only_run):
     assert "not fitted" in text
     assert "test split" in text
     assert "is missing" in text  # the untrained model
-    assert "12 items of medqa, slake" in text
+    assert "12 items of hospital" in text
     assert "The training data is not there any more" in text
     assert len(re.findall("<tr[^>]*><th rowspan=3>", html)) == 4
 
@@ -140,7 +140,7 @@ def test_the_page_shows_what_was_answered_or_says_that_it_cannot(test_only_run, 
     with pytest.raises(UserError, match=r"lacks answers of the 'test' split; finish it with: unimed evaluate"):
         report.write(moved)
     path.write_text(whole)
-    lines = copy / "medqa" / "questions" / "US" / "test.jsonl"
+    lines = copy / "records-00000.jsonl"
     lines.write_text(lines.read_text().replace('answer": "', 'answer": "not '))
     with pytest.raises(UserError, match=r"not those that were answered.*unimed evaluate"):
         report.write(moved)
@@ -153,8 +153,8 @@ def test_the_page_shows_what_was_answered_or_says_that_it_cannot(test_only_run, 
 
 def test_subjects_that_training_shows_are_counted(html):
     text = re.sub(r"<[^>]+>", " ", html)
-    assert "Subjects that the training data shows as well: organsample_64 2 of 2, sample-report 2 of 2, slake 2 of 2." in text
-    assert "organsample_64 0 of 1, sample-report 0 of 1, slake 0 of 1." in text
+    assert "Subjects that the training data shows as well: sample 2 of 2." in text
+    assert "sample 0 of 1." in text
     facts = {"datasets": ["a", "b"], "subjects": {"a": 0, "b": 3}, "subjects_in_training": {"a": 0, "b": 1}}
     assert report._who({"counts": {"vqa": 5}, "facts": facts}).endswith(
         "b 1 of 3. Nothing names the subjects of a: the same people may be in training."

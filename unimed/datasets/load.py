@@ -12,6 +12,7 @@ from unimed.datasets.items import read_items
 from unimed.datasets.spec import DATASETS, DatasetSpec
 from unimed.errors import NoItems, UserError
 from unimed.records.policy import Rules, Tally, log
+from unimed.records.record import Split
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.item import Item
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Read = Callable[[DatasetSpec, Tally], Sequence[Item]]
 
 SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-SPLITS = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
+SPLITS: dict[str, Split] = {"train": "train", "slab": "val", "val": "val", "subject": "test", "test": "test"}
 
 
 def load_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules: Rules | None = None) -> list[Item]:

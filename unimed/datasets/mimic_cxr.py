@@ -1,4 +1,4 @@
-"""MIMIC-CXR reports, as R2Gen writes them: annotation.json. The built-in sample has this layout, too."""
+"""MIMIC-CXR reports, as R2Gen writes them: annotation.json."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +8,6 @@ from unimed.records import files
 from unimed.records.policy import BadRecord
 from unimed.records.record import Record, Report, made
 from unimed.records.source import Source
-
-SAMPLE = "sample-report"
 
 
 def matches(folder: Path) -> bool:
@@ -37,10 +35,9 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
             if not isinstance(first, str):
                 raise BadRecord("with a wrong 'image_path'", f"{where}: image_path is {files.short(names)}, expected a list of file names")
             ref, _ = source.image(images, first, where)
-            layout = SAMPLE if row.get("synthetic") else SPEC.name
             key, patient = files.name(row.get("id", number)), files.name(row.get("subject_id", ""))
             report = made(Report, where, text=text, id=key)
-            yield where, source.record(where, key, layout, images=(ref,), annotations=(report,), patient=patient, source=layout)
+            yield where, source.record(where, key, SPEC.name, images=(ref,), annotations=(report,), patient=patient, source=SPEC.name)
 
 
 SPEC = DatasetSpec(

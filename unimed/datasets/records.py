@@ -14,7 +14,9 @@ from unimed.records.record import Label, Record
 from unimed.records.source import Source
 from unimed.tasks.asked import LAYOUT
 
-CONVERTED = "unimed data convert"  # such records keep the wordings and the choices of the layout that they come from
+CONVERTED = "unimed data convert"
+SAMPLE = "unimed sample build"
+_AS_ITS_SOURCE = (CONVERTED, SAMPLE)  # such records keep the wordings of their source, and the protocol says whether options are shown
 
 
 def names(folder: Path) -> list[str]:
@@ -30,7 +32,7 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
     info = jsonl.read_info(source.folder)
     source.tally.name = source.called(info.name)
     source.images.roots = info.roots
-    source.counted, source.own = False, not info.made_by.startswith(CONVERTED)
+    source.counted, source.own = False, not info.made_by.startswith(_AS_ITS_SOURCE)
     labelled = not info.classes and any(record.split == source.split for record in _labelled(source.folder))
     source.classes = label_values(source.folder) if labelled else info.classes
     source.graded = bool(info.classes)

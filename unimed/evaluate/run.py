@@ -237,7 +237,7 @@ def _facts(seen: Sequence[Item], items: Sequence[Item]) -> dict[str, Any]:
         "datasets": sorted({item.dataset for item in items}),
         "subjects": {name: len(named) for name, named in sorted(held_out.items())},
         "subjects_in_training": {name: len(named & subjects(seen, name)) for name, named in sorted(held_out.items())} if seen else None,
-        "synthetic_reports": any("sample-report" in (item.dataset, item.layout) for item in items),
+        "synthetic_reports": any(item.layout == about.NAME and item.task == "caption" for item in items),
     }
 
 

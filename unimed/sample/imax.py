@@ -98,7 +98,7 @@ def _share(one: Slice, body: np.ndarray) -> float:
     return liver.area_mm2 / (float(body.sum()) * PIXEL_MM**2) if liver else 0.0
 
 
-def _annotations(one: Slice, names: Sequence[str], asked: Sequence[dict], body: np.ndarray, cuts: tuple[float, float]) -> list[Annotation]:
+def _annotations(one: Slice, names: Sequence[str], asked: Sequence[QA], body: np.ndarray, cuts: tuple[float, float]) -> list[Annotation]:
     organs = [found for found in one.findings if found.name in ORGANS]
     some: list[Annotation] = []
     if organs:
@@ -114,11 +114,7 @@ def _annotations(one: Slice, names: Sequence[str], asked: Sequence[dict], body: 
     uncertain = [name for name in names if name in one.present and name not in large]
     some.append(Labels(set="organ", present=tuple(present), absent=tuple(absent), uncertain=tuple(uncertain), source="masks"))
     some += [BoxOf(name=found.name, xyxy=tuple(found.xyxy), source="masks") for found in organs]
-    for row in asked:
-        template = row["template"]
-        some.append(
-            QA(question=row["question"], answer=row["answer"], answer_type=row["answer_type"], template=template, source="template")
-        )
+    some += [one.model_copy(update={"source": "template"}) for one in asked]
     return some
 
 

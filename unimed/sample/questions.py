@@ -5,8 +5,9 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from unimed.records.record import QA, SPLITS, Split
 from unimed.sample.masks import ORGANS
 from unimed.sample.slices import Slice
 
@@ -16,39 +17,38 @@ ANATOMY = Path(__file__).with_name("assets") / "anatomy.json"
 PRESENCE_CAP = 60  # questions per organ and answer in one split
 
 
-def vqa(slices: Sequence[Slice], names: Sequence[str], rng: random.Random) -> dict[str, list[dict[str, Any]]]:
-    """SLAKE-style records per slice id, for the slices of one split.
+def vqa(slices: Sequence[Slice], names: Sequence[str], rng: random.Random) -> dict[str, list[QA]]:
+    """Questions per slice id, for the slices of one split.
 
     Presence is asked equally often with "yes" and with "no" for every structure, so its name alone does not tell. A structure that is on
     the slice but too small for a box is not asked about.
     """
-    asked: dict[str, list[dict[str, Any]]] = {}
+    asked: dict[str, list[QA]] = {}
     presence = _balanced_presence(slices, names, rng)
     for shown in slices:
         records = [
-            _record("modality", "OPEN", "Which modality is this image?", MODALITY[shown.modality]),
-            _record("plane", "OPEN", "Which plane is this image?", shown.plane),
+            _asked("modality", "OPEN", "Which modality is this image?", MODALITY[shown.modality]),
+            _asked("plane", "OPEN", "Which plane is this image?", shown.plane),
         ]
-        records += [_record(f"presence/{name}", "CLOSED", f"Is the {name} in the image?", answer) for name, answer in presence[shown.id]]
+        records += [_asked(f"presence/{name}", "CLOSED", f"Is the {name} in the image?", answer) for name, answer in presence[shown.id]]
         if shown.body_side:
-            records.append(_record("side/body", "CLOSED", "Is this slice from the left or the right side of the body?", shown.body_side))
+            records.append(_asked("side/body", "CLOSED", "Is this slice from the left or the right side of the body?", shown.body_side))
         sided = [found for found in shown.findings if found.name in SIDED and found.name in names and shown.plane != "sagittal"]
         if sided:
             found = rng.choice(sided)
             centre = (found.xyxy[0] + found.xyxy[2]) / 2
             answer = "left" if centre < shown.image.width / 2 else "right"
-            records.append(_record(f"side/{found.name}", "CLOSED", f"Is the {found.name} on the left or the right of the image?", answer))
+            records.append(_asked(f"side/{found.name}", "CLOSED", f"Is the {found.name} on the left or the right of the image?", answer))
         organs = [found for found in shown.findings if found.name in ORGANS]
         if organs:
             largest = max(organs, key=lambda found: found.area_mm2)
-            records.append(_record("largest", "OPEN", "What is the largest organ in the image?", largest.name))
+            records.append(_asked("largest", "OPEN", "What is the largest organ in the image?", largest.name))
         asked[shown.id] = records
     return asked
 
 
-def _record(kind: str, answer_type: str, question: str, answer: str) -> dict[str, Any]:
-    content = kind.split("/")[0]
-    return {"content_type": content, "answer_type": answer_type, "question": question, "answer": answer, "template": f"vqa/{kind}"}
+def _asked(kind: str, answer_type: Literal["OPEN", "CLOSED"], question: str, answer: str) -> QA:
+    return QA(question=question, answer=answer, answer_type=answer_type, template=f"vqa/{kind}")
 
 
 def _balanced_presence(slices: Sequence[Slice], names: Sequence[str], rng: random.Random) -> dict[str, list[tuple[str, str]]]:
@@ -87,29 +87,21 @@ def _join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def text_qa() -> dict[str, list[dict[str, Any]]]:
-    """MedQA-style records by split ("train", "val", "test") from the anatomy table.
+def text_qa() -> dict[Split, list[QA]]:
+    """Text questions by split from the anatomy table.
 
     Held out are phrasings, not facts: "val" and "test" ask every fact once in a wording that training never shows. Nobody can know an
     unseen fact.
     """
     anatomy = json.loads(ANATOMY.read_text())
     columns = {"system": 1, "region": 2, "side": 3}
-    records: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
+    asked: dict[Split, list[QA]] = {split: [] for split in SPLITS}
     for table, phrasings in anatomy["tables"].items():
         column = columns[table]
-        choices = sorted({fact[column] for fact in anatomy["facts"]})
-        options = {chr(ord("A") + i): choice for i, choice in enumerate(choices)}
+        options = tuple(sorted({fact[column] for fact in anatomy["facts"]}))
         for split, forms in phrasings.items():
             for fact in anatomy["facts"]:
                 for form in forms:
-                    records[split].append(
-                        {
-                            "question": form.format(name=fact[0]),
-                            "answer": fact[column],
-                            "options": options,
-                            "answer_idx": next(key for key, value in options.items() if value == fact[column]),
-                            "template": f"qa/{table}",
-                        }
-                    )
-    return records
+                    question = form.format(name=fact[0])
+                    asked[split].append(QA(question=question, answer=fact[column], options=options, template=f"qa/{table}"))
+    return asked

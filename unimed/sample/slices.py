@@ -49,9 +49,10 @@ class Subject:
     trunk: tuple[tuple[int, int], tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slice:
-    """One image of the sample. ``present`` are all structures with any pixel on it, ``findings`` those large enough for a box."""
+    """One image of the sample. ``mask``: 1 + index in STRUCTURES at every pixel, 0 elsewhere. ``present`` are all structures with any pixel
+    on it, ``findings`` those large enough for a box."""
 
     id: str
     subject: str
@@ -61,6 +62,7 @@ class Slice:
     region: Region
     split: str
     image: Image.Image
+    mask: np.ndarray
     findings: tuple[Finding, ...]
     present: frozenset[str]
     body_side: str | None  # "left" or "right" for sagittal slices well off the midline
@@ -154,6 +156,7 @@ def _slice(source: Subject, block: Block, plane: str, index: int, region: Region
         region=(x, y, z),
         split=block.split,
         image=volumes.render(volume, plane, index, source.grey, PIXEL_MM, region),
+        mask=structures,
         findings=found,
         present=frozenset(STRUCTURES[value - 1] for value in np.unique(structures) if value),
         body_side=side,
