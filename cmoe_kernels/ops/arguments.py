@@ -9,6 +9,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from cmoe_kernels.ops.precision import FLOATS, autocast_is_on
 
@@ -103,8 +104,8 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def may_read(index: Tensor) -> bool:
-    """Whether a kernel's check may read the values of a tensor: on a GPU that waits for the device."""
-    return index.device.type == "cpu" or CHECK_ON_DEVICE
+    """Whether a check may read the values of a tensor: on a GPU that waits for the device, and a fake tensor has none."""
+    return (index.device.type == "cpu" or CHECK_ON_DEVICE) and not isinstance(index, FakeTensor)
 
 
 def require_range(name: str, index: Tensor, size: int, what: str, least: int = 0) -> None:

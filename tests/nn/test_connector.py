@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import cmoe_kernels as cmoe
@@ -410,3 +411,12 @@ def test_sample_switch_needs_samples():
     module = connector(router="sparse", resample="none", aux_losses={"sample_switch": 1.0})
     with pytest.raises(ValueError, match=r"features is packed \[T, C\]; aux_losses\['sample_switch'\] needs the samples"):
         module(features()[0], "vqa")
+
+
+def test_a_connector_runs_on_tensors_without_data():
+    module = connector(torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, task = torch.empty(B, P, C, requires_grad=True), torch.empty(B, dtype=torch.int64)
+        out = module(x, task=task)
+        out.embeddings.sum().backward()
+        assert (out.embeddings.shape, x.grad.shape) == ((B, P // 4, O), (B, P, C))

@@ -51,12 +51,12 @@ def test_help_is_quick_and_teaches(tmp_path):
     assert loaded.stdout.strip() == "[]"
     shown = shell("--help", cwd=tmp_path)
     assert shown.returncode == 0
-    for name in ("train", "evaluate", "predict", "report", "demo", "doctor", "sample"):
+    for name in ("train", "evaluate", "predict", "report", "demo", "doctor", "sample", "estimate", "convert"):
         assert name in shown.stdout
     assert NOTICE in shown.stdout
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "report", "demo", "doctor"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "report", "demo", "doctor", "estimate"])
 def test_every_command_has_an_example_and_the_notice(name):
     shown = run(name, "--help").output
     assert "Example" in shown

@@ -365,7 +365,7 @@ def test_settings_that_shapes_cannot_show(parts, tmp_path):
     found = release.read(tmp_path / "c.pth")
     assert (found.connector_config.router, found.alpha) == ("hard", 8)
     assert Row("router.fc1.weight", "not used: router hard reads none", 1) in found.rows
-    assert sum(row.count for row in found.rows if row.ours.startswith("not used")) == 4 + 5
+    assert sum(row.tensors for row in found.rows if row.ours.startswith("not used")) == 4 + 5
     found = release.read(tmp_path / "c.pth", {"model": {**model, "router_type": "sparse", "sparse_topk": 3}})
     assert (found.connector_config.router, found.connector_config.top_k) == ("sparse", 3)
     some = {key: value for key, value in content["model"].items() if ".lora_" not in key or "v_proj" in key or "q_proj" in key}

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from unimed.cli import convert, data, evaluate, predict, sample, serve, shared, train
+from unimed.cli import convert, data, estimate, evaluate, predict, sample, serve, shared, train
 from unimed.cli.shared import console, errors, rank
 from unimed.errors import UserError
 from unimed.notice import NOTICE
@@ -113,7 +113,12 @@ def _common(
     pass
 
 
-for _owner, _files in ((sample_app, (sample,)), (data_app, (data,)), (convert_app, (convert,)), (app, (train, evaluate, predict, serve))):
+for _owner, _files in (
+    (sample_app, (sample,)),
+    (data_app, (data,)),
+    (convert_app, (convert,)),
+    (app, (train, evaluate, predict, serve, estimate)),
+):
     for _file in _files:
         for _name, _body in _file.COMMANDS.items():
             command(_owner, _name)(_body)

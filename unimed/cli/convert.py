@@ -90,7 +90,7 @@ def _done(rows: list[Row], out: Path) -> None:
     for theirs, ours, count in rows:
         table.add_row(theirs, ours, f"{count:,}")
     console.print(table, highlight=False, markup=False)
-    console.print(f"{sum(row.count for row in rows):,} entries; made: {out} · {NOTICE}", highlight=False)
+    console.print(f"{sum(row.tensors for row in rows):,} entries; made: {out} · {NOTICE}", highlight=False)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {body.__name__: body for body in (eva, llama, release, config, export)}

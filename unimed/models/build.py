@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, BlipImageProcessorPil, GenerationConfig, LlamaConfig
@@ -93,7 +93,7 @@ def describe(spec: ModelSpec, tasks: Iterable[str] = TASKS) -> UniMedConfig:
     if from_scratch(language.source):
         text_config = parts.text_config(language, SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0), language.vocab_size)
     elif language.source == SMOLLM2:
-        text_config = LlamaConfig(**smollm2.SIZES)
+        text_config = LlamaConfig(**cast(Any, smollm2.SIZES))
     else:
         text_config = parts.read_config("language", language.source)
         text_config.vocab_size += 1
@@ -102,6 +102,7 @@ def describe(spec: ModelSpec, tasks: Iterable[str] = TASKS) -> UniMedConfig:
 
 
 def _config(spec: ModelSpec, vision: Any, text: Any, image_token: int, tasks: Iterable[str]) -> UniMedConfig:
+    stored = (spec.vision.dtype, spec.connector.dtype, spec.language.dtype)
     return UniMedConfig(
         vision_config=vision,
         text_config=text,
@@ -110,7 +111,7 @@ def _config(spec: ModelSpec, vision: Any, text: Any, image_token: int, tasks: It
         freeze_vision=spec.vision.freeze,
         freeze_connector=spec.connector.freeze,
         freeze_language=spec.language.freeze,
-        dtypes={name: DTYPES[one.dtype] for name, one in zip(PARTS, (spec.vision, spec.connector, spec.language), strict=True)},
+        dtypes=dict(zip(PARTS, (DTYPES[one] for one in stored), strict=True)),
     )
 
 

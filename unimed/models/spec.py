@@ -149,6 +149,7 @@ class Language(Section):
     archive: str = ""  # the downloaded archive of SmolLM2, or its folder
     freeze: bool = False
     dtype: Dtype = "fp32"
+    quantize: Literal["4bit", "8bit"] | None = None  # of its Linears but the head, by bitsandbytes; LoRA trains on top
     lora: Lora | None = None
 
 

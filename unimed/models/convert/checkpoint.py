@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     theirs: str
     ours: str
-    count: int
+    tensors: int
 
 
 def key_map(pairs: Iterable[tuple[str, str]]) -> list[Row]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, Blip2VisionModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_tracing
 from transformers.utils.deprecation import deprecate_kwarg
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
@@ -251,10 +251,11 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _place_images(self, inputs_embeds: Tensor, input_ids: Tensor, embeddings: Tensor) -> Tensor:
         where = torch.eq(input_ids, cast(int, self.config.image_token_index))
-        slots, needed = int(where.sum()), embeddings.shape[0] * embeddings.shape[1]
-        if slots != needed:
-            images, tokens = embeddings.shape[:2]
-            raise ValueError(f"input_ids hold {slots} image tokens, {images} images of {tokens} tokens each need {needed}")
+        if not is_tracing(where):  # there, input_ids have no values yet
+            slots, needed = int(where.sum()), embeddings.shape[0] * embeddings.shape[1]
+            if slots != needed:
+                images, tokens = embeddings.shape[:2]
+                raise ValueError(f"input_ids hold {slots} image tokens, {images} images of {tokens} tokens each need {needed}")
         return inputs_embeds.masked_scatter(where.unsqueeze(-1), embeddings.to(inputs_embeds.dtype))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
