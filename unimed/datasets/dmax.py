@@ -144,7 +144,7 @@ def match(wanted: Sequence[Record], offered: Sequence[Record], tasks_per_image: 
     for attempt in range(ATTEMPTS):
         rng = random.Random(f"{seed}/{split}/{attempt}")
         found = _once(goal, shares, needed, _offers(offered), tasks_per_image, attempt, rng)
-        records = [_part(offered[at], tasks) for at, tasks in sorted(found.items())]
+        records = [part_of(offered[at], tasks) for at, tasks in sorted(found.items())]
         have, ours = wants(records)
         short = sum(max(goal[task] - have[task], 0) for task in goal)
         worst = max(variation(shares[task], ours[task]) for task in goal)
@@ -270,7 +270,7 @@ def _swap(
                 inside[i], others[j] = come, gone
 
 
-def _part(record: Record, tasks: dict[str, list[int]]) -> Record:
+def part_of(record: Record, tasks: dict[str, list[int]]) -> Record:
     """The record with its chosen entries only. An annotation of several tasks names the one that it is kept for."""
     some: list[Annotation] = []
     for task, places in sorted(tasks.items()):

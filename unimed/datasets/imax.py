@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from unimed.datasets.negation import denied
@@ -235,7 +236,7 @@ def picture(image: Known) -> Image.Image:
     unit = "mm" if image.spacing else "pixels"
     thick = max(1, max(drawn.size) // 256)
     for mask, width, colour in ((image.masks["heart"], found.heart_width, (255, 138, 31)), (lungs, found.thorax_width, (86, 180, 233))):
-        rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         y = int((rows[0] + rows[-1]) // 2) + (len(rows) // 4 if mask is lungs else 0)
         x1, x2 = int(columns[0]), int(columns[-1])
         pen.line((x1, y, x2, y), fill=colour, width=thick)

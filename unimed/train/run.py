@@ -68,6 +68,17 @@ def build(recipe: Recipe, train_items: Sequence[Item], base: Path | None = None)
     return models.adapt(model, recipe, base), processor
 
 
+def saved(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
+    """The model and processor of a folder, to be trained further."""
+    from transformers import set_seed
+
+    from unimed.models.load import load
+
+    set_seed(recipe.train.seed)
+    model, processor = load(folder)
+    return model.train(), processor
+
+
 def save(model: Any, processor: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -93,10 +104,12 @@ def train(
     overwrite: bool = False,
     callbacks: list[Any] | None = None,
     command: str = "train",
+    initial: Path | None = None,
 ) -> Path:
     """Trains and returns the run's folder. A killed run goes on from its last checkpoint with `resume`.
 
-    `command` is what the run says it was made by.
+    `command` is what the run says it was made by. `initial`: the folder of a saved model that training starts from, with its tokenizer, in
+    place of a new one; the recipe's model must be its own.
     """
     from unimed.train import processes
     from unimed.train.collate import TrainingSet
@@ -119,7 +132,7 @@ def train(
 
     checkpoint = processes.on_main(lambda: folder.resume(recipe, start) if resume else folder.create(recipe, start, overwrite))
     with processes.main_first():  # a language model that is converted once is kept for the others
-        model, processor = build(recipe, train_items, folder.base)
+        model, processor = build(recipe, train_items, folder.base) if initial is None else saved(recipe, initial)
     cache_mb = recipe.data.cache_mb / max(recipe.data.workers, 1)
     data = TrainingSet(train_items, recipe.augment, model.config.vision_config.image_size, cache_mb)
     trainer = UniMedTrainer(recipe, model, processor, data, run, callbacks, settings)

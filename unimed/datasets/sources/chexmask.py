@@ -89,7 +89,7 @@ def make(row: Row, image: Known, folder: Path, tally: Tally) -> Iterator[Annotat
                 continue
             mask = masks.read(folder / row.values["files"][name])
         else:
-            mask = masks.decode(row.values[name], *row.values["shape"], row.where)
+            mask = masks.decode(row.values[name], *row.values["shape"], where=row.where)
         if mask.any():
             found[name] = masks.check(mask, image.size, f"{row.where}: {name}")
     image.masks |= found

@@ -51,7 +51,7 @@ def _finding(name: str, where: str) -> str:
 def read(folder: Path, tally: Tally) -> Iterator[Row]:
     boxes, entries = tables.find(folder, BOXES), tables.find(folder, ENTRIES)
     assert boxes is not None
-    splits = {}
+    splits: dict[str, str] = {}
     for name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
         if (folder / name).is_file():
             splits |= {line.strip(): split for line in read_lines(folder / name)}

@@ -66,7 +66,7 @@ def rows(path: Path, columns: Sequence[str], tally: Tally) -> Iterator[tuple[str
 
 def _text(path: Path) -> io.TextIOBase:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[return-value]
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
 
