@@ -154,7 +154,7 @@ def test_options_and_code_are_seen(tmp_path, scans, monkeypatch):
     assert list(read(root)) == released
     assert len(read(root, "test")) == 1
     assert scans == ["train", "train", "test"]
-    monkeypatch.setattr(index, "_code", lambda: "changed")
+    monkeypatch.setattr(index, "code", lambda: "changed")
     assert list(read(root)) == released
     assert scans == ["train", "train", "test", "train"]
 

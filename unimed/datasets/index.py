@@ -20,12 +20,12 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,7 @@ from unimed.records.pixels import View
 from unimed.records.policy import Tally
 from unimed.records.source import Source
 from unimed.tasks import TASKS
-from unimed.tasks.item import Item
+from unimed.tasks.item import Item, asks
 from unimed.tasks.task import Task
 
 log = logging.getLogger("unimed.records")
@@ -94,7 +94,7 @@ def _row(item: Item) -> tuple[Any, ...]:
 def _item(values: Sequence[Any]) -> Item:
     own, task, dataset, question, answer, template, subject, layout, answer_type, plane, image = values[:11]
     max_words, index, width, height, x1, y1, x2, y2, low, high = values[11:]
-    path = None if image is None else Path(os.fsdecode(image))
+    path = None if image is None else _path(image)
     return Item(
         id=own,
         task=task,
@@ -112,18 +112,41 @@ def _item(values: Sequence[Any]) -> Item:
     )
 
 
-class Stored(Sequence[Item]):
-    """The items of one file."""
+@lru_cache(64)  # items of one image come one after the other
+def _path(name: bytes) -> Path:
+    return Path(os.fsdecode(name))
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+class _Form(NamedTuple):
+    """What is made of a row: from these columns, by this function; of an item; under another id."""
+
+    columns: Sequence[str]
+    of_row: Callable[[Sequence[Any]], Any]
+    of_item: Callable[[Item], Any]
+    called: Callable[[Any, str], Any]
+
+
+WHOLE = _Form(SCHEMA.names, _item, lambda item: item, lambda item, id: replace(item, id=id))
+ASKED = _Form(
+    ("id", "task", "question", "answer", "width", "height", "x1", "y1", "x2", "y2"),
+    lambda row: (*row[:4], None if row[4] is None else (row[4], row[5]), None if row[6] is None else Box(*row[6:])),
+    asks,
+    lambda one, id: (id, *one[1:]),
+)
+
+
+class Stored(Sequence[Item]):
+    """The items of one file. key: its hash."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
         with pa.memory_map(str(path)) as file:
             self.table = ipc.open_file(file).read_all()
         if self.table.schema != SCHEMA:
             raise pa.ArrowInvalid("another schema")
 
     def __reduce__(self) -> Any:
-        return Stored, (self.path,)
+        return Stored, (self.path, self.key)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -134,14 +157,15 @@ class Stored(Sequence[Item]):
         at = range(len(self))[at]
         return _item([column[at].as_py() for column in self.table.columns])
 
-    def taken(self, rows: np.ndarray) -> Iterator[Item]:
+    def taken(self, rows: np.ndarray, form: _Form = WHOLE) -> Iterator[Any]:
+        table = self.table.select(form.columns)
         first, count = (int(rows[0]), int(rows[-1] - rows[0]) + 1) if len(rows) else (0, 0)
         if not 0 < count <= 4 * len(rows) or (np.diff(rows) < 0).any():
-            yield from (self[int(row)] for row in rows)
+            yield from (form.of_row([column[row].as_py() for column in table.columns]) for row in rows.tolist())
             return
-        columns = [column.to_pylist() for column in self.table.slice(first, count).columns]
+        columns = [column.to_pylist() for column in table.slice(first, count).columns]
         for row in rows.tolist():
-            yield _item([column[row - first] for column in columns])
+            yield form.of_row([column[row - first] for column in columns])
 
     def texts(self, name: str) -> pa.ChunkedArray:
         return self.table.column(name)
@@ -168,23 +192,38 @@ class Items(Sequence[Item]):
         return next(self.taken(np.array([range(len(self))[at]])))
 
     def __iter__(self) -> Iterator[Item]:
-        for start in range(0, len(self), ROWS):
-            yield from self.taken(np.arange(start, min(start + ROWS, len(self))))
+        return self._each(WHOLE)
 
-    def taken(self, rows: np.ndarray) -> Iterator[Item]:
+    def asked(self) -> Iterator[tuple[Any, ...]]:
+        """What `item.digest` reads of each item."""
+        return self._each(ASKED)
+
+    def _each(self, form: _Form) -> Iterator[Any]:
+        for start in range(0, len(self), ROWS):
+            yield from self.taken(np.arange(start, min(start + ROWS, len(self))), form)
+
+    def taken(self, rows: np.ndarray, form: _Form = WHOLE) -> Iterator[Any]:
         """The items of some rows."""
         places = self.places[rows]
         of = np.searchsorted(self.starts, places, side="right") - 1
         for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(of)) + 1):
             part, start = self.parts[of[run[0]]], self.starts[of[run[0]]]
             inner = places[run] - start
-            found = part.taken(inner) if isinstance(part, Stored | Items) else (part[row] for row in inner.tolist())
-            for place, item in zip(places[run].tolist(), found, strict=True):
-                yield replace(item, id=self.ids[place]) if place in self.ids else item
+            own = isinstance(part, Stored | Items)
+            found = part.taken(inner, form) if own else (form.of_item(part[row]) for row in inner.tolist())
+            for place, one in zip(places[run].tolist(), found, strict=True):
+                yield form.called(one, self.ids[place]) if place in self.ids else one
 
     def take(self, rows: np.ndarray) -> Items:
         """Some of them, in another order if need be."""
         return Items(self.parts, self.places[rows], self.ids)
+
+    def key(self) -> str | None:
+        """Changes with any of the items; None where some have no index."""
+        keys = [part.key() if isinstance(part, Items) else getattr(part, "key", None) for part in self.parts]
+        if None in keys:
+            return None
+        return hashlib.sha256(repr((keys, sorted(self.ids.items()))).encode() + self.places.tobytes()).hexdigest()
 
     def texts(self, name: str) -> pa.ChunkedArray:
         """A field of all items that is always text."""
@@ -216,7 +255,9 @@ class Items(Sequence[Item]):
         return {one["values"]: one["counts"] for one in pc.value_counts(self.texts(name)).to_pylist()}
 
     def of_tasks(self, tasks: Sequence[str]) -> Items:
-        return self.take(np.flatnonzero(pc.is_in(self.texts("task"), pa.array(tasks, pa.string())).to_numpy()))
+        """Those of some tasks."""
+        rows = np.flatnonzero(pc.is_in(self.texts("task"), pa.array(tasks, pa.string())).to_numpy())
+        return self if len(rows) == len(self) else self.take(rows)
 
 
 def kinds(items: Sequence[Item]) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -266,7 +307,7 @@ def _kept(spec: DatasetSpec) -> bool:
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """Changes with the code that makes items."""
     root = Path(__file__).parent.parent
     found = hashlib.sha256()
@@ -303,7 +344,7 @@ class _Index:
             if about["made_of"] != self._made_of(about["outside"]):
                 log.info("%s: changed since it was scanned", self.folder)
                 return None
-            found = Stored(self.arrow) if io.sha256(self.arrow) == about["sha256"] else None
+            found = Stored(self.arrow, about["sha256"]) if io.sha256(self.arrow) == about["sha256"] else None
             if found is not None:
                 self.tally.restore(about["tally"])
                 return found
@@ -324,7 +365,7 @@ class _Index:
             sha256, size = io.sha256(partial), partial.stat().st_size
         outside = [list(place) for place in sorted(source.images.outside.items())]
         made_of = self._made_of(outside)
-        found = Stored(self.arrow)
+        found = Stored(self.arrow, sha256)
         if made_of["files"] == files:  # else they changed meanwhile, and the next start scans them again
             io.write_json(self.json, {"made_of": made_of, "outside": outside, "sha256": sha256, "tally": self.tally.state()})
             log.info("%s (%s): an index of %d items, %.1f MB: %s", self.tally.name, self.tally.split, len(found), size / 1e6, self.arrow)
@@ -343,7 +384,7 @@ class _Index:
     def _made_of(self, outside: Sequence[Any]) -> dict[str, Any]:
         """What the items depend on."""
         others = [_listed(place, deep)[0] for place, deep in outside]
-        return {"format": FORMAT, "code": _code(), "of": self.of, "files": _listed(self.folder)[0], "others": others}
+        return {"format": FORMAT, "code": code(), "of": self.of, "files": _listed(self.folder)[0], "others": others}
 
     def _tidy(self) -> None:
         """Removes the indexes of folders that are gone."""

@@ -26,7 +26,10 @@ UNTRAINED, MAJORITY, BLANKED, TRAINED = ROWS = ("untrained", "majority answer", 
 
 
 def by_task(items: Sequence[Item]) -> dict[str, list[Item]]:
-    return {task: found for task in TASKS if (found := [item for item in items if item.task == task])}
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.task, []).append(item)
+    return {task: found[task] for task in TASKS if task in found}
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:

@@ -7,7 +7,7 @@ Patients are drawn with replacement, each with all of its items; the interval ho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,15 @@ def _image(item: Item) -> Any:
     return image if isinstance(image, View) else Path(str(image))
 
 
-def singles(task: str, items: Sequence[Item], predictions: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
-    """[items, names]: the score of each answer. None unless their means are the scores of all, which is what the bootstrap needs."""
+def singles(
+    task: str, items: Sequence[Item], predictions: Sequence[str], names: Sequence[str], whole: Mapping[str, float] | None = None
+) -> np.ndarray | None:
+    """[items, names]: the score of each answer. None unless their means are the scores of all, which is what the bootstrap needs.
+
+    whole: the scores of all, where they are known.
+    """
     each = np.array([[one[name] for name in names] for one in _scores(task, items, predictions)])
-    whole = metrics.score(task, predictions, items, coco=False)
+    whole = whole or metrics.score(task, predictions, items, coco=False)
     return each if np.allclose(each.mean(0), [whole[name] for name in names], atol=1e-9) else None
 
 

@@ -90,7 +90,7 @@ def evaluate_run(
         start = time.perf_counter()
         store = _SplitStore(answers, split)
         rows = evaluate.compare(before, trained, majority, items, settings.batch_size, settings.max_new_tokens, report, store)
-        found, drawn = _intervals(items, {row: one["predictions"] for row, one in rows.items()})
+        found, drawn = _intervals(items, rows)
         splits[split] = {
             "name": name,
             "counts": {task: len(found) for task, found in evaluate.by_task(items).items()},
@@ -138,7 +138,7 @@ def _table_metrics(task: str) -> list[str]:
     return list(dict.fromkeys((TASKS[task].headline, TASKS[task].strict)))
 
 
-def _intervals(items: Sequence[Item], rows: dict[str, Sequence[str | None]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _intervals(items: Sequence[Item], rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
     """Row -> task -> metric -> [lowest, highest], and for each task what was drawn."""
     found: dict[str, Any] = {row: {} for row in rows}
     drawn: dict[str, str] = {}
@@ -146,9 +146,9 @@ def _intervals(items: Sequence[Item], rows: dict[str, Sequence[str | None]]) -> 
         places = [place for place, item in enumerate(items) if item.task == task]
         part, names = [items[place] for place in places], _table_metrics(task)
         drawn[task], members = intervals.groups(part)
-        for row, given in rows.items():
-            texts = [text for place in places if (text := given[place]) is not None]
-            each = intervals.singles(task, part, texts, names) if len(texts) == len(part) else None
+        for row, scored in rows.items():
+            texts = [text for place in places if (text := scored["predictions"][place]) is not None]
+            each = intervals.singles(task, part, texts, names, scored["metrics"][task]) if len(texts) == len(part) else None
             if each is not None:
                 found[row][task] = dict(zip(names, intervals.interval(each, members), strict=True))
     return found, drawn
@@ -190,7 +190,7 @@ def _held_out(recipe: recipes.Recipe, split: str) -> list[Item]:
         raise NoItems(f"{error}; it has {', '.join(there)}: choose with evaluate.splits=[{there[-1]}]") from error
 
 
-def _some(recipe: recipes.Recipe, split: str) -> list[Item]:
+def _some(recipe: recipes.Recipe, split: str) -> Sequence[Item]:
     """The items of a split; none where the data lacks it."""
     try:
         return training.items(recipe, split)
@@ -210,7 +210,7 @@ def answered(spec: dict[str, Any]) -> list[Item]:
     return found
 
 
-def _trained_on(stored: recipes.Recipe) -> list[Item]:
+def _trained_on(stored: recipes.Recipe) -> Sequence[Item]:
     """What the run was trained on; nothing where it is not there any more."""
     try:
         return training.items(stored, "train")
@@ -229,16 +229,22 @@ def _before_training(stored: recipes.Recipe, seen: Sequence[Item]) -> tuple[Any,
 def _facts(seen: Sequence[Item], items: Sequence[Item]) -> dict[str, Any]:
     """What the report must say about the data: its sets, how many subjects their images name and training showed, synthetic references."""
 
-    def subjects(found: Sequence[Item], dataset: str) -> set[str]:
-        return {item.subject for item in found if item.dataset == dataset and item.image is not None and item.subject}
-
-    held_out = {name: subjects(items, name) for name in {item.dataset for item in items if item.image is not None}}
+    held_out, shown = _subjects(items), _subjects(seen)
     return {
         "datasets": sorted({item.dataset for item in items}),
         "subjects": {name: len(named) for name, named in sorted(held_out.items())},
-        "subjects_in_training": {name: len(named & subjects(seen, name)) for name, named in sorted(held_out.items())} if seen else None,
+        "subjects_in_training": {name: len(named & shown.get(name, set())) for name, named in sorted(held_out.items())} if seen else None,
         "synthetic_reports": any(item.layout == about.NAME and item.task == "caption" for item in items),
     }
+
+
+def _subjects(items: Sequence[Item]) -> dict[str, set[str]]:
+    """The subjects that the images of each data set name."""
+    found: dict[str, set[str]] = {}
+    for item in items:
+        if item.image is not None:
+            found.setdefault(item.dataset, set()).update([item.subject] if item.subject else [])
+    return found
 
 
 def _counter(progress: Callable[[str, str, int, int], None] | None, split: str, total: int, with_image: int) -> Callable[[str, int], None]:

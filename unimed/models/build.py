@@ -24,16 +24,17 @@ from unimed.models.unimed.tokenization import IMAGE_TOKEN, token_id, train_token
 
 
 def build(
-    spec: ModelSpec, texts: Iterable[str] = (), *, tasks: Iterable[str] = TASKS, seed: int = 0
+    spec: ModelSpec, texts: Iterable[str] = (), *, tasks: Iterable[str] = TASKS, seed: int = 0, kept: Path | None = None
 ) -> tuple[UniMedForConditionalGeneration, UniMedProcessor]:
     """The model that a spec describes, without its LoRA (`adapt` adds it), and its processor; the same for the same seed.
 
-    A language model from scratch gets a tokenizer that is trained on `texts`. `tasks`: the image tasks, as the connector numbers them.
+    A language model from scratch gets a tokenizer that is trained on `texts`, or is read from the file `kept`. `tasks`: the image
+    tasks, as the connector numbers them.
     """
     vision, language = spec.vision, spec.language
     read_text = read_vision = None
     if from_scratch(language.source):
-        tokenizer = train_tokenizer(texts, language.vocab_size)
+        tokenizer = train_tokenizer(texts, language.vocab_size, kept)
         text_config = parts.text_config(language, tokenizer, len(tokenizer))
     else:
         source = str(smollm2.folder(language.archive)) if language.source == SMOLLM2 else language.source

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -61,9 +62,14 @@ class Item:
         return hash((self.id, self.task, self.dataset, self.question, self.answer))
 
 
+def asks(item: Item) -> tuple[Any, ...]:
+    """What an item asks and expects."""
+    return item.id, item.task, item.question, item.answer, item.size, item.box
+
+
 def digest(items: Sequence[Item]) -> str:
     """Changes with anything that an item asks or expects; pixels are not read."""
     found = hashlib.sha256()
-    for item in items:
-        found.update(repr((item.id, item.task, item.question, item.answer, item.size, item.box)).encode())
+    for one in items.asked() if hasattr(items, "asked") else map(asks, items):  # an index gives it without making items
+        found.update(repr(one).encode())
     return found.hexdigest()

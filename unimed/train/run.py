@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimed import io
+from unimed import io, literal
 from unimed.datasets.load import find_items, set_items
 from unimed.errors import NoItems, UserError
 from unimed.needs import missing_weights
@@ -23,6 +24,8 @@ from unimed.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from unimed.datasets.index import Items
+
+MOST_TEXTS = 20_000
 
 
 def items(recipe: Recipe, split: str) -> Items:
@@ -61,7 +64,8 @@ def build(recipe: Recipe, train_items: Sequence[Item], base: Path | None = None)
     set_seed(recipe.train.seed)
     more = [task for task in recipe.data.tasks if task not in RELEASED_TASKS]
     tasks = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
-    model, processor = models.build(recipe, texts(train_items), tasks=tasks, seed=recipe.train.seed)
+    kept = _tokenizer_file(train_items, recipe.language.vocab_size)
+    model, processor = models.build(recipe, texts(train_items), tasks=tasks, seed=recipe.train.seed, kept=kept)
     model.config.training = {"recipe": recipe.name, "description": recipe.description}
     if base is not None and recipe.lora and not (base / io.MANIFEST).is_file():
         io.write_folder(base, lambda folder: save(model, processor, folder))
@@ -89,9 +93,31 @@ def _can_run(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name!r} cannot run here: {missing}; see unimed doctor. `unimed train tiny` runs")
 
 
+def _tokenizer_file(train_items: Sequence[Item], vocab_size: int) -> Path | None:
+    """Where the tokenizer of these items is kept; None for items without an index."""
+    from tokenizers import __version__
+
+    from unimed.datasets.index import Items, code
+    from unimed.models.unimed import tokenization
+
+    key = train_items.key() if isinstance(train_items, Items) else None
+    if key is None:
+        return None
+    made_of = (
+        key,
+        vocab_size,
+        __version__,
+        code(),
+        *(io.sha256(Path(file)) for file in (__file__, literal.__file__, tokenization.__file__)),
+    )
+    return io.cache_folder() / "tokenizers" / sha256(repr(made_of).encode()).hexdigest()
+
+
 def texts(train_items: Sequence[Item]) -> Iterator[str]:
-    """What the tokenizer is made from: prompts in both forms, and answers, of the training split alone."""
-    for index, item in enumerate(train_items):
+    """What the tokenizer is made from: prompts in both forms, and answers, of at most MOST_TEXTS items of the training split."""
+    count = len(train_items)
+    some = train_items if count <= MOST_TEXTS else (train_items[place * count // MOST_TEXTS] for place in range(MOST_TEXTS))
+    for index, item in enumerate(some):
         yield prompts.chat(prompts.instruction(item, None))
         yield prompts.chat(prompts.instruction(item, random.Random(index)))
         yield item.answer
