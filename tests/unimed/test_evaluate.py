@@ -11,7 +11,7 @@ from unimed.cli import app as cli
 from unimed.errors import UserError
 from unimed.evaluate import evaluate, intervals
 from unimed.evaluate.predictions import Predictions, fingerprint, read_predictions
-from unimed.evaluate.run import against, answer_table, answered, drawn_by, evaluate_run, odd_answers
+from unimed.evaluate.run import _intervals, against, answer_table, answered, drawn_by, evaluate_run, odd_answers
 from unimed.inference.session import Generated, Session, load
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.item import Item
@@ -256,6 +256,22 @@ def test_a_score_that_is_no_mean_has_no_interval(monkeypatch):
     assert intervals.singles("cls", part, texts, ["accuracy"])[:, 0].tolist() == [1, 0, 1, 1]
     monkeypatch.setattr(intervals.metrics, "score", lambda task, given, items, coco: {"accuracy": float(len(given) > 1)})
     assert intervals.singles("cls", part, texts, ["accuracy"]) is None
+
+
+def test_a_row_that_is_scored_is_not_scored_again_for_its_intervals(monkeypatch):
+    part, texts = [item(at) for at in range(4)], ["a", "b", "a", "a"]
+    rows = {"trained": {"predictions": texts, "metrics": evaluate.score(part, texts)}}
+    scored, real = [], intervals.metrics.score
+
+    def counted(task, given, asked, coco):
+        scored.append(len(given))
+        return real(task, given, asked, coco)
+
+    monkeypatch.setattr(intervals.metrics, "score", counted)
+    found, drawn = _intervals(part, rows)
+    assert drawn == {"cls": "images"}
+    assert found["trained"]["cls"]["accuracy"] == [0.75, 0.75]  # one image
+    assert scored == [1, 1]  # each different answer
 
 
 def test_the_command_takes_other_data_protocols_and_runs(copy, test_only_run, tmp_path, monkeypatch):
