@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import unimed
 from unimed import Record
 from unimed.cli import app as cli
-from unimed.datasets import DatasetSpec, load_items
+from unimed.datasets import DatasetSpec, load_items, validate
+from unimed.datasets.alike import Alike
 from unimed.datasets.convert import convert
 from unimed.datasets.load import load_set
 from unimed.datasets.validate import ALIKE, check
@@ -229,6 +230,30 @@ def test_pictures_that_look_alike_are_found_in_another_format_and_size(tmp_path)
     for name in ("a.png", "b.jpg"):
         Image.new("L", (160, 120 if name == "a.png" else 90), 30).save(tmp_path / name)
     assert not check(tmp_path).findings  # flat pictures look like nothing
+
+
+def test_an_image_is_looked_at_once_however_many_records_name_it(tmp_path, monkeypatch):
+    rows = (shared(tmp_path, "a.png", "a.png") / "records-00000.jsonl").read_text()
+    write(tmp_path / "records-00001.jsonl", rows.replace("a.png", "b.png").replace('"id": "', '"id": "b'))
+    textured(0).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "b.png").write_bytes(data)
+    looked, real = [], validate.look_hash
+    monkeypatch.setattr(validate, "look_hash", lambda image: looked.append(image.size) or real(image))
+    opened, load = [], validate.load_image
+    monkeypatch.setattr(validate, "load_image", lambda path: opened.append(path.name) or load(path))
+    found = check(tmp_path).findings["images that cannot be read"]
+    assert (looked, opened) == ([(160, 120)], ["a.png", "b.png"])
+    assert found.count == 2  # each record is named
+
+
+def test_an_image_of_many_records_hides_no_other_that_shares_a_part_of_its_look():
+    alike, part = Alike(), 0xFFFFFFFF
+    for number in range(70):
+        assert not alike.add(part | 0xFFFF << 64, "train", "a", f"{number}")
+    assert not alike.add(part, "train", "b", "b.png")
+    assert alike.add(part, "test", "c", "c.png") == "train: b.png"
 
 
 def test_the_images_that_vqa_rad_shares_are_known(tmp_path):

@@ -12,6 +12,7 @@ from unimed.errors import UserError
 from unimed.tasks import TASKS, answers, metrics, overlap, reading
 from unimed.tasks.answers import options
 from unimed.tasks.item import Item
+from unimed.tasks.metrics import standard
 from unimed.tasks.normalise import normalise, strict
 
 WORDS = st.lists(st.sampled_from(["liver", "left", "lung", "no", "3"]), max_size=8).map(" ".join)
@@ -288,6 +289,32 @@ def test_text_questions_score_options_and_yes_no_maybe_apart():
     # yes: one of two named, so 2/3; no: two named and one wanted, 2/3; maybe: never named, 0.
     assert found["yes_no_maybe_macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert "option_accuracy" not in found
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("Bed rest (A) does not help here; the answer is B", "B"),
+        ("(A) is wrong. The answer is B.", "B"),
+        ("A. bed rest is tempting, but the correct answer is (C).", "C"),
+        ("After (A) and (B) fail, the answer is C because drugs act.", "C"),
+        ("The answer is option B, since bed rest is not enough.", "B"),
+        ("Answer: B. Bed rest is not enough.", "B"),
+        ("The best choice is (A), not surgery", "A"),
+        ("The answer is A: bed rest", "A"),
+        ("The answer is A because the patient is weak", "A"),
+        ("The answer is B: bed rest", None),  # letter and text differ
+        ("The answer is A. No, the answer is B.", None),
+        ("The answer is A patient who rests", None),  # an article
+        ("the answer is not B", None),
+        ("The answer is D, so surgery", "B"),  # there is no D
+        ("surgery (A)", "B"),  # a letter in the middle is not stated
+        ("The answer is vitamin B", None),
+    ],
+)
+def test_an_option_is_chosen_where_the_answer_states_it(said, letter):
+    asked = item("qa", "bed rest", question="What is next? (A) bed rest (B) surgery (C) drugs")
+    assert standard.chosen(asked, said) == standard.options_in(asked.question).get(letter)
 
 
 def test_macro_f1_of_classes():

@@ -41,9 +41,11 @@ class Alike:
             part = (bits >> number * width) & ((1 << width) - 1)
             if not part:
                 continue
+            known = False  # an image that many records name takes one place
             for other, its_split, its_key, its_place in band[part]:
+                known |= (other, its_split, its_key) == (bits, split, key)
                 if not found and its_split != split and its_key != key and (bits ^ other).bit_count() <= NEAR:
                     found = f"{its_split}: {its_place}"
-            if len(band[part]) < KEPT:
+            if not known and len(band[part]) < KEPT:
                 band[part].append((bits, split, key, where))
         return found

@@ -26,7 +26,7 @@ from unimed.records.files import short
 from unimed.records.image import Images
 from unimed.records.pixels import load_image
 from unimed.records.policy import BadRecord
-from unimed.records.record import QA, SPLITS, BoxOf, Label, Number, Record, Report
+from unimed.records.record import QA, SPLITS, BoxOf, ImageRef, Label, Number, Record, Report
 
 PERCENTILES = (50, 90, 99, 100)
 NO_LICENCE = "not given"
@@ -109,6 +109,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
     lengths: dict[str, list[int]] = defaultdict(list)
     patients: dict[str, dict[str, str]] = defaultdict(dict)  # patient -> split -> the first record
     files: dict[str, dict[str, str]] = defaultdict(dict)  # hash -> split -> the first image
+    looks: dict[ImageRef, tuple[int, str]] = {}  # once an image, however many records name it
     seen: dict[str, set[str]] = {split: set() for split in SPLITS}
     ids: dict[str, str] = {}
     looker = Images(folder, info.roots)
@@ -136,14 +137,15 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
                     try:
                         key = looker.hash(ref)
                         files[key].setdefault(record.split, f"{where}: {ref.path}")
-                        bits = look_hash(load_image(looker.look(ref, where).image))
-                        other = alike.add(bits, record.split, key, f"{where}: {ref.path}")
-                        if other:
+                        if ref not in looks:
+                            looks[ref] = _look(looker.look(ref, where).image)
+                        bits, fault = looks[ref]
+                        if fault:
+                            findings.add(IMAGES["with an unreadable image"], f"{where}: {ref.path} ({fault})")
+                        elif other := alike.add(bits, record.split, key, f"{where}: {ref.path}"):
                             findings.add(ALIKE, f"{other}; {record.split}: {where}: {ref.path}")
                     except BadRecord as error:
                         findings.add(IMAGES.get(error.kind, f"images {error.kind}"), str(error))
-                    except Exception as error:  # of the pixels; decoders raise nearly anything
-                        findings.add(IMAGES["with an unreadable image"], f"{where}: {ref.path} ({error})")
             for one in record.annotations:
                 annotations[record.split][one.kind] += 1
                 for kind, length in _lengths(one):
@@ -178,6 +180,14 @@ def known_faults(made_by: str) -> Mapping[str, str]:
     """Those of the published data set that was converted, by the kind of finding."""
     spec = DATASETS.get(made_by.removeprefix(CONVERTED).strip()) if made_by.startswith(CONVERTED) else None
     return spec.known if spec else {}
+
+
+def _look(image: Any) -> tuple[int, str]:
+    """The hash of a picture's look, and why there is none."""
+    try:
+        return look_hash(load_image(image)), ""
+    except Exception as error:  # decoders raise nearly anything
+        return 0, str(error) or type(error).__name__
 
 
 class _Samples:

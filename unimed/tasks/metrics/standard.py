@@ -26,7 +26,11 @@ from unimed.tasks.normalise import strict
 from unimed.tasks.reading import INVERTED, UNPARSABLE
 
 _OPTION = re.compile(r"(?:^|\s)\(([A-Z])\)\s")
-_LETTER = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])(?:[.):]|\s*$))|\banswer(?: is|:)\s*\(?([A-Z])\b")
+_FIRST = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])(?:[.):]|\s*$))")
+# "A" and "I" are words as well: bare, they are letters before a mark or the end.
+_STATED = re.compile(
+    r"\b(?i:answer|choice|option)(?: is|:)\s*(?i:option\s+)?(?:\(([A-Z])\)|([B-HJ-Z])\b(?![-'])|([AI])(?=\s*(?:$|[.,;:)])|\s+because\b))"
+)
 YES_NO_MAYBE = ("yes", "no", "maybe")
 
 
@@ -90,14 +94,26 @@ def options_in(question: str) -> dict[str, str]:
 
 
 def chosen(item: Item, prediction: str) -> str | None:
-    """The option that a prediction chooses, by its letter or by its text; None where both are missing or differ."""
-    by_letter = options_in(item.question)
-    found = _LETTER.match(spoken(prediction)) or _LETTER.search(spoken(prediction))
-    letter = next(filter(None, found.groups()), "") if found and (found.start() == 0 or found[3]) else ""
-    text = named(item, prediction)
+    """The option that a prediction chooses; None without one.
+
+    "The answer is B" counts wherever it stands, unless two letters are stated or the text of another option follows. Else it is the letter
+    at the start or the text of an option; where both are there, they must agree.
+    """
+    said, by_letter = spoken(prediction), options_in(item.question)
+    stated = {by_letter[letter]: found.end() for found in _STATED.finditer(said) if (letter := _letter(found)) in by_letter}
+    if stated:
+        ((option, end),) = stated.items() if len(stated) == 1 else ((None, 0),)
+        beside = strict(re.split(r"[.;\n]", said[end:].lstrip(" .):,"))[0])
+        return None if beside in set(by_letter.values()) - {option} else option
+    first = _FIRST.match(said)
+    letter, text = _letter(first) if first else "", named(item, prediction)
     if letter in by_letter:
         return by_letter[letter] if text in (None, by_letter[letter]) else None
     return text
+
+
+def _letter(found: re.Match[str]) -> str:
+    return next(filter(None, found.groups()))
 
 
 def qa(predictions: Sequence[str], items: Sequence[Item]) -> dict[str, float]:
