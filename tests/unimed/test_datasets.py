@@ -1,5 +1,6 @@
 """Data sets as objects: one file and one name each, read as records."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from unimed.cli import app as cli
 from unimed.datasets import DatasetSpec, load_items, validate
 from unimed.datasets.alike import Alike
 from unimed.datasets.convert import convert
-from unimed.datasets.load import load_set
+from unimed.datasets.load import load_set, terms
 from unimed.datasets.validate import ALIKE, check
 from unimed.errors import UserError
 from unimed.records import jsonl
@@ -24,7 +25,10 @@ from unimed.records.image import Images
 from unimed.records.policy import Rules, Tally
 from unimed.records.record import Label
 from unimed.records.source import Source
+from unimed.report.report import _limits
 from unimed.tasks import prompts
+from unimed.train import recipe as recipes
+from unimed.train.run import items
 
 STRICT = Rules(strict=True)
 
@@ -136,6 +140,33 @@ def test_a_toy_data_set(tmp_path, monkeypatch, caplog):
     assert second.answer == "dog"
     assert "toy (train): 1 of 3 records left out: 1 with a missing image (first: toy.txt:3" in caplog.text
     assert [one.id for one in load_set("pets", tmp_path, "toy", "train")] == ["pets/0/cls0", "pets/1/cls0"]
+
+
+def test_licences_come_from_the_layouts_and_of_own_records_from_their_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(unimed.DATASETS, "toy", dataclasses.replace(TOY, citation="Doe, Toys"))
+    toy(tmp_path / "all" / "pets")
+    convert("vqa-rad", vqa_rad(tmp_path / "rad"), tmp_path / "all" / "rad")
+    shared(tmp_path / "own", "a.png", "b.png")
+    write(tmp_path / "own" / "dataset.json", {"name": "mine", "licence": "ours", "made_by": "me"})
+    records, pets, mine = terms(tmp_path / "all", {"own": (tmp_path / "own", "records")})
+    if records["title"] == "toy":
+        records, pets = pets, records
+    assert pets == {"title": "toy", "licence": "none", "citation": "Doe, Toys", "known": ""}
+    assert (records["title"], records["licence"]) == ("vqa-rad", "CC0 1.0")
+    assert "the published split shares images" in records["known"]
+    assert mine == {"title": "own", "licence": "ours", "citation": "", "known": ""}
+    lines = _limits({"data": {"sample": False}, "sets": [pets, records, mine], "splits": {}, "evaluate": {"limit": 0}, "left_out": {}})
+    assert "toy: licence none. Doe, Toys." in lines
+    assert "own: licence ours." in lines
+
+
+def test_a_spec_with_a_folder_needs_none_in_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setitem(unimed.DATASETS, "toy", dataclasses.replace(TOY, root=str(toy(tmp_path))))
+    recipe = recipes.load("tiny", ["data.sets.pets.layout=toy", "data.tasks=[cls]", "sampler.ratios={cls: 1}"])
+    assert recipe.data.sets["pets"].root == str(tmp_path)
+    assert len(items(recipe, "train")) == 2
+    with pytest.raises(UserError, match=r"data\.sets\.pets\.root: which folder"):
+        recipes.load("tiny", ["data.sets.pets.layout=slake"])
 
 
 def test_two_folders_of_one_layout_live_side_by_side(tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import weakref
 
+import data_samples as samples
 import numpy as np
 import pytest
 
-from tests.unimed import data_samples as samples
 from unimed import TASKS
 from unimed.datasets import index
 from unimed.datasets.load import find_items, load_items, load_set, set_items

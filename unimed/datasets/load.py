@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +51,7 @@ def find_items(root: Path, split: str, tasks: Sequence[str] | None = None, rules
         raise UserError(f"unknown task {unknown[0]!r}: expected one of {', '.join(TASKS)}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
-    found = [(layout, folder) for folder in folders for layout in DATASETS.values() if layout.matches(folder)]
+    found = _found(root)
     if not found and split in SPLITS:
         known = "; ".join(layout.files for layout in DATASETS.values())
         raise UserError(f"{root}: no dataset found here or one folder down; layouts known: {known}")
@@ -99,6 +98,19 @@ def set_items(
     items = Items([(read or items_of)(DATASETS[layout], tally)])
     tally.close(len(items))
     return _of_tasks(items.distinct(), tasks)
+
+
+def terms(root: Path | None, sets: Mapping[str, tuple[Path, str]]) -> list[dict[str, str]]:
+    """Title, licence, citation and known fault of each data set in ``root``, and of the sets by name with their folders and layouts."""
+    found = [(spec, folder, "") for spec, folder in (_found(root) if root and root.is_dir() else [])]
+    found += [(DATASETS[layout], folder, name) for name, (folder, layout) in sets.items() if layout in DATASETS]
+    return [spec.terms(folder, name) for spec, folder, name in found]
+
+
+def _found(root: Path) -> list[tuple[DatasetSpec, Path]]:
+    """Layout and folder of the data sets in a folder and one down."""
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    return [(layout, folder) for folder in folders for layout in DATASETS.values() if layout.matches(folder)]
 
 
 def _names(found: Sequence[tuple[DatasetSpec, Path]]) -> list[str]:

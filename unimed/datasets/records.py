@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from unimed.datasets.spec import DatasetSpec
+from unimed.datasets.spec import DATASETS, DatasetSpec
 from unimed.errors import UserError
 from unimed.records import files, jsonl
 from unimed.records.policy import BadRecord
@@ -25,6 +25,21 @@ def names(folder: Path) -> list[str]:
         return [files.name(jsonl.read_info(folder).name)]
     except UserError:  # reading it says why
         return [LAYOUT]
+
+
+def info(folder: Path) -> tuple[str, str, Mapping[str, str]]:
+    """Licence and citation in dataset.json, and the known faults of the published set that it was converted from."""
+    try:
+        about = jsonl.read_info(folder)
+    except UserError:
+        return "", "", {}
+    return about.licence, about.citation, known_faults(about.made_by)
+
+
+def known_faults(made_by: str) -> Mapping[str, str]:
+    """Those of the published data set that was converted, by the kind of finding."""
+    spec = DATASETS.get(made_by.removeprefix(CONVERTED).strip()) if made_by.startswith(CONVERTED) else None
+    return spec.known if spec else {}
 
 
 def read(source: Source) -> Iterator[tuple[str, Record]]:
@@ -73,4 +88,5 @@ SPEC = DatasetSpec(
     licence="as dataset.json says",
     where="own data",
     names=names,
+    info=info,
 )

@@ -22,7 +22,8 @@ class DatasetSpec:
     names: what the data sets of a folder are called, where that is not the layout's name. certain: the files that `matches` looks for are
     of no other layout, so a folder without one good record is an error. tasks: those that its annotations make.
     arrays: its images are in memory, not in files. ratio: batches out of 50 for each task in the release. known: a fault of the published
-    split, by the kind of finding.
+    split, by the kind of finding. root: the folder that a recipe takes where it names none. info: licence, citation and known faults of a
+    folder, where the spec's own are not those.
     """
 
     name: str
@@ -41,6 +42,14 @@ class DatasetSpec:
     arrays: bool = False
     names: Callable[[Path], list[str]] | None = None
     known: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
+    info: Callable[[Path], tuple[str, str, Mapping[str, str]]] | None = None
+
+    def terms(self, folder: Path, name: str = "") -> dict[str, str]:
+        """What a report must say of the data set in a folder."""
+        licence, citation, known = self.info(folder) if self.info else (self.licence, self.citation, self.known)
+        title = name or (self.names(folder)[0] if self.info and self.names else self.title or self.name)
+        return {"title": title, "licence": licence, "citation": citation, "known": "; ".join(known.values())}
 
 
 DATASETS: dict[str, DatasetSpec] = {}

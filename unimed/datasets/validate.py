@@ -17,8 +17,7 @@ import numpy as np
 from unimed.datasets.alike import Alike, look_hash
 from unimed.datasets.entries import Counts
 from unimed.datasets.items import tasks_of
-from unimed.datasets.records import CONVERTED, label_values
-from unimed.datasets.spec import DATASETS
+from unimed.datasets.records import known_faults, label_values
 from unimed.errors import UserError
 from unimed.records import jsonl
 from unimed.records.box import clip
@@ -174,12 +173,6 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
         stopped=stopped,
         samples=samples.kept,
     )
-
-
-def known_faults(made_by: str) -> Mapping[str, str]:
-    """Those of the published data set that was converted, by the kind of finding."""
-    spec = DATASETS.get(made_by.removeprefix(CONVERTED).strip()) if made_by.startswith(CONVERTED) else None
-    return spec.known if spec else {}
 
 
 def _look(image: Any) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed import io
+from unimed.datasets.load import terms
 from unimed.errors import NoItems, UserError
 from unimed.evaluate import evaluate, intervals
 from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
@@ -110,6 +111,7 @@ def evaluate_run(
         "headline": RELEASED.metrics(asked),
         "strict": STANDARD.metrics(asked),
         "data": {"root": recipe.data.where, "sample": is_sample(recipe.data), "protocol": recipe.data.protocol},
+        "sets": _terms(recipe.data),
         "evaluate": settings.model_dump(),
         "left_out": left_out,
         "machine": machine.describe() | {**where, "device": str(trained.device)},
@@ -117,6 +119,13 @@ def evaluate_run(
     }
     io.write_json(run / METRICS_FILE, result)
     return result
+
+
+def _terms(data: recipes.Data) -> list[dict[str, str]]:
+    """Licence, citation and known fault of each data set that is evaluated. The built-in sample has only the layouts of published ones."""
+    if is_sample(data):
+        return []
+    return terms(Path(data.root) if data.root else None, {name: (Path(one.root), one.layout) for name, one in data.sets.items()})
 
 
 @dataclasses.dataclass

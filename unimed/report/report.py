@@ -190,6 +190,11 @@ def _limits(result: dict[str, Any]) -> list[str]:
     splits = list(result["splits"].values())
     points = ["No generalisation beyond the items evaluated here is shown."]
     points += [f"{split['name'][:1].upper()}{split['name'][1:]}: {_who(split)}" for split in splits]
+    for one in result.get("sets", ()):
+        cited = f" {one['citation'].rstrip('.')}." if one["citation"] else ""
+        points.append(
+            f"{one['title']}: licence {one['licence'] or 'not given'}.{cited}" + (f" Known: {one['known']}." if one["known"] else "")
+        )
     points += about.LIMITS if result["data"]["sample"] else ()
     if any(split["facts"]["synthetic_reports"] for split in splits):
         points.append(about.SYNTHETIC)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from unimed.datasets.load import SPLIT
+from unimed.datasets.spec import DATASETS
 from unimed.errors import UserError
 from unimed.models.spec import Amount, Count, ModelSpec, Natural, Section, Share, Whole, from_scratch
 from unimed.tasks import RELEASED_TASKS, TASKS
@@ -68,11 +69,13 @@ class Data(Section):
     @field_validator("sets")
     @classmethod
     def _sets(cls, sets: dict[str, DataSet]) -> dict[str, DataSet]:
-        for name, one in sets.items():
+        for name, one in list(sets.items()):
             if not re.fullmatch(NAME, name):
                 raise UserError(
                     f"data.sets: {name!r} is no name of a data set: letters, digits, '_' and '-' only, and a letter or digit first"
                 )
+            if not one.root and one.layout in DATASETS and DATASETS[one.layout].root:
+                sets[name] = one = one.model_copy(update={"root": DATASETS[one.layout].root})
             if not one.root:
                 raise UserError(f"data.sets.{name}.root: which folder? Give data.sets.{name}.root=FOLDER")
             for split in one.splits.values():
