@@ -156,6 +156,25 @@ def test_exif_orientation(tmp_path, orientation, name):
     assert image_size(tmp_path / name) == (32, 16) == load_image(tmp_path / name).size
 
 
+def test_the_size_of_a_png_is_told_without_its_pixels_unless_a_later_chunk_may_turn_it(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path, late, cut = (tmp_path / name for name in ("a.png", "late.png", "cut.png"))
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4])]
+    late.write_bytes(data.replace(chunk, b"").replace(data[-12:], chunk + data[-12:]))
+    cut.write_bytes(data[:-12])
+    assert image_size(path) == image_size(late) == load_image(late).size == load_image(path).size == (16, 32)
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(path)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+    assert image_size(path) == (32, 16)
+    for other in (late, cut):
+        with pytest.raises(UserError, match="not a readable image"):
+            image_size(other)
+
+
 def test_pages_and_frames(tmp_path):
     pages = [Image.new("L", (4, 4), level) for level in (10, 20, 30)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])

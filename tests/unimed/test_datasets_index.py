@@ -309,3 +309,15 @@ def test_links_that_lead_round_in_a_circle_end(tmp_path, scans):
     for _ in range(2):
         read(root)
     assert scans == ["train"]
+
+
+def test_a_record_is_read_with_its_own_split_only(tmp_path, monkeypatch):
+    """Kind: three splits read a data set once, not three times. A line that is no JSON is looked at for each, since it may be of any."""
+    said = {"kind": "qa", "question": 'Is it "split": "test"?', "answer": "no"}
+    records = [{"id": f"{split}{at}", "split": split, "annotations": [said]} for at in range(4) for split in ("train", "val", "test")]
+    root = folder_of(tmp_path / "mine", [*records, "{", json.dumps({"id": 7, "dataset": "mine", "split": "test"})])
+    parsed, real = [], jsonl.parse
+    monkeypatch.setattr(jsonl, "parse", lambda text, where: parsed.append(where.rpartition(":")[2]) or real(text, where))
+    found = [one.id for split in ("train", "val", "test") for one in read(root, split)]
+    assert found == [f"mine/{split}{at}/qa0" for split in ("train", "val", "test") for at in range(4)]
+    assert sorted(parsed, key=int) == [*map(str, range(1, 13)), "13", "13", "13", "14"]
