@@ -33,6 +33,8 @@ def lines() -> Iterator[tuple[str, str]]:
     yield "versions", tested_versions()
     for name, purpose in OPTIONAL.items():
         yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {INSTALL}"
+    bits = "installed" if find_spec("bitsandbytes") else "missing: needed for language.quantize; pip install bitsandbytes"
+    yield "bitsandbytes", bits
     root = Path(recipes.Data().root)
     yield "java", "found: BLEU by the PTB tokenizer, METEOR" if which("java") else "none: BLEU by our tokenizer, no METEOR"
     yield "index", _index()

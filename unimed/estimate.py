@@ -70,6 +70,34 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+class PackedLinear(nn.Linear):
+    """A Linear in 4 or 8 bits, as bitsandbytes keeps it: bytes and scales, and the weight only while a product needs it."""
+
+    @classmethod
+    def put(cls, linear: nn.Linear, kind: str) -> None:
+        count = linear.weight.numel()
+        # NF4: half a byte, a byte of scale for each 64, four for each 256 of those. int8: a byte, four for each row.
+        size = count + 4 * linear.out_features if kind == "8bit" else count // 2 + count // 64 + count // 4096
+        linear.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device=linear.weight.device), requires_grad=False)
+        linear.__class__ = cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        y = _Unpacked.apply(x.to(half), self.weight, self.out_features)
+        return y if self.bias is None else y + self.bias.to(half)
+
+
+class _Unpacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, out: int) -> Tensor:
+        ctx.packed, ctx.shape = packed, (out, x.shape[-1])
+        return F.linear(x, x.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return dy @ dy.new_empty(ctx.shape), None, None
+
+
 class LoopConnector(nn.Module):
     """The connector without our kernels, as a plain loop over experts: the same parameters, the same values.
 
@@ -191,7 +219,12 @@ def _model(recipe: Recipe, loop: bool) -> Any:
             model.connector.requires_grad_(not recipe.connector.freeze)
         model.apply_dtypes()
         model.set_trainable()
-        return adapt(model, recipe)
+        if recipe.language.quantize:
+            head = model.get_output_embeddings()
+            for module in model.language_model.modules():
+                if type(module) is nn.Linear and module is not head:
+                    PackedLinear.put(module, recipe.language.quantize)
+        return adapt(model, recipe, quantize=False)
 
 
 def _autocast(recipe: Recipe) -> Any:

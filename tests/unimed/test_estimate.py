@@ -1,5 +1,6 @@
 """The estimate against the live tensors of real steps of the Trainer."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from model_samples import TEXTS
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
@@ -140,3 +142,16 @@ def test_full_size_is_counted_without_its_weights():
     llama = 4 * (4 * 202_383_360 + 2 * 32001 * 4096 + 4096)
     connector = 2 * 4 * (trained - 4 * 624_640)  # peft keeps the one that it started from
     assert found.parameters == pytest.approx(llama + connector + 4 * 4 * 624_640 + tower, rel=0.01)
+
+
+def test_fewer_bits_take_fewer_bytes():
+    given = [one for one in SMALL.split() if not one.startswith("language.")]
+    given += ["language.from=checkpoints/llama-2-7b-chat", "language.lora.r=8", "vision.freeze=true"]
+    config = LlamaConfig(vocab_size=480, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unimed.models.parts.read_config", lambda *_: copy.deepcopy(config))
+        found = {kind: step_memory(recipes.load("tiny", [*given, f"language.quantize={kind}"]), TEXT) for kind in ("null", "4bit")}
+    linears = 4 * 128 * 128 + 3 * 128 * 256
+    assert found["null"].parameters - found["4bit"].parameters == 4 * linears - linears * 33 // 64 - linears // 4096
+    assert found["4bit"].gradients == found["null"].gradients
+    assert found["4bit"].total < found["null"].total

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, BlipImageProcessorPil, GenerationConfig, LlamaConfig
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
-from unimed.models import parts, smollm2
+from unimed.errors import UserError
+from unimed.models import parts, quantized, smollm2
 from unimed.models.adapter import add_lora
 from unimed.models.keys import require_same_keys
-from unimed.models.load import connector_weights
+from unimed.models.load import connector_weights, load_base
 from unimed.models.spec import DTYPES, SMOLLM2, ModelSpec, from_scratch
 from unimed.models.tiny import smooth_coordinates
 from unimed.models.unimed.configuration import TASKS, UniMedConfig
@@ -32,6 +33,8 @@ def build(
     tasks, as the connector numbers them.
     """
     vision, language = spec.vision, spec.language
+    if language.quantize:
+        quantized.settings(language.quantize, torch.float32)  # an error here, before weights are read
     read_text = read_vision = None
     if from_scratch(language.source):
         tokenizer = train_tokenizer(texts, language.vocab_size, kept)
@@ -68,10 +71,18 @@ def build(
     return model, make_processor(config, tokenizer, parts.answer_prefix(tokenizer), statistics)
 
 
-def adapt(model: UniMedForConditionalGeneration, spec: ModelSpec, base: Path | None = None) -> Any:
-    """The model with the spec's LoRA, if it has any; `base` is the folder where the model without it was saved."""
+def adapt(model: UniMedForConditionalGeneration, spec: ModelSpec, base: Path | None = None, quantize: bool = True) -> Any:
+    """The model with the spec's LoRA, if it has any; `base` is the folder where the model without it was saved.
+
+    A language model in 4 or 8 bits is read from there again, but for `quantize=False`.
+    """
     if not spec.lora:
         return model
+    if spec.language.quantize and quantize:
+        if base is None:
+            raise UserError("language.quantize: the model is quantised while it is loaded, and it was not saved; give base")
+        model = load_base(base)
+        model.set_trainable()
     if base is not None:
         model.config.name_or_path = str(base)
     return add_lora(model, spec.language.lora, spec.vision.lora)
@@ -112,6 +123,7 @@ def _config(spec: ModelSpec, vision: Any, text: Any, image_token: int, tasks: It
         freeze_vision=spec.vision.freeze,
         freeze_connector=spec.connector.freeze,
         freeze_language=spec.language.freeze,
+        quantize=spec.language.quantize,
         dtypes=dict(zip(PARTS, (DTYPES[one] for one in stored), strict=True)),
     )
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from unimed import io
 from unimed.errors import UserError
+from unimed.models import quantized
 from unimed.models.keys import require_same_keys
 from unimed.models.unimed.configuration import UniMedConfig
 from unimed.models.unimed.modeling import UniMedForConditionalGeneration
@@ -26,20 +27,22 @@ def load(
     dtype: torch.dtype | None = None,
     trainable: bool = False,
     search: Iterable[str | os.PathLike] = (),
+    quantize: bool = True,
 ) -> tuple[Any, UniMedProcessor]:
     """The model and processor saved in a folder; safetensors only, nothing fetched, every key and shape must fit.
 
     A folder with an adapter gives a model with LoRA on `base` (default: the base that the adapter names, relative to the adapter; if it
-    is not there, a folder of that name in one of the folders `search`).
+    is not there, a folder of that name in one of the folders `search`). `quantize=False`: the language model as it is saved, also where it
+    was trained in 4 or 8 bits.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
         from unimed.models.adapter import load_adapter  # peft takes a second to import
 
         where = Path(base) if base is not None else base_folder(folder, search)
-        model = _model(where, dtype)
+        model = load_base(where, dtype, quantize)
         return load_adapter(model, folder, trainable), _processor(folder if _has_processor(folder) else where, model.config)
-    model = _model(folder, dtype)
+    model = load_base(folder, dtype, quantize)
     return model, _processor(folder, model.config)
 
 
@@ -84,18 +87,28 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _model(folder: Path, dtype: torch.dtype | None) -> UniMedForConditionalGeneration:
+def load_base(folder: Path, dtype: torch.dtype | None = None, quantize: bool = True) -> UniMedForConditionalGeneration:
+    """The model in a folder that holds all of it."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, it must be a folder written by save_pretrained")
-    kind = _read_json(folder / "config.json").get("model_type")
+    stored = _read_json(folder / "config.json")
+    kind, bits = stored.get("model_type"), stored.get("quantize") if quantize else None
     if kind != UniMedConfig.model_type:
         raise UserError(f"{folder}: config.json is of a {kind!r} model, it must be {UniMedConfig.model_type!r}")
+    products = dtype or getattr(torch, (stored.get("dtypes") or {}).get("language_model", "float32"))
+    packed = {"quantization_config": quantized.settings(bits, products)} if bits else {}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report below says it in one line
     load_with_report: Any = UniMedForConditionalGeneration.from_pretrained
     try:
         model, info = load_with_report(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **packed,
         )
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: the model cannot be read: {str(error).splitlines()[0]}") from error

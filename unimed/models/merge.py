@@ -14,7 +14,7 @@ def merge_folder(adapter: Path, out: Path) -> None:
         raise UserError(f"{adapter}: no {WEIGHTS} there, so there is no LoRA to merge")
     if out.exists():
         raise UserError(f"{out}: exists; choose a new folder")
-    model, processor = load(adapter)
+    model, processor = load(adapter, quantize=False)  # LoRA is worked into whole weights
     whole = merge(model)
 
     def fill(folder: Path) -> None:

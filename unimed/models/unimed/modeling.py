@@ -120,7 +120,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def apply_dtypes(self) -> None:
         """Each part in its own dtype, as `config.dtypes` says."""
         for name, dtype in (self.config.dtypes or {}).items():
-            if name in PARTS:
+            if name in PARTS and not (name == "language_model" and getattr(self, "is_quantized", False)):
                 getattr(self, name).to(getattr(torch, dtype))
 
     @property
