@@ -30,7 +30,7 @@ def needs(recipe: Recipe, checkpoints: Path | None = None, data: Path | None = N
         source = getattr(recipe, name).source
         if known := published(source):
             folder = checkpoints / Path(source).name if checkpoints else Path(source)
-            found = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+            found = source == known.hub or ((folder / "config.json").is_file() and any(folder.glob("*.safetensors")))
             yield Need(
                 f"{name}.from", folder, f"{known.title}, {known.size}", found, known.where, known.licence, known.how.format(folder=folder)
             )

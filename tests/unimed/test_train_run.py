@@ -14,6 +14,7 @@ from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
 from unimed.inference.session import load
 from unimed.models.merge import merge_folder
+from unimed.needs import missing_weights
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.train import recipe as recipes
 from unimed.train.folder import Run
@@ -196,7 +197,11 @@ def test_the_log_is_added_to_and_starts_again_from_the_checkpoint(whole, recipe,
 def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, tmp_path):
     with pytest.raises(UserError, match="unimed sample build"):
         items(recipes.load("tiny", [f"data.root={tmp_path}/nothing"]), "train")
-    with pytest.raises(UserError, match="cannot run here"):
+    hub = recipes.load("unimed-7b-release", ["language.from=meta-llama/Llama-2-7b-chat-hf", "vision.from=eva"])
+    assert missing_weights(hub) == ""
+    with pytest.raises(
+        UserError, match=r"cannot run here: vision.from=checkpoints/eva-vit-g is missing \(unimed convert eva .*language.from"
+    ):
         train(recipes.load("unimed-7b-release", [f"data.root={sample_folder}"]), tmp_path / "released")
 
 

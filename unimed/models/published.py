@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """`config`: model_type of transformers and the fields of its configuration. `how`: the command that makes the folder."""
+    """`config`: model_type of transformers and the fields of its configuration. `how`: the command that makes the folder. `hub`: its name
+    there, which `from` takes as well."""
 
     title: str
     config: Mapping[str, Any]
@@ -21,6 +22,7 @@ class Published:
     licence: str
     how: str
     size: str
+    hub: str = ""
 
 
 _EVA = Published(
@@ -38,6 +40,7 @@ _LLAMA = Published(
     "Llama 2 Community License",
     "unimed convert llama FOLDER --out {folder}, or a snapshot of the hub",
     "13.5 GB",
+    "meta-llama/Llama-2-7b-chat-hf",
 )
 PUBLISHED = {"eva-vit-g": _EVA, "llama-2-7b-chat": _LLAMA, "llama-2-7b-chat-hf": _LLAMA}
 
