@@ -1,0 +1,96 @@
+"""The study of image-centric data: its arms, the labels that a model gives, and one whole run of the longest arm."""
+
+import json
+
+import pytest
+
+from tests.unimed.conftest import SMALL
+from unimed.datasets.entries import count, entries
+from unimed.records.record import QA, BoxOf, ImageRef, Label, Labels, Number, Record, Report
+from unimed.studies import imax
+from unimed.studies.run import Job
+from unimed.tasks.item import Item
+
+NAMES = ("liver", "spleen", "colon")
+
+
+def item(question="", size=(200, 100)):
+    return Item(id="x", task="severity", dataset="d", question=question, answer="small", size=size)
+
+
+@pytest.mark.parametrize(
+    ("one", "text", "expected"),
+    [
+        (Report(text="?"), "The liver is visible.", Report(text="The liver is visible.")),
+        (Report(text="?"), " ", None),
+        (QA(question="Which plane?", answer="?"), "axial", QA(question="Which plane?", answer="axial")),
+        (Number(name="area", value=1), "between 12 and 14", None),
+        (Number(name="area", value=1), "12.5", Number(name="area", value=12.5)),
+        (BoxOf(name="liver", xyxy=(0, 0, 1, 1), task="refer"), "{<10><20><50><60>}", BoxOf(name="liver", xyxy=(20, 20, 100, 60))),
+        (BoxOf(name="liver", xyxy=(0, 0, 1, 1), task="refer"), "{<50><20><10><60>}", None),
+        (BoxOf(name="liver", xyxy=(0, 0, 1, 1), task="refer"), "on the left", None),
+        (Labels(set="organ", absent=NAMES), "spleen, liver", Labels(set="organ", present=("liver", "spleen"), absent=("colon",))),
+        (Labels(set="organ", absent=NAMES), "no finding", Labels(set="organ", absent=NAMES)),
+        (Labels(set="organ", absent=NAMES), "spleen, heart", None),
+        (Label(set="size", value="a", task="severity"), "small", Label(set="size", value="small", task="severity")),
+        (Label(set="size", value="a", task="severity"), "huge", None),
+    ],
+)
+def test_an_answer_becomes_a_label_only_where_it_is_one(one, text, expected):
+    assert imax._answer(one, text, item("What is the grade of size: small, large?")) == expected
+
+
+def record(i):
+    some = (Report(text="x"), Labels(present=("liver",), absent=("colon",)))
+    some += (BoxOf(name="liver", xyxy=(0, 0, 5, 5)), QA(question="q?", answer="yes"))
+    return Record(id=f"r{i}", dataset="d", split="train", images=(ImageRef(path=f"{i}.png"),), annotations=some)
+
+
+def test_less_has_one_task_an_image_and_all_tasks_alike():
+    found = imax._one_task_each([record(i) for i in range(50)], seed=1)
+    assert len({one.id for one in found}) == 50
+    assert all(len({entry.task for entry in entries(one)}) == 1 for one in found)
+    assert count(found).tasks == dict.fromkeys(("caption", "findings", "refer", "identify", "vqa"), 10)
+
+
+def test_missing_tasks_are_asked():
+    asked = imax._asked(record(0).model_copy(update={"annotations": (Report(text="x"),)}), NAMES, ("size", ["small", "large"]))
+    assert [one.kind for one in asked.annotations] == ["label", "labels", "qa", "qa"]
+    boxes = imax._boxes(record(0), [Labels(set="organ", present=("liver",), absent=("colon",))], NAMES)
+    assert [(one.kind, one.name) for one in boxes.annotations] == [("box", "liver"), ("number", "area of the liver")]
+
+
+def test_notes_correlate_over_all_runs(tmp_path):
+    def one(entropy, score):
+        return {
+            "scores": {"vqa": score},
+            "fisher": [{"entropy": entropy, "dominant_ratio": 0.5}],
+            "probe seconds": 1,
+            "training seconds": 20,
+        }
+
+    lines = imax.notes({"imax-cmoe": {0: one(0.2, 0.9), 1: one(0.3, 0.8)}, "dmax-cmoe": {0: one(0.4, 0.7)}})
+    assert "| imax-cmoe | 0.200, 0.300 | 0.500, 0.500 | 5.0% |" in lines
+    assert lines[-1] == "Correlation with the mean score over 3 runs: entropy -1.00, ratio not defined."
+    path = tmp_path / "run-fisher.jsonl"
+    points = [{"step": step, "module": "connector", "entropy": value} for step, value in ((1, 0.1), (2, 0.2), (2, 0.3))]
+    path.write_text("".join(json.dumps(point) + "\n" for point in points))
+    assert [(one["step"], one["entropy"], one["stage"]) for one in imax._points(path)] == [(1, 0.1, "run"), (2, 0.3, "run")]
+
+
+@pytest.mark.full
+def test_the_longest_arm_and_its_twin(tmp_path, monkeypatch):
+    overrides = [one for one in SMALL.split() if not one.startswith(("train.", "evaluate.", "name", "optim"))]
+    monkeypatch.setitem(imax.MODELS, "cmoe", [*overrides, "train.batch_size=4"])
+    monkeypatch.setattr(imax, "LIKELY", 0.0)
+    (tmp_path / "data").mkdir()
+    imax.prepare(tmp_path / "data", [0])
+    for row in ("staged-cmoe", "dmax-cmoe"):
+        job = Job(tmp_path, row, 0, 10)
+        job.folder.mkdir(parents=True)
+        found = imax.run(job)
+        assert set(found["scores"]) == set(imax.TASKS)
+        assert all(0 <= value <= 1 for value in found["scores"].values())
+        assert found["fisher"]
+        assert 0 <= found["fisher"][-1]["entropy"] <= 1
+    assert (tmp_path / "runs" / "staged-cmoe-0" / "pseudo" / "pseudo.json").is_file()
