@@ -254,7 +254,7 @@ def _make_parts(work: Path, given: Sequence[Given], parts: int, strict: bool, jo
     named = [(one.spec.name, one.folder) for one in given]
     missing = [part for part in range(parts) if not (work / "done" / f"{part:05d}.json").is_file()]
     if ray:
-        _with_ray(work, named, missing, strict)
+        _with_ray(work, named, missing, strict, jobs)
         return
     jobs = min(jobs or os.cpu_count() or 1, len(missing))
     if jobs <= 1:
@@ -274,11 +274,16 @@ def _make_parts(work: Path, given: Sequence[Given], parts: int, strict: bool, jo
     progress(parts, parts, "making records")
 
 
-def _with_ray(work: Path, named: list[tuple[str, Path]], missing: list[int], strict: bool) -> None:
+def _with_ray(work: Path, named: list[tuple[str, Path]], missing: list[int], strict: bool, jobs: int) -> None:
+    """The parts as a Ray Data pipeline: on the cluster of RAY_ADDRESS or of an earlier ray.init, else on this machine."""
     try:
         import ray
     except ImportError as error:
         raise UserError("--ray: the package ray is not installed; get it with: pip install 'cmoe-kernels[ray]'") from error
+
+    if not ray.is_initialized():
+        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs or None, "include_dashboard": False}
+        ray.init(**local)
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
         make_part(work, named, int(row["part"]), strict)
@@ -300,7 +305,10 @@ def make_part(work: Path, named: Sequence[tuple[str, Path]], part: int, strict: 
     lines: list[str] = []
     table: list[dict[str, Any]] = []
     conflicts: list[dict[str, Any]] = []
-    counts, splits, patients, classes = Counts(), Counter(), {}, {}
+    counts = Counts()
+    splits: Counter[str] = Counter()
+    patients: dict[str, str] = {}
+    classes: dict[str, list[str]] = {}
     drawn = 0
     with closing(_connect(work, read_only=True)) as base:
         for key, rows in _images_of(base, part):
@@ -391,7 +399,9 @@ def _finish(work: Path, out: Path, given: Sequence[Given], parts: int, strict: b
         for number, state in base.execute("select number, state from sources"):
             tallies[number].add(json.loads(state))
         orphans = _orphans(base, given)
-    counts, splits, kinds = Counts(), Counter(), Counter()
+    counts = Counts()
+    splits: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     classes: dict[str, list[str]] = {name: list(some) for one in given for name, some in one.spec.classes.items()}
     patients: dict[str, str] = {}
 

@@ -148,7 +148,9 @@ def match(wanted: Sequence[Record], offered: Sequence[Record], tasks_per_image: 
         have, ours = wants(records)
         short = sum(max(goal[task] - have[task], 0) for task in goal)
         worst = max(variation(shares[task], ours[task]) for task in goal)
-        distance = short + max(worst, FARTHEST) + (records and abs(len(records) * tasks_per_image / sum(map(len, found.values())) - 1))
+        each = sum(map(len, found.values()))
+        apart = abs(len(records) * tasks_per_image / each - 1) if each else 0.0
+        distance = short + max(worst, FARTHEST) + apart
         if best is None or distance < best[0]:
             best = distance, records
         if not short and worst <= FARTHEST and distance <= 2 * FARTHEST:
