@@ -29,6 +29,7 @@ from unimed.train import recipe as recipes
 from unimed.train.run import items
 
 ROOT = Path(__file__).resolve().parents[2]
+SAMPLE_VOLUME = ROOT / "unimed" / "sample" / "assets" / "mr.nii.gz"
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +381,8 @@ def test_chat_streams_and_takes_commands(small_run, picture, tmp_path, monkeypat
     monkeypatch.setattr(Session, "stream", lambda self, request: calls.append(request.question) or original(self, request))
     drawn = tmp_path / "drawn.png"
     typed = ["which plane is shown", "and which organ", "/save x.png", "/task identify", "5,5,15,15", f"/save {drawn}", "/task song"]
-    typed += ["/image absent.png", f"/image {picture}", "/save x.png", "/dance", "/help", "/task qa", "where?", "/quit", "never"]
+    typed += ["/image absent.png", f"/image {picture}", "/save x.png", "/dance", "/help", "/task qa", "where?"]
+    typed += ["/image", "/save", "/task severity", f"/image {SAMPLE_VOLUME}", "/quit", "never"]
     shown = run("chat", picture, input="\n".join(typed) + "\n")
     assert shown.exit_code == 0, shown.output
     assert calls == ["which plane is shown", "and which organ", "5,5,15,15", "where?"]
@@ -388,13 +390,36 @@ def test_chat_streams_and_takes_commands(small_run, picture, tmp_path, monkeypat
     for words in (
         "not trained for dialogue: it gets the last question only",
         "no box to draw",
-        "/task song: no such task",
+        "task song: not one of this model's; valid are vqa, refer, identify, caption, cls, qa\n",
+        "task severity: not one of this model's",
+        "/image: it needs a name behind it",
+        "/save: it needs a name behind it",
+        "axial slice 10 of 0 to 19 · ",
         "absent.png: no such image",
         "no answer yet",
         "/dance: no such command",
         "Research use, not for diagnosis",
     ):
         assert words in shown.output
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(small_run, picture, monkeypatch):
+    monkeypatch.chdir(small_run.parents[1])
+    original = Session.stream
+
+    def interrupted(self, request):
+        yield "begun"
+        raise KeyboardInterrupt
+
+    def stream(self, request):
+        return (interrupted if request.question == "first" else original)(self, request)
+
+    monkeypatch.setattr(Session, "stream", stream)
+    shown = run("chat", picture, input="first\n/task qa\nsecond\n/quit\n")
+    assert shown.exit_code == 0, shown.output
+    assert "begun" in shown.output
+    assert "stopped" in shown.output
+    assert "qa> " in shown.output
 
 
 def test_a_second_question_loads_nothing_again(session, picture, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from unimed.cli import convert, data, estimate, evaluate, predict, sample, serve, shared, study, train
+from unimed.cli import convert, data, estimate, evaluate, page, predict, sample, serve, shared, study, train
 from unimed.cli.shared import console, errors, rank
 from unimed.errors import UserError
 from unimed.notice import NOTICE
@@ -117,7 +117,7 @@ for _owner, _files in (
     (sample_app, (sample,)),
     (data_app, (data,)),
     (convert_app, (convert,)),
-    (app, (train, evaluate, predict, serve, estimate, study)),
+    (app, (train, evaluate, predict, page, serve, estimate, study)),
 ):
     for _file in _files:
         for _name, _body in _file.COMMANDS.items():

@@ -15,6 +15,7 @@ from unimed.notice import NOTICE
 if TYPE_CHECKING:
     from unimed.inference.request import Answer, Asked, Request
     from unimed.inference.session import Session
+    from unimed.records.pixels import Opened
 
 NAMED = 5  # bad rows that are named on the screen
 
@@ -115,17 +116,11 @@ def _show(answer: Answer, asked: Asked) -> None:
 
 
 def _show_box(answer: Answer, asked: Asked) -> None:
-    from unimed.tasks import TASKS
-    from unimed.tasks.reading import CHATTY, INVERTED, UNPARSABLE
+    from unimed.inference.request import remark
 
+    if said := remark(answer):
+        console.print(said, style="yellow")
     if answer.box is not None and asked.opened is not None:
-        odd = {
-            INVERTED: "the box's corners are in the wrong order",
-            UNPARSABLE: "the answer holds several boxes: this is the first",
-            CHATTY: "the box stands among other text",
-        }
-        if TASKS[answer.task].box == "answer" and answer.parsed.kind in odd:
-            console.print(odd[answer.parsed.kind], style="yellow")
         shown = asked.opened.to_original.inverse(answer.box)
         corners = ", ".join(f"{value:.0f}" for value in shown)
         size = asked.opened.rgb.size
@@ -133,8 +128,6 @@ def _show_box(answer: Answer, asked: Asked) -> None:
         if max(abs(one - other) for one, other in zip(answer.box, shown, strict=True)) > 0.01:
             corners = ", ".join(f"{value:.0f}" for value in answer.box)
             console.print(f"the same in pixels (in a volume: voxels) of the file: {corners}", highlight=False)
-    elif TASKS[answer.task].box == "answer":
-        console.print("the answer holds no readable box", style="yellow")
 
 
 def _save(asked: Asked, answer: Answer, save: Path) -> None:
@@ -196,15 +189,29 @@ def chat(
     """Ask about an image, question after question; the answer appears as it is made.
 
     Example: [cyan]unimed chat slice.png[/]
+
+    Ctrl-C stops an answer, and the chat where there is none.
     """
     from unimed.inference.images import open_source
 
     grey = read_window(window)
-    opened = open_source(Path(image), plane, index, grey) if image != "-" else None
+
+    def open_(name: str) -> Opened | None:
+        if name == "-":
+            return None
+        opened = open_source(Path(name), plane, index, grey)
+        notes = "".join(f"{note} · " for note in opened.notes)
+        console.print(
+            f"{notes}{opened.rgb.size[0]} x {opened.rgb.size[1]} pixels", style="dim", highlight=False, markup=False, soft_wrap=True
+        )
+        return opened
+
+    opened = open_(image)
     session = _load(model_folder(model), device, verify)
     console.print(f"model {session.name} · {HELP} · {NOTICE}", style="dim", highlight=False, soft_wrap=True)
     if not session.dialogue:
         console.print("This model was not trained for dialogue: it gets the last question only.", style="yellow")
+    _learned(task, session)
     asked = answer = None
     while True:
         try:
@@ -218,10 +225,12 @@ def chat(
                 return
             if line == "/help":
                 console.print(HELP, highlight=False)
+            elif name in ("/task", "/image", "/save") and not rest:
+                raise UserError(f"{name}: it needs a name behind it; {HELP}")
             elif name == "/task":
-                task = _known_task(rest)
+                task = _learned(rest, session)
             elif name == "/image":
-                opened = open_source(Path(rest), plane, index, grey) if rest != "-" else None
+                opened = open_(rest)
                 asked = answer = None
             elif name == "/save":
                 if asked is None or answer is None:
@@ -231,16 +240,16 @@ def chat(
                 raise UserError(f"{name}: no such command; {HELP}")
             else:
                 asked, answer = _turn(session, opened, line, task)
+        except KeyboardInterrupt:
+            errors.print("stopped")
         except (UserError, OSError) as error:
             errors.print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _known_task(name: str) -> str:
-    from unimed.tasks import TASKS
-
-    if name not in TASKS:
-        raise UserError(f"/task {name}: no such task; valid are {', '.join(TASKS)}")
-    return name
+def _learned(task: str, session: Session) -> str:
+    if task not in session.tasks:
+        raise UserError(f"task {task}: not one of this model's; valid are {', '.join(session.tasks)}")
+    return task
 
 
 def _turn(session: Session, opened: Any, question: str, task: str) -> tuple[Asked, Answer]:

@@ -17,10 +17,10 @@ COLOUR = (255, 138, 31)
 def save(opened: Opened | None, box: Box | None, path: Path) -> None:
     """Draws a box, given in pixels of the image's file, on the image as the model sees it."""
     if opened is None or box is None:
-        raise UserError(f"--save {path}: there is no box to draw; it needs --task refer or identify and an answer that holds a box")
+        raise UserError(f"{path}: there is no box to draw; it needs the task refer or identify, and an answer that holds a box")
     suffix = path.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"--save {path}: must end in .png, .jpg or .jpeg")
+        raise UserError(f"{path}: must end in .png, .jpg or .jpeg")
     drawn = opened.rgb.copy()
     ImageDraw.Draw(drawn).rectangle(opened.to_original.inverse(box), outline=COLOUR, width=max(1, max(drawn.size) // 128))
     with io.beside(path) as partial:

@@ -14,7 +14,7 @@ from unimed.records import box as boxes
 from unimed.records.pixels import Opened
 from unimed.tasks import TASKS
 from unimed.tasks.item import Item
-from unimed.tasks.reading import Reading
+from unimed.tasks.reading import CHATTY, INVERTED, UNPARSABLE, Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,20 @@ class Answer:
     gates: tuple[float, ...]
     notes: tuple[str, ...]
     parsed: Reading
+
+
+_ODD = {
+    INVERTED: "the box's corners are in the wrong order",
+    UNPARSABLE: "the answer holds several boxes: this is the first",
+    CHATTY: "the box stands among other text",
+}
+
+
+def remark(answer: Answer) -> str:
+    """What to know of the box of an answer; "" where there is nothing to say."""
+    if TASKS[answer.task].box != "answer":
+        return ""
+    return _ODD.get(answer.parsed.kind, "") if answer.box is not None else "the answer holds no readable box"
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,11 @@ class Session:
         return next(self.model.parameters()).dtype
 
     @property
+    def tasks(self) -> list[str]:
+        """The tasks that the model learned, and those without an image, which need no tag of it."""
+        return [tag for tag, task in TASKS.items() if tag in self.processor.tasks or not task.needs_image]
+
+    @property
     def dialogue(self) -> bool:
         """Whether the model was trained on questions that follow one another. None of our recipes does so."""
         return bool((self.model.config.training or {}).get("dialogue"))
@@ -124,8 +129,11 @@ class Session:
                     progress(len(part))
         return found
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """The answer in pieces, as they are made; joined, they are the text of `answer`. Leaving the loop stops the model."""
+    def stream(self, request: Request, ended: Callable[[Generated], None] | None = None) -> Iterator[str]:
+        """The answer in pieces, as they are made; joined, they are the text of `answer`. Leaving the loop stops the model.
+
+        ``ended`` gets the whole answer after the last piece.
+        """
         asked = prepare(request, self.class_questions)
         pieces = _Pieces()
 
@@ -146,6 +154,8 @@ class Session:
             thread.join()
         if piece is not None:
             raise piece
+        if ended is not None and pieces.made is not None:
+            ended(pieces.made)
 
     @staticmethod
     def read(asked: Asked, text: str, confidence: float = math.nan, gates: tuple[float, ...] = ()) -> Answer:
@@ -200,6 +210,7 @@ class _Pieces(Follow):
     def __init__(self) -> None:
         self.waiting: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         self.left = threading.Event()
+        self.made: Generated | None = None
 
     def stopped(self, row: int) -> bool:
         return self.left.is_set()
@@ -209,6 +220,9 @@ class _Pieces(Follow):
 
     def piece(self, row: int, text: str) -> None:
         self.waiting.put(text)
+
+    def done(self, row: int, made: Generated) -> None:
+        self.made = made
 
 
 def load(path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype = "auto", verify: bool = False) -> Session:

@@ -6,7 +6,7 @@ docs/unimed/images.md lists every case.
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -176,6 +176,52 @@ def open_view(view: View) -> Opened:
         _kept.clear()
         _kept[key] = _volume(view.path, str(view.path), kind)
     return _slice(str(view.path), _kept[key], view.plane, view.index, view.grey, 1.5)
+
+
+@dataclass(frozen=True)
+class Views:
+    """What can be shown of a file. counts: slices, frames or pages by plane. values: the range of its greys, None for colours. window: its
+    usual part."""
+
+    counts: dict[str, int]
+    values: tuple[float, float] | None = None
+    window: tuple[float, float] | None = None
+
+
+def views(path: Path) -> Views:
+    """The planes, slices and grey values that `open_view` can show of a file. A volume that is read for it is kept, as there."""
+    kind = _kind(path)
+    if kind in ("nifti", "series"):
+        open_view(View(path))
+        (volume,) = _kept.values()
+        counts = dict(zip(volumes.AXIS, (volume.data.shape[axis] for axis in volumes.AXIS.values()), strict=True))
+        counts = {plane: counts[plane] for plane in volumes.PLANES}
+        return Views(counts, _span(volume.data), volumes.window_of(volume)) if volume.data.ndim == 3 else Views(counts)
+    open_image(path)
+    if kind == "raster":
+        with Image.open(path) as image:
+            counts = {"axial": getattr(image, "n_frames", 1)}
+            values = np.asarray(image) if image.mode in DEEP else np.array([0, 255])
+            return Views(counts, *_greys(values)) if image.mode in (*DEEP, "L", "1") else Views(counts)
+    source = dicom.parse(str(path), path.read_bytes())
+    count = dicom.frame_count(str(path), source)
+    frame = dicom.read_frame(str(path), source, count // 2)
+    counts = {"axial": count}
+    if count > 1:
+        with suppress(UserError):  # frames that lie nowhere are a film, not a volume
+            shape = volumes.read_dicom_frames(str(path), source).data.shape
+            counts |= {plane: shape[volumes.AXIS[plane]] for plane in volumes.PLANES if plane != "axial"}
+    return Views(counts, *_greys(frame.values)) if frame.values.ndim == 2 else Views(counts)
+
+
+def _greys(values: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
+    return _span(values), grey_range(values[np.isfinite(values)])
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    values = values.astype(np.float32, copy=False)
+    known = np.isfinite(values)
+    return float(values.min(where=known, initial=np.inf)), float(values.max(where=known, initial=-np.inf))
 
 
 _kept: dict[tuple[Path, int], volumes.Volume] = {}

@@ -46,11 +46,11 @@ def _guess(item: Item, prediction: str) -> boxes.Box | None:
     return boxes.in_order(boxes.to_pixels(box, item.size)) if box and item.size else None
 
 
-def data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, longest: int = THUMBNAIL, optimize: bool = True) -> str:
     small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
+    small.save(buffer, "PNG", optimize=optimize)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
