@@ -310,7 +310,7 @@ def test_the_demo_does_it_all_and_answers_as_the_readme_says(sample_folder, tmp_
     shutil.copytree(sample_folder, ".cache/unimed/sample")
     result = run("demo", "train.max_steps=40", "train.save_every=40", "train.threads=1", "evaluate.limit=2")
     assert result.exit_code == 0, result.output
-    (asked,) = re.findall(r"^    \.venv/bin/unimed (.*)$", (ROOT / "README.md").read_text(), flags=re.M)
+    (asked,) = re.findall(r"^    \.venv/bin/unimed (predict .*)$", (ROOT / "README.md").read_text(), flags=re.M)
     answered = run(*shlex.split(asked))
     drawn = answered.exit_code == 0 and Path("boxed.png").stat().st_size > 0
     assert drawn or "there is no box to draw" in answered.output, answered.output  # after 40 steps an answer need not hold one
