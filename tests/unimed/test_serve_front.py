@@ -1,12 +1,15 @@
 """The front of `unimed serve` by itself: limits, keys, errors, and what becomes of questions when workers die. No model is loaded."""
 
 import asyncio
+import http.server
 import io
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fake_worker
@@ -19,10 +22,10 @@ from unimed.errors import UserError
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from unimed.serve import worker  # noqa: E402
+from unimed.serve import images, worker  # noqa: E402
 from unimed.serve.api import application  # noqa: E402
 from unimed.serve.dispatch import LAST_WORDS, Dispatcher  # noqa: E402
-from unimed.serve.settings import Refused, Settings, read_keys, read_places  # noqa: E402
+from unimed.serve.settings import Place, Refused, Settings, read_keys, read_places  # noqa: E402
 from unimed.serve.telemetry import Telemetry  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +124,24 @@ def test_serving_it_is_one_line(settings, tmp_path):
         run(settings(model=tmp_path / "absent", port=0), lambda port, about: None, Telemetry(io.StringIO()))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen there"):
         run(settings(port=taken.getsockname()[1]), lambda port, about: None, Telemetry(io.StringIO()))
+
+
+def test_what_libraries_log_has_no_words():
+    import logging
+
+    from unimed.serve.run import _Places
+
+    log = io.StringIO()
+    record = logging.LogRecord("asyncio", logging.ERROR, "x.py", 7, "never retrieved: %s", ("Wintergreen",), None)
+    _Places(Telemetry(log)).handle(record)
+    try:
+        raise ValueError("Wintergreen")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    _Places(Telemetry(log)).handle(record)
+    assert json.loads(log.getvalue().splitlines()[0])["error"] == "x:7"
+    assert "ValueError in test_serve_front.py" in log.getvalue()
+    assert "Wintergreen" not in log.getvalue()
 
 
 def with_api(settings, body, log=None):
@@ -388,3 +409,100 @@ def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch):
     assert shown.exit_code == 2
     assert "fastapi not installed: pip install 'cmoe-kernels[unimed,serve]'" in shown.output
     assert shown.output.count("\n") == 1
+
+
+class _Host(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        sizes = {"/image": 900, "/large": 3000, "/empty": 0}
+        self.send_response(302 if self.path == "/moved" else 200 if self.path in sizes else 404)
+        if self.path == "/moved":
+            self.send_header("Location", "/image")
+        self.end_headers()
+        self.wfile.write(bytes(sizes.get(self.path, 0)))
+
+    def log_message(self, *args):
+        pass
+
+
+def test_images_come_from_named_hosts_only(settings):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Host) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        place = f"http://127.0.0.1:{port}"
+        trusting = settings(max_bytes=2000, image_hosts=(Place("127.0.0.1", port), Place("localhost", port), Place("example.org", None)))
+        assert images.fetch(f"{place}/image", trusting) == bytes(900)
+        for url, words in (
+            (f"{place}/moved", "a redirect, which is not followed"),
+            (f"{place}/absent", "status 404"),
+            (f"{place}/empty", "it is empty"),
+            (f"{place}/large", "more than 2000 bytes"),
+            (f"http://localhost:{port}/image", "not public"),
+            ("http://127.0.0.1:1/image", "not told to trust"),
+            (f"http://127.1:{port}/image", "not told to trust"),
+            (f"http://2130706433:{port}/image", "not told to trust"),
+            (f"http://0x7f.1:{port}/image", "not told to trust"),
+            (f"http://[::ffff:127.0.0.1]:{port}/image", "not told to trust"),
+            (f"http://127.0.0.1:{port}@evil.example/image", "user or password"),
+            (f"http://evil.example#@127.0.0.1:{port}/image", "not told to trust"),
+            ("http://169.254.169.254/latest/meta-data", "not told to trust"),
+            ("file:///etc/passwd", "only data:, http: and https:"),
+            ("FILE:///etc/passwd", "only data:, http: and https:"),
+            ("ftp://127.0.0.1/x", "only data:, http: and https:"),
+            ("/etc/passwd", "only data:, http: and https:"),
+            ("http://", "only data:, http: and https:"),
+            ("http://[", "not a URL"),
+            ("http://127.0.0.1:99999/", "not a URL"),
+            (f"{place}/a b", "only data:"),
+            (f"{place}/a\r\nX: y", "only data:"),
+        ):
+            with pytest.raises(Refused, match=words):
+                images.fetch(url, trusting)
+            with pytest.raises(Refused) as caught:
+                images.fetch(url, settings())
+            assert 400 <= caught.value.status < 500
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "127.0.0.1", "0.0.0.0", "100.64.0.1", "::1", "fd00::1", "fe80::1%eth0",
+     "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "224.0.0.1"],
+)  # fmt: skip
+def test_a_name_that_leads_inside_is_refused(settings, monkeypatch, address):
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 80)),
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", (address, 80)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("it was connected to"))
+    with pytest.raises(Refused, match="not public"):
+        images.fetch("http://example.org/x", settings(image_hosts=(Place("example.org", None),)))
+
+
+def test_an_address_that_was_checked_is_the_one_that_is_used(settings, monkeypatch):
+    connected = []
+
+    def connect(address, timeout):
+        connected.append(address)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(Refused, match="did not send it"):
+        images.fetch("https://example.org/x", settings(image_hosts=(Place("example.org", None),)), lambda host, port: ["93.184.216.34"])
+    assert connected == [("93.184.216.34", 443)]
+
+
+def test_connections_do_not_wait_for_ever(settings, tmp_path):
+    """A head that does not come, a body that does not come, a reader that does not read: each ends after body_timeout."""
+    from unimed.serve import run as serving
+
+    at = queue.SimpleQueue()
+    limits = settings(port=0, body_timeout=0.5, timeout=1)
+    server = threading.Thread(target=serving.run, args=(limits, lambda port, about: at.put(port), Telemetry(io.StringIO())), daemon=True)
+    server.start()
+    port = at.get(timeout=60)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    for sent, status in ((b"", b""), (head[:30], b""), (head, b"408"), (head + b"{", b"408"), (head + b"{}{}{}{}{", b"400")):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as one:
+            one.sendall(sent)
+            assert one.recv(1000)[9:12] == status

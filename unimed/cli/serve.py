@@ -58,7 +58,7 @@ def serve(
     settings = Settings(
         model=model_folder(model), host=host, port=port, keys=read_keys(api_key_file), max_batch=max_batch, max_queue=max_queue,
         max_open=2 * (max_batch + max_queue), max_bytes=size, max_held=max(1024 * MIB, 2 * size), max_pixels=max_pixels,
-        unpacked=max(512 * MIB, 2 * size), max_tokens=max_tokens, timeout=timeout, stall=max(60.0, timeout),
+        unpacked=16 * size, max_tokens=max_tokens, timeout=timeout, stall=max(60.0, timeout),
         image_hosts=read_places(allow_image_hosts or []), device=device, verify=verify,
     )  # fmt: skip
 

@@ -233,7 +233,7 @@ def read_dicom_series(source: Path | bytes, name: str = "") -> Volume:
     if len(series) > 1:
         sizes = ", ".join(str(count) for count in series.values())
         raise UserError(f"{where}: {len(series)} series with {sizes} files; give the folder of one series")
-    frames = []
+    frames: list[Frame] = []
     for name, one in found:
         dicom.check_picture(name, one)
         frames += _frames(name, one, sum(frame.values.size for frame in frames))

@@ -11,8 +11,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from unimed.serve import chat, images
+from unimed.serve import images
+from unimed.serve.chat import Chunks, completion, event, read
 from unimed.serve.dispatch import Dispatcher, Event, Job
 from unimed.serve.guard import GONE, Guard
 from unimed.serve.settings import Refused, Settings
@@ -86,10 +88,14 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         log = request.state.log
-        body = await self._body(request)
+        try:
+            body = await self._body(request)
+        except ClientDisconnect:
+            log["status"] = GONE
+            return Response(status_code=204)
         self._held += len(body)
         try:
-            ask = await _off_loop(chat.read, body, self.settings)
+            ask = await _off_loop(read, body, self.settings)
             log |= {"bytes": len(body), "task": ask.fields["task"], "stream": ask.stream, "image": ask.url is not None}
             if ask.model not in (None, self.name):
                 raise Refused(404, f"model: this server has {self.name!r} only", code="model_not_found", param="model")
@@ -108,10 +114,10 @@ class Api:
         self._check(first, log)
         key = request.state.id
         if ask.stream:
-            events = self._events(job, first, chat.Chunks(key, self.name, ask), log)
+            events = self._events(job, first, Chunks(key, self.name, ask), log)
             return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
         self._count(first.value, log, job)
-        return JSONResponse(chat.completion(key, self.name, ask, first.value))
+        return JSONResponse(completion(key, self.name, ask, first.value))
 
     async def _body(self, request: Request) -> bytes:
         """The body, within its limits of bytes and time."""
@@ -161,27 +167,27 @@ class Api:
     def _late(self) -> Refused:
         return Refused(504, f"no answer within {self.settings.timeout:g} seconds", "server_error", "timeout")
 
-    def _check(self, event: Event, log: dict[str, Any]) -> None:
-        if event.kind == "bad":
-            raise Refused(400, str(event.value), param="messages")
-        if event.kind == "error":
-            log["error"] = event.value
+    def _check(self, first: Event, log: dict[str, Any]) -> None:
+        if first.kind == "bad":
+            raise Refused(400, str(first.value), param="messages")
+        if first.kind == "error":
+            log["error"] = first.value
             raise Refused(500, "the model failed on this question; the server's log has the request id", "server_error")
 
     def _count(self, answer: dict[str, Any], log: dict[str, Any], job: Job) -> None:
         log |= {"tokens": answer["tokens"], "batch": answer["batch"], "tries": job.tries + 1}
         self.telemetry.tokens.inc(answer["tokens"])
 
-    async def _events(self, job: Job, first: Event, chunks: chat.Chunks, log: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _events(self, job: Job, first: Event, chunks: Chunks, log: dict[str, Any]) -> AsyncIterator[bytes]:
         """The stream of one answer. Every end but that of the answer cancels the job."""
         log["outcome"] = "left"
-        one = first
+        one, now = first, asyncio.get_running_loop().time
+        end = now() + self.settings.timeout
         try:
             yield chunks.start()
-            async with asyncio.timeout(self.settings.timeout):
-                while one.kind == "piece":
-                    yield chunks.piece(one.value)
-                    one = await job.events.get()
+            while one.kind == "piece":
+                yield chunks.piece(one.value)
+                one = await asyncio.wait_for(job.events.get(), max(0.0, end - now()))
             if one.kind == "done":
                 self._count(one.value, log, job)
                 yield chunks.end(one.value)
@@ -195,7 +201,7 @@ class Api:
                 self.dispatcher.cancel(job)
         log["outcome"] = "broken"
         self.telemetry.broken.inc()
-        yield chat.event(refused.body)
+        yield event(refused.body)
 
 
 async def _off_loop(function: Any, data: Any, settings: Settings) -> Any:

@@ -194,8 +194,8 @@ class Dispatcher:
                 job.tell("error", "no answer came")  # every job but a cancelled one was told its last word
             self.inside = {}
             self._dispatch()
-        elif kind != "alive" and (job := self.inside.get(rest[0])):
-            job.tell(kind, rest[1])
+        elif kind != "alive" and (of := self.inside.get(rest[0])):
+            of.tell(kind, rest[1])
 
     def _take_back(self) -> None:
         """What a dead worker had: asked again before all others, or ended."""

@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 
 from unimed.serve.settings import Place, Refused, Settings
 
-MEDIA = ("image/", "application/dicom", "application/gzip", "application/x-gzip", "application/nifti", "application/x-nifti")
-MEDIA += ("application/zip", "application/octet-stream")
+MEDIA: tuple[str, ...] = ("image/", "application/dicom", "application/zip", "application/octet-stream")
+MEDIA += ("application/gzip", "application/x-gzip", "application/nifti", "application/x-nifti")
 FETCH_SECONDS = 10.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _CHUNK = 1 << 16
 Resolve = Callable[[str, int], list[str]]
 
@@ -58,11 +59,18 @@ def _public(host: str, port: int) -> list[str]:
     except OSError:
         raise _wrong("its host is not found") from None
     for address in found:
-        one = ipaddress.ip_address(address.partition("%")[0])
-        one = getattr(one, "ipv4_mapped", None) or one
-        if not one.is_global or one.is_multicast:
+        if not _is_public(ipaddress.ip_address(address.partition("%")[0])):
             raise _wrong("its host leads to an address that is not public; the server's --allow-image-hosts may name the address itself")
     return found
+
+
+def _is_public(one: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(one, ipaddress.IPv6Address):
+        if one.sixtofour or one.teredo or one in _NAT64:  # an address of version 4 inside
+            return False
+        if one.ipv4_mapped:
+            one = one.ipv4_mapped
+    return one.is_global and not one.is_multicast
 
 
 def _addresses(host: str, port: int, places: tuple[Place, ...], scheme_port: int, resolve: Resolve) -> list[str]:
@@ -125,7 +133,7 @@ class _Pinned(http.client.HTTPConnection):
         super().__init__(host, port, timeout=FETCH_SECONDS / 2)
         self._address = address
         self._context = ssl.create_default_context() if secure else None
-        self.default_port = 443 if secure else 80  # type: ignore[misc]
+        self.default_port = 443 if secure else 80
 
     def connect(self) -> None:
         self.sock = socket.create_connection((self._address, self.port), self.timeout)

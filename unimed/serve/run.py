@@ -18,6 +18,7 @@ from unimed.serve.api import application
 from unimed.serve.dispatch import Dispatcher
 from unimed.serve.settings import Refused, Settings
 from unimed.serve.telemetry import Telemetry
+from unimed.serve.worker import where
 
 
 def protocol(seconds: float) -> type[H11Protocol]:
@@ -94,10 +95,24 @@ class _Server(uvicorn.Server):
             self._tell(self.servers[0].sockets[0].getsockname()[1], self.dispatcher.about)
 
 
+class _Places(logging.Handler):
+    """What libraries log about their faults, without its words, which may quote a request."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        super().__init__(logging.ERROR)
+        self.telemetry = telemetry
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self.telemetry.event("fault", logger=record.name, error=where(error) if error else f"{record.module}:{record.lineno}")
+
+
 def run(settings: Settings, ready: Callable[[int, dict[str, Any]], None], telemetry: Telemetry | None = None) -> None:
     """Serves until SIGINT or SIGTERM, then answers what was accepted. ``ready`` gets the port and what is known of the model."""
+    telemetry = telemetry or Telemetry()
     app = application(settings, telemetry)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, [_Places(telemetry)]
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, http=protocol(settings.body_timeout), ws="none", log_config=None, access_log=False,
         server_header=False, lifespan="on", backlog=settings.max_open, timeout_keep_alive=30,
@@ -111,5 +126,7 @@ def run(settings: Settings, ready: Callable[[int, dict[str, Any]], None], teleme
         server.run()
     except SystemExit:  # uvicorn, where it cannot listen
         raise UserError(f"--host {settings.host} --port {settings.port}: cannot listen there; is the port in use?") from None
+    finally:
+        root.handlers = before
     if server.dispatcher.failed:
         raise UserError(server.dispatcher.failed)
