@@ -94,7 +94,7 @@ class _Unpacked(torch.autograd.Function):
         return F.linear(x, x.new_empty(ctx.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy @ dy.new_empty(ctx.shape), None, None
 
 

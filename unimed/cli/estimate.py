@@ -48,7 +48,8 @@ def _say(found: dict[str, Any]) -> None:
 
     def show(title: str, rows: list[tuple[str, str, str]]) -> None:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
-        table.add_column(), table.add_column(justify="right"), table.add_column()
+        for side in ("left", "right", "left"):
+            table.add_column(justify=side)
         for row in rows:
             table.add_row(*row)
         console.print(table, highlight=False, markup=False)

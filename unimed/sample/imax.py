@@ -63,7 +63,7 @@ def build_imax_sample(out: Path, progress: Progress = _quiet, step: int = 0, nam
 def _records(made: Sequence[Slice], place: Path) -> list[Record]:
     (place / "images").mkdir()
     names = [name for name in ORGANS if any(one.finding(name) for one in made if one.split == "train")]
-    asked: dict[str, list[dict]] = {}
+    asked: dict[str, list[QA]] = {}
     for split in SPLITS:
         of_split = [one for one in made if one.split == split]
         asked |= questions.vqa(of_split, names, random.Random(f"imax/{split}"))

@@ -95,7 +95,8 @@ def run_study(
             raise UserError(f"--rows {row}: no such row; {study.name} has {', '.join(study.rows)}")
     if seeds < 1 or jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1")
-    settings = {"study": study.name, "steps": steps or study.steps}
+    steps = steps or study.steps
+    settings = {"study": study.name, "steps": steps}
     place = out / "study.json"
     if place.is_file():
         if (known := io.read_json(place)) != settings:
@@ -105,7 +106,7 @@ def run_study(
     else:
         io.write_json(place, settings)
     _prepare(study, out, range(seeds), progress)
-    wanted = [Job(out, row, seed, settings["steps"]) for seed in range(seeds) for row in study.rows if rows is None or row in rows]
+    wanted = [Job(out, row, seed, steps) for seed in range(seeds) for row in study.rows if rows is None or row in rows]
     _make(study, wanted, jobs, progress)
     return write_table(study, out)
 

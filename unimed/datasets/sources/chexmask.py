@@ -89,7 +89,8 @@ def make(row: Row, image: Known, folder: Path, tally: Tally) -> Iterator[Annotat
                 continue
             mask = masks.read(folder / row.values["files"][name])
         else:
-            mask = masks.decode(row.values[name], *row.values["shape"], where=row.where)
+            height, width = row.values["shape"]
+            mask = masks.decode(row.values[name], height, width, row.where)
         if mask.any():
             found[name] = masks.check(mask, image.size, f"{row.where}: {name}")
     image.masks |= found
