@@ -51,12 +51,27 @@ def run(*line, **options):
     return CliRunner().invoke(cli.app, [str(part) for part in line], env={"COLUMNS": "200", "TERM": "dumb"}, **options)
 
 
-def test_inference_needs_nothing_of_training():
+TRAINING = ("unimed.train", "peft")
+HEAVY = (*TRAINING, "pydicom", "nibabel", "pyarrow", "pandas", "scipy", "sklearn", "matplotlib", "unimed.datasets.index", "unimed.sample")
+
+
+def test_predict_imports_nothing_heavy_and_inference_nothing_of_training(small_run, picture):
+    """What a first answer waits for: a reader of DICOM files or volumes is imported when such a file comes."""
     names = ["unimed.cli.predict", *(f"unimed.inference.{path.stem}" for path in (ROOT / "unimed" / "inference").glob("[a-z]*.py"))]
-    code = f"import sys, {', '.join(names)}, unimed.models.load; print([m for m in sys.modules if m.startswith(('unimed.train', 'peft'))])"
+    code = f"""
+import runpy, sys
+sys.argv = ["unimed", "predict", {str(picture)!r}, "Which plane?", "--model", {str(small_run)!r}]
+try:
+    runpy.run_module("unimed", run_name="__main__")
+except SystemExit as end:
+    print("code", end.code or 0)
+print("heavy", [name for name in sys.modules if name.startswith({HEAVY!r})])
+import {", ".join(names)}
+print("training", [name for name in sys.modules if name.startswith({TRAINING!r})])
+"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-3:] == ["code 0", "heavy []", "training []"]
     for path in (ROOT / "unimed" / "inference").glob("*.py"):
         assert "unimed.train" not in path.read_text().replace("imports `unimed.train`", "")
 

@@ -25,9 +25,9 @@ from unimed.datasets.sources.spec import Known, Row, SourceSpec
 from unimed.errors import UserError
 from unimed.records import pixels
 from unimed.records.box import clip, iou
-from unimed.records.dicom import short
 from unimed.records.policy import BadRecord, Tally
 from unimed.records.record import QA, Annotation, BoxOf, ImageRef, Label, Labels, Number, Record, Report, made
+from unimed.records.text import short
 from unimed.tasks.calculation import Ratios, ratios
 
 SHARES = (("train", 80), ("val", 90), ("test", 100))  # of the patients, where no source says the split

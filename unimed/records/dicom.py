@@ -37,6 +37,7 @@ from unimed.errors import UserError
 from unimed.records import limits
 from unimed.records.box import AS_STORED, Placement, stretched, turned
 from unimed.records.greys import PROJECTIONS, finite, grey_range, window
+from unimed.records.text import plain, short
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 EXTRA = "pip install 'cmoe-kernels[dicom]'"
@@ -153,17 +154,6 @@ def _list(value: Any) -> list[Any]:
 
 def _first(value: Any) -> Any:
     return _list(value)[0]
-
-
-def short(error: Exception, most: int = 160) -> str:
-    """An error of a library as the inside of one line."""
-    text = plain(error) or type(error).__name__
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def plain(text: object) -> str:
-    """Words from a file without line ends and control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 @contextmanager

@@ -1,25 +1,31 @@
 """Images for the model: files, arrays and slices of volumes, always RGB.
 
 What a file says about its pixels (depth, transparency, orientation, colour profile) is applied, and `Opened.notes` tells what was done.
-docs/unimed/images.md lists every case.
+docs/unimed/images.md lists every case. The readers of DICOM files and of volumes are imported when such a file comes: pydicom takes time.
 """
+
+from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unimed.errors import UserError
-from unimed.records import dicom
-from unimed.records import volume as volumes
 from unimed.records.box import AS_STORED, Placement, turned
-from unimed.records.dicom import Voi, short
 from unimed.records.greys import grey_range, window
+from unimed.records.text import short
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+    from unimed.records.dicom import Voi
+    from unimed.records.volume import Volume
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes with more than 8 bits of grey
@@ -29,6 +35,7 @@ _EXIF_TURNS = {
     2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
     7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
+_PLAIN = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # PNG and JPEG
 _START = 352  # bytes that tell the kind of a file
 _SILENT = (b"IDAT", b"tIME", b"tRNS")  # chunks of a PNG, behind the first pixels, without an orientation
 _EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
@@ -145,12 +152,15 @@ def open_bytes(
 def _open(
     source: Path | bytes, name: str, kind: str, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float
 ) -> Opened:
+    if kind == "raster" and plane == "axial":
+        return _raster(source, name, index, grey)
+    from unimed.records import dicom
+    from unimed.records import volume as volumes
+
     if plane not in volumes.AXIS:
         raise UserError(f"plane {plane!r}: expected one of {', '.join(volumes.PLANES)}")
     if kind == "raster":
-        if plane != "axial":
-            raise UserError(f"{name}: plane {plane!r} needs a volume, this is one image")
-        return _raster(source, name, index, grey)
+        raise UserError(f"{name}: plane {plane!r} needs a volume, this is one image")
     if kind == "dicom":
         try:
             data = source if isinstance(source, bytes) else source.read_bytes()
@@ -190,6 +200,9 @@ class Views:
 
 def views(path: Path) -> Views:
     """The planes, slices and grey values that `open_view` can show of a file. A volume that is read for it is kept, as there."""
+    from unimed.records import dicom
+    from unimed.records import volume as volumes
+
     kind = _kind(path)
     if kind in ("nifti", "series"):
         open_view(View(path))
@@ -224,10 +237,12 @@ def _span(values: np.ndarray) -> tuple[float, float]:
     return float(values.min(where=known, initial=np.inf)), float(values.max(where=known, initial=-np.inf))
 
 
-_kept: dict[tuple[Path, int], volumes.Volume] = {}
+_kept: dict[tuple[Path, int], Volume] = {}
 
 
-def _volume(source: Path | bytes, name: str, kind: str) -> volumes.Volume:
+def _volume(source: Path | bytes, name: str, kind: str) -> Volume:
+    from unimed.records import volume as volumes
+
     if kind != "nifti":
         return volumes.read_dicom_series(source, name)
     return volumes.nifti_from_bytes(name, source) if isinstance(source, bytes) else volumes.read_nifti(source)
@@ -255,6 +270,10 @@ def _kind(path: Path) -> str:
 
 def _kind_of(name: str, start: bytes) -> str:
     """The kind of a file by its name and its first bytes."""
+    if start.startswith(_PLAIN) and start[128:132] != b"DICM":
+        return "raster"
+    from unimed.records import dicom
+
     name = name.lower()
     if start[128:132] == b"DICM" or name.endswith(dicom.SUFFIXES):
         return "dicom"
@@ -265,7 +284,9 @@ def _kind_of(name: str, start: bytes) -> str:
     return "dicom" if dicom.is_dicom(start) else "raster"
 
 
-def _dicom_frame(name: str, source: dicom.Dataset, index: int | None, grey: tuple[float, float] | None) -> Opened:
+def _dicom_frame(name: str, source: Dataset, index: int | None, grey: tuple[float, float] | None) -> Opened:
+    from unimed.records import dicom
+
     count = dicom.frame_count(name, source)
     at = count // 2 if index is None else index
     if not 0 <= at < count:
@@ -274,7 +295,9 @@ def _dicom_frame(name: str, source: dicom.Dataset, index: int | None, grey: tupl
     return Opened(rgb, (f"frame {at} of 0 to {count - 1}", *notes) if count > 1 else notes, placement)
 
 
-def _slice(name: str, volume: volumes.Volume, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float) -> Opened:
+def _slice(name: str, volume: Volume, plane: str, index: int | None, grey: tuple[float, float] | None, pixel_mm: float) -> Opened:
+    from unimed.records import volume as volumes
+
     axis = volumes.AXIS[plane]
     count = volume.data.shape[axis]
     if index is None:
@@ -296,8 +319,11 @@ def _slice(name: str, volume: volumes.Volume, plane: str, index: int | None, gre
     return Opened(rgb, tuple(notes), volumes.placement(volume, plane, rgb.size))
 
 
-def _window(volume: volumes.Volume, grey: tuple[float, float] | None, notes: list[str]) -> Voi | tuple[float, float]:
+def _window(volume: Volume, grey: tuple[float, float] | None, notes: list[str]) -> Voi | tuple[float, float]:
     """As asked, else as the file says where that shows anything, else by `greys.grey_range`."""
+    from unimed.records import volume as volumes
+    from unimed.records.dicom import Voi
+
     if grey is not None:
         notes.append(f"window {grey[0]:g} to {grey[1]:g} as asked")
         return grey
@@ -374,6 +400,8 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
         rgb = rgb.point(levels * 3)
         notes.append(f"gamma {gamma:g} brought to that of a screen")
     elif profile and image.mode != "CMYK" and not _is_grey(rgb):
+        from unimed.records import dicom
+
         rgb = Image.fromarray(dicom.with_profile(np.array(rgb), profile, notes))
     return Opened(rgb, tuple(notes), placement)
 

@@ -1,4 +1,4 @@
-"""Text as the release cleans it."""
+"""Text as the release cleans it, and as the inside of one line."""
 
 MAX_WORDS = 50
 
@@ -10,3 +10,14 @@ def clean(text: str, max_words: int = MAX_WORDS) -> str:
     instructions.
     """
     return " ".join(str(text).split()[: max_words or None])
+
+
+def short(error: Exception, most: int = 160) -> str:
+    """An error of a library as the inside of one line."""
+    text = plain(error) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def plain(text: object) -> str:
+    """Words from a file without line ends and control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

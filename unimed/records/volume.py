@@ -20,8 +20,9 @@ from PIL import Image
 from unimed.errors import UserError
 from unimed.records import dicom, limits
 from unimed.records.box import Placement, stretched, turned
-from unimed.records.dicom import Frame, Voi, short
+from unimed.records.dicom import Frame, Voi
 from unimed.records.greys import CT_WINDOW, MR_PERCENTILE, grey_range, window
+from unimed.records.text import short
 
 __all__ = ["CT_WINDOW", "MR_PERCENTILE", "Region", "Volume", "window"]
 
