@@ -232,6 +232,7 @@ def main() -> int:
             made = Soak(server, questions, given.requests, kills=2, minutes=given.minutes).run()
             report = made.report()
             report["exit_status"] = server.stop()
+        print(json.dumps(report, indent=1), flush=True)  # the comparison may be interrupted
         report["comparison"] = compare(run, questions, given.compare, folder)
         first, second = (report["comparison"][f"max_batch {batch}"]["requests_a_second"] for batch in (16, 1))
         report["times_the_throughput_of_max_batch_1"] = round(first / second, 2)

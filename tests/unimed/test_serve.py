@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from dicom_samples import dicom_file
 from serving import Server, body, png, save_model, url
+from soak import Question, Soak
 
 import unimed
 from unimed import Request
@@ -226,6 +227,23 @@ def test_metrics_are_those_of_prometheus(server):
     labels = {sample.labels["route"] for sample in families["unimed_requests"].samples}
     assert labels <= {"/health", "/ready", "/metrics", "/v1/models", "/v1/chat/completions", "other"}
     assert server.metric("unimed_worker_resident_memory_bytes") > 1e8
+
+
+def test_a_soak_loses_nothing_that_was_accepted(server, session):
+    """300 requests of 16 clients while the worker is killed twice; `soak.py` by itself does 10,000. Then the server is told to end."""
+    questions = [Question(session, seed) for seed in range(16)]
+    made = Soak(server, questions, 300, kills=2).run()
+    assert made.wrong == []
+    assert made.outcomes.total() == 300
+    assert made.outcomes["stream broken off by a kill"] <= 2 * 16
+    assert made.outcomes["refused with a reason"] > 0
+    assert server.metric("unimed_worker_restarts_total") == 2
+    assert server.metric("unimed_batch_size_sum") / server.metric("unimed_batch_size_count") > 1.5
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(server.chat, f"question {number}", url(png(number)), max_tokens=60) for number in range(6)]
+        wait_until(lambda: server.metric("unimed_requests_open") >= 4)
+        assert server.stop() == 0  # what it has accepted is answered before it ends
+        assert [one.result().status_code for one in asked] == [200] * 6
 
 
 def test_it_wrote_nothing(server, run):

@@ -20,6 +20,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 PROBES = ("/health", "/ready")  # they need no key
+ALWAYS = (*PROBES, "/metrics")  # answered also when too many requests are open
 GONE = 499  # in logs and metrics: the client left before its answer
 _ID = re.compile(r"[0-9a-fA-F-]{8,64}")  # a client's own id reaches the log, so it must be a number
 
@@ -76,7 +77,7 @@ class Guard:
                 refused = Refused(401, "a valid key is needed: Authorization: Bearer KEY", "authentication_error", "invalid_api_key")
                 refused.headers = {"WWW-Authenticate": "Bearer"}
                 raise refused
-        if self._open > self.settings.max_open and path not in PROBES:
+        if self._open > self.settings.max_open and path not in ALWAYS:
             raise Refused(429, f"{self.settings.max_open} requests are open, which is the most", "rate_limit_error", "too_many_requests")
 
     def _note(self, scope: Message, log: dict[str, Any], status: int, seconds: float) -> None:
