@@ -211,7 +211,7 @@ def test_the_keyboard_is_enough(visit, picture):
     assert {"task", "question", "ask", "stop", "sample-0", "sample-4", "save"} <= reached
     page.locator("#task input[value=vqa]").focus()
     page.keyboard.press("ArrowDown")
-    page.wait_for_function("document.querySelector('#task input[value=refer]').checked", timeout=10_000)
+    page.wait_for_function("document.querySelector('#task input[value=refer]').checked")
     box = page.locator("#question :is(input, textarea)")
     page.wait_for_function("document.querySelector('#question').innerText.includes('Name of the object')")
     box.focus()
