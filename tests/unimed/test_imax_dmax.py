@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from unimed.cli import app as cli
@@ -12,6 +13,7 @@ from unimed.datasets.dmax import build_dmax
 from unimed.datasets.entries import PAPER, count, entries, variation
 from unimed.errors import UserError
 from unimed.records import jsonl
+from unimed.records.image import Images
 from unimed.records.record import QA, BoxOf, ImageRef, Label, Labels, Number, Record, Report
 from unimed.sample.imax import GRADES, SEVERITY, block_of, build_imax_sample, terciles
 
@@ -92,6 +94,26 @@ def test_the_twin_has_the_volume_of_every_task(tmp_path, tasks_per_image):
     lines = [(one.out / "records-00000.jsonl").read_bytes() for one in (done, again, other)]
     assert lines[0] == lines[1] != lines[2]
     assert found[0].images[0].path.startswith("pool:")
+
+
+def test_the_twin_finds_its_images_whatever_the_roots_of_the_pool_are_called(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "pool").mkdir()
+    for i in range(20):
+        for place in ("files", "pool"):
+            Image.new("L", (8, 8), i).save(tmp_path / place / f"{i}.png")
+    made = [record(i, list(ONE)) for i in range(20)]
+    named = [one.model_copy(update={"images": (ImageRef(path=f"pool:{i}.png"),)}) for i, one in enumerate(made[10:], 10)]
+    info = jsonl.DatasetInfo(name="d", classes={"grade": ["a", "b", "c"]}, roots={"pool": "../files"})
+    jsonl.write(tmp_path / "set", info, [*made[:10], *named])
+    for i in range(10):
+        Image.new("L", (8, 8), i).save(tmp_path / "set" / f"{i}.png")
+    imax = write(tmp_path / "imax", [record(i, ["caption"]) for i in range(20)])
+    done = build_dmax(imax, tmp_path / "dmax", tmp_path / "set")
+    images = Images(done.out, jsonl.read_info(done.out).roots)
+    paths = [images.path(ref) for _, one in jsonl.read_records(done.out) for ref in one.images]
+    assert len(paths) == 20
+    assert all(path.is_file() for path in paths)
 
 
 def test_labels_keep_their_shares_where_the_pool_has_others(tmp_path):

@@ -76,10 +76,13 @@ def build_dmax(imax: Path, out: Path, pool: Path | None = None, tasks_per_image:
     for one in chosen:
         counts.add(one)
     info, pool_info = jsonl.read_info(imax), jsonl.read_info(pool)
+    own = "pool"  # the root for images in the pool's folder
+    while own in pool_info.roots:
+        own += "-"
     said = pool_info.model_copy(
         update={
             "name": out.name,
-            "roots": {name: _root(pool, folder, out) for name, folder in {**pool_info.roots, "pool": "."}.items()},
+            "roots": {name: _root(pool, folder, out) for name, folder in {**pool_info.roots, own: "."}.items()},
             "classes": {**info.classes, **pool_info.classes},
             "made_by": f"unimed data build-dmax --tasks-per-image {tasks_per_image} --seed {seed}",
         }
@@ -94,7 +97,7 @@ def build_dmax(imax: Path, out: Path, pool: Path | None = None, tasks_per_image:
     }
 
     def records(place: Path) -> Iterator[Record]:
-        yield from (_rooted(one) for one in chosen)
+        yield from (_rooted(one, own) for one in chosen)
         io.write_json(place / "dmax.json", {**facts, **counts.as_json()})
 
     jsonl.write(out, said, records)
@@ -118,9 +121,9 @@ def _root(pool: Path, folder: str, out: Path) -> str:
     return root_of(pool / folder, out)
 
 
-def _rooted(record: Record) -> Record:
-    """With its image's path under the root "pool", where it was relative to the pool's folder."""
-    images = tuple(ref if ":" in ref.path else ref.model_copy(update={"path": f"pool:{ref.path}"}) for ref in record.images)
+def _rooted(record: Record, own: str) -> Record:
+    """With its image's path under a root, where it was relative to the pool's folder."""
+    images = tuple(ref if ":" in ref.path else ref.model_copy(update={"path": f"{own}:{ref.path}"}) for ref in record.images)
     return record.model_copy(update={"images": images})
 
 
