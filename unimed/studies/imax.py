@@ -225,11 +225,8 @@ def _label(teacher: Path, dmax: Path, out: Path, seed: int) -> None:
         io.write_json(place / "pseudo.json", {task: {"asked": a, "kept": k} for task, (a, k) in told.items()})
         return made
 
-    jsonl.write(out, info.model_copy(update={"name": "pseudo", "roots": {**info.roots, "pool": _pool(info, dmax, out)}}), write)
-
-
-def _pool(info: jsonl.DatasetInfo, dmax: Path, out: Path) -> str:
-    return str((dmax / info.roots["pool"]).resolve()) if out.parent != dmax.parent else info.roots["pool"]
+    roots = {name: str((dmax / folder).resolve()) for name, folder in info.roots.items()}
+    jsonl.write(out, info.model_copy(update={"name": "pseudo", "roots": roots}), write)
 
 
 def _asked(record: Record, names: Sequence[str], grades: tuple[str, list[str]]) -> Record:
