@@ -400,29 +400,27 @@ def _listed(folder: str, deep: bool = True) -> tuple[str, int]:
     found = hashlib.sha256()
     newest, seen, own = 0, {os.path.realpath(folder)}, os.path.realpath(io.index_folder())
 
-    def visit(place: str) -> None:
-        nonlocal newest
+    places = [folder]
+    while places:
         try:
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(places.pop()), key=lambda entry: entry.name)
         except OSError as error:
-            found.update(f"{error.errno}".encode())
-            return
+            found.update(b"\0\0%d" % (error.errno or 0))
+            continue
+        values = []
         for entry in entries:
-            found.update(b"\0" + os.fsencode(entry.name))
             try:
                 if entry.is_dir():
                     real = os.path.realpath(entry.path) if entry.is_symlink() or entry.name == "index" else ""
                     if deep and real != own and real not in seen:
                         seen.update([real] if real else [])
-                        found.update(b"/")
-                        visit(entry.path)
-                        found.update(b"..")
-                    continue
-                stat = entry.stat()
-                found.update(b" %d %d" % (stat.st_size, stat.st_mtime_ns))
-                newest = max(newest, stat.st_mtime_ns)
+                        places.append(entry.path)
+                    values.append(b"/")
+                else:
+                    stat = entry.stat()
+                    values.append(b"%d %d" % (stat.st_size, stat.st_mtime_ns))
+                    newest = max(newest, stat.st_mtime_ns)
             except OSError as error:  # a link that leads nowhere
-                found.update(b" %d" % (error.errno or 0))
-
-    visit(folder)
+                values.append(b"%d" % (error.errno or 0))
+        found.update(b"\0".join([b"", *(os.fsencode(entry.name) for entry in entries), b"", *values, b""]))
     return found.hexdigest(), newest
