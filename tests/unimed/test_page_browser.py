@@ -6,6 +6,7 @@ axe-core checks contrast and names where AXE_CORE names its axe.min.js (npm pack
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -199,6 +200,26 @@ def test_what_goes_wrong_is_one_line(visit, tmp_path):
     page.click("#ask")
     page.wait_for_selector("#message .message")
     assert "must have x1 < x2" in page.inner_text("#message")
+
+
+def test_stop_ends_an_answer(visit, monkeypatch):
+    left = threading.Event()
+
+    def endless(self, *question):
+        try:
+            for _ in range(6000):
+                yield "word "
+                time.sleep(0.1)
+        finally:
+            left.set()
+
+    monkeypatch.setattr(Desk, "ask", endless)
+    page = visit()
+    page.click("#ask")
+    page.wait_for_function("document.querySelector('#answer output').innerText.includes('word word')")
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#answer output').innerText == '(stopped)'")
+    assert left.wait(60), "the model goes on"
 
 
 def test_the_keyboard_is_enough(visit, picture):
