@@ -256,7 +256,8 @@ class Items(Sequence[Item]):
 
     def of_tasks(self, tasks: Sequence[str]) -> Items:
         """Those of some tasks."""
-        rows = np.flatnonzero(pc.is_in(self.texts("task"), pa.array(tasks, pa.string())).to_numpy())
+        names, of = _encoded(self.texts("task"))
+        rows = np.flatnonzero(np.isin(of, [place for place, name in enumerate(names) if name in tasks]))
         return self if len(rows) == len(self) else self.take(rows)
 
 

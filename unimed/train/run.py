@@ -168,6 +168,7 @@ def train(
         trainer.train()
 
     def finish() -> None:
+        of_classes = [tag for tag, task in TASKS.items() if task.asks == "classes"]
         io.write_folder(folder.model, lambda place: save(model, processor, place))
         record = {
             "seconds": round(trainer.seconds(), 1),
@@ -176,7 +177,7 @@ def train(
             "examples": len(train_items),
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "class_questions": sorted({item.question for item in train_items if TASKS[item.task].asks == "classes"}),
+            "class_questions": sorted({item.question for item in train_items.of_tasks(of_classes)}),
             "machine": machine.describe(),
         }
         io.write_json(folder.record, record)
