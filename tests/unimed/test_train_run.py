@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import json
 import shutil
 
@@ -171,12 +172,15 @@ def test_a_run_resumes_by_what_changes_its_mathematics(whole, recipe, small_over
     assert record["processes"] == 1
     assert record["examples"] == len(items(recipe, "train"))
     for change, words in (
-        ({"processes": 2}, r"with 1 processes.*with 2.*--nproc-per-node 2"),
+        ({"processes": 2}, r"with 1 process and train.accumulate=1: .* 2 processes and .*--nproc-per-node 2"),
         ({"examples_sha256": "0"}, "items changed"),
     ):
         (run / "start.json").write_text(json.dumps({**record, **change}))
         with pytest.raises(UserError, match=words):
             train(recipe, run, resume=True)
+    (run / "start.json").write_text(json.dumps({**record, "processes": 2}))  # a step has the same two batches
+    train(recipes.load("tiny", [*small_overrides, "train.accumulate=2"]), run, resume=True)
+    (run / "recipe.yaml").write_text((whole / "recipe.yaml").read_text())
     (run / "start.json").unlink()  # a run of an earlier version
     train(recipe, run, resume=True)
 
@@ -206,35 +210,36 @@ def test_missing_data_and_recipes_that_cannot_run_say_so(recipe, sample_folder, 
 
 
 def test_accumulated_batches_weigh_by_tokens_and_images(small_overrides, tmp_path):
-    """Two batches, one of an answer of 2 tokens and one of 30, are the step that the whole batch is."""
-    settings = ["connector.router=sparse", "connector.aux_losses={z: 0.5}", "train.accumulate=2"]
-    recipe = recipes.load("tiny", [*small_overrides, *settings])
-    train_items = items(recipe, "train")
-    model, processor = build(recipe, train_items)
+    """Eight answers of 2 to 30 tokens, as one batch, in 2, 4 or 8, or in two unequal ones, are the same step."""
+    recipe = recipes.load("tiny", [*small_overrides, "connector.router=sparse", "connector.aux_losses={z: 0.5}", "train.accumulate=2"])
+    model, processor = build(recipe, items(recipe, "train"))
     trainer = UniMedTrainer(recipe, model, processor, None, tmp_path)
-    images = [Image.new("RGB", (32, 32), (50 * i, 99, 10)) for i in range(4)]
-    prompt, short, long = "[INST] <Img><ImageHere></Img> [vqa] which one? [/INST]", "4", "9 8 7 6 5 4 3 2 1 0 9 8 7 6 5"
-    sizes = [len(processor.tokenizer(" " + text, add_special_tokens=False).input_ids) + 1 for text in (short, long)]
-    assert sizes[0] <= 3
-    assert sizes[1] >= 30
+    prompt, digits = "[INST] <Img><ImageHere></Img> [vqa] which one? [/INST]", "987654321098765"
+    answers = [" ".join(digits[:length]) for length in (1, 15, 3, 15, 1, 15, 15, 8)]
+    sizes = [len(processor.tokenizer(" " + text, add_special_tokens=False).input_ids) + 1 for text in answers]
+    assert min(sizes) <= 3
+    assert max(sizes) >= 30
+    images = [Image.new("RGB", (32, 32), (30 * i, 99, 10)) for i in range(8)]
 
-    def rows(answers, images):
-        batch = processor(text=[prompt] * len(answers), images=images, answers=answers, task="vqa")
-        return {**batch, "sample_tasks": torch.zeros(len(answers), dtype=torch.long)}
+    def rows(part):
+        batch = processor(text=[prompt] * len(answers[part]), images=images[part], answers=answers[part], task="vqa")
+        return {**batch, "sample_tasks": torch.zeros(len(answers[part]), dtype=torch.long)}
 
-    def gradient(*parts):
+    def gradient(*cuts):
         model.zero_grad()
+        parts = [rows(slice(*ends)) for ends in itertools.pairwise((0, *cuts, 8))]
         batches, tokens = trainer.get_batch_samples(iter(parts), len(parts), torch.device("cpu"))
         trainer.current_gradient_accumulation_steps = len(batches)
         loss = sum(trainer.training_step(model, part, tokens) for part in batches)
         return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    whole_loss, whole = gradient(rows([short, long, long, long], images))
-    parts_loss, parts = gradient(rows([short], images[:1]), rows([long] * 3, images[1:]))
-    assert parts_loss == pytest.approx(float(whole_loss), rel=1e-6)
-    assert whole.keys() == parts.keys()
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+    whole_loss, whole = gradient()
+    for cuts in ((4,), (2, 4, 6), range(1, 8), (1,)):
+        parts_loss, parts = gradient(*cuts)
+        assert parts_loss == pytest.approx(float(whole_loss), rel=1e-6)
+        assert whole.keys() == parts.keys()
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_telemetry_names_tasks_by_the_model_s_own_list(small_overrides, tmp_path):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from unimed import io
 from unimed.errors import UserError
 from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.train import recipe as recipes
 from unimed.train.recipe import Recipe
+
+PARTIAL = re.compile(r"\.(recipe\.yaml|(start|router|run)\.json|metrics\.jsonl|checkpoint|checkpoint-\d+|base|model)\.")
 
 
 class Run:
@@ -30,6 +37,19 @@ class Run:
         found = [path for path in self.path.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
+    @contextmanager
+    def writing(self, target: Path) -> Iterator[None]:
+        """A full disk or a folder that takes no files is a UserError that says which checkpoint is whole."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own
+            if isinstance(error, RuntimeError) and "writ" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            last = self.checkpoints()[-1:]
+            whole = f"the checkpoint before it, {last[0].name}, is whole" if last else "there is no checkpoint before it"
+            raise UserError(f"{target}: not written ({reason}); {whole}: free space or repair the folder, then --resume") from error
+
     def create(self, recipe: Recipe, start: dict[str, Any], overwrite: bool = False) -> None:
         """Makes the folder; one that exists is an error, or with `overwrite` replaced if it is a run."""
         if self.recipe.exists():
@@ -38,10 +58,11 @@ class Run:
                     f"{self.path}: this run exists; go on with --resume, start it again with --overwrite, or choose another --name"
                 )
             shutil.rmtree(self.path)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(path != self.start for path in self._others())):
             raise UserError(f"{self.path}: exists and is not a run of unimed; choose another --name")
-        io.write_text(self.recipe, recipes.dump(recipe))
+        self._clear()
         io.write_json(self.start, start)
+        io.write_text(self.recipe, recipes.dump(recipe))  # last: it makes the folder a run
 
     def resume(self, recipe: Recipe, start: dict[str, Any]) -> Path | None:
         """The last checkpoint, whose files are as they were written; None if there is no checkpoint yet.
@@ -50,27 +71,42 @@ class Run:
             UserError: going on with this recipe, data or number of processes would not be the run that was started.
         """
         self._require_same(recipe, start)
+        self._clear()
         last = self.checkpoints()[-1:]
         for checkpoint in last:
             io.verify_folder(checkpoint)
         io.write_text(self.recipe, recipes.dump(recipe))
         return last[0] if last else None
 
+    def _partials(self) -> list[Path]:
+        """What a killed run was writing: hidden, beside the names that they would have taken."""
+        return [path for path in self.path.glob(".*") if PARTIAL.match(path.name)]
+
+    def _others(self) -> set[Path]:
+        return set(self.path.iterdir()) - set(self._partials())
+
+    def _clear(self) -> None:
+        for path in self._partials():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def _require_same(self, recipe: Recipe, start: dict[str, Any]) -> None:
         stored = self.stored_recipe()
         for key in recipes.dotted_keys():
             new, old = recipes.learned(recipe, key), recipes.learned(stored, key)
-            if new != old and not recipes.harmless(key):
+            if new != old and not recipes.harmless(key) and key != "train.accumulate":
                 what = f"cannot resume with {key}={new!r}: the run was started with {old!r}"
                 raise UserError(f"{self.path}: {what}; keep that, or use another --name")
+        # A step holds the same batches where processes x train.accumulate is the same.
         started = self.started_with()
-        if started.get("processes", start["processes"]) != start["processes"]:
-            was, now = started["processes"], start["processes"]
-            what = f"cannot resume with {now} processes: the run was started with {was}"
-            raise UserError(f"{self.path}: {what}; use torchrun --nproc-per-node {was}")
+        was = (started.get("processes", start["processes"]), stored.train.accumulate)
+        now = (start["processes"], recipe.train.accumulate)
+        if was[0] * was[1] != now[0] * now[1]:
+            what = f"cannot resume with {_processes(*now)}: the run was started with {_processes(*was)}"
+            raise UserError(f"{self.path}: {what}; use torchrun --nproc-per-node {was[0]}, or keep the product of the two numbers")
         if started.get("examples_sha256", start["examples_sha256"]) != start["examples_sha256"]:
-            was, now = started["examples"], start["examples"]
-            what = f"{now} training items in {recipe.data.where}, the run was started with {was}" if was != now else "the items changed"
+            before, here = started["examples"], start["examples"]
+            changed = f"{here} training items in {recipe.data.where}, the run was started with {before}"
+            what = changed if here != before else "the items changed"
             raise UserError(f"{self.path}: cannot resume with other data: {what}; use another --name")
 
     def stored_recipe(self, overrides: list[str] | None = None) -> Recipe:
@@ -82,3 +118,7 @@ class Run:
     def started_with(self) -> dict[str, Any]:
         """The command, number of processes and items of the start; {} for a run of an earlier version."""
         return io.read_json(self.start) if self.start.is_file() else {}
+
+
+def _processes(number: int, accumulate: int) -> str:
+    return f"{number} {'process' if number == 1 else 'processes'} and train.accumulate={accumulate}"

@@ -83,8 +83,9 @@ def saved(recipe: Recipe, folder: Path) -> tuple[Any, Any]:
     return model.train(), processor
 
 
-def save(model: Any, processor: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+def save(model: Any, processor: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """`weights`: in place of the model's own, where each process holds a part of them."""
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
 
 
@@ -167,9 +168,12 @@ def train(
     else:
         trainer.train()
 
+    weights = trainer.whole_weights()
+
     def finish() -> None:
         of_classes = [tag for tag, task in TASKS.items() if task.asks == "classes"]
-        io.write_folder(folder.model, lambda place: save(model, processor, place))
+        with folder.writing(folder.model):
+            io.write_folder(folder.model, lambda place: save(model, processor, place, weights))
         record = {
             "seconds": round(trainer.seconds(), 1),
             "steps": trainer.state.global_step,

@@ -112,6 +112,11 @@ class UniMedTrainer(Trainer):
         """Training time so far, that before a resume included."""
         return self._seconds_before + time.perf_counter() - self._start
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights, in the main process, where FSDP or DeepSpeed deal them out; else None. Every process calls it."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
@@ -197,6 +202,12 @@ class UniMedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything is written into a folder beside, sealed with a manifest, then renamed."""
         target = self.folder.checkpoint(self.state.global_step)
+        with self.folder.writing(target):
+            self._write_checkpoint(model, trial, target)
+        for old in self.folder.checkpoints()[: -self.recipe.train.keep] if self.args.should_save else []:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, target: Path) -> None:
         beside = self.folder.path / ".checkpoint.partial"
         if self.args.should_save:
             shutil.rmtree(beside, ignore_errors=True)
@@ -207,6 +218,9 @@ class UniMedTrainer(Trainer):
             if adapter:
                 adapter.home = target
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         finally:
             self._beside = None
             if adapter:
@@ -218,8 +232,6 @@ class UniMedTrainer(Trainer):
             io.write_json(file, self.telemetry.router.entries)
         io.place_folder(beside / target.name, target)
         shutil.rmtree(beside, ignore_errors=True)
-        for old in self.folder.checkpoints()[: -self.recipe.train.keep]:
-            shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
