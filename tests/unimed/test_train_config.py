@@ -10,7 +10,7 @@ from unimed.train import recipe as recipes
 from unimed.train.schedule import rate
 
 
-@pytest.mark.parametrize("name", ["tiny", "smollm2", "unimed-7b-release", "unimed-7b-paper"])
+@pytest.mark.parametrize("name", ["tiny", "smollm2", "unimed-7b-release", "unimed-7b-paper", "medmoe-1", "medmoe-release-1"])
 def test_recipes_load_and_survive_a_round_trip(name, tmp_path):
     recipe = recipes.load(name)
     copy = tmp_path / "recipe.yaml"

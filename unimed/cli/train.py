@@ -17,7 +17,7 @@ from unimed.notice import NOTICE
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="tiny, smollm2, unimed-7b-release, unimed-7b-paper, or a YAML file")] = "tiny",
+    recipe: Annotated[str, typer.Argument(help="tiny, smollm2, medmoe-1 to -3, unimed-7b-release, ..., or a YAML file")] = "tiny",
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="the run's name; by default the recipe's")] = None,
     llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
@@ -101,7 +101,8 @@ def _stored_recipe(recipe: str, llm: str | None, overrides: list[str] | None, na
     from unimed.train.folder import Run
 
     names = [text for text in overrides or [] if text.startswith("name=")]
-    run = RUNS / _recipe(recipe, llm, names, name).name
+    # A recipe of a later stage needs the run before; a run that is named needs no recipe.
+    run = RUNS / _recipe(recipe if name is None else "tiny", llm if name is None else None, names, name).name
     loaded = Run(run).stored_recipe([text for text in overrides or [] if text not in names])
     if not rank():
         console.print(f"resuming {run} by its own recipe.yaml", highlight=False)

@@ -97,6 +97,8 @@ def load_base(folder: Path, dtype: torch.dtype | None = None, quantize: bool = T
         raise UserError(f"{folder}: config.json is of a {kind!r} model, it must be {UniMedConfig.model_type!r}")
     products = dtype or getattr(torch, (stored.get("dtypes") or {}).get("language_model", "float32"))
     packed = {"quantization_config": quantized.settings(bits, products)} if bits else {}
+    if any(str((stored.get(part) or {}).get("model_type")).startswith("medmoe_") for part in ("vision_config", "text_config")):
+        import unimed.models.medmoe  # noqa: F401  (its classes become known to the Auto classes)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report below says it in one line
     load_with_report: Any = UniMedForConditionalGeneration.from_pretrained

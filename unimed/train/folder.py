@@ -21,13 +21,16 @@ PARTIAL = re.compile(r"\.(recipe\.yaml|(start|router|run)\.json|metrics\.jsonl|c
 
 
 class Run:
-    """runs/NAME/: recipe.yaml  start.json  metrics.jsonl  router.json  run.json  checkpoint-STEP/  base/ (with LoRA)  model/"""
+    """runs/NAME/: recipe.yaml  start.json  metrics.jsonl  router.json  run.json  checkpoint-STEP/  base/ (with LoRA)  model/
+
+    domains/: the router of stage 2 of Med-MoE, and the domain of each expert.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe, self.record, self.model = (self.path / name for name in (RECIPE_FILE, RUN_FILE, MODEL_FOLDER))
         self.start, self.log, self.router = (self.path / name for name in ("start.json", "metrics.jsonl", "router.json"))
-        self.base = self.path / "base"
+        self.base, self.domains = self.path / "base", self.path / "domains"
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from unimed.datasets.load import SPLIT
 from unimed.datasets.spec import DATASETS
 from unimed.errors import UserError
+from unimed.inference.files import RECIPE_FILE
 from unimed.models.spec import Amount, Count, ModelSpec, Natural, Section, Share, Whole, from_scratch
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import ProtocolName
@@ -161,9 +162,42 @@ class Evaluate(Section):
         return splits
 
 
+class MedMoE(Section):
+    """Med-MoE's three stages: 1 trains the connector, 2 the language model too and then the router, 3 the experts and the meta expert.
+
+    A tower that is not frozen trains in stages 1 and 2. `domains`: of each expert, in their order, which items are its own, as patterns of
+    DATASET/PATIENT/TASK; the first domain that fits an item has it. The settings of `upcycle` hold for the router of stage 2, too.
+    """
+
+    stage: Literal[1, 2, 3] = 1
+    domains: dict[str, list[str]] = Field(min_length=1)
+    layers: Literal["every_other", "all"] | list[Natural] = "every_other"
+    top_k: Count = 1
+    meta: bool = True
+    scale: Literal["released", "preserve"] = "released"
+    released: bool = False
+    router_layers: Literal[1, 2] = 1
+    router_samples: Count = 1000
+    router_steps: Count = 500
+
+    @property
+    def upcycling(self) -> dict[str, Any]:
+        """What `upcycle` is given."""
+        names = ("layers", "top_k", "meta", "scale", "released", "router_layers")
+        return {"num_experts": len(self.domains), "router": "frozen"} | {name: getattr(self, name) for name in names}
+
+    @model_validator(mode="after")
+    def _experts(self) -> MedMoE:
+        if self.top_k > len(self.domains):
+            raise UserError(f"medmoe.top_k={self.top_k}: must be at most {len(self.domains)} (medmoe.domains, an expert each)")
+        return self
+
+
 class Recipe(ModelSpec):
     name: str = Field("run", json_schema_extra=HARMLESS)
     description: str = Field("", json_schema_extra=HARMLESS)
+    source: str = Field("", alias="from")  # the run whose model is the start: of stages 2 and 3
+    medmoe: MedMoE | None = None
     data: Data = Field(default_factory=Data)
     augment: Augment = Field(default_factory=Augment)
     sampler: Sampler = Field(default_factory=Sampler)
@@ -179,6 +213,17 @@ class Recipe(ModelSpec):
         return name
 
     @model_validator(mode="after")
+    def _stage(self) -> Recipe:
+        stage = self.medmoe.stage if self.medmoe else None
+        if self.source and stage in (None, 1):
+            raise UserError(f"from={self.source!r}: only medmoe.stage 2 and 3 start from a run; a part has its own from")
+        if stage in (2, 3) and not self.source:
+            raise UserError(f"from='': medmoe.stage={stage} starts from a run of stage {stage - 1}; give from=runs/NAME")
+        if stage and (self.lora or self.language.freeze or self.connector.freeze):
+            raise UserError("medmoe.stage: says what trains; leave out lora, language.freeze and connector.freeze")
+        return self
+
+    @model_validator(mode="after")
     def _steps(self) -> Recipe:
         if self.train.save_every % self.train.log_every:  # a checkpoint holds the log up to its own step
             raise UserError(f"train.save_every={self.train.save_every}: must be a multiple of {self.train.log_every} (train.log_every)")
@@ -192,6 +237,7 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     raw.setdefault("name", path.stem)
     values = dict(_override(text) for text in overrides or [])
     _choose_data(raw, values)
+    _take_over(raw, values)
     _choose_parts(raw, values)
     for key, given in values.items():
         _put(raw, key, given)
@@ -321,6 +367,21 @@ def _choose_data(raw: dict[str, Any], values: dict[str, Any]) -> None:
         data["root"] = ""
     elif data.get("sets"):
         data.setdefault("root", "")
+
+
+def _take_over(raw: dict[str, Any], values: dict[str, Any]) -> None:
+    """A recipe that starts from a run and names no part of the model has that run's parts, and its settings of Med-MoE."""
+    source = values.get("from", raw.get("from"))
+    if not source or not isinstance(source, str) or any(part in raw for part in ModelSpec.model_fields):
+        return
+    before = Path(source) / RECIPE_FILE
+    if not before.is_file():
+        raise UserError(f"from={source!r}: no run is there (no {RECIPE_FILE}); train that stage first, or give from=runs/NAME")
+    stored = _read(before)
+    raw |= {part: stored.get(part) or {} for part in ModelSpec.model_fields}
+    old, own = stored.get("medmoe"), raw.get("medmoe")
+    if isinstance(old, dict) and isinstance(own, dict):
+        raw["medmoe"] = old | own
 
 
 def _choose_parts(raw: dict[str, Any], values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from unimed.needs import missing_weights
 from unimed.records.policy import Rules
 from unimed.tasks import RELEASED_TASKS, TASKS, prompts
 from unimed.tasks.item import Item, digest
-from unimed.train import machine
+from unimed.train import machine, stages
 from unimed.train.folder import Run
 from unimed.train.recipe import Recipe
 
@@ -62,11 +62,15 @@ def build(recipe: Recipe, train_items: Sequence[Item], base: Path | None = None)
     from unimed.models import build as models
 
     set_seed(recipe.train.seed)
+    if recipe.source:
+        return stages.start(recipe)
     more = [task for task in recipe.data.tasks if task not in RELEASED_TASKS]
     tasks = [task for task in (*RELEASED_TASKS, *more) if TASKS[task].needs_image]
     kept = _tokenizer_file(train_items, recipe.language.vocab_size)
     model, processor = models.build(recipe, texts(train_items), tasks=tasks, seed=recipe.train.seed, kept=kept)
     model.config.training = {"recipe": recipe.name, "description": recipe.description}
+    if recipe.medmoe:
+        stages.set_trainable(model, recipe)
     if base is not None and recipe.lora and not (base / io.MANIFEST).is_file():
         io.write_folder(base, lambda folder: save(model, processor, folder))
     return models.adapt(model, recipe, base), processor
@@ -144,12 +148,15 @@ def train(
 
     folder = Run(run)
     _can_run(recipe)
+    stages.require(recipe, run)
     settings = arguments(recipe, run)  # under torchrun, the processes find each other here
     if recipe.train.threads:
         import torch
 
         torch.set_num_threads(recipe.train.threads)
     train_items = items(recipe, "train")
+    if recipe.medmoe and recipe.medmoe.stage == 2:
+        stages.router_items(recipe, train_items)  # what the router will lack is said before the model is trained
     start = {
         "command": command,
         "processes": settings.world_size,
@@ -184,6 +191,8 @@ def train(
             "class_questions": sorted({item.question for item in train_items.of_tasks(of_classes)}),
             "machine": machine.describe(),
         }
+        if recipe.medmoe and recipe.medmoe.stage == 2:
+            stages.train_domains(model, processor, recipe, train_items, folder)
         io.write_json(folder.record, record)
 
     processes.on_main(finish)
