@@ -21,7 +21,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="another run: the difference on the same items, with its interval")] = None,
     data: Annotated[Path | None, typer.Option(help="other data: a folder of records, or of a published layout")] = None,
     split: Annotated[list[str] | None, typer.Option(help="which split; may stand several times")] = None,
-    protocol: Annotated[str | None, typer.Option(help="released or standard; by default the recipe's data and both tables")] = None,
+    protocol: Annotated[str | None, typer.Option(help="released, standard or medmoe; by default the recipe's data and both tables")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="add the row of the model before training")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="write the scores here, too")] = None,
     device: Device = "auto",
@@ -43,10 +43,13 @@ def evaluate(
       [cyan]unimed evaluate tiny evaluate.limit=20 'evaluate.splits=[slab]'[/]
     """
     from unimed import io
+    from unimed.evaluate.run import SETS
     from unimed.tasks.protocol import PROTOCOLS
 
-    if protocol not in (None, *PROTOCOLS):
-        raise UserError(f"--protocol {protocol}: it must be {' or '.join(PROTOCOLS)}")
+    if protocol not in (None, *PROTOCOLS, *SETS):
+        raise UserError(f"--protocol {protocol}: it must be {' or '.join([*PROTOCOLS, *SETS])}")
+    more = protocol if protocol in SETS else None  # on whole texts, beside the standard table
+    protocol = "standard" if more else protocol
     changed = [*_data_overrides(data), *([f"evaluate.splits=[{','.join(split)}]"] if split else [])]
     changed += [*([f"data.protocol={protocol}"] if protocol else []), *(overrides or []), *["data.strict=true"] * strict]
     folder, other = run_folder(run), run_folder(against) if against else None
@@ -55,6 +58,8 @@ def evaluate(
     if other is not None:
         score(other, changed, device, verify, False, protocol)
     result = score(folder, changed, device, verify, untrained, protocol)
+    if more:
+        _show_set(result, more)
     if other is not None:
         from unimed.evaluate.run import against as difference
 
@@ -168,6 +173,22 @@ def _show_difference(result: dict[str, Any], protocol: str | None) -> None:
                 table.add_row(name, task, f"{one['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", found["drawn"], style=clear)
         console.print(table)
     console.print("bold: the interval leaves out zero", style="dim", highlight=False)
+
+
+def _show_set(result: dict[str, Any], name: str) -> None:
+    """The scores of a set, a line a data set and row."""
+    from rich.table import Table
+
+    from unimed.tasks.metrics.medmoe import NAMES
+
+    table = Table(title=f"{result['run']}: scores of {name} · {NOTICE}")
+    for text in ("split", "data set", "answers by", *NAMES):
+        table.add_column(text.replace("_", "\n"), justify="right" if text in NAMES else "left")
+    for part in result["splits"].values():
+        for row, datasets in part["sets"][name].items():
+            for dataset, scores in datasets.items():
+                table.add_row(part["name"], dataset, row, *(f"{scores[one]:.3f}" if one in scores else "–" for one in NAMES))
+    console.print(table)
 
 
 def _show_gates(run: Path) -> None:

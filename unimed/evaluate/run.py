@@ -20,12 +20,14 @@ from unimed.notice import NOTICE
 from unimed.sample import about
 from unimed.tasks import TASKS
 from unimed.tasks.item import Item, digest
+from unimed.tasks.metrics import medmoe
 from unimed.tasks.protocol import RELEASED, STANDARD
 from unimed.train import machine
 from unimed.train import recipe as recipes
 from unimed.train import run as training
 
 METRICS_FILE = "metrics.json"
+SETS = {"medmoe": medmoe.score}  # further scores by the name of their protocol: row -> data set -> score
 SPLIT_NAMES = {
     "train": "training split",
     "val": "validation split",
@@ -100,6 +102,7 @@ def evaluate_run(
             "seconds": round(time.perf_counter() - start, 1),
             "facts": _facts(seen, items),
             "rows": {row: rows[row]["metrics"] for row in rows},
+            "sets": {name: _by_set(items, rows, scores) for name, scores in SETS.items()},
             "drawn": drawn,
             "intervals": found,
         }
@@ -140,6 +143,15 @@ class _SplitStore:
 
     def add(self, row: str, places: Sequence[int], items: Sequence[Item], texts: Sequence[str]) -> None:
         self.answers.add(self.split, row, places, items, texts)
+
+
+def _by_set(items: Sequence[Item], rows: dict[str, Any], scores: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Row -> data set -> score, of the rows that answered; a row without answers to a task has none for it."""
+    found = {}
+    for row, one in rows.items():
+        pairs = [(item, text) for item, text in zip(items, one["predictions"], strict=True) if text is not None]
+        found[row] = scores([item for item, _ in pairs], [text for _, text in pairs])
+    return found
 
 
 def _table_metrics(task: str) -> list[str]:

@@ -48,6 +48,16 @@ def sentence_bleu(prediction: str, reference: str) -> tuple[float, float, float,
     return one, two, three, four
 
 
+def smoothed_bleu(prediction: str, reference: str) -> tuple[float, ...]:
+    """BLEU of n-grams of one length, 1 to 4, with nltk's smoothing 1: an order without a match counts a tenth of one; without a common word 0."""
+    from nltk.translate.bleu_score import SmoothingFunction
+    from nltk.translate.bleu_score import sentence_bleu as bleu
+
+    smooth = SmoothingFunction().method1
+    weights = [tuple(float(place == n) for place in range(4)) for n in range(4)]
+    return tuple(float(bleu([reference.split()], prediction.split(), weights=one, smoothing_function=smooth)) for one in weights)
+
+
 def has_coco() -> bool:
     """Whether pycocoevalcap and a Java runtime are there, so that its PTB tokenizer and METEOR can run."""
     try:
