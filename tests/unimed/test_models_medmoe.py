@@ -17,6 +17,7 @@ from unimed.models.medmoe import (
     MoESettings,
     co_upcycle,
     count_parameters,
+    forms,
     label_curve,
     load_router,
     moe_layers,
@@ -672,3 +673,26 @@ def test_the_page_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(block, space)
     assert isinstance(next(iter(moe_layers(space["model"]).values())), MoEFFN)
+
+
+@pytest.mark.parametrize("family", ["phi", "qwen2"])
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_other_forms_of_a_layer(family, meta, top_k):
+    layer = next(iter(moe_layers(stir(upcycle(decoder(family), meta=meta, top_k=top_k))).values()))
+    x = torch.randn(13, 32, generator=torch.Generator().manual_seed(3))
+    chosen = layer._choose(layer.router(x))
+    for form in (forms.loop, forms.einsum):
+        torch.testing.assert_close(form(layer, x, *chosen), layer(x), rtol=1e-4, atol=1e-5)
+    if meta:
+        torch.testing.assert_close(forms.dense_ffn(layer, x, *chosen).double(), expert(layer, 0, x), rtol=1e-4, atol=1e-5)
+
+
+def test_einsum_drops_what_has_no_place():
+    layer = next(iter(moe_layers(stir(upcycle(decoder(), num_experts=2))).values()))
+    x, weights = torch.randn(4, 32), torch.ones(4, 1)
+    indices = torch.tensor([[0], [0], [0], [1]])  # two places each: the third token of expert 0 has none
+    y = forms.einsum(layer, x, weights, indices, capacity=1.0)
+    whole = forms.loop(layer, x, weights, indices)
+    torch.testing.assert_close(y[[0, 1, 3]], whole[[0, 1, 3]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y[2].double(), expert(layer, 0, x[2]), rtol=1e-4, atol=1e-5)

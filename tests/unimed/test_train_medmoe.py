@@ -163,3 +163,40 @@ def test_the_release_settings_are_chained(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "recipe.yaml").write_text(recipes.dump(recipe))
         assert recipes.load(folder / "recipe.yaml") == recipe
+
+
+def test_experts_of_a_run(chain):
+    from unimed.evaluate.experts import DENSE, EINSUM, LOOP, OURS, measure
+
+    found = measure(chain / "medmoe-3", limit=24, repeats=1)
+    assert found == io.read_json(chain / "medmoe-3" / "experts.json")
+    assert found["domains"] == ["organ crops", "CT body", "MR body"]
+    assert found["layers"] == ["language_model.model.layers.0.mlp"]
+    assert set(found["splits"]) == {"slab", "subject"}
+    for part in found["splits"].values():
+        assert part["images"] == 24
+        shares = [sum(row) for by_layer in part["use"].values() for row in by_layer]
+        assert all(share == pytest.approx(1) or share == 0 for share in shares)  # the held-out subject has no MR
+        assert all(0 <= value <= 1 for value in part["accuracy"].values())
+    assert found["splits"]["subject"]["use"]["MR body"] == [[0, 0, 0]]
+    cost = found["cost"]["forms"]
+    assert set(cost) == {OURS, LOOP, EINSUM, DENSE}
+    assert cost[EINSUM]["bytes_kept"] > cost[OURS]["bytes_kept"] > 0
+    with pytest.raises(UserError, match="not a run of stage 3"):
+        measure(chain / "medmoe-2")
+
+
+@pytest.mark.full
+def test_the_demo_of_medmoe(sample_folder, tmp_path, monkeypatch, without_java):
+    from typer.testing import CliRunner
+
+    from unimed.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    few = [f"data.root={sample_folder}", *PARTS, "language.layers=2", *FEW, "train.max_steps=4", "medmoe.router_samples=48"]
+    done = CliRunner().invoke(app, ["demo", "--model", "medmoe", *few])
+    assert done.exit_code == 0, done.output
+    assert "stage 3 of 3" in done.output
+    html = (tmp_path / "runs" / "demo-medmoe" / "report.html").read_text()
+    assert "Every token also has the meta expert" in html
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["demo-medmoe", "demo-medmoe-1", "demo-medmoe-2"]

@@ -55,33 +55,61 @@ def train(
 def demo(
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="the run's name; demo by default")] = None,
-    llm: Annotated[str | None, typer.Option(help="the language model: tiny or smollm2")] = None,
+    model: Annotated[str, typer.Option(help="tiny, smollm2 or medmoe")] = "tiny",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run of this name that another command made")] = False,
 ) -> None:
     """The whole job: build the sample, train the tiny model, evaluate it, write the report.
 
-    It starts again each time, and replaces the run that it made before.
+    It starts again each time, and replaces the run that it made before. medmoe trains three stages: runs/demo-medmoe-1, -2 and demo-medmoe.
 
     Examples:
 
       [cyan]unimed demo[/]
 
-      [cyan]unimed demo --llm smollm2[/]
+      [cyan]unimed demo --model smollm2[/]
+
+      [cyan]unimed demo --model medmoe[/]           Med-MoE: alignment, instruction tuning and router, domain experts
 
       [cyan]unimed demo train.max_steps=20 evaluate.limit=5[/]    a quick look
     """
     start = time.perf_counter()
+    if model not in ("tiny", "smollm2", "medmoe"):
+        raise UserError(f"--model {model}: no such model; valid are tiny, smollm2, medmoe")
     # Overrides come after the default, so name=x holds; --name comes after both.
-    loaded = _recipe("tiny", llm, ["name=demo", *(overrides or [])], name)
+    first, default = ("medmoe-1", "demo-medmoe") if model == "medmoe" else (model, "demo")
+    loaded = _recipe(first, None, [f"name={default}", *(overrides or [])], name)
     if loaded.data.sets or not loaded.data.root:
         raise UserError("unimed demo: trains on the built-in sample; for own data: unimed train tiny data.sets.NAME.root=FOLDER")
     run = RUNS / loaded.name
-    _may_replace(run, overwrite)
+    before = [run.with_name(f"{run.name}-{number}") for number in (1, 2)] if model == "medmoe" else []
+    for one in (run, *before):
+        _may_replace(one, overwrite)
     build(Path(loaded.data.root))
-    _train(loaded, run, resume=False, overwrite=True, command="demo")
-    score(run, None, untrained=True)
+    if model == "medmoe":
+        _train_stages([*before, run], overrides or [])
+    else:
+        _train(loaded, run, resume=False, overwrite=True, command="demo")
+    score(run, None, untrained=model != "medmoe")
+    if model == "medmoe":
+        from unimed.evaluate.experts import measure
+
+        measure(run)
     write_report(run)
     console.print(f"demo: {(time.perf_counter() - start) / 60:.1f} minutes in all", highlight=False)
+
+
+def _train_stages(runs: list[Path], overrides: list[str]) -> None:
+    """Med-MoE's stages, each from the run before. Only the first one takes what is said of the model's parts."""
+    from unimed.train import recipe as recipes
+
+    of_parts = ("vision.", "connector.", "language.")
+    kept = [text for text in overrides if not text.startswith("name=")]
+    for number, run in enumerate(runs, 1):
+        if number > 1:
+            kept = [text for text in kept if not text.startswith((*of_parts, "from="))] + [f"from={runs[number - 2]}"]
+        loaded = recipes.load(f"medmoe-{number}", [*kept, f"name={run.name}"])
+        console.print(f"stage {number} of {len(runs)}: {loaded.description}", highlight=False)
+        _train(loaded, run, resume=False, overwrite=True, command="demo")
 
 
 def _recipe(recipe: str, llm: str | None, overrides: list[str] | None, name: str | None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
+from unimed.evaluate.experts import EXPERTS_FILE
 from unimed.evaluate.predictions import PREDICTIONS_FILE, read_predictions
 from unimed.evaluate.run import METRICS_FILE, answered, cell, drawn_by, interval_cell, odd_answers
 from unimed.inference.files import RECIPE_FILE, RUN_FILE
@@ -60,6 +61,8 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     for part in splits:
         headings += [(f"boxes-{part['key']}", f"Boxes: {part['name']}")] if part["boxes"] else []
         headings += [(f"answers-{part['key']}", f"Answers: {part['name']}")]
+    experts = _experts(run / EXPERTS_FILE)
+    headings += [("experts", "Experts")] if experts else []
     headings += [
         ("loss", "Loss per task"),
         ("router", "Router"),
@@ -79,13 +82,34 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         guess_colour=gallery.GUESS,
         loss=page.Markup(plots.loss_per_task(log)),
         learning_rate=page.Markup(plots.learning_rate(log)),
-        router=_router(history),
+        router=_router(history) if experts is None else None,
+        experts=experts,
         settings=_settings(recipe, record, result),
         recipe=recipes.dump(recipe),
         limits=_limits(result),
     )
     io.write_text(path, html)
     return path
+
+
+def _experts(file: Path) -> dict[str, Any] | None:
+    """Tables of a Med-MoE run: use by domain and layer, accuracy of the router, cost of a layer."""
+    if not file.is_file():
+        return None
+    found = io.read_json(file)
+    splits = []
+    for split, part in found["splits"].items():
+        rows = [
+            [domain, layer.removeprefix("language_model.model.").removesuffix(".mlp"), *(f"{share:.3f}" for share in shares)]
+            for domain, by_layer in part["use"].items()
+            for layer, shares in zip(found["layers"], by_layer, strict=True)
+            if any(shares)
+        ]
+        accuracy = ", ".join(f"{name} {value:.3f}" for name, value in part["accuracy"].items())
+        splits.append({"name": about.SPLIT_NAMES.get(split, split), "images": part["images"], "accuracy": accuracy, "rows": rows})
+    cost = found["cost"]
+    forms = [(name, f"{one['ms']:.2f} ms, {one['bytes_kept'] / 2**20:.2f} MiB kept") for name, one in cost["forms"].items()]
+    return {"domains": found["domains"], "splits": splits, "tokens": cost["tokens"], "width": cost["width"], "forms": forms}
 
 
 def _cards(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ def sentence_bleu(prediction: str, reference: str) -> tuple[float, float, float,
 
 
 def smoothed_bleu(prediction: str, reference: str) -> tuple[float, ...]:
-    """BLEU of n-grams of one length, 1 to 4, with nltk's smoothing 1: an order without a match counts a tenth of one; without a common word 0."""
+    """BLEU of n-grams of one length, 1 to 4, with nltk's smoothing 1: an order without a match counts 0.1; no common word: 0."""
     from nltk.translate.bleu_score import SmoothingFunction
     from nltk.translate.bleu_score import sentence_bleu as bleu
 
