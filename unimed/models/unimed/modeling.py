@@ -96,7 +96,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
         # A tower may name layers of a model that it is one part of; FSDP refuses a name that is not there.
         there = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = there & set(self._no_split_modules or ())
+        self._no_split_modules = sorted(there & set(self._no_split_modules or ()))
         self.set_trainable()
 
     def _init_weights(self, module: nn.Module) -> None:
