@@ -302,12 +302,13 @@ def fits(total: int, device: str) -> bool:
 def smaller(recipe: Recipe) -> Iterator[tuple[str, ...]]:
     """Overrides that need less memory, each on top of those before, the harmless first."""
     train, language = recipe.train, recipe.language
+    half = "bf16" if train.precision == "fp32" else train.precision  # autocast makes copies of weights in any other dtype
     so_far: list[str] = []
     steps = [
         ["train.gradient_checkpointing=true"] if not train.gradient_checkpointing else [],
         ["connector.recompute=true"] if not recipe.connector.recompute else [],
         [f"train.batch_size=1 train.accumulate={train.batch_size * train.accumulate}"] if train.batch_size > 1 else [],
-        ["language.dtype=bf16"] if language.dtype == "fp32" and (language.lora or language.freeze) else [],
+        [f"language.dtype={half}"] if language.dtype == "fp32" and (language.lora or language.freeze) else [],
         ["language.quantize=4bit"] if language.quantize is None and language.lora and not from_scratch(language.source) else [],
     ]
     for one in steps:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cmoe_kernels import CMoEConfig, CMoEConnector
 from unimed.cli import app as cli
-from unimed.estimate import DEVICES, Live, LoopConnector, connector_memory, step_memory
+from unimed.estimate import DEVICES, Live, LoopConnector, connector_memory, smaller, step_memory
 from unimed.models.build import adapt, build, describe
 from unimed.train import recipe as recipes
 from unimed.train.trainer import UniMedTrainer
@@ -63,18 +63,19 @@ def measured(recipe, folder):
     return live.peak
 
 
-@pytest.mark.parametrize("name", ["bf16, LoRA, a frozen tower", "checkpoints"])
+QUICK = ("bf16, LoRA, a frozen tower", "checkpoints")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in SETTINGS])
 def test_it_is_the_peak_of_live_tensors(name, tmp_path):
     recipe = recipes.load("tiny", [*SMALL.split(), *SETTINGS[name]])
     assert step_memory(recipe, TEXT).total == pytest.approx(measured(recipe, tmp_path), rel=0.1)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", SETTINGS)
-def test_it_is_the_peak_of_live_tensors_of_half_a_gigabyte(name, tmp_path):
-    recipe = recipes.load("tiny", [*WIDE.split(), *SETTINGS[name]])
+def test_it_is_the_peak_of_live_tensors_of_half_a_gigabyte(tmp_path):
+    recipe = recipes.load("tiny", WIDE.split())
     peak = measured(recipe, tmp_path)
-    print(name, peak, step_memory(recipe, TEXT))
     assert peak >= 500e6
     assert step_memory(recipe, TEXT).total == pytest.approx(peak, rel=0.1)
 
@@ -125,6 +126,16 @@ def test_the_command_says_whether_it_fits_and_what_would(monkeypatch):
     assert "does not fit on small" in shown
     assert "train.gradient_checkpointing=true" in shown
     assert "nearest: rtx4090" in run("tiny", "--device", "rtx4091").stderr
+
+
+def test_what_makes_a_recipe_smaller_comes_one_on_top_of_the_other():
+    *_, last = smaller(recipes.load("unimed-7b-release"))
+    assert " ".join(last) == (
+        "train.gradient_checkpointing=true connector.recompute=true train.batch_size=1 train.accumulate=4 language.dtype=fp16 "
+        "language.quantize=4bit"
+    )
+    recipes.load("unimed-7b-release", list(last))
+    assert not [one for one in smaller(recipes.load("tiny", ["train.batch_size=1"])) if "language" in " ".join(one)]
 
 
 def test_full_size_is_counted_without_its_weights():
