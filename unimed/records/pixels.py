@@ -35,7 +35,7 @@ _EXIF_TURNS = {
     2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
     7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
-_PLAIN = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # PNG and JPEG
+_PLAIN = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff"}  # files that are what they are called
 _START = 352  # bytes that tell the kind of a file
 _SILENT = (b"IDAT", b"tIME", b"tRNS")  # chunks of a PNG, behind the first pixels, without an orientation
 _EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
@@ -270,11 +270,12 @@ def _kind(path: Path) -> str:
 
 def _kind_of(name: str, start: bytes) -> str:
     """The kind of a file by its name and its first bytes."""
-    if start.startswith(_PLAIN) and start[128:132] != b"DICM":
+    name = name.lower()
+    magic = _PLAIN.get(name.rpartition(".")[2])
+    if magic and start.startswith(magic) and start[128:132] != b"DICM":
         return "raster"
     from unimed.records import dicom
 
-    name = name.lower()
     if start[128:132] == b"DICM" or name.endswith(dicom.SUFFIXES):
         return "dicom"
     if name.endswith(NIFTI) or start[344:347] in (b"n+1", b"ni1") or start[4:7] in (b"n+2", b"ni2") or start[:2] == b"\x1f\x8b":
