@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.unimed.conftest import SMALL
 from unimed.datasets.entries import count, entries
+from unimed.records import jsonl
 from unimed.records.record import QA, BoxOf, ImageRef, Label, Labels, Number, Record, Report
 from unimed.studies import imax
 from unimed.studies.run import Job
@@ -79,18 +82,27 @@ def test_notes_correlate_over_all_runs(tmp_path):
 
 
 @pytest.mark.full
-def test_the_longest_arm_and_its_twin(tmp_path, monkeypatch):
+def test_the_longest_arm_in_ten_steps(tmp_path, monkeypatch):
     overrides = [one for one in SMALL.split() if not one.startswith(("train.", "evaluate.", "name", "optim"))]
     monkeypatch.setitem(imax.MODELS, "cmoe", [*overrides, "train.batch_size=4"])
     monkeypatch.setattr(imax, "LIKELY", 0.0)
-    (tmp_path / "data").mkdir()
-    imax.prepare(tmp_path / "data", [0])
-    for row in ("staged-cmoe", "dmax-cmoe"):
-        job = Job(tmp_path, row, 0, 10)
-        job.folder.mkdir(parents=True)
-        found = imax.run(job)
-        assert set(found["scores"]) == set(imax.TASKS)
-        assert all(0 <= value <= 1 for value in found["scores"].values())
-        assert found["fisher"]
-        assert 0 <= found["fisher"][-1]["entropy"] <= 1
-    assert (tmp_path / "runs" / "staged-cmoe-0" / "pseudo" / "pseudo.json").is_file()
+    (tmp_path / "files").mkdir()
+    rng = np.random.default_rng(0)
+    more = (Number(name="area of the liver", value=12.5, unit="cm2"), Label(set="size", value="small", task="severity"))
+    for name, split, number in (("pool", "test", 2), ("dmax-0", "train", 14)):
+        made = [record(i) for i in range(number)]
+        made = [one.model_copy(update={"split": split, "annotations": (*one.annotations, *more)}) for one in made]
+        made = imax._one_task_each(made, 0) if split == "train" else made
+        for one in made:
+            Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(tmp_path / "files" / f"{one.id[1:]}.png")
+        rooted = [one.model_copy(update={"images": (ImageRef(path=f"pool:{one.images[0].path}"),)}) for one in made]
+        classes = {"size": ["small", "large"], "organ": list(NAMES)}
+        jsonl.write(tmp_path / "data" / name, jsonl.DatasetInfo(name=name, classes=classes, roots={"pool": "../../files"}), rooted)
+    job = Job(tmp_path, "staged-cmoe", 0, 10)
+    job.folder.mkdir(parents=True)
+    found = imax.run(job)
+    assert set(found["scores"]) == set(imax.TASKS)
+    assert all(0 <= value <= 1 for value in found["scores"].values())
+    assert {one["stage"] for one in found["fisher"]} == {"stage-1", "stage-2", "stage-3"}
+    assert all(0 <= one["entropy"] <= 1 for one in found["fisher"])
+    assert found["pseudo"]["vqa"]["asked"] > 0
