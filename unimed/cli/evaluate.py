@@ -200,7 +200,7 @@ def _show_gates(run: Path) -> None:
 
     router = Run(run).router
     history = io.read_json(router) if router.is_file() else []
-    if not history:
+    if not history or len(next(iter(history[-1]["tasks"].values()))["gates"]) == 1:
         return
     last = history[-1]
     table = Table(title=f"{run.name}: mean gate of each expert, at step {last['step']}", title_justify="left")

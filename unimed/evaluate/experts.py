@@ -17,7 +17,7 @@ EXPERTS_FILE = "experts.json"
 OURS, LOOP, EINSUM, DENSE = "sparse_experts", "loop over experts", "einsum with capacity", "dense FFN"
 
 
-def measure(run: Path, overrides: list[str] | None = None, limit: int = 400, repeats: int = 15) -> dict[str, Any]:
+def measure(run: Path, overrides: list[str] | None = None, limit: int = 400, repeats: int = 7) -> dict[str, Any]:
     """Writes experts.json of a run of stage 3 and returns what it holds.
 
     use: by split, domain and layer, the share of tokens whose first choice is each expert. accuracy: of tokens in all layers and of samples
