@@ -192,7 +192,7 @@ def train(
             "machine": machine.describe(),
         }
         if recipe.medmoe and recipe.medmoe.stage == 2:
-            stages.train_domains(model, processor, recipe, train_items, folder)
+            stages.train_domains(recipe, train_items, folder)
         io.write_json(folder.record, record)
 
     processes.on_main(finish)

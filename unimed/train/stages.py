@@ -143,14 +143,16 @@ def router_items(recipe: Recipe, items: Sequence[Item]) -> tuple[list[tuple[Item
     return found, counts
 
 
-def train_domains(model: Any, processor: Any, recipe: Recipe, items: Sequence[Item], folder: Run) -> None:
-    """Trains the router on the finished model of stage 2, and writes it with the domain of each expert. The model is upcycled by it."""
+def train_domains(recipe: Recipe, items: Sequence[Item], folder: Run) -> None:
+    """Trains the router on the saved model of stage 2 (that in memory may be dealt out), and writes it with the domain of each expert."""
+    from unimed.models.load import load, pick_device
     from unimed.models.medmoe import save_router, train_router, upcycle
 
     found, counts = router_items(recipe, items)
     settings = recipe.medmoe
     assert settings is not None
-    upcycle(model, part="language_model", **settings.upcycling)
+    model, processor = load(folder.model)
+    upcycle(model.to(pick_device("auto")), part="language_model", **settings.upcycling)
     accuracy = train_router(model, batches(model, processor, found), steps=settings.router_steps, seed=recipe.train.seed)
     record = {"experts": list(settings.domains), "labelled": counts, "training": accuracy._asdict()}
 
