@@ -17,7 +17,7 @@ from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.train import recipe as recipes
 from unimed.train.recipe import Recipe
 
-PARTIAL = re.compile(r"\.(recipe\.yaml|(start|router|run)\.json|metrics\.jsonl|checkpoint|checkpoint-\d+|base|model)\.")
+PARTIAL = re.compile(r"\.(recipe\.yaml|(start|router|run)\.json|metrics\.jsonl|checkpoint|checkpoint-\d+|base|domains|model)\.")
 
 
 class Run:
