@@ -19,7 +19,10 @@ OPTIONAL = {
     "rouge_score": "ROUGE",
     "gguf": "SmolLM2 and other GGUF files",
     "pyarrow": "training and evaluation",
+    "gradio": "unimed page",
+    "fastapi": "unimed serve",
 }
+EXTRAS = {"gguf": "smollm2", "gradio": "page", "fastapi": "serve"}  # of those that the extra unimed does not bring
 
 
 def lines() -> Iterator[tuple[str, str]]:
@@ -32,7 +35,8 @@ def lines() -> Iterator[tuple[str, str]]:
         yield name, text
     yield "versions", tested_versions()
     for name, purpose in OPTIONAL.items():
-        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {INSTALL}"
+        install = INSTALL.replace("unimed", EXTRAS.get(name, "unimed"))
+        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {install}"
     bits = "installed" if find_spec("bitsandbytes") else "missing: needed for language.quantize; pip install bitsandbytes"
     yield "bitsandbytes", bits
     root = Path(recipes.Data().root)
