@@ -287,7 +287,7 @@ def test_the_command_takes_other_data_protocols_and_runs(copy, test_only_run, tm
     shown = run("one", *line)
     assert shown.exit_code == 0, shown.output
     scores = json.loads(Path("scores.json").read_text())
-    assert scores["data"] == {"root": str(root), "sample": False, "protocol": "standard"}
+    assert scores["data"] == {"root": f"hospital ({root})", "sample": False, "protocol": "standard"}
     assert list(scores["splits"]) == ["test"]
     assert scores["against"]["run"] == "runs/two"
     found = [one for task in scores["against"]["splits"]["test"].values() for one in task.values() if isinstance(one, dict)]

@@ -421,6 +421,8 @@ def _finish(work: Path, out: Path, given: Sequence[Given], parts: int, strict: b
                     yield imax.Conflict("a patient in several splits", "", what, ()).as_json()
 
     final = work / "out"
+    for partial in final.rglob(".*"):  # what a killed process was writing
+        partial.unlink()
     with io.beside(final / "conflicts.jsonl") as partial, partial.open("wb") as file:
         for one in conflicts():
             kinds[one["kind"]] += 1
