@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-from unimed.notice import INSTALL
+from unimed.notice import install
 
 OPTIONAL = {
     "nibabel": "NIfTI volumes",
@@ -35,8 +35,7 @@ def lines() -> Iterator[tuple[str, str]]:
         yield name, text
     yield "versions", tested_versions()
     for name, purpose in OPTIONAL.items():
-        install = INSTALL.replace("unimed", EXTRAS.get(name, "unimed"))
-        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {install}"
+        yield name, "installed" if find_spec(name) else f"missing: needed for {purpose}; {install(EXTRAS.get(name, 'unimed'))}"
     bits = "installed" if find_spec("bitsandbytes") else "missing: needed for language.quantize; pip install bitsandbytes"
     yield "bitsandbytes", bits
     root = Path(recipes.Data().root)

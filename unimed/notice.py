@@ -1,4 +1,11 @@
 """Two lines that all parts show."""
 
 NOTICE = "Research use, not for diagnosis"
-INSTALL = 'pip install "cmoe-kernels[unimed]"'
+
+
+def install(extra: str) -> str:
+    """The command that brings an extra."""
+    return f'pip install "cmoe-kernels[{extra}]"'
+
+
+INSTALL = install("unimed")

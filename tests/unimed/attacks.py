@@ -17,7 +17,7 @@ from serving import body, png, url
 
 
 def zeros(mebibytes: int) -> bytes:
-    """A raw deflate stream of so many MiB of zeros, about a thousandth of that."""
+    """A raw deflate stream that unpacks to `mebibytes` MiB of zeros; it is about a thousandth of their size."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)

@@ -360,7 +360,7 @@ if __name__ == "__main__":
 
 
 def many(root, count):
-    """MIMIC-CXR-JPG and CheXmask with so many images, which are links to one file."""
+    """MIMIC-CXR-JPG and CheXmask with `count` images, which are links to one file."""
     picture = root / "one.jpg"
     samples.picture(picture)
     metadata, labels, rows = [], [], []

@@ -447,7 +447,7 @@ def test_a_second_question_loads_nothing_again(session, picture, monkeypatch):
 
 
 class Noted(Follow):
-    """Notes pieces and ends in the order in which they come; `stop` ends a row after so many pieces."""
+    """Notes pieces and ends in the order in which they come; `stop` gives the number of pieces after which a row ends."""
 
     def __init__(self, stop=None):
         self.events, self.stop = [], stop or {}

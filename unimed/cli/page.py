@@ -10,9 +10,9 @@ import typer
 from unimed.cli.predict import Model
 from unimed.cli.shared import Device, Verify, console, errors, model_folder, no_bars_of_transformers
 from unimed.errors import UserError
-from unimed.notice import NOTICE
+from unimed.notice import NOTICE, install
 
-INSTALL = 'pip install "cmoe-kernels[page]"'
+INSTALL = install("page")
 
 HOST = "address to listen on; another than loopback shows the page to the network, without a password"
 

@@ -136,7 +136,7 @@ def wants(records: Iterable[Record]) -> tuple[Counter[str], dict[str, Counter[st
 
 
 def match(wanted: Sequence[Record], offered: Sequence[Record], tasks_per_image: int, seed: int, split: str = "") -> list[Record]:
-    """Records out of `offered` with as many entries of every task as `wanted` has, each of at most so many tasks.
+    """Records out of `offered` with as many entries of every task as `wanted` has, each of at most `tasks_per_image` tasks.
 
     The tasks choose their images one after another. Where that does not come out, they choose in another order, a few times; the result
     is then the nearest one, and `check` says what is wrong with it.

@@ -269,7 +269,7 @@ def _subjects(items: Sequence[Item]) -> dict[str, set[str]]:
 
 
 def _counter(progress: Callable[[str, str, int, int], None] | None, split: str, total: int, with_image: int) -> Callable[[str, int], None]:
-    """Turns "so many more answered" into "so many of so many", row by row."""
+    """Turns the number of new answers of a row into the number so far, of all."""
     done: dict[str, int] = {}
 
     def report(row: str, count: int) -> None:

@@ -100,7 +100,7 @@ def domain(settings: MedMoE, item: Item) -> int | None:
 
 
 def labelled(settings: MedMoE, items: Sequence[Item], most: int, seed: int) -> list[tuple[Item, int]]:
-    """At most so many items with their domains, in a random order."""
+    """At most `most` items with their domains, in a random order."""
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
     found: list[tuple[Item, int]] = []
