@@ -8,6 +8,7 @@ D connector input width, H expert hidden width, O output width, E experts, K exp
 from cmoe_kernels.backends import use_backend
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.connector import CMoEConnector, ConnectorOutput
+from cmoe_kernels.ops.accumulate import accumulate_grads
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.grouped_linear import grouped_linear
 from cmoe_kernels.ops.soft_experts import soft_experts
@@ -22,6 +23,7 @@ __all__ = [
     "CMoEConnector",
     "ConnectorOutput",
     "TopK",
+    "accumulate_grads",
     "balance_loss",
     "grouped_linear",
     "soft_experts",

@@ -33,8 +33,9 @@ class Operator:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         self._call = getattr(torch.ops.cmoe, name).default
         without_backend = schema.replace(", str backend)", ")")
+        self._native = name + without_backend.replace("SymInt", "int")
         if not native.stale:
-            _native_library.define(name + without_backend.replace("SymInt", "int"))
+            _native_library.define(self._native)
         # An op that takes no backend calls its kernel itself (packed.py).
         for backend in native.operations().get(name, ()) if without_backend != schema else ():
             backends.register(name, backend, getattr(torch.ops.cmoe_native, name).default)
@@ -58,6 +59,14 @@ class Operator:
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         torch.library.register_fake(self.qualname, fake, lib=_library)
+
+    def adds_to(self, *weights: str) -> None:
+        """Define ``cmoe_native::<name>_into``: a backward op that adds the gradients of these to tensors that are given for them."""
+        name = self._native.partition("(")[0] + "_into"
+        targets = "".join(f", Tensor({chr(ord('a') + i)}!)? into_{weight}" for i, weight in enumerate(weights))
+        if not native.stale:
+            _native_library.define(self._native.replace(name.removesuffix("_into"), name, 1).replace(") ->", f"{targets}) ->"))
+            self.native_into = getattr(torch.ops.cmoe_native, name).default
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
         torch.library.register_autograd(self.qualname, backward, setup_context=setup_context, lib=_library)

@@ -44,15 +44,24 @@ Kernels<T> forward_kernels(Type type, int64_t tokens, const Weight& first, const
   return few ? kernels_for_small_m<T>(type) : kernels_for<T>(type);
 }
 
-// A gradient [experts, rows, columns], contiguous, in the dtype of what it belongs to; or not wanted.
+// A gradient [experts, rows, columns], contiguous; or not wanted. add: to what is there, in T, rounded once.
 struct Gradient {
   char* data = nullptr;
   Type type = Type::f32;
+  bool add = false;
 
   explicit operator bool() const { return data != nullptr; }
   template <class T>
   void store(const Kernels<T>& kernels, int64_t at, const T* from, int64_t n) const {
-    kernels.rows->store(type, from, data + at * size_of(type), n);
+    if (!add) return kernels.rows->store(type, from, data + at * size_of(type), n);
+    T sums[256];
+    for (int64_t i = 0; i < n; i += 256) {
+      char* const to = data + (at + i) * size_of(type);
+      const int64_t count = std::min<int64_t>(256, n - i);
+      kernels.rows->load(type, to, sums, count);
+      kernels.rows->add(from + i, sums, count);
+      kernels.rows->store(type, sums, to, count);
+    }
   }
 };
 

@@ -44,7 +44,7 @@ class Backward {
  private:
   void zero(int64_t e) {
     const auto fill = [&](const Gradient& g, int64_t n) {
-      if (g) std::memset(g.data + e * n * size_of(g.type), 0, n * size_of(g.type));
+      if (g && !g.add) std::memset(g.data + e * n * size_of(g.type), 0, n * size_of(g.type));
     };
     fill(grads_.dw1, op_.w2 ? op_.first_outputs() * op_.inputs : op_.outputs * op_.inputs);
     fill(grads_.db1, op_.w2 ? op_.first_outputs() : op_.outputs);
@@ -215,7 +215,7 @@ class Backward {
   // dW [outputs, inputs] of one expert.
   void wgrad(const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, const Gradient& dw, int64_t e) {
     const int64_t stride = inputs * size_of(dw.type);
-    cpu::wgrad(kernels_, dy, outputs, x, inputs, n_, dw.type, dw.data + e * outputs * stride, stride, threads_);
+    cpu::wgrad(kernels_, dy, outputs, x, inputs, n_, dw.type, dw.data + e * outputs * stride, stride, dw.add, threads_);
   }
 
   // dx += du W1.

@@ -73,9 +73,12 @@ std::tuple<Tensor, Tensor> grouped_linear(Tensor x, Tensor w, std::optional<Tens
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
-                                                           std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
-                                                           int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
+// Gradients of weights are added to those that are given.
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_into(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
+                                                                std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx,
+                                                                Tensor u, int64_t k, std::optional<OwnedString> activation,
+                                                                std::vector<bool> needs, std::optional<Tensor> into_w,
+                                                                std::optional<Tensor> into_b) {
   const Activation act = activation_of(activation);
   const bool activated = act != Activation::none;
   return computing(x, [&](auto zero) {
@@ -84,7 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
     const int64_t rows = op.tokens * k;
     const GroupedRows layout(offsets, rows, gather_idx, scatter_idx, false);
     const Tensor dy_kept = contiguous(dy), u_kept = contiguous(u);
-    Tensor dx = gradient_like(x, needs[need::x], x), dw = gradient_like(w, needs[need::w], x), db = gradient_like(b, needs[need::b], x);
+    Tensor dx = gradient_like(x, needs[need::x], x), dw = gradient_like(w, needs[need::w] && !into_w, x),
+           db = gradient_like(b, needs[need::b] && !into_b, x);
     const std::vector<int64_t>& identity = layout.identity;
     std::vector<int64_t> own;
     const Array<char> du(activated ? rows * op.outputs * size_of(op.type) : 0);
@@ -105,14 +109,21 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
       grads.dy_index = identity.empty() ? own.data() : identity.data();
     }
     grads.dx = needs[need::x] ? bytes_of(dx) : nullptr;
-    grads.dw1 = gradient_of(dw, w, needs[need::w]);
-    grads.db1 = gradient_of(db, b, needs[need::b]);
+    grads.dw1 = gradient_of(dw, w, needs[need::w], into_w);
+    grads.db1 = gradient_of(db, b, needs[need::b], into_b);
     experts_backward<T>(op, grads);
     return std::make_tuple(dx, dw, db);
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> b, Tensor offsets,
+                                                           std::optional<Tensor> gather_idx, std::optional<Tensor> scatter_idx, Tensor u,
+                                                           int64_t k, std::optional<OwnedString> activation, std::vector<bool> needs) {
+  return grouped_linear_backward_into(dy, x, w, b, offsets, gather_idx, scatter_idx, u, k, activation, needs, std::nullopt, std::nullopt);
+}
+
 CMOE_IMPLEMENT(CPU, grouped_linear)
 CMOE_IMPLEMENT(CPU, grouped_linear_backward)
+CMOE_IMPLEMENT(CPU, grouped_linear_backward_into)
 
 }  // namespace cmoe::cpu::bindings

@@ -29,10 +29,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_experts(Tensor x, std::optiona
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward(
+// Gradients of weights are added to those that are given.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward_into(
     Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
     std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
-    bool gated, std::vector<bool> needs) {
+    bool gated, std::vector<bool> needs, std::optional<Tensor> into_w1, std::optional<Tensor> into_b1, std::optional<Tensor> into_w2,
+    std::optional<Tensor> into_b2) {
   const Activation act = activation_of(activation);
   return computing(x, [&](auto zero) {
     using T = decltype(zero);
@@ -44,8 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
                          ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr};
     const int64_t* const order = static_cast<const int64_t*>(gather_idx.const_data_ptr());
     Tensor dx = gradient_like(x, needs[need::x], x), dweights = gradient_like(w, needs[need::weights], x),
-           dw1 = gradient_like(w1, needs[need::w1], x), db1 = gradient_like(b1, needs[need::b1], x),
-           dw2 = gradient_like(w2, needs[need::w2], x), db2 = gradient_like(b2, needs[need::b2], x);
+           dw1 = gradient_like(w1, needs[need::w1] && !into_w1, x), db1 = gradient_like(b1, needs[need::b1] && !into_b1, x),
+           dw2 = gradient_like(w2, needs[need::w2] && !into_w2, x), db2 = gradient_like(b2, needs[need::b2] && !into_b2, x);
     const bool need_weights = w && needs[need::weights];
     const Array<T> row_weights(w ? rows : 0), drows(need_weights ? rows : 0), by_assignment(need_weights ? rows : 0);
     if (w)
@@ -61,10 +63,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
     grads.u_row = op.first_outputs();
     grads.dx = needs[need::x] ? bytes_of(dx) : nullptr;
     grads.routing_weight_grad = need_weights ? drows.get() : nullptr;
-    grads.dw1 = gradient_of(dw1, w1, needs[need::w1]);
-    grads.db1 = gradient_of(db1, b1, needs[need::b1]);
-    grads.dw2 = gradient_of(dw2, w2, needs[need::w2]);
-    grads.db2 = gradient_of(db2, b2, needs[need::b2]);
+    grads.dw1 = gradient_of(dw1, w1, needs[need::w1], into_w1);
+    grads.db1 = gradient_of(db1, b1, needs[need::b1], into_b1);
+    grads.dw2 = gradient_of(dw2, w2, needs[need::w2], into_w2);
+    grads.db2 = gradient_of(db2, b2, needs[need::b2], into_b2);
     experts_backward<T>(op, grads);
     if (need_weights) {
       for (int64_t i = 0; i < rows; ++i) by_assignment[order[i]] = drows[i];
@@ -75,7 +77,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backwa
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_experts_backward(
+    Tensor dy, Tensor x, std::optional<Tensor> weights, Tensor indices, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
+    std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, Tensor gather_idx, Tensor offsets, OwnedString activation,
+    bool gated, std::vector<bool> needs) {
+  return sparse_experts_backward_into(dy, x, weights, indices, w1, b1, w2, b2, group_ids, u, gather_idx, offsets, activation, gated, needs,
+                                      std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+}
+
 CMOE_IMPLEMENT(CPU, sparse_experts)
 CMOE_IMPLEMENT(CPU, sparse_experts_backward)
+CMOE_IMPLEMENT(CPU, sparse_experts_backward_into)
 
 }  // namespace cmoe::cpu::bindings

@@ -151,7 +151,8 @@ class TaskRouter {
             const Matrix m{du_block + from * du_value, block_width * du_value, du_type};
             const OuterRange part{0, std::min(lanes, block_width - from)};
             char* const dw1 = grads.dw1.data + ((block_first + from) * columns + op_.task_inputs) * size_of(grads.dw1.type);
-            WgradBlock<T>(kernels, p, x_columns, m, part, scratch[thread], grads.dw1.type, dw1, columns * size_of(grads.dw1.type))
+            WgradBlock<T>(kernels, p, x_columns, m, part, scratch[thread], grads.dw1.type, dw1, columns * size_of(grads.dw1.type),
+                          grads.dw1.add)
                 .compute();
           }
         }
@@ -274,7 +275,7 @@ class TaskRouter {
           std::fill(row, row + op_.task_inputs, T(0));
           for (int64_t g = 0; g < op_.groups; ++g)
             f_.axpy(dbias[g * op_.hidden + r], tasks.get() + g * op_.task_inputs, row, op_.task_inputs);
-          f_.store_block(grads.dw1.type, row, 0, grads.dw1.data + r * columns * size_of(grads.dw1.type), 0, 1, op_.task_inputs);
+          grads.dw1.store(kernels_, r * columns, row, op_.task_inputs);
         }
       });
     }

@@ -76,11 +76,11 @@ std::tuple<Tensor, Tensor> task_router(std::optional<Tensor> x, std::optional<Te
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x,
-                                                                                std::optional<Tensor> task, Tensor w1,
-                                                                                std::optional<Tensor> b1, std::optional<Tensor> w2,
-                                                                                std::optional<Tensor> b2, std::optional<Tensor> group_ids,
-                                                                                Tensor u, OwnedString activation, std::vector<bool> needs) {
+// Gradients of weights are added to those that are given.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward_into(
+    Tensor dlogits, std::optional<Tensor> x, std::optional<Tensor> task, Tensor w1, std::optional<Tensor> b1, std::optional<Tensor> w2,
+    std::optional<Tensor> b2, std::optional<Tensor> group_ids, Tensor u, OwnedString activation, std::vector<bool> needs,
+    std::optional<Tensor> into_w1, std::optional<Tensor> into_b1, std::optional<Tensor> into_w2, std::optional<Tensor> into_b2) {
   const Activation act = activation_of(activation);
   const Tensor& rows = x ? *x : *task;
   return computing(rows, [&](auto zero) {
@@ -88,23 +88,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(
     const RouterArguments<T> op(x, task, w1, b1, w2, b2, group_ids, act);
     const Tensor dl = contiguous(dlogits), u_kept = contiguous(u);
     Tensor dx = gradient_like(x, needs[need::x], rows), dtask = gradient_like(task, needs[need::task], rows),
-           dw1 = gradient_like(w1, needs[need::w1], rows), db1 = gradient_like(b1, needs[need::b1], rows),
-           dw2 = gradient_like(w2, needs[need::w2], rows), db2 = gradient_like(b2, needs[need::b2], rows);
+           dw1 = gradient_like(w1, needs[need::w1] && !into_w1, rows), db1 = gradient_like(b1, needs[need::b1] && !into_b1, rows),
+           dw2 = gradient_like(w2, needs[need::w2] && !into_w2, rows), db2 = gradient_like(b2, needs[need::b2] && !into_b2, rows);
     RouterGradients<T> grads{};
     grads.dlogits = static_cast<const T*>(dl.const_data_ptr());
     grads.u = u.numel() ? bytes_of(u_kept) : nullptr;
     grads.dx = x && needs[need::x] ? bytes_of(dx) : nullptr;
     grads.dtask = gradient_of(dtask, task, needs[need::task]);
-    grads.dw1 = gradient_of(dw1, w1, needs[need::w1]);
-    grads.db1 = gradient_of(db1, b1, needs[need::b1]);
-    grads.dw2 = gradient_of(dw2, w2, needs[need::w2]);
-    grads.db2 = gradient_of(db2, b2, needs[need::b2]);
+    grads.dw1 = gradient_of(dw1, w1, needs[need::w1], into_w1);
+    grads.db1 = gradient_of(db1, b1, needs[need::b1], into_b1);
+    grads.dw2 = gradient_of(dw2, w2, needs[need::w2], into_w2);
+    grads.db2 = gradient_of(db2, b2, needs[need::b2], into_b2);
     cpu::task_router_backward<T>(op, grads);
     return std::make_tuple(dx, dtask, dw1, db1, dw2, db2);
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> task_router_backward(Tensor dlogits, std::optional<Tensor> x,
+                                                                                std::optional<Tensor> task, Tensor w1,
+                                                                                std::optional<Tensor> b1, std::optional<Tensor> w2,
+                                                                                std::optional<Tensor> b2, std::optional<Tensor> group_ids,
+                                                                                Tensor u, OwnedString activation, std::vector<bool> needs) {
+  return task_router_backward_into(dlogits, x, task, w1, b1, w2, b2, group_ids, u, activation, needs, std::nullopt, std::nullopt,
+                                   std::nullopt, std::nullopt);
+}
+
 CMOE_IMPLEMENT(CPU, task_router)
 CMOE_IMPLEMENT(CPU, task_router_backward)
+CMOE_IMPLEMENT(CPU, task_router_backward_into)
 
 }  // namespace cmoe::cpu::bindings

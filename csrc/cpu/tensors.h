@@ -85,8 +85,10 @@ inline Bias bias_of(const char* name, const std::optional<Tensor>& b, Tensor* ke
 inline Tensor gradient_like(const std::optional<Tensor>& t, bool wanted, const Tensor& like) {
   return t && wanted ? empty_tensor(*t, sizes_of(*t), t->scalar_type()) : empty_placeholder(like);
 }
-inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool wanted) {
+// `into`: a gradient that exists, to add to.
+inline Gradient gradient_of(Tensor& grad, const std::optional<Tensor>& t, bool wanted, const std::optional<Tensor>& into = {}) {
   if (!t || !wanted) return {};
+  if (into) return {static_cast<char*>(into->mutable_data_ptr()), type_of("gradient", *into), true};
   return {bytes_of(grad), type_of("gradient", grad)};
 }
 

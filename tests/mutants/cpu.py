@@ -18,6 +18,10 @@ def router(kind: str, old: str, new: str) -> Mutant:
     return Mutant(kind, "csrc/cpu/task_router.cpp", old, new, ("tests/native/test_shapes.py::test_a_wide_router",), LIBRARY)
 
 
+def accumulate(file: str, old: str, new: str) -> Mutant:
+    return Mutant("accumulate", f"csrc/cpu/{file}", old, new, ("tests/ops/test_accumulate_grads.py::test_micro_batches",), LIBRARY)
+
+
 def self_test(kind: str, old: str, new: str, test: str) -> Mutant:
     return Mutant(kind, "csrc/cpu/self_test.cpp", old, new, (f"tests/native/test_self_test.py::test_{test}",), LIBRARY)
 
@@ -29,6 +33,10 @@ MUTANTS = [
     products("gemm/wgrad.h", "late store", "if (count_ > 1) store_finished();", "if (count_ < 1) store_finished();"),
     products("gemm/wgrad.h", "cells", "turn_++ % 2", "turn_ % 2"),
     products("gemm/wgrad.h", "cells", "sums(one_run ? 0 : o, s - s0)", "sums(0, s - s0)"),
+    products("gemm/wgrad.h", "accumulate", "c > 0 || begin(o, s, to), next", "c > 0, next"),
+    products("gemm/wgrad.h", "accumulate", "c > 0 || begin(o, s, to + o * next), {}", "c > 0, {}", "generic"),
+    accumulate("experts_backward.cpp", "if (g && !g.add) std::memset(", "if (g) std::memset("),
+    accumulate("task_router.cpp", "                          grads.dw1.add)", "                          false)"),
     products("gemm/wgrad.h", "last chunk", "if (c + 1 < count_) return;", "if (c > 0) return;", "generic"),
     products("gemm/wgrad.h", "packed again", "if (!packed_once_) pack(c0, c1);", "", "generic"),
     products("gemm/wgrad.h", "alignment", "% 64 == 0;", "% 32 == 0;"),

@@ -121,6 +121,7 @@ struct Wgrad {
 
 template <class T>
 void run(Kernels<T> kernels, const Wgrad& c) {
+  const bool add = cases % 2;  // to what is there; every second case
   kernels.l2 = c.l2;
   const int64_t value = size_of(kernels.type), stride = c.inputs * size_of(c.type) + c.gap;
   const std::vector<int> dy = integers(c.tokens * c.outputs), x = integers(c.tokens * c.inputs);
@@ -135,11 +136,14 @@ void run(Kernels<T> kernels, const Wgrad& c) {
   std::memset(scratch.get(), untouched, p.bytes() + 64);
   std::memset(dw.get(), untouched, c.offset + c.outputs * stride + 64);
   char* const to = dw.get() + c.offset;
+  constexpr int before = 3;
+  const std::vector<T> was(c.inputs, T(before));
+  for (int64_t o = 0; add && o < c.outputs; ++o) kernels.rows->store(c.type, was.data(), to + o * stride, c.inputs);
   const Matrix rows{dy_bytes.data(), c.outputs * value, kernels.type, c.sorted ? index.data() : nullptr, 1};
   const int64_t most = p.outer_panels * kernels.panel_width(p.outer);
   for (int64_t first = 0; first < c.outputs; first += most)
     WgradBlock<T>(kernels, p, shared, rows, OuterRange{first, std::min(most, c.outputs - first)}, scratch.get(), c.type,
-                  to + first * stride, stride)
+                  to + first * stride, stride, add)
         .compute();
 
   bool right = is_untouched(scratch.get() + p.bytes(), 64) && is_untouched(dw.get(), c.offset) && is_untouched(to + c.outputs * stride, 64);
@@ -147,7 +151,7 @@ void run(Kernels<T> kernels, const Wgrad& c) {
   std::vector<T> wide(c.inputs);
   std::vector<char> expected(c.inputs * size_of(c.type));
   for (int64_t o = 0; o < c.outputs; ++o) {
-    std::fill(sums.begin(), sums.end(), 0);
+    std::fill(sums.begin(), sums.end(), add ? before : 0);
     for (int64_t t = 0; t < c.tokens; ++t)
       for (int64_t i = 0; i < c.inputs; ++i) sums[i] += dy[index[t] * c.outputs + o] * x[t * c.inputs + i];
     std::copy(sums.begin(), sums.end(), wide.begin());
@@ -161,9 +165,9 @@ void run(Kernels<T> kernels, const Wgrad& c) {
   ++cases;
   if (right) return;
   ++wrong;
-  std::printf("WRONG: dW of types %d and %d, %lld x %lld, %lld tokens, l2 %lld, packed %lld, offset %lld, gap %lld, sorted %d\n",
+  std::printf("WRONG: dW of types %d and %d, %lld x %lld, %lld tokens, l2 %lld, packed %lld, offset %lld, gap %lld, sorted %d, added %d\n",
               static_cast<int>(kernels.type), static_cast<int>(c.type), number(c.outputs), number(c.inputs), number(c.tokens), number(c.l2),
-              number(c.most_packed), number(c.offset), number(c.gap), c.sorted);
+              number(c.most_packed), number(c.offset), number(c.gap), c.sorted, add);
 }
 
 constexpr int64_t small = 1 << 15;  // an L2 cache in which every operand takes several blocks

@@ -7,6 +7,7 @@ from cmoe_kernels import backends, native
 from tests.emulation import library
 
 OPS = {name for op in backends.OPS for name in (op, f"{op}_backward")}
+INTO = {f"{op}_backward_into" for op in ("grouped_linear", "soft_experts", "sparse_experts", "task_router")}
 PACKED = {"prepack", "packed_router_bias", "packed_router", "packed_soft_experts", "packed_sparse_experts"}
 needs_library = pytest.mark.skipif(native.library is None, reason=str(native.error))
 
@@ -20,7 +21,7 @@ def types(of: torch._C.FunctionSchema) -> str:
 
 
 @needs_library
-@pytest.mark.parametrize("name", sorted(OPS | PACKED))
+@pytest.mark.parametrize("name", sorted(OPS | PACKED | INTO))
 def test_types_are_those_of_the_schema(name):
     for backend, found in native.operations()[name].items():
         assert found == types(schema("cmoe_native", name)), backend
@@ -30,7 +31,7 @@ def test_types_are_those_of_the_schema(name):
 def test_every_operation_is_implemented():
     cuda = set() if native.cuda_kernels().error else OPS
     assert {name: set(found) for name, found in native.operations().items()} == {
-        name: {"cpu"} | ({"cuda"} if name in cuda else set()) for name in OPS | PACKED
+        name: {"cpu"} | ({"cuda"} if name in cuda else set()) for name in OPS | PACKED | INTO
     }
 
 

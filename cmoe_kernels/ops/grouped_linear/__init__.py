@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
+from cmoe_kernels.ops.accumulate import run_backward
 from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.grouped_linear import reference
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, operator, refuse_double_backward, wants_grad
 
 
 def grouped_linear(
@@ -135,12 +136,14 @@ def _backward(ctx, dy, _du):
     if dy is None:
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:3])
-    grads = _grouped_linear_backward(dy, *ctx.saved_tensors, ctx.k, ctx.activation, needs, ctx.backend)
-    return *needed(grads, needs), *(None,) * 7
+    saved = ctx.saved_tensors
+    grads = run_backward(_grouped_linear_backward, ctx, (dy, *saved, ctx.k, ctx.activation), needs, saved[1:3])
+    return *grads, *(None,) * 7
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_grouped_linear_backward)
+_grouped_linear_backward.adds_to("w", "b")
 backends.register("grouped_linear", "reference", reference.grouped_linear)
 backends.register("grouped_linear_backward", "reference", reference.grouped_linear_backward)
 backends.register_triton("grouped_linear")

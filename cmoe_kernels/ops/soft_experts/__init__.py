@@ -6,10 +6,11 @@ y[t] = sum_e gates[t, e] * (w2[e] @ act(w1[e] @ x[t] + b1[e]) + b2[e])          
 from torch import Tensor
 
 from cmoe_kernels import backends
+from cmoe_kernels.ops.accumulate import run_backward
 from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.soft_experts import reference
 
 
@@ -128,12 +129,14 @@ def _backward(ctx, dy, _du):
     if dy is None:
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:6])
-    grads = _soft_experts_backward(dy, *ctx.saved_tensors, ctx.activation, needs, ctx.backend)
-    return *needed(grads, needs), None, None, None, None
+    saved = ctx.saved_tensors
+    grads = run_backward(_soft_experts_backward, ctx, (dy, *saved, ctx.activation), needs, saved[2:6])
+    return *grads, None, None, None, None
 
 
 _soft_experts.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_soft_experts_backward)
+_soft_experts_backward.adds_to("w1", "b1", "w2", "b2")
 backends.register("soft_experts", "reference", reference.soft_experts)
 backends.register("soft_experts_backward", "reference", reference.soft_experts_backward)
 backends.register_triton("soft_experts")

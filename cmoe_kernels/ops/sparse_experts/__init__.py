@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
+from cmoe_kernels.ops.accumulate import run_backward
 from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
 from cmoe_kernels.ops.precision import autocast_dtype
-from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.sparse_experts import reference
 
 
@@ -153,13 +154,15 @@ def _backward(ctx, dy, *_):
         return (None,) * 12
     x, weights, _, *parameters = ctx.needs_input_grad[:7]
     needs = [x, weights, *parameters]
-    grads = _sparse_experts_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.gated, needs, ctx.backend)
-    dx, dweights, *dparameters = needed(grads, needs)
+    saved = ctx.saved_tensors
+    arguments = (dy, *saved, ctx.activation, ctx.gated)
+    dx, dweights, *dparameters = run_backward(_sparse_experts_backward, ctx, arguments, needs, saved[3:7])
     return dx, dweights, None, *dparameters, *(None,) * 5
 
 
 _sparse_experts.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_sparse_experts_backward)
+_sparse_experts_backward.adds_to("w1", "b1", "w2", "b2")
 backends.register("sparse_experts", "reference", reference.sparse_experts)
 backends.register("sparse_experts_backward", "reference", reference.sparse_experts_backward)
 backends.register_triton("sparse_experts")

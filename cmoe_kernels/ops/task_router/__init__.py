@@ -9,10 +9,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from cmoe_kernels import backends
+from cmoe_kernels.ops.accumulate import run_backward
 from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
 from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
 from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
-from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, needed, operator, refuse_double_backward, wants_grad
+from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.task_router import reference
 
 RouterInputs = Literal["task_token", "token", "task"]
@@ -166,12 +167,14 @@ def _backward(ctx, dlogits, _du):
     if dlogits is None:
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:6])
-    grads = _task_router_backward(dlogits, *ctx.saved_tensors, ctx.activation, needs, ctx.backend)
-    return *needed(grads, needs), None, None, None, None
+    saved = ctx.saved_tensors
+    grads = run_backward(_task_router_backward, ctx, (dlogits, *saved, ctx.activation), needs, saved[2:6])
+    return *grads, None, None, None, None
 
 
 _task_router.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(_task_router_backward)
+_task_router_backward.adds_to("w1", "b1", "w2", "b2")
 backends.register("task_router", "reference", reference.task_router)
 backends.register("task_router_backward", "reference", reference.task_router_backward)
 backends.register_triton("task_router")

@@ -103,17 +103,17 @@ void grouped_gemm(const Kernels<T>& kernels, const Matrix& x, int64_t rows, int6
   grouped_gemm(kernels, p, packed, 1, columns, [&](int64_t, int64_t) { return weight; }, epilogue, threads);
 }
 
-// dW [outputs, inputs] = dy^T x over the rows of both; `stride`: bytes from row to row of dW.
+// dW [outputs, inputs] = dy^T x over the rows of both, or dW += dy^T x; `stride`: bytes from row to row of dW.
 template <class T>
 void wgrad(const Kernels<T>& kernels, const Matrix& dy, int64_t outputs, const Matrix& x, int64_t inputs, int64_t rows, Type type, char* dw,
-           int64_t stride, int64_t threads) {
+           int64_t stride, bool add, int64_t threads) {
   const PackedOperand<T> packed(kernels, Side::b, inputs, 1, rows);
   pack_operand(kernels, packed, {x, false}, threads);
   const Blocking p = wgrad_blocking(kernels, outputs, inputs, rows, threads);
   const ThreadScratch scratch(threads, p.bytes());
   parallel(threads, [&](int64_t thread) {
     blocks_of(kernels, p, 1, outputs, thread, threads, [&](int64_t, const OuterRange& lanes) {
-      WgradBlock<T>(kernels, p, packed, dy, lanes, scratch[thread], type, dw + lanes.first * stride, stride).compute();
+      WgradBlock<T>(kernels, p, packed, dy, lanes, scratch[thread], type, dw + lanes.first * stride, stride, add).compute();
     });
   });
 }

@@ -4,6 +4,8 @@
 // stored. Under AMX, finished sums are stored one product late, beside the products that follow: a gradient is written once and not read
 // again here. With tokens of one or two chunks its sums are finished in one run of k: they take a row of cells in L1 (one chunk: two
 // cells), x's block takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
+//
+// dW += dy^T x: sums begin with what dW holds, so that it is read once and written once.
 #pragma once
 
 #include "multiply.h"
@@ -42,13 +44,13 @@ template <class T>
 class WgradBlock {
  public:
   WgradBlock(const Kernels<T>& kernels, const Blocking& p, const PackedOperand<T>& shared, const Matrix& dy, const OuterRange& lanes,
-             char* scratch, Type type, char* to, int64_t stride)
+             char* scratch, Type type, char* to, int64_t stride, bool accumulate)
       : kernels_(kernels), gemm_(*kernels.gemm), p_(p), shared_(shared), chunks_(shared.chunks()),
         count_(static_cast<int64_t>(chunks_.size())), dy_(dy), lanes_(lanes), packed_(scratch),
-        block_(reinterpret_cast<T*>(scratch + p.outer_bytes)), type_(type), to_(to), stride_(stride) {}
+        block_(reinterpret_cast<T*>(scratch + p.outer_bytes)), type_(type), to_(to), stride_(stride), accumulate_(accumulate) {}
 
   void compute() {
-    if (count_ == 0)  // k is 0: sums of nothing
+    if (count_ == 0 && !accumulate_)  // k is 0: sums of nothing
       for (int64_t r = 0; r < lanes_.count; ++r) std::memset(to_ + r * stride_, 0, shared_.lanes() * size_of(type_));
     packed_once_ = count_ && (chunks_.back().start + chunks_.back().padded) * panels_ * ol_ * element_ <= p_.outer_bytes;
     if (packed_once_) pack(0, count_);
@@ -76,6 +78,13 @@ class WgradBlock {
   T* sums(int64_t o, int64_t s) const { return block_ + (o * p_.shared_panels + s) * ol_ * sl_; }
   char* row(int64_t o, int64_t s) const { return to_ + o * ol_ * stride_ + s * sl_ * size_of(type_); }
 
+  // The sums of a cell as they are before its first chunk; what the chunk is to add to them.
+  bool begin(int64_t o, int64_t s, T* sums) const {
+    for (int r = 0; accumulate_ && r < used(o); ++r)
+      kernels_.rows->load(type_, row(o, s) + r * stride_, sums + r * sl_, shared_.in_panel(s));
+    return accumulate_;
+  }
+
   void pack(int64_t c0, int64_t c1) {
     packed_from_ = c0;
     char* const conversion = packed_ + p_.outer_bytes + p_.block_bytes + p_.row_bytes;
@@ -93,7 +102,8 @@ class WgradBlock {
     for (int64_t s = s0; s < s1; ++s) {
       const char* const x = shared_.at(s, chunk);
       T* const to = sums(0, s - s0);
-      for (int64_t o = 0; o < panels_; ++o) multiply(first + o * bytes, stride, x, to + o * next, chunk.padded, used(o), c > 0, {});
+      for (int64_t o = 0; o < panels_; ++o)
+        multiply(first + o * bytes, stride, x, to + o * next, chunk.padded, used(o), c > 0 || begin(o, s, to + o * next), {});
     }
     if (c + 1 < count_) return;
     T* const rows = reinterpret_cast<T*>(packed_ + p_.outer_bytes + p_.block_bytes);
@@ -114,7 +124,7 @@ class WgradBlock {
             o + 1 < panels_ ? PrefetchShares(panel(o + 1, chunk), chunk.padded * ol_ * element_, s1 - s0) : PrefetchShares();
         for (int64_t s = s0; s < s1; ++s) {
           T* const to = count_ == 1 ? sums(0, turn_++ % 2) : sums(one_run ? 0 : o, s - s0);
-          multiply_and_store(o, chunk, s, to, c > 0, next[s - s0]);
+          multiply_and_store(o, chunk, s, to, c > 0 || begin(o, s, to), next[s - s0]);
           if (c + 1 == count_) finished_ = {to, row(o, s), stride_, used(o), shared_.in_panel(s)};
         }
       }
@@ -155,6 +165,7 @@ class WgradBlock {
   const Type type_;
   char* const to_;
   const int64_t stride_;
+  const bool accumulate_;
   const int64_t ol_ = gemm_.mr, sl_ = gemm_.nr, panels_ = (lanes_.count + ol_ - 1) / ol_, element_ = kernels_.element();
   bool packed_once_ = false;
   int64_t packed_from_ = 0;  // the chunk whose panels come first

@@ -1,0 +1,124 @@
+"""Gradients of weights that are added where they are to be, without a tensor of their own."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from cmoe_kernels.ops.arguments import require_choice
+from cmoe_kernels.ops.registration import Operator, needed
+
+Into = Literal["grad", "main_grad"]
+_MARK, _HOOK = "_cmoe_accumulate", "_cmoe_main_grad_hook"
+_marked = False  # whether a parameter was ever marked: nothing else is looked at before
+
+
+def accumulate_grads(parameters: Module | Iterable[Parameter], into: Into | None = "grad") -> None:
+    """Let backward passes of our ops add the gradients of these parameters to those that are there, in the product that makes them.
+
+    dW += dy^T x, in place of a new dW that autograd adds to ``p.grad``. A micro-batch saves the memory of dW and most of its traffic:
+    dW is read once and written once. Opt-in, as Megatron's ``gradient_accumulation_fusion``.
+
+    Args:
+        parameters: a module, for all of its parameters, or parameters.
+        into: "grad", ``p.grad`` from the second backward pass after ``zero_grad()`` on (the first one makes it, at no cost); "main_grad",
+            an fp32 tensor ``p.main_grad`` of the parameter's shape, made of zeros where it is missing: ``p.grad`` stays None, and the
+            optimizer is to read ``p.main_grad``. Gradients that come the ordinary way are added to it, too. None ends it.
+
+    The CPU kernels add. Sums are made in fp32 (fp64) and rounded once to the dtype of the gradient, so bits differ from autograd's, which
+    rounds dW first.
+
+    Other backends, ``torch.autograd.grad``, ``backward(inputs=...)`` without the parameter, ``create_graph=True``, ``torch.compile``, a
+    weight that is computed from a parameter, and a ``p.grad`` that is not contiguous or of another dtype than the parameter get the
+    ordinary gradient. A graph that is kept (``retain_graph=True``) adds at every pass, as autograd does.
+
+    Raises:
+        TypeError: something is no plain parameter (DTensor, as FSDP2 makes them).
+        RuntimeError: in the backward pass, where the parameter has hooks of its gradient (``register_hook``; with main_grad also
+            ``register_post_accumulate_grad_hook``), which would not see it; where ``p.main_grad`` is not a contiguous fp32 tensor of its
+            shape.
+
+    Example::
+
+        connector = CMoEConnector(CMoEConfig(in_features=8, out_features=16))
+        accumulate_grads(connector)
+        for x in torch.randn(4, 1, 16, 8):  # micro-batches
+            connector(x, "vqa").embeddings.sum().backward()
+
+    Source: Megatron-LM's gradient_accumulation_fusion.
+    """
+    global _marked
+    if into is not None:
+        require_choice("into", into, ("grad", "main_grad"))
+    chosen = list(parameters.parameters() if isinstance(parameters, Module) else parameters)
+    for parameter in chosen:
+        if type(parameter) is not Parameter:
+            raise TypeError(f"accumulate_grads: {type(parameter).__name__} is no plain torch.nn.Parameter: its gradient is not one tensor")
+    for parameter in chosen:
+        if (hook := parameter.__dict__.pop(_HOOK, None)) is not None:
+            hook.remove()
+        parameter.__dict__.pop(_MARK, None)
+        if into is None:
+            continue
+        setattr(parameter, _MARK, into)
+        _marked = True
+        if into == "main_grad":
+            if getattr(parameter, "main_grad", None) is None:
+                zeros = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+                parameter.main_grad = zeros  # type: ignore[attr-defined]
+            if parameter.requires_grad:
+                setattr(parameter, _HOOK, parameter.register_post_accumulate_grad_hook(_to_main_grad))
+
+
+def _to_main_grad(parameter: Tensor) -> None:
+    """For a gradient that came the ordinary way. torch also calls it where an op has added one."""
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
+
+
+def run_backward(
+    op: Operator, ctx: Any, arguments: tuple[Any, ...], needs: list[bool], weights: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are needed; those of the weights, the last ones, are None where they were added to their targets."""
+    into = _targets(ctx, weights, needs[-len(weights) :]) if _marked else None
+    if into is None:
+        return needed(op(*arguments, needs, ctx.backend), needs)
+    grads = op.native_into(*arguments, needs, *into)
+    others = len(needs) - len(weights)
+    return needed(grads, [need and not (i >= others and into[i - others] is not None) for i, need in enumerate(needs)])
+
+
+def _targets(ctx: Any, weights: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None] | None:
+    """What the gradients of weights are to be added to; None where all of them go the ordinary way."""
+    if ctx.backend != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    leaves = [node for node, _ in ctx.next_functions if hasattr(node, "variable")]
+    found = [_target(weight, leaves) if need else None for weight, need in zip(weights, needs, strict=True)]
+    return found if any(target is not None for target in found) else None
+
+
+def _target(weight: Tensor | None, leaves: Sequence[Any]) -> Tensor | None:
+    into = getattr(weight, _MARK, None)
+    leaf = next((node for node in leaves if node.variable is weight), None)
+    if into is None or leaf is None or weight is None or not _accumulates(leaf):
+        return None
+    target = weight.main_grad if into == "main_grad" else weight.grad  # type: ignore[attr-defined]
+    if into == "grad" and (target is None or target.dtype != weight.dtype or not target.is_contiguous()):
+        return None
+    name = f"accumulate_grads: a parameter of shape {tuple(weight.shape)}"
+    if weight._backward_hooks or (into == "main_grad" and len(weight._post_accumulate_grad_hooks or ()) > 1):
+        raise RuntimeError(f"{name} has hooks of its gradient, which would not see it: remove them, or accumulate_grads(..., into=None)")
+    if into == "main_grad" and (target.dtype != torch.float32 or target.shape != weight.shape or not target.is_contiguous()):
+        raise RuntimeError(f"{name} has a main_grad of {target.dtype} {tuple(target.shape)}, must be contiguous fp32 of its own shape")
+    return target
+
+
+def _accumulates(leaf: Any) -> bool:
+    """Whether this backward pass ends at the leaf: it does not in torch.autograd.grad, which torch answers with an error here."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:
+        return False
