@@ -105,7 +105,7 @@ def _target(weight: Tensor | None, leaves: Sequence[Any]) -> Tensor | None:
     leaf = next((node for node in leaves if node.variable is weight), None)
     if into is None or leaf is None or weight is None or not _accumulates(leaf):
         return None
-    target = weight.main_grad if into == "main_grad" else weight.grad  # type: ignore[attr-defined]
+    target: Any = getattr(weight, into)
     if into == "grad" and (target is None or target.dtype != weight.dtype or not target.is_contiguous()):
         return None
     name = f"accumulate_grads: a parameter of shape {tuple(weight.shape)}"
