@@ -40,7 +40,7 @@ def test_rows_and_seeds_make_a_table(tmp_path, toy):
     assert re.search(
         r"\| plain \| 2 \| 0\.105 \(0\.100, 0\.110\) \| 0\.05[23] \(0\.050, 0\.055\) \| 0\.079 \(0\.075, 0\.08[23]\) \|", text
     ), text
-    assert re.search(r"\| other \| plain \| \+95\.5 \(\+100\.0, \+90\.9\) \|", text)
+    assert re.search(r"\| other \| 2 \|.*\| plain \| \+95\.5 \(\+100\.0, \+90\.9\) \| \+7\.5 \(\+7\.5, \+7\.5\) \| 4, 0 \|", text), text
     assert "2 rows." in text
     assert json.loads((tmp_path / "s" / "table.json").read_text()) == table
     assert (tmp_path / "s" / "plot.png").stat().st_size > 5000

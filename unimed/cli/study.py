@@ -13,7 +13,7 @@ from unimed.notice import NOTICE
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="imax")],
+    name: Annotated[str, typer.Argument(help="connectors or imax")],
     out: Annotated[Path, typer.Option(help="the study's folder: data, runs, table.json, table.md, plot.png")],
     seeds: Annotated[int, typer.Option(help="runs of each row")] = 3,
     steps: Annotated[int | None, typer.Option(help="training steps of a run; by default the study's own")] = None,
@@ -24,6 +24,8 @@ def study(
     """Train and compare: every row with several seeds, in processes. The same command again goes on.
 
     Examples:
+
+      [cyan]unimed study connectors --out connectors[/]                            42 runs, and 3 that choose the learning rate
 
       [cyan]unimed study imax --out study[/]                                       24 runs
 

@@ -168,19 +168,11 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(place: Path, pool: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """The strict score of every task on the held-out subject, and all metrics."""
     from unimed.datasets.load import load_set
-    from unimed.evaluate.evaluate import score
     from unimed.inference.session import load
+    from unimed.studies.score import score
     from unimed.tasks import TASKS as KNOWN
 
-    held_out = list(load_set("pool", pool, "records", "test", TASKS))
-    session = load(place, "cpu")
-    answers: list[str] = [""] * len(held_out)
-    for task in TASKS:  # prompts of one task are about equally long
-        places = [at for at, item in enumerate(held_out) if item.task == task]
-        made = session.generate([held_out[at] for at in places], 64, 64)
-        for at, one in zip(places, made, strict=True):
-            answers[at] = one.text
-    metrics = score(held_out, answers)
+    metrics = score(load(place, "cpu"), list(load_set("pool", pool, "records", "test", TASKS)))
     return {task: metrics[task][KNOWN[task].strict] for task in TASKS if task in metrics}, metrics
 
 

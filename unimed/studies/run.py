@@ -20,16 +20,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unimed import io
 from unimed.errors import UserError
 
-STUDIES = {"imax": "unimed.studies.imax"}  # module by name
+STUDIES = {"imax": "unimed.studies.imax", "connectors": "unimed.studies.connectors"}  # module by name
 DONE = "made"  # in data/, once it is whole
+CHOICE_SEED = 1000  # of the runs that choose a setting: no seed of a table
 Progress = Callable[[int, int, str], None]
 
 
@@ -56,7 +57,11 @@ class Study:
     """rows: what each is, in a few words. against: the row that a row is compared with. steps: of a run by default.
 
     prepare(folder, seeds) fills data/. run(job) gives {"scores": {column: value}, ...}, higher being better; whatever else it gives is kept
-    in table.json. notes(results) gives lines for the end of table.md: results by row and seed.
+    in table.json. "blank" among it, {column: value}, is what the run scores on black images. notes(results) gives lines for the end of
+    table.md: results by row and seed. tidy(job) deletes what a finished run needs no more.
+
+    choices: runs that are made first, with CHOICE_SEED, and are no rows of the table; later runs read their results to choose a setting.
+    apart: columns that no mean and no gain counts.
     """
 
     name: str
@@ -67,6 +72,9 @@ class Study:
     prepare: Callable[[Path, Sequence[int]], None]
     run: Callable[[Job], dict[str, Any]]
     notes: Callable[[Mapping[str, Mapping[int, dict[str, Any]]]], Sequence[str]] = lambda results: ()
+    tidy: Callable[[Job], None] = lambda job: None
+    choices: Mapping[str, str] = field(default_factory=dict)
+    apart: Collection[str] = ()
 
 
 def named(name: str) -> Study:
@@ -106,6 +114,7 @@ def run_study(
     else:
         io.write_json(place, settings)
     _prepare(study, out, range(seeds), progress)
+    _make(study, [Job(out, choice, CHOICE_SEED, steps) for choice in study.choices], jobs, progress)
     wanted = [Job(out, row, seed, steps) for seed in range(seeds) for row in study.rows if rows is None or row in rows]
     _make(study, wanted, jobs, progress)
     return write_table(study, out)
@@ -176,6 +185,7 @@ def work(module: str, out: Path, row: str, seed: int) -> None:
             result = study.run(job)
             result.setdefault("seconds", round(time.perf_counter() - start, 1))
             io.write_json(job.folder / "result.json", result)
+            study.tidy(job)
 
 
 # The table
@@ -212,38 +222,74 @@ def write_table(study: Study, out: Path) -> dict[str, Any]:
     return table
 
 
+def gain(study: Study, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one result over another: by column the difference, and the gain in percent where the other one sees something in the image.
+
+    A column has no gain in percent where the other one's score is 0, or not above its score on black images.
+    """
+    counted = [name for name in ours["scores"] if name in theirs["scores"] and name not in study.apart]
+    differences = {name: ours["scores"][name] - theirs["scores"][name] for name in counted}
+    floor = theirs.get("blank", {})
+    seen = [name for name in counted if theirs["scores"][name] > max(floor.get(name, 0.0), 0.0)]
+    percent = {name: 100 * differences[name] / theirs["scores"][name] for name in seen}
+    return {
+        "columns": percent,
+        "mean": statistics.fmean(percent.values()) if percent else None,
+        "differences": differences,
+        "mean difference": statistics.fmean(differences.values()) if differences else None,
+        "up": sum(value > 0 for value in differences.values()),
+        "down": sum(value < 0 for value in differences.values()),
+    }
+
+
 def _gains(study: Study, results: Mapping[str, Mapping[int, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Of a row over the one that it is compared with, for every seed that both have: by column in percent, and their mean."""
+    """Of a row over the one that it is compared with, for every seed that both have."""
     gains: dict[str, dict[str, Any]] = {}
     for row, other in study.against.items():
         for seed in sorted(set(results.get(row, {})) & set(results.get(other, {}))):
-            ours, theirs = results[row][seed]["scores"], results[other][seed]["scores"]
-            each = {name: 100 * (value - theirs[name]) / theirs[name] for name, value in ours.items() if theirs.get(name)}
             found = gains.setdefault(row, {"against": other, "seeds": {}})
-            found["seeds"][str(seed)] = {"columns": each, "mean": statistics.fmean(each.values()) if each else None}
+            found["seeds"][str(seed)] = gain(study, results[row][seed], results[other][seed])
     return gains
 
 
 def markdown(study: Study, results: Mapping[str, Mapping[int, dict[str, Any]]], columns: Sequence[str], gains: Mapping[str, Any]) -> str:
-    """The tables: mean and every seed of each score, then the gains."""
+    """The table: mean and every seed of each score, and the gain over the row that a row is compared with."""
     lines = [f"# {study.title}", "", *(f"- `{row}`: {study.rows[row]}" for row in results), ""]
-    lines += [f"| row | seeds | {' | '.join(columns)} | mean |", "|---|---|" + "---|" * (len(columns) + 1)]
+    header = ["row", "seeds", *columns, "mean", *(["against", "gain, %", "gain, points", "up, down"] if gains else [])]
+    lines += [f"| {' | '.join(header)} |", "|---|---|" + "---|" * (len(header) - 2)]
     for row, seeds in results.items():
         cells = [_cell([one["scores"].get(name) for one in seeds.values()]) for name in columns]
-        means = [statistics.fmean(one["scores"].values()) if one["scores"] else None for one in seeds.values()]
-        lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} | {_cell(means)} |")
+        means = [_mean(study, one["scores"]) for one in seeds.values()]
+        more = gain_cells(gains[row]["against"], list(gains[row]["seeds"].values())) if row in gains else [""] * 4 * bool(gains)
+        lines.append(f"| {' | '.join([row, str(len(seeds)), *cells, _cell(means), *more])} |")
     lines += ["", "Mean of the seeds, then every seed in its order."]
+    if study.apart:
+        lines[-1] += f" No mean and no gain counts {', '.join(study.apart)}."
     if gains:
-        lines += ["", "| row | against | mean gain in percent, every seed |", "|---|---|---|"]
-        for row, found in gains.items():
-            each = [one["mean"] for one in found["seeds"].values()]
-            lines.append(f"| {row} | {found['against']} | {_cell(each, '+.1f')} |")
         lines += [
             "",
-            "The gain of a seed is the mean over the columns of its relative gain; columns that are 0 in the other row are left out.",
+            "The gain of a seed is the mean over the columns: in percent of the other row's score, and in points (hundredths of a score). "
+            "Percent leaves out a column where the other row scores 0 or no more than on black images. "
+            "Up and down count columns of all seeds with a higher and a lower score.",
         ]
     notes = list(study.notes(results))
     return "\n".join([*lines, *(["", *notes] if notes else []), ""])
+
+
+def gain_cells(other: str, each: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The gains of all seeds as four cells of a table."""
+    points = [None if one["mean difference"] is None else 100 * one["mean difference"] for one in each]
+    return [
+        other,
+        _cell([one["mean"] for one in each], "+.1f"),
+        _cell(points, "+.1f"),
+        f"{sum(one['up'] for one in each)}, {sum(one['down'] for one in each)}",
+    ]
+
+
+def _mean(study: Study, scores: Mapping[str, float]) -> float | None:
+    counted = [value for name, value in scores.items() if name not in study.apart]
+    return statistics.fmean(counted) if counted else None
 
 
 def _cell(values: Sequence[float | None], form: str = ".3f") -> str:
