@@ -78,7 +78,7 @@ def result(value, blank, rate=1e-3):
     scores = dict.fromkeys(columns, value) | {connectors.APART[0]: 0.1}
     return {
         "scores": scores, "blank": dict.fromkeys(columns[:-1], 0.2) | {columns[0]: blank}, "learning rate": rate, "tried": {"0.001": 0.5},
-        "connector": {"hidden": 8, "parameters": 1000, "operations": 900}, "training seconds": 3.0,
+        "connector": {"hidden": 8, "parameters": 1000, "operations": 900}, "training seconds": 3.0, "probe seconds": 0.1,
     }  # fmt: skip
 
 
@@ -147,4 +147,6 @@ def test_the_whole_study_in_six_steps(tmp_path, monkeypatch, without_java):
         assert all(0 <= value <= 1 for value in scores.values())
         assert (tmp_path / "s" / "runs" / f"{row}-0" / "run" / "model").is_dir() == (row in connectors.KEPT)
         assert not list((tmp_path / "s" / "runs" / f"{row}-0" / "run").glob("checkpoint-*"))
+        points = (tmp_path / "s" / "runs" / f"{row}-0" / "probe.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in points] == [1, 2, 3, 4, 5, 6]
         assert set(table["results"][row]["0"]["tried"]) == {"0.0005", "0.001"}

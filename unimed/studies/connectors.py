@@ -54,7 +54,7 @@ COLUMNS = {
 APART = (COLUMNS["qa"][0],)  # text questions meet no connector
 KEPT = ("mlp", "cmoe-soft")  # rows whose models `unimed study interference` reads
 LORA_RANKS = (4, 8, 16)  # the paper's ablation of the language model's LoRA
-SAVES = 4  # checkpoints of a run
+SAVES, POINTS = 4, 8  # checkpoints of a run, and points of its probe
 
 
 def prepare(data: Path, seeds: Sequence[int]) -> None:
@@ -151,15 +151,18 @@ def run(job: Job) -> dict[str, Any]:
     tried = {} if choosing else _tried(job)
     rate = RATES[list(CHOICES).index(job.row)] if choosing else max(tried, key=lambda one: (tried[one], -one))
     row = "mlp" if choosing else job.row
-    recipe = _recipe(job, row, rate)
+    recipe = _recipe(job, row, rate, probe=not choosing)
     place = job.folder / "run"
     folder = Run(place)
     if not folder.record.is_file():
         training.train(recipe, place, resume=folder.recipe.is_file())
+    if folder.probe.is_file():
+        shutil.copyfile(folder.probe, job.folder / folder.probe.name)  # beside the log: --clean leaves it
     session = load(place, "cpu")
     items = spread(training.items(recipe, "slab" if choosing else "subject"), LIMIT)
     metrics = score(session, items)
     blank = {} if choosing else score(session, items, blank=True)
+    record = io.read_json(folder.record)
     return {
         "scores": _columns(metrics),
         "blank": _columns(blank),
@@ -167,7 +170,8 @@ def run(job: Job) -> dict[str, Any]:
         "learning rate": rate,
         "tried": {f"{one:g}": value for one, value in tried.items()},
         "connector": size(row, BASE),
-        "training seconds": io.read_json(folder.record)["seconds"],
+        "training seconds": record["seconds"],
+        "probe seconds": record.get("probe_seconds", 0.0),
     }
 
 
@@ -184,7 +188,7 @@ def _tried(job: Job) -> dict[float, float]:
     return found
 
 
-def _recipe(job: Job, row: str, rate: float) -> Any:
+def _recipe(job: Job, row: str, rate: float, probe: bool) -> Any:
     log = max(job.steps // 20, 1)
     return _load(
         [
@@ -196,6 +200,7 @@ def _recipe(job: Job, row: str, rate: float) -> Any:
             f"train.log_every={log}",
             f"train.save_every={log * max(job.steps // (SAVES * log), 1)}",
             "train.keep=1",
+            f"train.probe_every={max(job.steps // POINTS, 1) * probe}",
             "train.threads=1",
             f"optim.lr={rate}",
             f"optim.warmup_steps={min(50, max(job.steps // 10, 1))}",
@@ -224,8 +229,9 @@ def notes(results: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
         seconds = statistics.fmean(one["training seconds"] for one in seeds.values())
         blank = statistics.fmean(statistics.fmean(one["blank"].values()) for one in seeds.values())
         sizes = " | ".join(f"{first[name]:,}" for name in ("hidden", "parameters", "operations"))
-        lines.append(f"| {row} | {sizes} | {seconds:.0f} | {blank:.3f} |")
-    lines += ["", "Sizes are the connector's. Black images: the columns but text questions.", ""]
+        share = statistics.fmean(one["probe seconds"] / one["training seconds"] for one in seeds.values())
+        lines.append(f"| {row} | {sizes} | {seconds:.0f} | {share:.1%} | {blank:.3f} |")
+    lines += ["", "Sizes are the connector's. Probe: the share of the training time that the points of `train.probe_every` took.", ""]
     lines += _equal_budgets(results)
     some = next(iter(next(iter(results.values())).values()))
     tried = ", ".join(f"{rate}: {value:.3f}" for rate, value in some["tried"].items())

@@ -17,8 +17,7 @@ Source: the question is IMAX's (lower entropy and a higher ratio with image-cent
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from unimed.errors import UserError
+from unimed.train.probe import undisturbed
 
 EXACT = 2048  # the largest Gram matrix whose eigenvalues are computed one and all
 STEPS, PROBES = 96, 16  # of Lanczos: its steps, and the random vectors whose mean estimates the entropy
@@ -146,20 +146,6 @@ def _copy(grads: Sequence[Tensor | None], parameters: Sequence[Tensor], start: i
             part = out[low - start : high - start]
             part.zero_() if grad is None else part.copy_(grad.reshape(-1)[low - at : high - at])
         at += parameter.numel()
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and afterwards the modes and random states of before: a run with a probe has the bits of one without."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 class FisherProbe(TrainerCallback):

@@ -17,12 +17,13 @@ from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
 from unimed.train import recipe as recipes
 from unimed.train.recipe import Recipe
 
-PARTIAL = re.compile(r"\.(recipe\.yaml|(start|router|run)\.json|metrics\.jsonl|checkpoint|checkpoint-\d+|base|domains|model)\.")
+PARTIAL = re.compile(r"\.(recipe\.yaml|(start|router|run)\.json|(metrics|probe)\.jsonl|checkpoint|checkpoint-\d+|base|domains|model)\.")
 
 
 class Run:
     """runs/NAME/: recipe.yaml  start.json  metrics.jsonl  router.json  run.json  checkpoint-STEP/  base/ (with LoRA)  model/
 
+    probe.jsonl: with train.probe_every, how the tasks pull at the weights.
     domains/: the router of stage 2 of Med-MoE, and the domain of each expert.
     """
 
@@ -30,7 +31,7 @@ class Run:
         self.path = Path(path)
         self.recipe, self.record, self.model = (self.path / name for name in (RECIPE_FILE, RUN_FILE, MODEL_FOLDER))
         self.start, self.log, self.router = (self.path / name for name in ("start.json", "metrics.jsonl", "router.json"))
-        self.base, self.domains = self.path / "base", self.path / "domains"
+        self.base, self.domains, self.probe = self.path / "base", self.path / "domains", self.path / "probe.jsonl"
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"

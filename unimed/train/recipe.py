@@ -137,6 +137,7 @@ class Train(Section):
     log_every: Count = Field(10, json_schema_extra=HARMLESS)
     save_every: Count = Field(200, json_schema_extra=HARMLESS)
     keep: Count = Field(2, json_schema_extra=HARMLESS)  # checkpoints kept
+    probe_every: Natural = Field(0, json_schema_extra=HARMLESS)  # steps between two points of `train.probe`; 0: none
     threads: Natural = Field(0, json_schema_extra=HARMLESS)  # 0: as many as PyTorch chooses
     # Where the log also goes, beside metrics.jsonl.
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list, json_schema_extra=HARMLESS)

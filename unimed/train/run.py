@@ -183,6 +183,7 @@ def train(
             io.write_folder(folder.model, lambda place: save(model, processor, place, weights))
         record = {
             "seconds": round(trainer.seconds(), 1),
+            **({"probe_seconds": round(trainer.probe.seconds, 1)} if trainer.probe else {}),
             "steps": trainer.state.global_step,
             "processes": settings.world_size,
             "examples": len(train_items),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import time
@@ -25,9 +26,12 @@ from unimed.models.unimed.processing import UniMedProcessor
 from unimed.train import schedule
 from unimed.train.collate import Collator, TrainingSet
 from unimed.train.folder import Run
+from unimed.train.probe import HALF, InterferenceProbe, halves_of
 from unimed.train.recipe import Recipe
 from unimed.train.sampler import TaskRatioSampler, by_set, group
 from unimed.train.telemetry import Telemetry
+
+log = logging.getLogger("unimed.train")
 
 
 def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
@@ -104,6 +108,13 @@ class UniMedTrainer(Trainer):
         self.recipe, self.folder = recipe, Run(run)
         assert isinstance(processor, UniMedProcessor)
         self.telemetry = Telemetry(processor.tasks)
+        self.probe: InterferenceProbe | None = None
+        if recipe.train.probe_every and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            log.warning("train.probe_every: left out, since the weights are dealt out over processes")
+        elif recipe.train.probe_every:
+            most = min(HALF, recipe.train.batch_size)
+            self.probe = InterferenceProbe(recipe.train.probe_every, lambda: halves_of(data, self.data_collator, most), self.folder.probe)
+            self.add_callback(self.probe)
         self._beside: Path | None = None
         self.images_in_step: Tensor | None = None  # images of the optimiser step, over all its batches and processes
         self._start, self._seconds_before = time.perf_counter(), 0.0
