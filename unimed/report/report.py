@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from unimed import io
 from unimed.errors import UserError
 from unimed.evaluate.evaluate import ROWS, TRAINED
@@ -17,6 +19,8 @@ from unimed.inference.files import RECIPE_FILE, RUN_FILE
 from unimed.notice import NOTICE
 from unimed.report import gallery, page, plots
 from unimed.sample import about
+from unimed.studies.analyze import FILE as ANALYSIS_FILE
+from unimed.studies.analyze import FOLDER as ANALYSIS
 from unimed.tasks import TASKS
 from unimed.tasks.item import Item
 from unimed.tasks.reading import KINDS
@@ -63,6 +67,8 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         headings += [(f"answers-{part['key']}", f"Answers: {part['name']}")]
     experts = _experts(run / EXPERTS_FILE)
     headings += [("experts", "Experts")] if experts else []
+    analysis = _analysis(run / ANALYSIS)
+    headings += [("analysis", "How the tasks pull")] if analysis else []
     headings += [
         ("loss", "Loss per task"),
         ("router", "Router"),
@@ -84,12 +90,29 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         learning_rate=page.Markup(plots.learning_rate(log)),
         router=_router(history) if experts is None else None,
         experts=experts,
+        analysis=analysis,
         settings=_settings(recipe, record, result),
         recipe=recipes.dump(recipe),
         limits=_limits(result),
     )
     io.write_text(path, html)
     return path
+
+
+def _analysis(folder: Path) -> list[dict[str, str]]:
+    """The plots of `unimed analyze`, as pictures in the page; a file that is no picture is named."""
+    if not (folder / ANALYSIS_FILE).is_file():
+        return []
+    found = []
+    for one in io.read_json(folder / ANALYSIS_FILE).get("plots", []):
+        place = io.inside(folder, str(one["file"]), links=False)
+        try:
+            with Image.open(place, formats=("PNG",)) as image:
+                uri = gallery.data_uri(image.convert("RGB"), 1600, optimize=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{place}: not a picture ({error}); make it again with: unimed analyze {folder.parent}") from error
+        found.append({"title": str(one["title"]), "text": str(one["text"]), "uri": uri})
+    return found
 
 
 def _experts(file: Path) -> dict[str, Any] | None:

@@ -80,7 +80,7 @@ class Study:
 def named(name: str) -> Study:
     """A study by its name."""
     if name not in STUDIES:
-        raise UserError(f"unimed study {name}: no such study; known are {', '.join(STUDIES)}")
+        raise UserError(f"unimed study {name}: no such study; known are {', '.join(STUDIES)}, interference")
     return importlib.import_module(STUDIES[name]).STUDY
 
 
@@ -258,10 +258,10 @@ def markdown(study: Study, results: Mapping[str, Mapping[int, dict[str, Any]]], 
     header = ["row", "seeds", *columns, "mean", *(["against", "gain, %", "gain, points", "up, down"] if gains else [])]
     lines += [f"| {' | '.join(header)} |", "|---|---|" + "---|" * (len(header) - 2)]
     for row, seeds in results.items():
-        cells = [_cell([one["scores"].get(name) for one in seeds.values()]) for name in columns]
+        cells = [cell([one["scores"].get(name) for one in seeds.values()]) for name in columns]
         means = [_mean(study, one["scores"]) for one in seeds.values()]
         more = gain_cells(gains[row]["against"], list(gains[row]["seeds"].values())) if row in gains else [""] * 4 * bool(gains)
-        lines.append(f"| {' | '.join([row, str(len(seeds)), *cells, _cell(means), *more])} |")
+        lines.append(f"| {' | '.join([row, str(len(seeds)), *cells, cell(means), *more])} |")
     lines += ["", "Mean of the seeds, then every seed in its order."]
     if study.apart:
         lines[-1] += f" No mean and no gain counts {', '.join(study.apart)}."
@@ -281,8 +281,8 @@ def gain_cells(other: str, each: Sequence[Mapping[str, Any]]) -> list[str]:
     points = [None if one["mean difference"] is None else 100 * one["mean difference"] for one in each]
     return [
         other,
-        _cell([one["mean"] for one in each], "+.1f"),
-        _cell(points, "+.1f"),
+        cell([one["mean"] for one in each], "+.1f"),
+        cell(points, "+.1f"),
         f"{sum(one['up'] for one in each)}, {sum(one['down'] for one in each)}",
     ]
 
@@ -292,7 +292,7 @@ def _mean(study: Study, scores: Mapping[str, float]) -> float | None:
     return statistics.fmean(counted) if counted else None
 
 
-def _cell(values: Sequence[float | None], form: str = ".3f") -> str:
+def cell(values: Sequence[float | None], form: str = ".3f") -> str:
     there = [value for value in values if value is not None]
     if not there:
         return "–"
