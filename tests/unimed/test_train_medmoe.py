@@ -57,6 +57,23 @@ def test_what_each_stage_trains_by_name(chain, sample_folder):
         assert trained(model) == expected - of["vision_tower"]
 
 
+def test_a_learned_router_trains_and_a_dense_model_trains_its_ffns(chain, sample_folder):
+    moe = "language_model.model.layers.0.mlp."
+    saved, _ = load(chain / "medmoe-2" / "model")
+    for more, expected in (
+        (["medmoe.router=learned"], ["w1", "w2", "router.w1", "router.b1"]),
+        (["medmoe.meta=false"], ["w1", "w2"]),
+        (["medmoe.dense=true"], ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]),
+    ):
+        recipe = stage(3, sample_folder, chain, *more)
+        model, _ = training.build(recipe, training.items(recipe, "train"))
+        assert trained(model) == {f"{moe}{one}" for one in expected}
+        for layer in moe_layers(model).values():
+            assert layer.w1.shape[0] == 3 + layer.settings.meta
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name  # the dense one starts as stage 2 ended
+
+
 def test_only_the_experts_change_in_stage_3(chain):
     before, after = (load(chain / name / "model")[0].state_dict() for name in ("medmoe-2", "medmoe-3"))
     moe = "language_model.model.layers.0.mlp."

@@ -16,7 +16,7 @@ INTERFERENCE = "interference"  # reads the runs of connectors, makes none of its
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="connectors, interference or imax")],
+    name: Annotated[str, typer.Argument(help="connectors, interference, imax or medmoe")],
     out: Annotated[Path, typer.Option(help="the study's folder: data, runs, table.json, table.md, plot.png")],
     seeds: Annotated[int, typer.Option(help="runs of each row")] = 3,
     steps: Annotated[int | None, typer.Option(help="training steps of a run; by default the study's own")] = None,
@@ -40,6 +40,8 @@ def study(
       [cyan]unimed study imax --out study --rows imax-cmoe,dmax-cmoe --seeds 1[/]
 
       [cyan]unimed study imax --out study --clean[/]
+
+      [cyan]unimed study medmoe --out parts[/]                                     15 runs from one second stage of Med-MoE
     """
     from unimed.cli.shared import bar
     from unimed.studies import run

@@ -90,7 +90,7 @@ def demo(
     else:
         _train(loaded, run, resume=False, overwrite=True, command="demo")
     score(run, None, untrained=model != "medmoe")
-    if model == "medmoe":
+    if loaded.medmoe and not loaded.medmoe.dense:
         from unimed.evaluate.experts import measure
 
         measure(run)

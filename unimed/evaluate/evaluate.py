@@ -67,14 +67,14 @@ def _quiet_programs() -> Iterator[None]:
         os.close(kept)
 
 
-def _answers(
+def answers(
     session: Session,
     items: Sequence[Item],
     row: str,
     batch_size: int,
     max_new_tokens: int,
-    progress: Callable[[str, int], None] | None,
-    store: Store | None,
+    progress: Callable[[str, int], None] | None = None,
+    store: Store | None = None,
 ) -> list[str | None]:
     """The answers in the order of the items, made task by task: prompts of one task are about equally long, with little padding.
 
@@ -119,10 +119,10 @@ def compare(
     majority = MajorityAnswers.fit(train_items)
     rows: dict[str, Sequence[str | None]] = {}
     if untrained is not None:
-        rows[UNTRAINED] = _answers(untrained, held_out, UNTRAINED, *settings)
+        rows[UNTRAINED] = answers(untrained, held_out, UNTRAINED, *settings)
     rows[MAJORITY] = [majority.predict(item) if item.task in majority.tasks else None for item in held_out]
-    rows[TRAINED] = _answers(trained, held_out, TRAINED, *settings)
-    blind = _answers(trained, held_out, BLANKED, *settings)
+    rows[TRAINED] = answers(trained, held_out, TRAINED, *settings)
+    blind = answers(trained, held_out, BLANKED, *settings)
     # A question without an image has the same answer with the image blanked.
     pairs = zip(held_out, blind, rows[TRAINED], strict=True)
     rows[BLANKED] = [seen if item.image is None else unseen for item, unseen, seen in pairs]

@@ -20,16 +20,30 @@ OURS, LOOP, EINSUM, DENSE = "sparse_experts", "loop over experts", "einsum with 
 def measure(run: Path, overrides: list[str] | None = None, limit: int = 400, repeats: int = 7) -> dict[str, Any]:
     """Writes experts.json of a run of stage 3 and returns what it holds.
 
-    use: by split, domain and layer, the share of tokens whose first choice is each expert. accuracy: of tokens in all layers and of samples
-    by the mean of their tokens' logits, beside the share of the most frequent domain. cost: of a training step of the first layer on the
-    tokens of one batch, by form. `limit`: images a split.
+    use, accuracy: as of `routing`. cost: of a training step of the first layer on the tokens of one batch, by form.
     """
+    result, (model, processor, found) = _routing_of(run, overrides, limit)
+    result |= {"cost": _cost(model, processor, found[: stages.BATCH], repeats), "machine": machine.describe()}
+    io.write_json(run / EXPERTS_FILE, result)
+    return result
+
+
+def routing(run: Path, overrides: list[str] | None = None, limit: int = 400) -> dict[str, Any]:
+    """Use and accuracy by split of a run of stage 3, on at most `limit` images each.
+
+    use: by domain and layer, the share of tokens whose first choice is each expert. accuracy: of tokens in all layers and of samples by the
+    mean of their tokens' logits, beside the share of the most frequent domain.
+    """
+    return _routing_of(run, overrides, limit)[0]
+
+
+def _routing_of(run: Path, overrides: list[str] | None, limit: int) -> tuple[dict[str, Any], Any]:
     from unimed.models.load import load
     from unimed.models.medmoe import moe_layers
 
     recipe = recipes.load(run / RECIPE_FILE, overrides)
-    if recipe.medmoe is None or recipe.medmoe.stage != 3:
-        raise UserError(f"{run}: not a run of stage 3 of Med-MoE; train one with: unimed demo --model medmoe")
+    if recipe.medmoe is None or recipe.medmoe.stage != 3 or recipe.medmoe.dense:
+        raise UserError(f"{run}: not a run of stage 3 of Med-MoE with experts; train one with: unimed demo --model medmoe")
     model, processor = load(run / MODEL_FOLDER)
     model.eval()
     names, splits = list(recipe.medmoe.domains), {}
@@ -43,15 +57,7 @@ def measure(run: Path, overrides: list[str] | None = None, limit: int = 400, rep
             splits[split] = _routing(model, processor, found, names)
     if not splits:
         raise UserError(f"{run}: no image of {', '.join(names)} in {', '.join(recipe.evaluate.splits)}")
-    result = {
-        "domains": names,
-        "layers": list(moe_layers(model)),
-        "splits": splits,
-        "cost": _cost(model, processor, found[: stages.BATCH], repeats),
-        "machine": machine.describe(),
-    }
-    io.write_json(run / EXPERTS_FILE, result)
-    return result
+    return {"domains": names, "layers": list(moe_layers(model)), "splits": splits}, (model, processor, found)
 
 
 def _routing(model: Any, processor: Any, found: list[Any], names: list[str]) -> dict[str, Any]:

@@ -168,12 +168,9 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(place: Path, pool: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """The strict score of every task on the held-out subject, and all metrics."""
     from unimed.datasets.load import load_set
-    from unimed.inference.session import load
-    from unimed.studies.score import score
-    from unimed.tasks import TASKS as KNOWN
+    from unimed.studies.score import scores
 
-    metrics = score(load(place, "cpu"), list(load_set("pool", pool, "records", "test", TASKS)))
-    return {task: metrics[task][KNOWN[task].strict] for task in TASKS if task in metrics}, metrics
+    return scores(place, list(load_set("pool", pool, "records", "test", TASKS)))
 
 
 # The strategy in three stages

@@ -1,7 +1,7 @@
 """Runs of a study: rows times seeds, each in a process of its own, a few at a time. The same call again goes on.
 
     OUT/study.json                 the study and its settings; the folder of another study is refused
-    OUT/data/                      what the runs read, made once
+    OUT/data/                      what the runs read, made once; other folders are the study's own
     OUT/runs/ROW-SEED/result.json  what a run gave; a run without it is not finished. log.txt and what the run keeps lie beside it
     OUT/table.json table.md plot.png
 
@@ -28,7 +28,7 @@ from typing import Any
 from unimed import io
 from unimed.errors import UserError
 
-STUDIES = {"imax": "unimed.studies.imax", "connectors": "unimed.studies.connectors"}  # module by name
+STUDIES = {name: f"unimed.studies.{name}" for name in ("connectors", "imax", "medmoe")}  # module by name
 DONE = "made"  # in data/, once it is whole
 CHOICE_SEED = 1000  # of the runs that choose a setting: no seed of a table
 Progress = Callable[[int, int, str], None]
@@ -344,7 +344,9 @@ def clean(out: Path) -> int:
                 if path.is_dir():
                     shutil.rmtree(path)
     if not [job for job in (out / "runs").glob("*") if not (job / "result.json").is_file()]:
-        shutil.rmtree(out / "data", ignore_errors=True)
+        for path in out.iterdir():
+            if path.is_dir() and path.name != "runs":
+                shutil.rmtree(path, ignore_errors=True)
     return before - disk(out)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from unimed.inference.session import Session
+from unimed.inference.session import Session, load
 from unimed.tasks.item import Item
 
 BATCH, NEW_TOKENS = 64, 64  # the longest reference has 50 words
@@ -26,3 +27,11 @@ def score(session: Session, items: Sequence[Item], blank: bool = False) -> dict[
         answers += [said[item.question] for item in part] if blank else made
         kept += part
     return measure(kept, answers)
+
+
+def scores(model: Path, items: Sequence[Item]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """The strict score of every task that the items have, and all metrics. ``model``: a run or a saved model."""
+    from unimed.tasks import TASKS
+
+    metrics = score(load(model, "cpu"), items)
+    return {task: metrics[task][TASKS[task].strict] for task in metrics}, metrics

@@ -200,7 +200,7 @@ def agreement(gram: np.ndarray, norms: Sequence[float], tasks: Sequence[str]) ->
                 "interference": number((1 - min(max(ratio, -1.0), 1.0)) / 2) if surely else None,
             }
         )
-    told = [pair["interference"] for pair in pairs if pair["interference"] is not None]
+    told: list[float] = [pair["interference"] for pair in pairs if pair["interference"] is not None]
     return {
         "tasks": {
             tasks[at]: {

@@ -168,6 +168,9 @@ class MedMoE(Section):
 
     A tower that is not frozen trains in stages 1 and 2. `domains`: of each expert, in their order, which items are its own, as patterns of
     DATASET/PATIENT/TASK; the first domain that fits an item has it. The settings of `upcycle` hold for the router of stage 2, too.
+
+    `router`, of stage 3: "frozen" is the one that stage 2 trained on domains, "learned" starts at random and trains with the experts.
+    `dense`: stage 3 trains the FFNs of those layers as they are; for comparison.
     """
 
     stage: Literal[1, 2, 3] = 1
@@ -177,6 +180,8 @@ class MedMoE(Section):
     meta: bool = True
     scale: Literal["released", "preserve"] = "released"
     released: bool = False
+    router: Literal["frozen", "learned"] = "frozen"
+    dense: bool = False
     router_layers: Literal[1, 2] = 1
     router_samples: Count = 1000
     router_steps: Count = 500
@@ -184,8 +189,8 @@ class MedMoE(Section):
     @property
     def upcycling(self) -> dict[str, Any]:
         """What `upcycle` is given."""
-        names = ("layers", "top_k", "meta", "scale", "released", "router_layers")
-        return {"num_experts": len(self.domains), "router": "frozen"} | {name: getattr(self, name) for name in names}
+        names = ("layers", "top_k", "meta", "scale", "released", "router", "router_layers")
+        return {"num_experts": len(self.domains)} | {name: getattr(self, name) for name in names}
 
     @model_validator(mode="after")
     def _experts(self) -> MedMoE:

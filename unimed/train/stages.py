@@ -62,19 +62,22 @@ def start(recipe: Recipe) -> tuple[Any, Any]:
     model, processor = load(before.model)
     if absent := [task for task in recipe.data.tasks if recipes.TASKS[task].needs_image and task not in processor.tasks]:
         raise UserError(f"data.tasks: the model in from={recipe.source!r} has no task {', '.join(absent)}; name it in stage 1")
-    if recipe.medmoe.stage == 3:
+    if recipe.medmoe.stage == 3 and not recipe.medmoe.dense:
         from unimed.models.medmoe import load_router, upcycle
 
         upcycle(model, part="language_model", **recipe.medmoe.upcycling)
-        load_router(model, before.domains / ROUTER_FILE)
+        if recipe.medmoe.router == "frozen":
+            load_router(model, before.domains / ROUTER_FILE)
     model.config.training = {"recipe": recipe.name, "description": recipe.description}
     set_trainable(model, recipe)
     return model.train(), processor
 
 
 def set_trainable(model: Any, recipe: Recipe) -> None:
-    """Stage 1: the connector; 2: the language model, too; both: a tower that is not frozen. 3: experts and meta expert, nothing else."""
+    """Stage 1: the connector; 2: the language model, too; both: a tower that is not frozen. 3: experts and meta expert, nothing else
+    but a learned router; of a dense model the FFNs in their places."""
     from unimed.models.medmoe import moe_layers
+    from unimed.models.medmoe.upcycling import ffns_at
 
     assert recipe.medmoe is not None
     stage, config = recipe.medmoe.stage, model.config
@@ -83,9 +86,9 @@ def set_trainable(model: Any, recipe: Recipe) -> None:
     model.requires_grad_(True)
     model.set_trainable()
     if stage == 3:
-        for layer in moe_layers(model).values():
-            for parameter in layer.parameters(recurse=False):
-                parameter.requires_grad_(True)
+        trained = ffns_at(model, "language_model", recipe.medmoe.layers) if recipe.medmoe.dense else moe_layers(model)
+        for layer in trained.values():
+            layer.requires_grad_(True)
 
 
 # Domains and the router
@@ -152,7 +155,7 @@ def train_domains(recipe: Recipe, items: Sequence[Item], folder: Run) -> None:
     settings = recipe.medmoe
     assert settings is not None
     model, processor = load(folder.model)
-    upcycle(model.to(pick_device("auto")), part="language_model", **settings.upcycling)
+    upcycle(model.to(pick_device("auto")), part="language_model", **settings.upcycling | {"router": "frozen"})
     accuracy = train_router(model, batches(model, processor, found), steps=settings.router_steps, seed=recipe.train.seed)
     record = {"experts": list(settings.domains), "labelled": counts, "training": accuracy._asdict()}
 

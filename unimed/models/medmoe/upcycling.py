@@ -182,6 +182,12 @@ def find_ffns(model: Any, part: str) -> tuple[PreTrainedModel, dict[str, nn.Modu
     return target, _blocks(target)
 
 
+def ffns_at(model: Any, part: str, layers: str | Sequence[int]) -> dict[str, nn.Module]:
+    """The FFNs that :func:`upcycle` would replace, by path in the part."""
+    _, blocks = find_ffns(model, part)
+    return {path: module for place, (path, module) in enumerate(blocks.items()) if place in _places(layers, len(blocks))}
+
+
 def _target(model: Any, part: str) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         hint = "; add LoRA afterwards" if hasattr(model, "peft_config") else ""
