@@ -38,7 +38,8 @@ def items(source: Source, record: Record, where: str) -> list[Item]:
     for number, annotation in enumerate(record.annotations):
         asked = Asked(source, record, number, f"{where}: annotations.{number}", faults)
         try:
-            some = [item for item in (task.item(asked) for task in TASKS.values() if annotation.kind in task.makes) if item is not None]
+            takers = [task for task in TASKS.values() if annotation.kind in task.makes]
+            some = [item for task in takers if (item := task.item(asked)) is not None]
             if not some:
                 named = f"with task {short(annotation.task)}" if annotation.task else "without an image"
                 raise Unused(f"of kind {annotation.kind!r} {named}")

@@ -32,8 +32,9 @@ def from_xywh(x: float, y: float, width: float, height: float) -> Box:
 
 def to_text(box: Corners, size: tuple[int, int]) -> str:
     """`{<x1><y1><x2><y2>}` of a pixel box: floor(coordinate / size * 100) with size = (width, height), each axis by its own."""
-    scaled = (int(value * 100 / size[i % 2]) for i, value in enumerate(box))  # multiplied first: floor is then exact for whole pixels
-    return "{" + "".join(f"<{min(max(value, 0), 100)}>" for value in scaled) + "}"
+    # Multiplied first: floor is then exact for whole pixels.
+    x1, y1, x2, y2 = [min(max(int(value * 100 / side), 0), 100) for value, side in zip(box, size + size, strict=True)]
+    return f"{{<{x1}><{y1}><{x2}><{y2}>}}"
 
 
 def from_text(text: str) -> Box | None:

@@ -7,8 +7,9 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from unimed.errors import UserError
 from unimed.records.box import Placement
@@ -16,6 +17,7 @@ from unimed.records.pixels import View, open_image, open_view, placed_size
 from unimed.records.policy import BadRecord, Tally
 from unimed.records.text import clean
 
+SMALL = 1 << 16  # bytes: a smaller file is read at once
 ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # of a JPEG and of a PNG: a file that was cut off does not end like this
 # The cells that pandas.read_csv reads as missing by default, with which the release drops rows.
 MISSING = frozenset(
@@ -149,10 +151,9 @@ def name(value: Any) -> str:
 
 def _is_unicode(value: str) -> bool:
     try:
-        value.encode()
+        return value.isascii() or bool(value.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def whole_image(image: Path | View) -> tuple[tuple[int, int], Placement]:
@@ -164,11 +165,12 @@ def whole_image(image: Path | View) -> tuple[tuple[int, int], Placement]:
         if isinstance(image, View):
             opened = open_view(image)
             return opened.rgb.size, opened.to_original
-        with path.open("rb") as file:
-            end = ENDS.get(file.read(2), b"")
-            file.seek(-min(64, file.seek(0, 2)), 2)
+        with path.open("rb", buffering=0) as raw:
+            start = raw.read(SMALL)
+            file: BinaryIO = BytesIO(start) if len(start) < SMALL else BufferedReader(raw)
+            file.seek(-min(64, len(start)), 2)
             # Pixels are decoded in training; here only of files that do not say where they end, or do not end there.
-            if end and end in file.read():
+            if (end := ENDS.get(start[:2])) and end in file.read():
                 return placed_size(path, file)
         opened = open_image(path)
         return opened.rgb.size, opened.to_original

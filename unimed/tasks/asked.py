@@ -46,8 +46,10 @@ class Asked:
 
     def text(self, value: str, key: str) -> str:
         """A text as the protocol cuts it."""
-        found = cleaned(value, key, self.where, self.source.rules.max_words)
-        self.source.cut += len(found.split()) < len(value.split())
+        most = self.source.rules.max_words
+        found = cleaned(value, key, self.where, most)
+        if most and len(value) > 2 * most:  # a shorter one cannot have more words
+            self.source.cut += len(value.split()) > most
         return found
 
     def classes(self) -> list[str]:
@@ -69,7 +71,7 @@ class Asked:
         assert seen is not None  # a record without images has no box
         box = seen.placement.inverse(one.xyxy)
         clipped = clip(box, seen.size)
-        if clipped is None or any(abs(a - b) > 0.01 for a, b in zip(clipped, box, strict=True)):
+        if clipped is None or (clipped != box and any(abs(a - b) > 0.01 for a, b in zip(clipped, box, strict=True))):
             file = seen.placement((0, 0, *seen.size))
             size = f"{file.x2 - file.x1:g} x {file.y2 - file.y1:g}"
             what = f"{self.where}: the box of {one.name!r} is {short(list(one.xyxy))} in pixels of the file, which has {size}"
