@@ -136,6 +136,47 @@ def test_without_its_packages_unimed_says_how_to_get_them(tmp_path, missing):
     ]
 
 
+def test_what_needs_no_model_is_said_before_torch_is_imported(tmp_path):
+    """One process, one line each: torch and transformers take seconds."""
+    (tmp_path / "runs" / "begun").mkdir(parents=True)
+    (tmp_path / "runs" / "done" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "done" / "model" / "config.json").write_text("{}")
+    for name in ("begun", "done"):
+        (tmp_path / "runs" / name / "recipe.yaml").write_text("data:\n  root: gone\n")
+    code = """
+import sys
+from typer.testing import CliRunner
+from unimed.cli import app
+for line in sys.stdin.read().splitlines():
+    shown = CliRunner().invoke(app.app, line.split(), env={"COLUMNS": "400"})
+    print(shown.exit_code, [name for name in ("torch", "transformers") if name in sys.modules], shown.output.strip())
+"""
+    lines = {
+        "train tiny": "no such folder; make the sample with",
+        "train tiny data.sets.mine.root=gone": "data.sets.mine.root=gone: no such folder",
+        "train tiny --name begun": "this run exists",
+        "train unimed-7b-release": "is missing",
+        "predict missing.png what? --model done": "missing.png: no such image",
+        "predict missing.png what? --model begun": "no trained model there",
+        "chat missing.png --model begun": "missing.png: no such image",
+        "evaluate gone": "no run 'gone'",
+        "evaluate begun": "no trained model there",
+        "evaluate done": "data.root=gone: no such folder",
+        "evaluate done --data gone": "--data gone: no such folder",
+        "merge begun --out new": "no trained model there",
+        "report gone": "no run 'gone'",
+    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    shown = done.stdout.splitlines()
+    assert len(shown) == len(lines)
+    for (line, said), given in zip(lines.items(), shown, strict=True):
+        assert given.startswith("2 [] error: "), (line, given)
+        assert said in given, (line, given)
+
+
 def test_the_installed_command_is_the_one_that_says_so():
     assert 'unimed = "unimed.__main__:main"' in (ROOT / "pyproject.toml").read_text().splitlines()
 

@@ -360,7 +360,7 @@ def test_a_tracker_gets_what_the_log_gets(small_overrides, tmp_path, monkeypatch
         with pytest.raises(UserError, match=r"train.report_to='trackio': the package trackio is not installed; get it with: pip install"):
             train(recipe, tmp_path / "run")
         assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("unimed.train.trainer._require_installed", lambda trackers: None)
+    monkeypatch.setattr("unimed.train.run._require_installed", lambda trackers: None)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Tracker)
     settings = arguments(recipe, tmp_path)
     assert (settings.project, settings.run_name) == ("unimed", "small")

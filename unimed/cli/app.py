@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def _quiet_libraries() -> None:
         logging.getLogger("unimed").setLevel(logging.ERROR)
     if shared.debugging:
         return
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # bars for files that are read in a moment come between ours
     for library in ("transformers", "accelerate", "peft", "torch", "huggingface_hub"):
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
         logging.getLogger(library).setLevel(logging.ERROR)

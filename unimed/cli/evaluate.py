@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, no_bars_of_transformers, run_folder
+from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -43,8 +43,7 @@ def evaluate(
       [cyan]unimed evaluate tiny evaluate.limit=20 'evaluate.splits=[slab]'[/]
     """
     from unimed import io
-    from unimed.evaluate.run import SETS
-    from unimed.tasks.protocol import PROTOCOLS
+    from unimed.tasks.protocol import PROTOCOLS, SETS
 
     if protocol not in (None, *PROTOCOLS, *SETS):
         raise UserError(f"--protocol {protocol}: it must be {' or '.join([*PROTOCOLS, *SETS])}")
@@ -104,7 +103,6 @@ def score(
     from unimed.evaluate.run import answer_table, drawn_by, evaluate_run, interval_cell, odd_answers
     from unimed.tasks import TASKS
 
-    no_bars_of_transformers()
     with bar() as progress:
         tasks: dict[str, Any] = {}
 

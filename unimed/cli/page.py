@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from unimed.cli.predict import Model
-from unimed.cli.shared import Device, Verify, console, errors, model_folder, no_bars_of_transformers
+from unimed.cli.shared import Device, Verify, console, errors, model_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE, install
 
@@ -34,14 +34,13 @@ def page(
         if (error.name or "").partition(".")[0] in ("unimed", "cmoe_kernels"):
             raise
         raise UserError(f"the package {error.name} is not installed; get all that the page needs with: {INSTALL}") from error
+    folder = model_folder(model)
     from unimed.inference.session import load
     from unimed.serve.desk import Desk
 
-    folder = model_folder(model)
     if not local.is_loopback(host):
         errors.print(f"warning: {host} is not loopback: whoever reaches this machine can use the page", style="yellow", soft_wrap=True)
     with local.listen(host, port) as place:  # before the model is loaded, which can take long
-        no_bars_of_transformers()
         desk = Desk(load(folder, device=device, verify=verify))
         address = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
         console.print(f"{address} · model {folder} · Ctrl-C stops it · {NOTICE}", highlight=False, soft_wrap=True)

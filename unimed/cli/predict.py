@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Device, Verify, bar, console, errors, model_folder, no_bars_of_transformers
+from unimed.cli.shared import Device, Verify, bar, console, errors, model_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -106,7 +106,6 @@ def _one(request: Request, save: Path | None, json: bool, model: str | None, dev
 def _load(folder: Path, device: str, verify: bool) -> Session:
     from unimed.inference.session import load
 
-    no_bars_of_transformers()
     return load(folder, device=device, verify=verify)
 
 

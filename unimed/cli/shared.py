@@ -30,14 +30,6 @@ def rank() -> int | None:
     return int(os.environ.get("RANK", "0")) if many else None
 
 
-def no_bars_of_transformers() -> None:
-    """Its bars for files that are read in a moment come between ours."""
-    if not debugging:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
 def bar(where: Console = console) -> Any:
     from unimed.progress import bar
 
@@ -53,9 +45,14 @@ def run_folder(run: str) -> Path:
 
 
 def model_folder(model: str | None) -> Path:
+    """The run or saved model of that name; by default the newest run with a model."""
+    from unimed.inference.files import model_in
+
     if model is not None:
-        return run_folder(model)
-    found = sorted(RUNS.glob("*/model"), key=lambda path: path.stat().st_mtime)
-    if not found:
+        found = run_folder(model)
+        model_in(found)  # says what is wrong before torch is imported
+        return found
+    trained = sorted(RUNS.glob("*/model"), key=lambda path: path.stat().st_mtime)
+    if not trained:
         raise UserError("no trained model under runs/; train one with: unimed demo, or name one with --model")
-    return found[-1].parent
+    return trained[-1].parent

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from unimed.cli.shared import Device, RunPath, console, no_bars_of_transformers, run_folder
+from unimed.cli.shared import Device, RunPath, console, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -73,7 +73,6 @@ def study(
 def _interference(source: Path, out: Path) -> None:
     from unimed.studies.interference import place_of, study
 
-    no_bars_of_transformers()
     study(source, out)
     place = place_of(source, out)
     console.print((place / "table.md").read_text(), highlight=False, markup=False, soft_wrap=True)
@@ -92,7 +91,6 @@ def analyze(run: RunPath, device: Device = "auto") -> None:
     from unimed.evaluate.run import METRICS_FILE
     from unimed.studies.analyze import FOLDER, analyze
 
-    no_bars_of_transformers()
     folder = run_folder(run)
     result = analyze(folder, lambda text: console.print(f"analysis: {text}", highlight=False), device)
     _show(result)

@@ -11,7 +11,7 @@ import typer
 
 from unimed.cli.evaluate import score, write_report
 from unimed.cli.sample import build
-from unimed.cli.shared import RUNS, Overrides, RunPath, Strict, console, no_bars_of_transformers, rank, run_folder
+from unimed.cli.shared import RUNS, Overrides, RunPath, Strict, console, rank, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -145,15 +145,20 @@ def _may_replace(run: Path, overwrite: bool) -> None:
 
 
 def _train(recipe: Any, run: Path, resume: bool, overwrite: bool, command: str = "train") -> None:
-    from unimed.train import processes
-    from unimed.train.progress import TrainingProgress
     from unimed.train.run import train as run_training
 
-    no_bars_of_transformers()
-    run_training(recipe, run, resume, overwrite, [TrainingProgress(console)], command)
+    run_training(recipe, run, resume, overwrite, _progress, command)
+    from unimed.train import processes
+
     processes.end()
     if not rank():
         console.print(f"trained: {run}/model · {NOTICE}", highlight=False)
+
+
+def _progress() -> list[Any]:
+    from unimed.train.progress import TrainingProgress
+
+    return [TrainingProgress(console)]
 
 
 def merge(
@@ -164,11 +169,12 @@ def merge(
 
     Example: [cyan]unimed merge smollm2 --out smollm2-merged[/]
     """
+    from unimed.inference.files import model_in
+
+    folder = model_in(run_folder(run))
     from unimed.models.merge import merge_folder
 
-    no_bars_of_transformers()
-    folder = run_folder(run)
-    merge_folder(folder / "model" if (folder / "model").is_dir() else folder, out)
+    merge_folder(folder, out)
     console.print(f"merged: {out} · {NOTICE}", highlight=False)
 
 

@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from unimed.inference.session import Session
 from unimed.tasks import TASKS, metrics
 from unimed.tasks import protocol as protocols
 from unimed.tasks.baselines import MajorityAnswers
 from unimed.tasks.item import Item
+
+if TYPE_CHECKING:
+    from unimed.inference.session import Session
 
 
 class Store(Protocol):

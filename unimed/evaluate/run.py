@@ -14,20 +14,17 @@ from unimed.errors import NoItems, UserError
 from unimed.evaluate import evaluate, intervals
 from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
 from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions, fingerprint, read_predictions
-from unimed.inference.files import RECIPE_FILE
-from unimed.inference.session import Session, load
+from unimed.inference.files import RECIPE_FILE, model_in, require_run
 from unimed.notice import NOTICE
 from unimed.sample import about
 from unimed.tasks import TASKS
 from unimed.tasks.item import Item, digest
-from unimed.tasks.metrics import medmoe
-from unimed.tasks.protocol import RELEASED, STANDARD
+from unimed.tasks.protocol import RELEASED, SETS, STANDARD
 from unimed.train import machine
 from unimed.train import recipe as recipes
 from unimed.train import run as training
 
 METRICS_FILE = "metrics.json"
-SETS = {"medmoe": medmoe.score}  # further scores by the name of their protocol: row -> data set -> score
 SPLIT_NAMES = {
     "train": "training split",
     "val": "validation split",
@@ -61,16 +58,18 @@ def evaluate_run(
     was interrupted are kept. `progress` gets the split's name, row, items done and their number. `untrained` adds the row of the model
     before training. `device` and `verify` as in `unimed.load`.
     """
-    if not (run / RECIPE_FILE).is_file():
-        raise UserError(f"{run}: not a run of unimed (no {RECIPE_FILE}); train one with: unimed train tiny")
+    require_run(run)
+    model_in(run)
     stored, recipe = recipes.load(run / RECIPE_FILE), recipes.load(run / RECIPE_FILE, overrides)
-    if recipe.train.threads:
-        import torch
-
-        torch.set_num_threads(recipe.train.threads)
     settings = recipe.evaluate
     held_out = {split: _held_out(recipe, split) for split in settings.splits}
     seen = _trained_on(stored)
+    import torch  # not before the data is read: what is wrong there is said at once
+
+    from unimed.inference.session import Session, load
+
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
     before, left_out = _before_training(stored, seen) if untrained else (None, {})
     majority = seen if recipe.data == stored.data and seen else _some(recipe, "train")
     trained = load(run, device, verify=verify)

@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from unimed import io
 from unimed.errors import UserError
-from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE
+from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE, model_in
 from unimed.inference.follow import Follow, Generated, Rows
 from unimed.inference.request import Answer, Asked, Request, prepare
 from unimed.models.spec import DTYPES
@@ -232,13 +232,11 @@ def load(path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype
     training, else as saved. ``verify`` hashes every file of the folder first; else only sizes are compared.
     """
     run = Path(path)
-    folder = run / MODEL_FOLDER if (run / MODEL_FOLDER).is_dir() else run
+    folder = model_in(run)
     if (folder / io.MANIFEST).is_file():
         io.verify_folder(folder, hashes=verify)
     elif verify:
         raise UserError(f"{folder}: no {io.MANIFEST}, so there is nothing to verify the model by")
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{run}: no trained model there (looked for {MODEL_FOLDER}/config.json); train one with: unimed train tiny")
     from unimed.models.load import load as load_model
     from unimed.models.load import pick_device
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from unimed.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 WHOLE = ["vision_tower", "connector", "lm_head"]  # parts that stay as they are
 
@@ -18,6 +20,8 @@ def settings(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """For from_pretrained: "4bit" (NF4, its scales quantised too) or "8bit". `dtype`: of the products."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"language.quantize={kind!r}: the package bitsandbytes is not installed; get it with: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=WHOLE)
     return BitsAndBytesConfig(
@@ -33,6 +37,8 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model of a GGUF file, its weights in `dtype`, and its tokenizer."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{file.name}: the package gguf is not installed; get it with: pip install gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # Without dequantize the weights stay in their blocks, and such a model cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(

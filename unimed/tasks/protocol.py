@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from unimed.records.policy import ProtocolName
+from unimed.tasks.metrics import medmoe
 from unimed.tasks.task import TASKS, Task
 
 
@@ -24,4 +25,5 @@ class Protocol:
 
 RELEASED = Protocol(strict=False)
 STANDARD = Protocol(strict=True)
+SETS = {"medmoe": medmoe.score}  # further scores by the name of their protocol: row -> data set -> score
 PROTOCOLS: dict[ProtocolName, Protocol] = {"released": RELEASED, "standard": STANDARD}

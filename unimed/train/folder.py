@@ -56,17 +56,22 @@ class Run:
 
     def create(self, recipe: Recipe, start: dict[str, Any], overwrite: bool = False) -> None:
         """Makes the folder; one that exists is an error, or with `overwrite` replaced if it is a run."""
+        self.require_free(overwrite)
+        if self.recipe.exists():
+            shutil.rmtree(self.path)
+        self._clear()
+        io.write_json(self.start, start)
+        io.write_text(self.recipe, recipes.dump(recipe))  # last: it makes the folder a run
+
+    def require_free(self, overwrite: bool = False) -> None:
+        """The folder is not there, or may be replaced."""
         if self.recipe.exists():
             if not overwrite:
                 raise UserError(
                     f"{self.path}: this run exists; go on with --resume, start it again with --overwrite, or choose another --name"
                 )
-            shutil.rmtree(self.path)
         elif self.path.exists() and (not self.path.is_dir() or any(path != self.start for path in self._others())):
             raise UserError(f"{self.path}: exists and is not a run of unimed; choose another --name")
-        self._clear()
-        io.write_json(self.start, start)
-        io.write_text(self.recipe, recipes.dump(recipe))  # last: it makes the folder a run
 
     def resume(self, recipe: Recipe, start: dict[str, Any]) -> Path | None:
         """The last checkpoint, whose files are as they were written; None if there is no checkpoint yet.

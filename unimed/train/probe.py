@@ -180,7 +180,8 @@ def agreement(gram: np.ndarray, norms: Sequence[float], tasks: Sequence[str]) ->
     """
     there = [at for at in range(len(tasks)) if norms[2 * at] > 0 and norms[2 * at + 1] > 0]
     own: dict[int, float] = {}  # squared norm of the mean of both halves, times 4
-    split, pairs = {}, []
+    split: dict[int, float] = {}
+    pairs: list[dict[str, Any]] = []
     for at in there:
         a, b = 2 * at, 2 * at + 1
         own[at] = norms[a] + norms[b] + 2 * gram[a, b]

@@ -5,8 +5,10 @@ Under torchrun every process calls `train`; the main process makes the folder an
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +100,12 @@ def _can_run(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name!r} cannot run here: {missing}; see unimed doctor. `unimed train tiny` runs")
 
 
+def _require_installed(trackers: Sequence[str]) -> None:
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.report_to={tracker!r}: the package {tracker} is not installed; get it with: pip install {tracker}")
+
+
 def _tokenizer_file(train_items: Sequence[Item], vocab_size: int) -> Path | None:
     """Where the tokenizer of these items is kept; None for items without an index."""
     from tokenizers import __version__
@@ -133,30 +141,35 @@ def train(
     run: Path,
     resume: bool = False,
     overwrite: bool = False,
-    callbacks: list[Any] | None = None,
+    callbacks: Sequence[Any] | Callable[[], Sequence[Any]] = (),
     command: str = "train",
     initial: Path | None = None,
 ) -> Path:
     """Trains and returns the run's folder. A killed run goes on from its last checkpoint with `resume`.
 
     `command` is what the run says it was made by. `initial`: the folder of a saved model that training starts from, with its tokenizer, in
-    place of a new one; the recipe's model must be its own.
+    place of a new one; the recipe's model must be its own. `callbacks`: of the Trainer, or what makes them once torch is there.
     """
+    folder = Run(run)
+    _can_run(recipe)
+    _require_installed(recipe.train.report_to)
+    stages.require(recipe, run)
+    if not resume and os.environ.get("WORLD_SIZE", "1") == "1":  # of several processes, the main one has made it, or will
+        folder.require_free(overwrite)
+    train_items = items(recipe, "train")
+    if recipe.medmoe and recipe.medmoe.stage == 2:
+        stages.router_items(recipe, train_items)  # what the router will lack is said before the model is trained
+
+    # All that can be wrong without a model has been said: now the imports that take seconds.
     from unimed.train import processes
     from unimed.train.collate import TrainingSet
     from unimed.train.trainer import UniMedTrainer, arguments
 
-    folder = Run(run)
-    _can_run(recipe)
-    stages.require(recipe, run)
     settings = arguments(recipe, run)  # under torchrun, the processes find each other here
     if recipe.train.threads:
         import torch
 
         torch.set_num_threads(recipe.train.threads)
-    train_items = items(recipe, "train")
-    if recipe.medmoe and recipe.medmoe.stage == 2:
-        stages.router_items(recipe, train_items)  # what the router will lack is said before the model is trained
     start = {
         "command": command,
         "processes": settings.world_size,
@@ -169,7 +182,7 @@ def train(
         model, processor = build(recipe, train_items, folder.base) if initial is None else saved(recipe, initial)
     cache_mb = recipe.data.cache_mb / max(recipe.data.workers, 1)
     data = TrainingSet(train_items, recipe.augment, model.config.vision_config.image_size, cache_mb)
-    trainer = UniMedTrainer(recipe, model, processor, data, run, callbacks, settings)
+    trainer = UniMedTrainer(recipe, model, processor, data, run, list(callbacks() if callable(callbacks) else callbacks), settings)
     if checkpoint:
         trainer.resume(checkpoint)
     else:

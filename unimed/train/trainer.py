@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
     train, optim = recipe.train, recipe.optim
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision='fp16': needs a GPU, and there is none; use bf16 or fp32")
-    _require_installed(train.report_to)
     if "wandb" in train.report_to:
         os.environ.setdefault("WANDB_PROJECT", "unimed")
     settings = TrainingArguments(
@@ -71,12 +69,6 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
     # A process takes one GPU: nn.DataParallel would deal out texts and images apart. Several GPUs are for torchrun.
     settings._n_gpu = min(settings.n_gpu, 1)
     return settings
-
-
-def _require_installed(trackers: Sequence[str]) -> None:
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"train.report_to={tracker!r}: the package {tracker} is not installed; get it with: pip install {tracker}")
 
 
 class UniMedTrainer(Trainer):
