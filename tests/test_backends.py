@@ -10,12 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import cmoe_kernels as cmoe
 from cmoe_kernels import backends, doctor, native
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False)
+from tests import forked
 
 
 def test_every_op_has_a_reference_forward_and_backward():
@@ -34,16 +29,16 @@ def test_a_backend_brings_both_directions_or_neither():
 
 def test_environment_variable():
     code = "import cmoe_kernels, torch; from cmoe_kernels import backends; print(backends.choose('soft_gate', 'cpu'))"
-    assert python(code, CMOE_BACKEND="reference").stdout.strip() == "reference"
-    assert python(code, CMOE_BACKEND="").stdout.strip() == backends.serving("soft_gate", "cpu")[0]
-    wrong = python(code, CMOE_BACKEND="gpu")
+    assert forked.run(code, CMOE_BACKEND="reference").stdout.strip() == "reference"
+    assert forked.run(code, CMOE_BACKEND="").stdout.strip() == backends.serving("soft_gate", "cpu")[0]
+    wrong = forked.run(code, CMOE_BACKEND="gpu")
     assert wrong.returncode != 0
     assert "ValueError: CMOE_BACKEND: 'gpu' is not a backend; choose one of reference, cpu, triton, cuda or auto" in wrong.stderr
 
 
 def test_check_on_device_is_read_from_the_environment():
     code = "import cmoe_kernels.ops.arguments as a; print(a.CHECK_ON_DEVICE)"
-    assert [python(code, CMOE_CHECK=v).stdout.strip() for v in ("0", "1", "")] == ["False", "True", "False"]
+    assert [forked.run(code, CMOE_CHECK=v).stdout.strip() for v in ("0", "1", "")] == ["False", "True", "False"]
 
 
 def test_the_base_package_needs_torch_alone():
@@ -52,7 +47,7 @@ def test_the_base_package_needs_torch_alone():
         "import sys, cmoe_kernels, cmoe_kernels.doctor; "
         "print([m for m in ('transformers', 'peft', 'safetensors', 'PIL', 'unimed', 'triton', 'omegaconf') if m in sys.modules])"
     )
-    assert python(code).stdout.strip() == "[]"
+    assert forked.run(code).stdout.strip() == "[]"
 
 
 def test_doctor_names_every_op_and_its_backend():
@@ -194,7 +189,7 @@ def test_doctor_command():
     run = subprocess.run([sys.executable, "-m", "cmoe_kernels"], capture_output=True, text=True, check=False)
     assert run.returncode == 0
     assert "soft_gate" in run.stdout
-    wrong = subprocess.run([sys.executable, "-m", "cmoe_kernels", "--all"], capture_output=True, text=True, check=False)
+    wrong = forked.run("import runpy; runpy.run_module('cmoe_kernels', run_name='__main__')", "--all")
     assert wrong.returncode == 2
     assert "takes no arguments, got --all" in wrong.stdout + wrong.stderr
 

@@ -1,14 +1,11 @@
 """CMOE_CHECK=1 reads index tensors before a CUDA kernel gets them; without it a bad index is no expert, and nothing is read."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests import forked
 from tests.emulation import library
-from tests.native.variants import ROOT
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 CODE = """
@@ -56,9 +53,7 @@ RAISED = [
 
 @pytest.mark.parametrize("check", ["1", "0"])
 def test_values_of_indices_are_read_on_demand_alone(check):
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
-    environment = os.environ | {"CMOE_CHECK": check, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = forked.run(CODE, timeout=300, CMOE_CHECK=check)
     assert done.returncode == 0, done.stderr[-2000:]
     # The last line: the library may have been built before.
     assert json.loads(done.stdout.splitlines()[-1]) == (RAISED if check == "1" else ["served"] * len(RAISED))

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from transformers import AutoModelForImageTextToText, FuyuConfig, FuyuForCausalL
 
 import cmoe_kernels.integrations.transformers as cmoe
 from cmoe_kernels import CMoEConfig, backends
+from tests import forked
 from tests.integrations import tiny_models as tiny
 
 TASKS = ("chart", "photo")
@@ -189,7 +188,7 @@ def test_round_trip_in_a_fresh_process(tmp_path):
         torch.save((batch, list(TASKS), expected), tmp_path / family / "expected.pt")
         folders.append(str(tmp_path / family))
         names.append(type(model).__name__)
-    done = subprocess.run([sys.executable, "-c", LOAD, *folders], capture_output=True, text=True, check=False)
+    done = forked.run(LOAD, *map(str, folders), modules=("torch", "transformers.modeling_utils"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == names
 

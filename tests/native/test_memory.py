@@ -1,13 +1,11 @@
 """Where memory ends and where processes fork: one clear error, or a result; never the end of the process, never a wait without end."""
 
 import platform
-import subprocess
-import sys
 
 import pytest
 
 from cmoe_kernels import native
-from tests.native.variants import ROOT
+from tests import forked
 
 pytestmark = [
     pytest.mark.skipif(native.library is None, reason=str(native.error)),
@@ -15,8 +13,8 @@ pytestmark = [
 ]
 
 
-def python(code: str, seconds: int = 120) -> str:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=seconds)
+def python(code: str) -> str:
+    run = forked.run(code)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 

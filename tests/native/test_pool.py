@@ -1,16 +1,13 @@
 """Memory of large results and scratch serves the next: no result is touched while somebody holds it, and what is idle is bounded."""
 
 import json
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from cmoe_kernels import native
-from tests.native.variants import ROOT
+from tests import forked
 
 pytestmark = [
     pytest.mark.skipif(native.library is None, reason=str(native.error)),
@@ -32,8 +29,7 @@ def mapped():
 
 
 def python(code: str, **environment: str):
-    command = [sys.executable, "-c", HEAD + code]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | environment)
+    run = forked.run(HEAD + code, **environment)
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(run.stdout)
 

@@ -1,15 +1,13 @@
 """Instruction sets that trap or are wrong: planted in the best one that this machine has, in a library that is linked for these tests."""
 
-import os
 import platform
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from cmoe_kernels import native
+from tests import forked
 from tests.native.variants import ROOT, alone_in, build_script, copy_of_tree, product_objects
 
 HERE = list(sets.available) if (sets := native.instruction_sets()) else []
@@ -52,9 +50,11 @@ def planted():
     return tree
 
 
-def run(tree, code, fault, *options, **environment):
-    env = os.environ | {"CMOE_PLANTED": fault, "CMOE_CPU_ISA": ""} | environment
-    return subprocess.run([sys.executable, *options, "-c", CALL + code], capture_output=True, text=True, env=env, cwd=tree, timeout=120)
+FAULTHANDLER = "import faulthandler; faulthandler.enable()\n"
+
+
+def run(tree, code, fault, before="", **environment):
+    return forked.run(before + CALL + code, cwd=tree, **{"CMOE_PLANTED": fault, "CMOE_CPU_ISA": ""} | environment)
 
 
 FAULTS = {
@@ -77,7 +77,7 @@ import faulthandler
 assert faulthandler.is_enabled()
 faulthandler._sigsegv()
 """
-    done = run(planted, code, fault, "-X", "faulthandler")
+    done = run(planted, code, fault, FAULTHANDLER)
     said = f"{BEST} ({FAULTS[fault]})"
     first = done.stdout.splitlines()[0]
     assert first == f"True True {native.InstructionSets(NEXT, HERE[1:], said, '')}"
@@ -104,7 +104,7 @@ def test_the_test_can_be_turned_off(planted):
 
 
 def test_a_sound_instruction_set_says_nothing(planted):
-    done = run(planted, "print(right(), native.instruction_sets())", "", "-W", "error")
+    done = run(planted, "print(right(), native.instruction_sets())", "", "import warnings; warnings.simplefilter('error')\n")
     assert (done.stdout, done.stderr) == (f"True {native.InstructionSets(BEST, HERE, '', '')}\n", "")
 
 
@@ -135,7 +135,6 @@ def trap():
 threading.Thread(target=trap).start()
 right()
 """
-    options = ["-X", "faulthandler"] if faulthandler else []
-    done = run(planted, code, "long", *options, CMOE_PLANTED_REACHED=str(tmp_path / "reached"))
+    done = run(planted, code, "long", FAULTHANDLER if faulthandler else "", CMOE_PLANTED_REACHED=str(tmp_path / "reached"))
     assert done.returncode == -signal.SIGSEGV, done.stderr
     assert ("Fatal Python error: Segmentation fault" in done.stderr) == faulthandler

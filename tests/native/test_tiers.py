@@ -1,15 +1,13 @@
 """The op tests in every instruction set of this machine: CMOE_CPU_ISA, in a process each."""
 
-import os
 import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cmoe_kernels import native
+from tests import forked
 from tests.native.variants import ROOT, build_script, copy_of_tree, emulated_tiers, output_of, product_objects, run_tests, summary_of
 from tests.sampling import FULL
 
@@ -62,27 +60,21 @@ def test_emulated(emulation, tier, capsys):
     check(emulation, tier, capsys)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False, cwd=ROOT)
-
-
 def test_an_unknown_instruction_set_is_one_clear_line():
     line = f"CMOE_CPU_ISA is 'sse9', must be one of those that this machine and this build have: {', '.join(HERE)}"
     code = "import torch, cmoe_kernels as c; c.soft_experts(torch.ones(2, 3), torch.ones(2, 1), torch.ones(1, 4, 3), None)"
-    run = python(code, CMOE_CPU_ISA="sse9")
+    run = forked.run(code, CMOE_CPU_ISA="sse9")
     assert run.returncode == 1
     assert line in run.stderr
-    report = subprocess.run(
-        [sys.executable, "-m", "cmoe_kernels"], capture_output=True, text=True, env=os.environ | {"CMOE_CPU_ISA": "sse9"}, cwd=ROOT
-    )
+    report = forked.run("from cmoe_kernels import doctor; print(doctor.report())", CMOE_CPU_ISA="sse9")
     assert report.returncode == 0
     assert f"none: {line}" in report.stdout
 
 
 def test_the_environment_chooses():
     code = "import cmoe_kernels.native as b; print(b.instruction_sets().used)"
-    assert [python(code, CMOE_CPU_ISA=tier).stdout.strip() for tier in HERE] == HERE
-    assert python(code, CMOE_CPU_ISA="").stdout.strip() == HERE[0]
+    assert [forked.run(code, CMOE_CPU_ISA=tier).stdout.strip() for tier in HERE] == HERE
+    assert forked.run(code, CMOE_CPU_ISA="").stdout.strip() == HERE[0]
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
