@@ -7,9 +7,9 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # What CI runs of a test with more cases: this many, each value of each parameter among them.
-SAMPLE := --sample 24
+SAMPLE := --sample 16
 # Interpreted and emulated kernels take many times as long.
-SAMPLE_SLOW := --sample 12
+SAMPLE_SLOW := --sample 8
 BIN := $(VENV)/bin
 # Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
 INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
@@ -57,7 +57,7 @@ test: install
 	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "(cuda or emulation) and $(OP)"
 else
 test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(SAMPLE) --ignore tests/triton --ignore tests/emulation
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SAMPLE) --ignore tests/triton --ignore tests/emulation
 	$(VERSIONS) latest --sample 90
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 endif

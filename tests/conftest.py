@@ -11,6 +11,13 @@ from tests import sampling
 from tests.emulation import library
 from tests.ops.cases import DEVICE
 
+# Files that take a worker of `make test` longest, longest first. They are begun first, so that the last to end is a short one.
+LONGEST = (
+    *("test_wheel", "unimed/test_train_run", "unimed/test_serve", "native/test_programs", "unimed/test_cli", "native/test_tiers"),
+    *("ops/test_promises", "benchmarks/test_gpu_check", "unimed/test_train_processes", "unimed/test_train_killed"),
+    *("native/test_sanitized", "integrations/test_projectors", "integrations/test_projectors_training", "integrations/test_experts"),
+    *("native/test_sass", "benchmarks/test_results", "unimed/test_data_sample", "unimed/test_report", "unimed/test_evaluate"),
+)
 SAMPLED = pytest.StashKey[str]()
 BEGUN = pytest.StashKey[float]()
 
@@ -83,6 +90,8 @@ def pytest_collection_modifyitems(items, config):
         if hasattr(config, "workeroutput"):  # a worker of xdist: its main process prints the line
             config.workeroutput["sampled"] = config.stash[SAMPLED]
 
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))
         _leave_out(items, config, {item for place, item in enumerate(items) if place % step != first - 1})

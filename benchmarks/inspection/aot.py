@@ -234,6 +234,9 @@ class _Calls(TorchDispatchMode):
 @functools.cache
 def _op_calls(index: int, dtype: torch.dtype, master: bool, size: str) -> list[tuple[str, list[Any]]]:
     """The ops that a case runs forward and backward, on the meta device; ``master``: with weights in fp32."""
+    if dtype in (torch.float16, torch.float32) and not master:  # those of bf16, whose tensors have another dtype
+        calls = _op_calls(index, torch.bfloat16, False, size)
+        return [(name, [_meta(a, dtype) if isinstance(a, Tensor) else a for a in args]) for name, args in calls]
     case = cases.CASES[index]
     with contextlib.ExitStack() as stack:
         for letter, value in SIZES[size].items():
@@ -247,11 +250,12 @@ def _op_calls(index: int, dtype: torch.dtype, master: bool, size: str) -> list[t
                 arguments[name] = arguments[name].detach().float().requires_grad_()
         y = case.call(arguments)
         torch.autograd.grad(y, [arguments[n] for n in cases.leaves(arguments)], torch.ones_like(y), allow_unused=True)
-    return [(name, [_meta(a) if isinstance(a, Tensor) else a for a in args]) for name, args in recorder.calls]
+    return [(name, [_meta(a, torch.bfloat16) if isinstance(a, Tensor) else a for a in args]) for name, args in recorder.calls]
 
 
-def _meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+def _meta(t: Tensor, half: torch.dtype) -> Tensor:
+    """Without memory; what is bf16 becomes ``half``."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=half if t.dtype == torch.bfloat16 else t.dtype, device="meta")
 
 
 @contextlib.contextmanager

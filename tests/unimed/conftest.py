@@ -1,7 +1,10 @@
+import os
 import shutil
 
 import pytest
 import torch
+
+from tests.native.variants import alone_in
 
 SMALL = """
 vision.image_size=32 vision.patch_size=8 vision.width=16 vision.layers=1 vision.heads=2 connector.hidden_features=16
@@ -21,12 +24,14 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sample_folder(tmp_path_factory):
-    """The built-in sample, built once for all tests that read it."""
+    """The built-in sample, built once for all tests that read it, in whatever worker of xdist."""
     from unimed.sample.build import build_sample
 
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    build_sample(folder)
-    return folder
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "data"
+    with alone_in(shared):
+        build_sample(shared / "sample")  # does nothing where it is there
+    return shared / "sample"
 
 
 @pytest.fixture(scope="session")

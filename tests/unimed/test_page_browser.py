@@ -3,6 +3,7 @@
 axe-core checks contrast and names where AXE_CORE names its axe.min.js (npm pack axe-core).
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ from unimed import NOTICE
 from unimed.sample.slices import ASSETS
 from unimed.serve.desk import Desk
 
-pytest.importorskip("gradio", reason="the extra page is not installed")
+if importlib.util.find_spec("gradio") is None:  # not imported: it takes seconds, and every worker collects this file
+    pytest.skip("the extra page is not installed", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
