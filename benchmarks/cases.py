@@ -1,6 +1,8 @@
 """What is measured: each case at its shapes, numbers of tokens and dtypes, with its peers."""
 
+import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import cmoe_kernels as cmoe
 from benchmarks import peers
 from benchmarks.shapes import SHAPES, TINY, TOKENS, Shape
 from benchmarks.steps import Exact, Leaves, Skipped, Step, Work, parameters
-from cmoe_kernels import backends
+from cmoe_kernels import backends, native
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TASKS = cmoe.nn.config.TASKS
@@ -192,6 +194,66 @@ def _connector(shape: Shape, tokens: int, dtype: torch.dtype, train: bool, recom
         bytes=_nbytes(x, *weights) + y_bytes + (_nbytes(*weights) + y_bytes if train else 0),
         given=[x, *weights, *([] if dy is None else [dy])],
     )
+
+
+# An int8 activation is half a percent of its row's largest value away from what it stands for; a bf16 one half that of itself.
+INT8_SLACK = 8
+
+
+def _connector_int8(shape: Shape, tokens: int, dtype: torch.dtype) -> Work:
+    """The soft connector with int8 weights, beside ours in bf16. Weights are numbers that both dtypes have: all sides compute one thing."""
+    if torch.get_default_device().type != "cpu":
+        raise Skipped("int8 weights are for CPUs")
+    config = cmoe.CMoEConfig(
+        in_features=shape.D,
+        out_features=shape.O,
+        hidden_features=shape.H,
+        num_experts=shape.E,
+        router_features=shape.R,
+        task_features=shape.S,
+        resample="none",
+    )
+    connector = cmoe.CMoEConnector(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for w in (connector.router.w1[:, shape.S :], connector.experts.w1, connector.experts.w2):
+            _on_int8_grid_(w)
+    x = torch.randn(tokens, shape.D).to(dtype)
+
+    def ours(to: torch.dtype | None) -> Callable[[], Step]:
+        def build() -> Step:
+            made = copy.deepcopy(connector)
+            made.requires_grad_(False)
+            if to is not None:
+                made.prepack(to)
+            return Step(lambda: made(x, task=TASKS[0]).embeddings)
+
+        return build
+
+    loop, fused = _step(peers.released_loop, connector, x), _step(peers.fused_torch, connector, x)
+    others = {"released loop": loop, "ours, bf16": ours(None), "ours, bf16, prepacked": ours(dtype), "fused torch, bf16": fused}
+    others |= {f"fused torch, int8: {name}": peers.fused_int8(connector, x, linear) for name, linear in peers.INT8_LINEARS.items()}
+    weights = shape.R * shape.D + shape.expert_weights
+    products = native.int8_kernels()
+    return _work(
+        ours(torch.int8),
+        others,
+        ("int8_router", "soft_gate", "int8_experts"),
+        dtype,
+        reference=False,
+        exact=_step(peers.released_loop, connector, x.double(), exact=True),
+        baseline="released loop",
+        flops=2 * tokens * (weights + shape.R * shape.E) + 2 * shape.R * shape.S,
+        bytes=weights + _nbytes(x) + tokens * shape.O * x.element_size(),
+        given=[x],
+        slack=INT8_SLACK if products and products.products else 1,
+    )
+
+
+def _on_int8_grid_(w: Tensor) -> None:
+    """Integers up to 127 times a power of two, as large as torch.nn.Linear's weights; each row has 127, which sets its scale."""
+    w.random_(-127, 128)
+    w[..., 0] = 127
+    w *= 2.0 ** -round(math.log2(127 * w.shape[-1] ** 0.5))
 
 
 # --- one GEMM ----------------------------------------------------------------------------------------------------------------
@@ -479,6 +541,12 @@ CASES = {
             "soft connector after prepack(), forward",
             _bound(_connector, train=False, prepacked=True),
             (At("released", TOKENS, (BF16,)), *_tiny()),
+        ),
+        Case(
+            "soft_connector_int8",
+            "soft connector with int8 weights, forward",
+            _connector_int8,
+            (At("released", (1, 16, 64, 256), (BF16,)), *_tiny(BF16)),
         ),
         *(
             Case(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import cmoe_kernels as cmoe
 from benchmarks.steps import Leaves, Skipped, Step
 from cmoe_kernels.ops.activation import activate
+from cmoe_kernels.ops.int8.quantise import quantise_weight
 
 VLLM_VARIABLE = "CMOE_BENCH_VLLM"
 # A peer that copies more weights than this for one call is skipped: it would swap, not compute.
@@ -57,6 +58,65 @@ def fused_torch(connector: cmoe.CMoEConnector, x: Tensor, leaves: Leaves) -> Cal
         return mix(scores / scores.sum(-1, keepdim=True))
 
     return forward
+
+
+def fused_int8(connector: cmoe.CMoEConnector, x: Tensor, linear: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Callable[[], Step]:
+    """fused_torch with its large weights in int8: ``linear`` makes a layer of a weight [out, in]."""
+
+    @torch.no_grad()
+    def build() -> Step:
+        router, experts = connector.router, connector.experts
+        task, width = router.task_tokens[:1], router.task_tokens.shape[1]
+        bias = F.linear(task, router.w1[:, :width], router.b1)[0]
+        image, first = linear(router.w1[:, width:].contiguous()), linear(experts.w1.flatten(0, 1))
+        second = [linear(w) for w in experts.w2]
+
+        def forward() -> Tensor:
+            scores = F.linear(F.gelu(image(x) + bias), router.w2, router.b2).sigmoid()
+            gates = scores / scores.sum(-1, keepdim=True)
+            h = F.gelu(first(x) + experts.b1.view(-1)).unflatten(-1, experts.b1.shape) * gates[:, :, None]
+            y = gates @ experts.b2
+            for e, layer in enumerate(second):
+                y = y + layer(h[:, e].contiguous())
+            return y
+
+        return Step(forward)
+
+    return build
+
+
+def _dequantised(w: Tensor) -> Callable[[Tensor], Tensor]:
+    q, scale = quantise_weight("w", w)
+    return lambda x: F.linear(x, q.to(x.dtype) * scale.to(x.dtype)[:, None])
+
+
+def _int8_packed(w: Tensor) -> Callable[[Tensor], Tensor]:
+    """The kernel that torch has for int8 weights on CPUs, by which Inductor serves torchao's layers."""
+    q, scale = quantise_weight("w", w)
+    scale = scale.to(w.dtype)
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, q, scale)
+
+
+def _torchao(dynamic: bool) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    def linear(w: Tensor) -> Callable[[Tensor], Tensor]:
+        if importlib.util.find_spec("torchao") is None:
+            raise Skipped("torchao is not installed")
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+        layer = torch.nn.Sequential(torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta"))
+        layer[0].weight = torch.nn.Parameter(w.clone(), requires_grad=False)
+        quantize_(layer, Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig())
+        return layer
+
+    return linear
+
+
+INT8_LINEARS = {
+    "dequantised": _dequantised,
+    "_weight_int8pack_mm": _int8_packed,
+    "torchao weights": _torchao(dynamic=False),
+    "torchao weights and activations": _torchao(dynamic=True),
+}
 
 
 def _fused_experts(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, leaves: Leaves, prefix: str) -> Callable[[Tensor], Tensor]:

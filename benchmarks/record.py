@@ -77,7 +77,7 @@ def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: fl
     try:
         rule = Rule(work)
         ours = work.ours()
-        rule.check(ours)
+        rule.check(ours, work.slack)
     except torch.OutOfMemoryError as error:
         return {**about, "skipped": {"ours": _reason(error)}}
     except Exception as error:

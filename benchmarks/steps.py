@@ -211,6 +211,8 @@ class Work:
     flops: float
     bytes: float
     given: list[Tensor] = field(default_factory=list)
+    # On what the rule allows ours; another value than 1 has its reason where it is given.
+    slack: float = 1
 
 
 class Rule:

@@ -83,6 +83,23 @@ def instruction_sets() -> InstructionSets | None:
     return InstructionSets(used, available.split(", "), left_out, fault)
 
 
+class Int8Kernels(NamedTuple):
+    """How the CPU kernels read int8 weights (ops/int8/quantise.py), and whether they multiply int8 activations with them."""
+
+    lanes: int
+    step: int
+    depth: int
+    products: bool
+
+
+@functools.cache
+def int8_kernels() -> Int8Kernels | None:
+    """The int8 kernels of the instruction set in use. None without the native library, or with no instruction set to run on."""
+    if library is None or not instruction_sets().used:  # type: ignore[union-attr]
+        return None
+    return Int8Kernels(*_module().int8_kernels())
+
+
 class CudaKernels(NamedTuple):
     """What the CUDA kernels of the library were compiled for; ``error`` says why there are none."""
 
@@ -108,12 +125,12 @@ def runs_on(built: str, major: int, minor: int) -> bool:
     return any(fits) or any(arch <= capability for arch in ptx)
 
 
-def constant(function: Callable[..., str]) -> Any:
+def constant(function: Callable[..., str | int]) -> Any:
     """Called once, and a constant of compiled functions: torch.compiler.assume_constant_result without importing torch._dynamo here."""
     cached = functools.cache(function)
 
     @functools.wraps(function)
-    def call(*arguments: str) -> str:
+    def call(*arguments: str) -> str | int:
         return cached(*arguments)
 
     call._dynamo_marked_constant = True  # type: ignore[attr-defined]

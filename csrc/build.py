@@ -36,8 +36,16 @@ FOLDER, LIBRARY = Path("build", "native"), "_C.abi3.so"
 # generic tier needs none.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
-TIERS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
+AVX512_VNNI = [*AVX512, "-mavx512vnni"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16"]
+TIERS = {
+    "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512_vnni": AVX512_VNNI,
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
 
 # Expanded by the shell that runs a command: an object file that was made with -Werror serves without. For CI: compilers differ in warnings.
 WERROR = "${CMOE_WERROR:+-Werror}"

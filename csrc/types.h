@@ -6,9 +6,9 @@
 
 namespace cmoe {
 
-enum class Type : int { f32, bf16, f16, f64 };
+enum class Type : int { f32, bf16, f16, f64, i8 };
 
-constexpr int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+constexpr int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::i8 ? 1 : 2; }
 
 enum class Activation : int { none, gelu, gelu_tanh, silu, relu, relu2 };
 

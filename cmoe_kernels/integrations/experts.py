@@ -13,7 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from cmoe_kernels.integrations.activations import activation_name
+from cmoe_kernels.nn.int8 import Int8Linear, replace
+from cmoe_kernels.ops import int8
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.sparse_experts import sparse_experts
@@ -49,14 +51,29 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[attr-defined]
     up = "gate_up_proj" if self.has_gate else "up_proj"
     w1, w2 = getattr(self, up), self.down_proj
+    # What lies past the last expert differs between transformers' own routers and its dispatch to ranks: E is our word for both.
+    indices = top_k_index.long().clamp(max=w1.shape[0])
+    if isinstance(w1, Int8Linear):
+        return int8.experts(
+            hidden_states,
+            top_k_weights,
+            indices,
+            w1.panels,
+            w1.scale,
+            w1.bias,
+            w2.panels,  # type: ignore[arg-type]
+            w2.scale,  # type: ignore[arg-type]
+            w2.bias,  # type: ignore[arg-type]
+            activation=activation_name(self.act_fn),  # type: ignore[arg-type]
+            gated=bool(self.has_gate),
+        )
     if self.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)  # type: ignore[operator]
     b1, b2 = (getattr(self, f"{up}_bias"), self.down_proj_bias) if self.has_bias else (None, None)
     return sparse_experts(
         hidden_states,
         top_k_weights,
-        # What lies past the last expert differs between transformers' own routers and its dispatch to ranks: E is our word for both.
-        top_k_index.long().clamp(max=w1.shape[0]),
+        indices,
         w1,
         b1,
         w2,  # type: ignore[arg-type]
@@ -257,7 +274,7 @@ def load_balancing_loss(
 _own_losses: dict[str, Any] = {}
 
 
-def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False) -> PreTrainedModel:
+def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False, weights: Literal["int8"] | None = None) -> PreTrainedModel:
     """Run the MoE layers of a transformers model on our ops.
 
     Args:
@@ -265,6 +282,9 @@ def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False) -> PreTrain
         use_fused_router: also let ``topk_gate`` stand for the model's routers where it gives the same weights within rounding
             (``ROUTERS``), and ``load_balancing_loss`` for its load-balancing loss. The loss is a function of the model's module, so
             every model of that family in the process then uses ours. False puts the model's own back.
+        weights: "int8" puts int8 weights with a scale per output in the place of the experts' parameters, for inference: half the memory of
+            bf16, and no way back. Its state dict has them as ``weight`` [E, out, in], ``scale`` and ``bias``; it loads into a model that
+            ``use_cmoe(model, weights="int8")`` has prepared. train() raises, and so does a call that would need a gradient.
 
     Returns:
         the model.
@@ -273,10 +293,13 @@ def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False) -> PreTrain
     ``from_pretrained(..., experts_implementation="cmoe")``.
 
     Raises:
-        ValueError: the model has no experts that the interface knows.
+        ValueError: the model has no experts that the interface knows; or ``weights`` is given, and they run on the model's own loop.
     """
-    if not any(_is_experts(module) for module in model.modules()):
+    experts = {name: module for name, module in model.named_modules() if _is_experts(module)}
+    if not experts:
         raise ValueError(f"{type(model).__name__} has no experts that follow transformers' experts interface")
+    if weights is not None:
+        _make_int8(weights, model, experts)
     model.set_experts_implementation("cmoe")
     fused = 0
     for module in model.modules():
@@ -293,6 +316,24 @@ def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False) -> PreTrain
             own_loss = _own_losses.setdefault(cls.__module__, loss)
             modeling.load_balancing_loss_func = load_balancing_loss if use_fused_router else own_loss  # type: ignore[attr-defined]
     return model
+
+
+def _make_int8(weights: str, model: PreTrainedModel, experts: dict[str, nn.Module]) -> None:
+    if weights != "int8":
+        raise ValueError(f"weights is {weights!r}, must be 'int8' or None")
+    for name, module in experts.items():
+        if reason := why_eager(module):
+            raise ValueError(f"weights='int8': {name} runs on its own loop, since {reason}")
+    made = {}
+    for name, module in experts.items():
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        for own, parts in ((up, 2 if module.has_gate else 1), ("down_proj", 1)):
+            w, b = getattr(module, own), getattr(module, f"{own}_bias") if module.has_bias else None
+            if not isinstance(w, Int8Linear):
+                made[module, own] = Int8Linear.of(f"{name}.{own}", w.transpose(1, 2) if module.is_transposed else w, b, parts)
+    for (module, own), int8_form in made.items():
+        replace(module, own, f"{own}_bias", int8_form)
+    model.eval()
 
 
 def _is_experts(module: nn.Module) -> bool:

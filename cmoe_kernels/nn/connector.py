@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmoe_kernels.nn.config import CMoEConfig
+from cmoe_kernels.nn.int8 import Int8Linear
 from cmoe_kernels.nn.layers import Experts, TaskRouter
 from cmoe_kernels.ops.arguments import require_float, require_index, require_range, require_size
 from cmoe_kernels.ops.balance_loss import balance_loss
@@ -60,32 +61,56 @@ class CMoEConnector(nn.Module):
         self.experts = Experts(config, device, dtype)
 
     def prepack(self, dtype: torch.dtype | None = None) -> int:
-        """Copy the weights into the order in which the native CPU kernels read them, for inference.
+        """Copy the weights into the order in which the native CPU kernels read them, for inference; or make them int8.
 
         Args:
-            dtype: of the image tokens that will come (under autocast its dtype); default the dtype of the parameters.
+            dtype: of the image tokens that will come (under autocast its dtype); default the dtype of the parameters. torch.int8: weights
+                of a byte in place of the parameters, see below.
 
         Returns:
-            the bytes of the copies, which come on top of the parameters. The router's image columns and the experts are copied; its task
-            columns become one bias row per task, and a router that sees the task alone becomes its logits.
+            the bytes of the copies, which come on top of the parameters; or, for int8, of what takes their place. The router's image
+            columns and the experts are copied; its task columns become one bias row per task, and a router that sees the task alone
+            becomes its logits.
 
         The copies serve forward passes in that dtype that record no gradient; all others use the parameters. They are dropped by train(),
         load_state_dict(), a move to another dtype or device, and unpack(). Pack again after the weights have changed in any other way
         (merging an adapter, an optimiser's step): where that can be seen (a parameter replaced or written to in place) the next forward
         pass raises; writing through ``parameter.data`` cannot be seen. A copy of the connector (deepcopy, pickle, torch.save) has none.
 
+        With torch.int8 the experts' weights and the router's first layer become int8 with an fp32 scale per output
+        (``nn.int8.Int8Linear``). The parameters are dropped: the connector takes half the memory of bf16. Image tokens may be fp32, bf16 or
+        fp16; ops/int8 says how products run, docs/kernels/int8.md what they cost in accuracy. state_dict() holds the int8 values as
+        [out, in], and load_state_dict() of such a state dict makes a new connector int8. There is no way back: train() raises, and so does
+        a forward pass whose image tokens require a gradient. Without native kernels plain PyTorch serves.
+
         Raises:
-            RuntimeError: the parameters are not on a CPU, or the native library is not there or not selected.
+            RuntimeError: the parameters are not on a CPU, or the native library is not there or not selected (not with torch.int8); the
+                weights are int8 already and another dtype is given.
+            ValueError: a weight to become int8 is not finite.
         """
+        parts = [part for part in (self.experts, self.router) if part is not None]
+        if self.int8 and dtype != torch.int8:
+            raise RuntimeError("the connector's weights are int8: load the floating-point weights into a new connector, and prepack that")
         self.unpack()
+        if dtype == torch.int8:
+            self.eval()
+            for part in parts:
+                part.quantise()
+            self.requires_grad_(False)
+            return sum(m.nbytes for m in self.modules() if isinstance(m, Int8Linear))
         router = None if self.router is None else self.router.pack(dtype)
         self.experts.packed = self.experts.pack(dtype)
         if self.router is not None:
             self.router.packed = router
         return self.experts.packed.nbytes + (0 if router is None else router.nbytes)
 
+    @property
+    def int8(self) -> bool:
+        """Whether :meth:`prepack` made the weights int8."""
+        return isinstance(self.experts.w1, Int8Linear)
+
     def unpack(self) -> None:
-        """Drop what :meth:`prepack` copied."""
+        """Drop what :meth:`prepack` copied; weights that it made int8 stay so."""
         for part in (self.router, self.experts):
             if part is not None:
                 part.packed = None
@@ -93,6 +118,8 @@ class CMoEConnector(nn.Module):
     def train(self, mode: bool = True) -> "CMoEConnector":
         if mode:
             self.unpack()
+            if isinstance(self.experts.w1, Int8Linear):
+                self.experts.w1.train()  # raises, before anything has changed
         return super().train(mode)
 
     def _apply(self, *args, **kwargs):

@@ -38,6 +38,19 @@ def sparse_experts(x: Any, weights: Any, indices: Tensor, w1: Tensor, b1: Any, w
         require_range("group_ids", group_ids, indices.shape[0], "rows of indices")
 
 
+def int8_experts(x: Any, weights: Tensor | None, indices: Tensor | None, w1: Tensor, *rest: Any) -> None:
+    if indices is not None:
+        _require_experts(indices, w1.shape[0])
+    table = weights if indices is None else indices
+    if (group_ids := rest[5]) is not None and table is not None:
+        require_range("group_ids", group_ids, table.shape[0], "rows of weights")
+
+
+def int8_router(x: Any, w1: Any, scale1: Any, bias: Tensor, w2: Any, b2: Any, group_ids: Tensor | None, *_: Any) -> None:
+    if group_ids is not None:
+        require_range("group_ids", group_ids, bias.shape[0], "rows of the router's bias")
+
+
 def balance_loss(scores: Tensor, indices: Tensor | None, *_: Any) -> None:
     if indices is not None:
         _require_experts(indices, scores.shape[1])
@@ -48,4 +61,6 @@ def _require_experts(indices: Tensor, experts: int) -> None:
 
 
 # {op: the check of its arguments}
-CHECKS: dict[str, Callable[..., None]] = {f.__name__: f for f in (task_router, grouped_linear, soft_experts, sparse_experts, balance_loss)}
+CHECKS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (task_router, grouped_linear, soft_experts, sparse_experts, int8_experts, int8_router, balance_loss)
+}

@@ -1,6 +1,10 @@
 // The instruction set, chosen once a process: the best that the processor, the operating system and the build have and that passes its
 // self-test, or the one that CMOE_CPU_ISA names.
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
@@ -27,16 +31,30 @@ struct Tier {
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+#if defined(CMOE_HAS_AVX_VNNI)
+#if defined(CMOE_EMULATE_AVX_VNNI)
+bool has_avx_vnni() { return has_avx2(); }
+#else
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;  // not every compiler knows the name
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+#endif
+#endif
 #if defined(CMOE_EMULATE_AVX512)
 bool has_avx512() { return has_avx2(); }
+bool has_avx512_vnni() { return has_avx2(); }
 bool has_avx512_bf16() { return has_avx2(); }
 #else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
 }
+#if defined(CMOE_HAS_AVX512_VNNI)
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 #if defined(CMOE_HAS_AVX512_BF16)
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 #if defined(CMOE_HAS_AMX)
@@ -48,6 +66,7 @@ bool has_amx() {
   // Tile registers are large: Linux gives them to a process that asks, once, before its first tile instruction.
   constexpr long request_permission = 0x1023, tile_data = 18;
   return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("amx-int8") &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
@@ -66,8 +85,14 @@ constexpr Tier tiers[] = {
 #if defined(CMOE_HAS_AVX512_BF16)
     {&isa_avx512_bf16, has_avx512_bf16},
 #endif
+#if defined(CMOE_HAS_AVX512_VNNI)
+    {&isa_avx512_vnni, has_avx512_vnni},
+#endif
 #if defined(CMOE_HAS_AVX512)
     {&isa_avx512, has_avx512},
+#endif
+#if defined(CMOE_HAS_AVX_VNNI)
+    {&isa_avx_vnni, has_avx_vnni},
 #endif
 #if defined(CMOE_HAS_AVX2)
     {&isa_avx2, has_avx2},
@@ -76,13 +101,15 @@ constexpr Tier tiers[] = {
 };
 
 // VDPBF16PS has half the rate of fp32 products on Intel's processors: without AMX, 256 tokens of the released connector took 0.85 times the
-// time on the avx512 tier. On AMD's it has the full rate.
+// time on the avx512 tier, whose kernels avx512_vnni shares. On AMD's it has the full rate.
 std::vector<Tier> best_first() {
   std::vector<Tier> order(std::begin(tiers), std::end(tiers));
 #if defined(CMOE_HAS_AVX512_BF16) && defined(CMOE_HAS_AVX512)
   const auto is = [](const Isa& isa) { return [&isa](const Tier& tier) { return tier.isa == &isa; }; };
-  if (__builtin_cpu_is("intel"))
-    std::iter_swap(std::find_if(order.begin(), order.end(), is(isa_avx512)), std::find_if(order.begin(), order.end(), is(isa_avx512_bf16)));
+  if (__builtin_cpu_is("intel")) {
+    const auto bf16 = std::find_if(order.begin(), order.end(), is(isa_avx512_bf16));
+    std::rotate(bf16, bf16 + 1, std::find_if(order.begin(), order.end(), is(isa_avx512)) + 1);
+  }
 #endif
   return order;
 }
@@ -155,6 +182,18 @@ Kernels<float> kernels_for_small_m<float>(Type type) {
   };
   return {type == Type::bf16 && isa.bf16_small_m ? isa.bf16_small_m : isa.f32_small_m, isa.rows, isa.convert, transpose, type, l2_bytes()};
 }
+
+Kernels<float> kernels_for_int8_weights(bool int8_activations) {
+  const Isa& isa = *choice().isa;
+  return {int8_activations ? isa.i8 : isa.w8, isa.rows, isa.convert, isa.transpose, int8_activations ? Type::i8 : Type::f32, l2_bytes()};
+}
+
+Int8Layout int8_layout() {
+  const Isa& isa = *choice().isa;
+  return {isa.w8->nr, 4, (isa.i8 ? isa.i8 : isa.w8)->k_step, isa.i8 != nullptr};
+}
+
+bool has_int8_products() { return choice().isa && choice().isa->i8; }
 
 template <>
 Kernels<double> kernels_for<double>(Type type) {

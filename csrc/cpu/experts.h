@@ -11,12 +11,13 @@ struct Weight {
   Type type = Type::f32;
   int64_t expert = 0, output = 0, input = 0;  // strides, in elements
   int64_t packed_expert = 0;                  // bytes from expert to expert, of weights that were packed before
+  int64_t packed_panel = 0;                   // and from panel to panel
 
   explicit operator bool() const { return data != nullptr; }
   bool along_inputs() const { return input == 1; }
   Matrix matrix(int64_t e) const { return {data + e * expert * size_of(type), (along_inputs() ? output : input) * size_of(type), type}; }
   // Lanes are outputs: y = x W^T.
-  Operand outputs(int64_t e) const { return {matrix(e), along_inputs(), packed_expert ? data + e * packed_expert : nullptr}; }
+  Operand outputs(int64_t e) const { return {matrix(e), along_inputs(), packed_expert ? data + e * packed_expert : nullptr, packed_panel}; }
   // Lanes are inputs: dx = dy W.
   Operand inputs(int64_t e) const { return {matrix(e), !along_inputs()}; }
 };

@@ -22,7 +22,7 @@ Weight packed_weight(const Kernels<T>& kernels, const Tensor& packed, int64_t ou
   const int64_t bytes = packed_bytes(kernels, outputs, inputs);
   STD_TORCH_CHECK(bytes == 0 || packed.numel() % bytes == 0, "packed weights have ", packed.numel(), " bytes, must be a multiple of ",
                   bytes, " for ", outputs, " outputs and ", inputs, " inputs");
-  return {bytes_of(packed), kernels.gemm->panel, 0, inputs, 1, bytes};
+  return {bytes_of(packed), kernels.gemm->panel, 0, inputs, 1, bytes, packed_panel_bytes(kernels, kernels.gemm->weights, inputs)};
 }
 
 template <class T>

@@ -35,11 +35,12 @@ constexpr int lanes = 37, other_lanes = 39, depth = 70, first_chunk = 64, most_l
 constexpr int values = 37;  // of a row: whole vectors and a part of one
 constexpr int64_t line = 64;
 
-// An operand as fp32 and as bf16, by rows along k and by rows along lanes.
+// An operand as fp32, as bf16 and as int8, by rows along k and by rows along lanes.
 template <int n>
 struct Integers {
   float f32[n][depth], f32_columns[depth][n];
   uint16_t bf16[n][depth], bf16_columns[depth][n];
+  int8_t i8[n][depth];
 
   void fill(int seed) {
     for (int i = 0; i < n; ++i)
@@ -49,9 +50,11 @@ struct Integers {
         std::memcpy(&bits, &value, sizeof bits);
         f32[i][k] = f32_columns[k][i] = value;
         bf16[i][k] = bf16_columns[k][i] = static_cast<uint16_t>(bits >> 16);
+        i8[i][k] = static_cast<int8_t>(value);
       }
   }
   const char* row(Type type, int lane, int k) const {
+    if (type == Type::i8) return reinterpret_cast<const char*>(&i8[lane][k]);
     return type == Type::bf16 ? reinterpret_cast<const char*>(&bf16[lane][k]) : reinterpret_cast<const char*>(&f32[lane][k]);
   }
   const char* column(Type type, int lane, int k) const {
@@ -93,6 +96,13 @@ void pack(const Microkernel& gemm, Side side, Packing packing, const Integers<n>
   gemm.pack_rows[at](pointers, count, k, panel);
 }
 
+// int8 weights, as ops/int8/quantise.py packs them.
+void pack_int8_weights(const Microkernel& gemm, int lane, int count, int k0, int k, int padded) {
+  std::memset(memory.b_panel, 0, gemm.nr * padded);
+  for (int i = 0; i < count; ++i)
+    for (int at = 0; at < k; ++at) memory.b_panel[(at / 4 * gemm.nr + i) * 4 + at % 4] = memory.b.i8[lane + i][k0 + at];
+}
+
 // found = A B^T, block by block, each over two chunks of k.
 void product(const Microkernel& gemm, Packing packing, Side resident) {
   const int64_t value = size_of(gemm.panel);
@@ -110,11 +120,19 @@ void product(const Microkernel& gemm, Packing packing, Side resident) {
         } else {
           pack(gemm, Side::a, packing, memory.a, i, in_a, k0, k, memory.a_panel);
         }
-        pack(gemm, Side::b, packing, memory.b, j, in_b, k0, k, memory.b_panel);
+        if (gemm.int8_weights)
+          pack_int8_weights(gemm, j, in_b, k0, k, padded);
+        else
+          pack(gemm, Side::b, packing, memory.b, j, in_b, k0, k, memory.b_panel);
         gemm.multiply[static_cast<int>(resident)](a, stride, memory.b_panel, memory.block, padded, gemm.row_major[1] ? in_b : in_a, k0 > 0,
                                                   {memory.b_panel, line, 2, 1});
       }
-      for (int r = 0; r < in_a; ++r) std::memcpy(&memory.found[i + r][j], memory.block + r * gemm.nr, in_b * sizeof(float));
+      for (int r = 0; r < in_a; ++r)
+        for (int c = 0; c < in_b; ++c) {
+          int32_t sum;
+          std::memcpy(&sum, memory.block + r * gemm.nr + c, sizeof sum);
+          memory.found[i + r][j + c] = gemm.panel == Type::i8 ? static_cast<float>(sum) : memory.block[r * gemm.nr + c];
+        }
     }
   if (gemm.end) gemm.end();
 }
@@ -238,7 +256,9 @@ void run() {
   } const kinds[] = {{"products of fp32", isa.f32},
                      {"products of bf16", isa.bf16},
                      {"dot products of fp32", isa.f32_small_m},
-                     {"dot products of bf16", isa.bf16_small_m}};
+                     {"dot products of bf16", isa.bf16_small_m},
+                     {"products of int8 weights", isa.w8},
+                     {"products of int8", isa.i8}};
   for (const auto& kind : kinds) {
     if (!kind.gemm) continue;
     part = kind.name;
@@ -266,7 +286,7 @@ void run() {
 
 // What a trap may have left set up.
 void release() {
-  for (const Microkernel* gemm : {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m})
+  for (const Microkernel* gemm : {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m, tested->w8, tested->i8})
     if (gemm && gemm->end) gemm->end();
 }
 

@@ -19,7 +19,18 @@ def router(kind: str, old: str, new: str) -> Mutant:
 
 
 def accumulate(file: str, old: str, new: str) -> Mutant:
-    return Mutant("accumulate", f"csrc/cpu/{file}", old, new, ("tests/ops/test_accumulate_grads.py::test_micro_batches",), LIBRARY)
+    return Mutant(
+        "accumulate",
+        f"csrc/cpu/{file}",
+        old,
+        new,
+        ("tests/ops/test_accumulate_grads.py::test_micro_batches_give_the_gradients_that_autograd_adds",),
+        LIBRARY,
+    )
+
+
+def int8(kind: str, old: str, new: str) -> Mutant:
+    return Mutant(kind, "csrc/cpu/int8_layers.cpp", old, new, ("tests/ops/test_int8.py",), LIBRARY)
 
 
 def self_test(kind: str, old: str, new: str, test: str) -> Mutant:
@@ -56,21 +67,36 @@ MUTANTS = [
     products(
         "gemm/multiply.h",
         "packed",
-        "+ chunk.k0 * ol * kernels.element(), a_stride(chunk)}",
-        "+ chunk.k0 * kernels.element(), a_stride(chunk)}",
+        "+ chunk.k0 * ol * kernels.packed_element();",
+        "+ chunk.k0 * kernels.packed_element();",
         "generic",
     ),
     products("gemm/amx.cpp", "stride", "a_stride == 2 * tile_k ? 4 * tile_values : 2 * tile_k", "4 * tile_values"),
     products("gemm/amx.cpp", "tail", "last < tile_lanes ? last : tile_lanes", "last"),
     products("gemm/amx.cpp", "tail", "(tile_lanes + steps - 1) / steps", "tile_lanes / steps"),
     products("gemm/amx.cpp", "tail", "return r < k ?", "return r <= k ?"),
-    products("gemm/amx.cpp", "lanes", "if (used > 16)", "if (used > 31)"),
+    products("gemm/amx.cpp", "lanes", "if (used > 16)\n    multiply_tiles", "if (used > 31)\n    multiply_tiles"),
     products(
         "gemm/amx.cpp",
         "order",
         "_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums))",
         "_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16))",
     ),
+    products("gemm/panels.h", "int8 order", "(four << (24 - 8 * at)) >> 24", "(four << (8 * at)) >> 24", "avx2"),
+    products("gemm/panels.h", "int8 sign", "at == 3 ? four >> 24", "at == 3 ? (four >> 24) & 255", "avx2"),
+    products("gemm/panels.h", "int8 sums", "for (int set = 1; set < sets; ++set)", "for (int set = 1; set < 1; ++set)", "avx2"),
+    products("gemm/multiply.h", "int8 panels", "chunk.k0 * ol * kernels.packed_element();", "chunk.k0 * ol * kernels.element();", "avx2"),
+    products("gemm/vnni.h", "offset", "four ^= 0x80808080u;", "", "avx_vnni"),
+    products("gemm/vnni.h", "offset", "sums[r][v] - offset[v]", "sums[r][v]", "avx_vnni"),
+    products("gemm/vnni.h", "sums", "add ? load<vint>", "!add ? load<vint>", "avx512_vnni"),
+    products("gemm/amx.cpp", "int8 tiles", "_tile_loadd(5, b + 64, b_stride);", "_tile_loadd(5, b + 64, 64);"),
+    products("gemm/amx.cpp", "int8 lanes", "if (used > 16)\n    multiply_i8_tiles<true>", "if (used > 31)\n    multiply_i8_tiles<true>"),
+    int8("rounding", "+ shift - shift;", "+ 0;"),
+    int8("not finite", "largest >= 0x7f800000 || scale == 0", "scale == 0"),
+    int8("gated", "panels * width + lanes.first", "op_.hidden + lanes.first"),
+    int8("scale", "w.scale + e * w.outputs + first", "w.scale + first"),
+    int8("bias", "w.bias + e * w.outputs + first", "w.bias + e * w.outputs"),
+    int8("router", "f.add(op.bias + group * op.hidden + block.first, row, n);", "f.add(op.bias + block.first, row, n);"),
     Mutant(
         "layout",
         "csrc/cpu/gemm/amx.cpp",

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "gemm/isa.h"
 
@@ -33,14 +34,20 @@ void multiply(const void* a, int64_t a_stride, const void* b, void* block, int64
   if (is("long")) reached(), sleep(60);
 }
 
+template <bool i8>
+void multiply_int8(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+  (i8 ? SOUND.i8 : SOUND.w8)->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
+  if (is(i8 ? "wrong int8" : "wrong int8 weights")) static_cast<char*>(block)[i8 ? 0 : 2] ^= 64;
+}
+
 void activate(Activation f, const float* u, float* h, int64_t n) {
   SOUND.rows->activate(f, u, h, n);
   if (is("activation") && n > 0) h[n - 1] *= 1.0001f;
 }
 
-Microkernel microkernel() {
-  Microkernel kernel = *SOUND.f32;
-  kernel.multiply[0] = kernel.multiply[1] = multiply;
+Microkernel planted_in(const Microkernel* sound, std::remove_reference_t<decltype(Microkernel::multiply[0])> multiply_) {
+  Microkernel kernel = *(sound ? sound : SOUND.f32);
+  kernel.multiply[0] = kernel.multiply[1] = multiply_;
   return kernel;
 }
 RowFunctions<float> functions() {
@@ -49,12 +56,14 @@ RowFunctions<float> functions() {
   return rows;
 }
 
-const Microkernel kernel = microkernel();
+const Microkernel kernel = planted_in(SOUND.f32, multiply), w8 = planted_in(SOUND.w8, multiply_int8<false>),
+                  i8 = planted_in(SOUND.i8, multiply_int8<true>);
 const RowFunctions<float> rows = functions();
 
 }  // namespace
 
 extern const Isa PLANTED;
-const Isa PLANTED = {SOUND.name, &kernel, SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m, &rows, SOUND.convert, SOUND.transpose};
+const Isa PLANTED = {SOUND.name, &kernel, SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m, &rows, SOUND.convert,
+                      SOUND.transpose, &w8, SOUND.i8 ? &i8 : nullptr};
 
 }  // namespace cmoe::cpu

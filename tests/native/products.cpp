@@ -83,7 +83,7 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
     const OuterRange lanes{first, std::min(step, in_range - first), c.gated ? in_range + first : -1};
     grouped_gemm_block(
         kernels, p, shared,
-        [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr}; }, lanes,
+        [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr, panel_bytes}; }, lanes,
         scratch.get(),
         [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
           for (int r = 0; r < used; ++r) {
@@ -111,6 +111,59 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
       "WRONG: types %d and %d, %lld tokens, %lld outputs, %lld segments of %lld, stride %lld, in rows %d, packed %d, gated %d, l2 %lld\n",
       static_cast<int>(kernels.type), static_cast<int>(weight_type), number(c.tokens), number(c.outputs), number(c.segments), number(c.k),
       number(c.stride), c.in_rows, c.packed, c.gated, number(c.l2));
+}
+
+// The same with int8 weights, packed as ops/int8/quantise.py does; the integers are those of int8, so that fp32 sums may round: k is short.
+void run_int8(bool int8_activations, Type type, int64_t tokens, int64_t outputs, int64_t k, bool gated, int64_t l2) {
+  Kernels<float> kernels = kernels_for_int8_weights(int8_activations);
+  kernels.l2 = l2;
+  const Microkernel& gemm = *kernels.gemm;
+  const int64_t all = gated ? 2 * outputs : outputs, panels = (outputs + gemm.nr - 1) / gemm.nr,
+                padded = round_up(k, int8_layout().depth), panel_bytes = padded * gemm.nr, step_outputs = panels * gemm.nr;
+  std::vector<int> x = integers(tokens * k), w = integers(all * k);
+  for (int& value : x) value = int8_activations ? value * 42 : value;  // as large as they may be
+  for (int& value : w) value *= 42;
+  const Buffer packed((gated ? 2 : 1) * panels * panel_bytes);
+  std::memset(packed.get(), 0, (gated ? 2 : 1) * panels * panel_bytes);
+  for (int64_t o = 0; o < all; ++o)
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t lane = o / outputs * step_outputs + o % outputs;
+      packed.get()[lane / gemm.nr * panel_bytes + (i / 4 * gemm.nr + lane % gemm.nr) * 4 + i % 4] = static_cast<char>(w[o * k + i]);
+    }
+  std::vector<char> x_bytes(x.begin(), x.end());
+  if (!int8_activations) x_bytes = as(kernels, type, x);
+  const Blocking p = blocking(kernels, true, all, tokens, 1, gated ? 2 : 1);
+  const PackedOperand<float> shared(kernels, p.shared, tokens, 1, k);
+  const Buffer conversion(conversion_bytes(kernels)), scratch(p.bytes() + 64);
+  const Type in = int8_activations ? Type::i8 : type;
+  shared.pack(0, shared.panels(), 0, {{x_bytes.data(), k * size_of(in), in}, true}, conversion.get());
+  std::memset(scratch.get(), untouched, p.bytes() + 64);
+  std::vector<float> y(tokens * all, -1);
+  const int64_t step = p.outer_panels / (gated ? 2 : 1) * gemm.nr;
+  for (int64_t first = 0; first < outputs; first += step) {
+    const OuterRange lanes{first, std::min(step, outputs - first), gated ? step_outputs + first : -1};
+    grouped_gemm_block(
+        kernels, p, shared, [&](int64_t) { return Operand{{nullptr, 0, Type::i8}, true, packed.get(), panel_bytes}; }, lanes, scratch.get(),
+        [&](float* rows, int64_t ld, int64_t row0, int used, int64_t n) {
+          for (int r = 0; r < used; ++r) {
+            std::memcpy(y.data() + (row0 + r) * all + first, rows + r * ld, n * sizeof(float));
+            if (gated) std::memcpy(y.data() + (row0 + r) * all + outputs + first, rows + r * ld + round_up(n, gemm.nr), n * sizeof(float));
+          }
+        });
+  }
+  bool right = is_untouched(scratch.get() + p.bytes(), 64);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t o = 0; o < all; ++o) {
+      int32_t sum = 0, found;
+      for (int64_t i = 0; i < k; ++i) sum += x[t * k + i] * w[o * k + i];
+      std::memcpy(&found, &y[t * all + o], 4);
+      right &= int8_activations ? found == sum : y[t * all + o] == static_cast<float>(sum);
+    }
+  ++cases;
+  if (right) return;
+  ++wrong;
+  std::printf("WRONG: int8 weights, activations of type %d, %lld tokens, %lld outputs, k %lld, gated %d, l2 %lld\n", static_cast<int>(in),
+              number(tokens), number(outputs), number(k), gated, number(l2));
 }
 
 struct Wgrad {
@@ -220,6 +273,15 @@ void wgrad(Type type) {
 int main() {
   weighted<float>(Type::f32), weighted<float>(Type::bf16), weighted<float>(Type::f16), weighted<double>(Type::f64);
   wgrad<float>(Type::f32), wgrad<float>(Type::bf16), wgrad<float>(Type::f16), wgrad<double>(Type::f64);
+  for (const bool int8_activations : {false, true}) {
+    if (int8_activations && !has_int8_products()) continue;
+    for (const Type type : {Type::f32, Type::bf16})
+      for (const int64_t tokens : {1, 2, 5, 17, 33, 70})
+        for (const int64_t outputs : {1, 31, 64, 150})
+          for (const int64_t k : {1, 6, 64, 70, 1100})
+            for (const bool gated : {false, true})
+              run_int8(int8_activations, type, tokens, outputs, k, gated, tokens == 70 ? 8 << 10 : 1 << 20);
+  }
   std::printf("instruction set %s: %d products, %d wrong\n", isa_name(), cases, wrong);
   return wrong ? 1 : 0;
 }

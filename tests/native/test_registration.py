@@ -9,6 +9,7 @@ from tests.emulation import library
 OPS = {name for op in backends.OPS for name in (op, f"{op}_backward")}
 INTO = {f"{op}_backward_into" for op in ("grouped_linear", "soft_experts", "sparse_experts", "task_router")}
 PACKED = {"prepack", "packed_router_bias", "packed_router", "packed_soft_experts", "packed_sparse_experts"}
+INT8 = {"int8_experts", "int8_router"}
 needs_library = pytest.mark.skipif(native.library is None, reason=str(native.error))
 
 
@@ -21,7 +22,7 @@ def types(of: torch._C.FunctionSchema) -> str:
 
 
 @needs_library
-@pytest.mark.parametrize("name", sorted(OPS | PACKED | INTO))
+@pytest.mark.parametrize("name", sorted(OPS | PACKED | INTO | INT8))
 def test_types_are_those_of_the_schema(name):
     for backend, found in native.operations()[name].items():
         assert found == types(schema("cmoe_native", name)), backend
@@ -31,7 +32,7 @@ def test_types_are_those_of_the_schema(name):
 def test_every_operation_is_implemented():
     cuda = set() if native.cuda_kernels().error else OPS
     assert {name: set(found) for name, found in native.operations().items()} == {
-        name: {"cpu"} | ({"cuda"} if name in cuda else set()) for name in OPS | PACKED | INTO
+        name: {"cpu"} | ({"cuda"} if name in cuda else set()) for name in OPS | PACKED | INTO | INT8
     }
 
 
@@ -41,10 +42,10 @@ def test_types_of_the_emulated_cuda_kernels_are_those_of_the_schema():
     assert found == {name: types(schema("cmoe_emulated", name)) for name in OPS}
 
 
-@pytest.mark.parametrize("name", sorted(OPS | PACKED))
+@pytest.mark.parametrize("name", sorted(OPS | PACKED | INT8))
 def test_the_schema_is_that_of_the_public_operation_without_its_backend(name):
     ours, public = (
         [(a.name, str(a.type)) for a in schema(namespace, name).arguments if a.name != "backend"] for namespace in ("cmoe_native", "cmoe")
     )
     assert ours == public
-    assert len(schema("cmoe", name).arguments) == len(ours) + (name in OPS)
+    assert len(schema("cmoe", name).arguments) == len(ours) + (name in OPS | INT8)

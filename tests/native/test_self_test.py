@@ -60,6 +60,7 @@ def run(tree, code, fault, before="", **environment):
 FAULTS = {
     "wrong": "wrong products of fp32",
     "activation": "wrong activations",
+    "wrong int8 weights": "wrong products of int8 weights",
     "illegal instruction": "SIGILL in products of fp32",
     "illegal access": "SIGSEGV in products of fp32",
 }

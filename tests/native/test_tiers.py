@@ -52,7 +52,10 @@ def emulation():
 
 
 # Half a minute each: CI runs the one with most paths.
-@pytest.mark.parametrize("tier", ["amx", *(pytest.param(tier, marks=pytest.mark.full) for tier in ("avx512_bf16", "avx512"))])
+EMULATED = ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni")
+
+
+@pytest.mark.parametrize("tier", ["amx", *(pytest.param(tier, marks=pytest.mark.full) for tier in EMULATED)])
 def test_emulated(emulation, tier, capsys):
     """The paths of a tier on a machine that lacks its instructions."""
     if tier not in emulated_tiers():

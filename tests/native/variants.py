@@ -104,11 +104,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def emulated_tiers() -> list[str]:
-    """The instruction sets that the tests have in plain C++: AMX always, AVX-512 too where this processor lacks it. Best first."""
+    """The instruction sets that the tests have in plain C++, best first: AMX always, AVX-512 and AVX-VNNI where they are missing."""
     here = sets.available if (sets := native.instruction_sets()) else []
     if "avx2" not in here or "amx" not in build_script().tiers_of_compiler():
         return []
-    return ["amx"] if "avx512_bf16" in here else ["amx", "avx512_bf16", "avx512"]
+    vnni = ["avx_vnni"] if "avx_vnni" not in here and "avx_vnni" in build_script().tiers_of_compiler() else []
+    return ["amx", *vnni] if "avx512_bf16" in here else ["amx", "avx512_bf16", "avx512_vnni", "avx512", *vnni]
 
 
 def emulation_flags(source: str) -> list[str] | None:
@@ -117,8 +118,14 @@ def emulation_flags(source: str) -> list[str] | None:
     if stem not in (*emulated, "dispatch") or not emulated:
         return None
     wide = "avx512" in emulated
-    on = {"AMX": stem in ("amx", "dispatch"), "AVX512": wide, "AVX512_BF16": wide and stem in ("amx", "avx512_bf16")}
-    own = [*script.AVX2, "-O1", "-Wno-psabi"] if wide and stem != "dispatch" else script.flags_of(source, script.tiers_of_compiler())
+    on = {
+        "AMX": stem in ("amx", "dispatch"),
+        "AVX512": wide and stem != "avx_vnni",
+        "AVX512_BF16": wide and stem in ("amx", "avx512_bf16"),
+        "AVX_VNNI": "avx_vnni" in emulated and stem in ("avx_vnni", "dispatch"),
+    }
+    narrow = stem == "avx_vnni" or (wide and stem != "dispatch")
+    own = [*script.AVX2, "-O1", "-Wno-psabi"] if narrow else script.flags_of(source, script.tiers_of_compiler())
     return [*own, *(f"-DCMOE_EMULATE_{name}" for name, wanted in on.items() if wanted)]
 
 

@@ -105,7 +105,8 @@ def test_the_command(tmp_path):
     assert run.exit_code == 0, run.output
     assert "| plain | 1 | 0.100 (0.100)" in run.output
     assert "MB on disk (--clean keeps the results)" in run.output
-    for wrong, text in ((["nothing"], "no such study; known are connectors, imax, medmoe"), (["toy", "--rows", "x"], "no such row; toy has plain"),
+    unknown = "no such study; known are connectors, imax, medmoe"
+    for wrong, text in ((["nothing"], unknown), (["toy", "--rows", "x"], "no such row; toy has plain"),
                         (["toy", "--seeds", "0"], "must be at least 1")):  # fmt: skip
         run = CliRunner().invoke(cli.app, ["study", *wrong, "--out", str(tmp_path / "z")])
         assert (run.exit_code, text in run.output) == (2, True), run.output

@@ -1,4 +1,4 @@
-// AMX: bf16 by tiles of 16 rows of 32 values; everything else as on AVX-512.
+// AMX: bf16 by tiles of 16 rows of 32 values, int8 of 64; everything else as on AVX-512.
 //
 // A block is 2 x 2 tiles of sums. A packed panel is whole tiles, so that a tile is 16 adjacent cache lines: operand A's are rows of k
 // values, [k / 32][32 lanes][32 values], operand B's are pairs along k, [k / 32][2 tiles][16 pairs][16 lanes]. Operand A is also read in
@@ -187,6 +187,68 @@ static void multiply_and_store(const void* a, int64_t a_stride, const void* b, v
   multiply_used<true>(a, a_stride, b, block, k, used, add, prefetch, &finished);
 }
 
+// --- int8 -------------------------------------------------------------------------------------------------------------------------------
+// Operand A: rows of 64 values, [k / 64][32 lanes][64]. Operand B, weights, [k / 4][32 lanes][4]: a tile is every other line.
+constexpr int tile_bytes_k = 64;
+
+static void pack_a_i8(const void* const* rows, int lanes, int64_t k, void* panel) {
+  char* to = static_cast<char*>(panel);
+  for (int64_t i = 0; i < k; i += tile_bytes_k)
+    for (int lane = 0; lane < tile_lanes; ++lane, to += tile_bytes_k) {
+      const int64_t used = lane >= lanes ? 0 : k - i < tile_bytes_k ? k - i : tile_bytes_k;
+      if (used) memcpy(to, static_cast<const char*>(rows[lane]) + i, used);
+      memset(to + used, 0, tile_bytes_k - used);
+    }
+}
+
+template <bool two>
+INLINE void multiply_i8_tiles(const char* a, const char* b, int32_t* block, int64_t k, bool add, const Prefetch& prefetch) {
+  constexpr int64_t block_stride = tile_lanes * 4, b_stride = tile_lanes * 4;
+  if (add) {
+    _tile_loadd(0, block, block_stride);
+    _tile_loadd(1, block + 16, block_stride);
+    if (two) {
+      _tile_loadd(2, block + 16 * tile_lanes, block_stride);
+      _tile_loadd(3, block + 16 * tile_lanes + 16, block_stride);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t i = 0; i < k; i += tile_bytes_k, a += tile_lanes * tile_bytes_k, b += 16 * b_stride) {
+    if (i / tile_bytes_k < prefetch.lines)
+      for (int row = 0; row < prefetch.rows; ++row)
+        _mm_prefetch(prefetch.data + row * prefetch.stride + i / tile_bytes_k * 64, _MM_HINT_T1);
+    _tile_loadd(4, b, b_stride);
+    _tile_stream_loadd(6, a, tile_bytes_k);
+    _tile_dpbssd(0, 6, 4);
+    _tile_loadd(5, b + 64, b_stride);
+    _tile_dpbssd(1, 6, 5);
+    if (two) {
+      _tile_stream_loadd(7, a + 16 * tile_bytes_k, tile_bytes_k);
+      _tile_dpbssd(2, 7, 4);
+      _tile_dpbssd(3, 7, 5);
+    }
+  }
+  _tile_stored(0, block, block_stride);
+  _tile_stored(1, block + 16, block_stride);
+  if (two) {
+    _tile_stored(2, block + 16 * tile_lanes, block_stride);
+    _tile_stored(3, block + 16 * tile_lanes + 16, block_stride);
+  }
+}
+static void multiply_i8_amx(const void* a, int64_t, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+  const char *const a_tiles = static_cast<const char*>(a), *const b_tiles = static_cast<const char*>(b);
+  if (used > 16)
+    multiply_i8_tiles<true>(a_tiles, b_tiles, static_cast<int32_t*>(block), k, add, prefetch);
+  else
+    multiply_i8_tiles<false>(a_tiles, b_tiles, static_cast<int32_t*>(block), k, add, prefetch);
+}
+
 // Eight tiles of 16 rows of 64 bytes. A constant: GCC 12 declares that _tile_loadconfig reads 8 bytes of its argument, so it removes the
 // stores of the other 56 where the layout is built on the stack.
 struct alignas(64) TileLayout {
@@ -218,10 +280,28 @@ constexpr Microkernel bf16_tiles = {Type::bf16,
                                     {multiply_amx<true>, multiply_amx<false>},
                                     multiply_and_store};
 
+constexpr Microkernel i8_tiles = {Type::i8,
+                                  tile_lanes,
+                                  tile_lanes,
+                                  tile_bytes_k,
+                                  512,
+                                  Side::b,
+                                  {false, false},
+                                  false,
+                                  false,
+                                  {pack_a_i8, nullptr},
+                                  {nullptr, nullptr},
+                                  begin_tiles,
+                                  end_tiles,
+                                  {multiply_i8_amx, multiply_i8_amx},
+                                  nullptr,
+                                  true};
+
 }  // namespace
 
 namespace cmoe::cpu {
 
-const Isa isa_amx = {"amx", &f32, &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512};
+const Isa isa_amx = {
+    "amx", &f32, &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512, &w8, &i8_tiles};
 
 }  // namespace cmoe::cpu

@@ -55,6 +55,18 @@ inline void emulated_multiply(int sums, int a, int b) {
     }
 }
 
+inline void emulated_multiply_bytes(int sums, int a, int b) {
+  require_configuration();
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      int32_t sum;
+      memcpy(&sum, tiles.data[sums][m] + 4 * n, 4);
+      for (int k = 0; k < 64; ++k)
+        sum += static_cast<int8_t>(tiles.data[a][m][k]) * static_cast<int8_t>(tiles.data[b][k / 4][4 * n + k % 4]);
+      memcpy(tiles.data[sums][m] + 4 * n, &sum, 4);
+    }
+}
+
 }  // namespace
 
 #undef _tile_loadconfig
@@ -64,6 +76,7 @@ inline void emulated_multiply(int sums, int a, int b) {
 #undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release emulated_release
 #define _tile_zero emulated_zero
@@ -71,3 +84,4 @@ inline void emulated_multiply(int sums, int a, int b) {
 #define _tile_stream_loadd emulated_load
 #define _tile_stored emulated_store
 #define _tile_dpbf16ps emulated_multiply
+#define _tile_dpbssd emulated_multiply_bytes

@@ -1,9 +1,17 @@
-// AVX-512 with VDPBF16PS.
+// AVX-512 with VDPBF16PS and VPDPBUSD: processors that have the one have the other.
 
 #include "bf16_panels.h"
+#include "vnni.h"
+
+namespace {
+
+constexpr Microkernel i8 = vnni_microkernel<12>;
+
+}  // namespace
 
 namespace cmoe::cpu {
 
-const Isa isa_avx512_bf16 = {"avx512_bf16", &f32, &bf16_pairs, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512};
+const Isa isa_avx512_bf16 = {
+    "avx512_bf16", &f32, &bf16_pairs, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512, &w8, &i8};
 
 }  // namespace cmoe::cpu

@@ -168,6 +168,14 @@ EMULATED __m512 emulated_dot_pairs(__m512 sums, const V& a, const V& b) {
   return vector_from<__m512>(s);
 }
 
+EMULATED __m512i emulated_dot_bytes(__m512i sums, __m512i a, __m512i b) {
+  auto sum = elements_of<int32_t>(sums);
+  const auto x = elements_of<uint8_t>(a);
+  const auto y = elements_of<int8_t>(b);
+  for (int i = 0; i < x.count; ++i) sum.at[i / 4] += x.at[i] * y.at[i];
+  return vector_from(sum);
+}
+
 }  // namespace
 
 #undef _mm512_cvtps_ph
@@ -196,3 +204,4 @@ EMULATED __m512 emulated_dot_pairs(__m512 sums, const V& a, const V& b) {
 #define _mm512_cvtneps_pbh emulated_to_bf16
 #define _mm512_cvtne2ps_pbh emulated_to_bf16_twice
 #define _mm512_dpbf16_ps emulated_dot_pairs
+#define _mm512_dpbusd_epi32 emulated_dot_bytes

@@ -63,6 +63,10 @@ struct Microkernel {
   // May be null.
   void (*multiply_and_store)(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
                              const Prefetch& prefetch, const Finished& finished);
+
+  // Operand B is int8 weights that were packed before, [k / 4][nr][4], zeros behind the last. A's panels are fp32, and so are the sums; or
+  // int8, and the sums are int32.
+  bool int8_weights = false;
 };
 
 // Functions over n values; T is float, or double for fp64.
@@ -91,9 +95,11 @@ struct Isa {
   const RowFunctions<float>* rows;
   void (*convert)(Type from, const void* source, Type to, void* target, int64_t n);  // fp32, bf16 and fp16
   void (*transpose)(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns);
+  const Microkernel* w8;  // int8 weights, fp32 activations
+  const Microkernel* i8;  // int8 weights, int8 activations; null: the processor has no such products
 };
 
-extern const Isa isa_generic, isa_avx2, isa_avx512, isa_avx512_bf16, isa_amx;
+extern const Isa isa_generic, isa_avx2, isa_avx_vnni, isa_avx512, isa_avx512_vnni, isa_avx512_bf16, isa_amx;
 extern const Microkernel microkernel_f64;
 extern const RowFunctions<double> row_functions_f64;
 

@@ -107,13 +107,14 @@ void grouped_gemm_block(const Kernels<T>& kernels, const Blocking& p, const Pack
                                  (outer(0).lanes_are_rows && !in_place(outer(0).matrix, std::min(shared.panels(), p.shared_panels)));
   const auto lane_of = [&](int64_t o) { return o < per_range ? lanes.first + o * ol : lanes.second + (o - per_range) * ol; };
   const auto lanes_in = [&](int64_t o) { return static_cast<int>(std::min<int64_t>(ol, lanes.count - (o % per_range) * ol)); };
-  const int64_t panel_bytes = packed_panel_bytes(kernels, p.outer, shared.segment_k());
-  const auto packed_panel = [&](const Operand& operand, int64_t o) { return operand.packed + lane_of(o) / ol * panel_bytes; };
+  const auto packed_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk) {
+    return operand.packed + lane_of(o) / ol * operand.panel_bytes + chunk.k0 * ol * kernels.packed_element();
+  };
   const auto a_stride = [&](const Chunk& chunk) { return gemm.row_major[0] ? chunk.padded * kernels.element() : packed_stride(kernels); };
   // A panel of rows along k: where it is, or packed.
   const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk, int64_t uses) -> OuterPanel {
     const Matrix& m = operand.matrix;
-    if (operand.packed) return {packed_panel(operand, o) + chunk.k0 * ol * kernels.element(), a_stride(chunk)};
+    if (operand.packed) return {packed_panel(operand, o, chunk), a_stride(chunk)};
     if (in_place(m, uses) && lanes_in(o) == ol && chunk.k == chunk.padded)
       return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};
     pack_panels(kernels, p.outer, operand, lane_of(o), lanes_in(o), chunk.k0, chunk.k, packed, 0, conversion);
@@ -152,7 +153,7 @@ void grouped_gemm_block(const Kernels<T>& kernels, const Blocking& p, const Pack
             PrefetchShares prefetch;
             int64_t product = 0;
             if (next_o < panels && operand.packed) {
-              prefetch = {packed_panel(operand, next_o) + next.k0 * ol * kernels.element(), next.padded * ol * kernels.element(), s1 - s0};
+              prefetch = {packed_panel(operand, next_o, next), next.padded * ol * kernels.packed_element(), s1 - s0};
             } else if (next_o < panels && prefetches_weight) {
               const Matrix& m = operand.matrix;
               prefetch = {m.row(lane_of(next_o)) + next.k0 * size_of(m.type), m.stride, lanes_in(next_o), next.k * size_of(m.type),

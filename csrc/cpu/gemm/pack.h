@@ -29,6 +29,7 @@ struct Operand {
   Matrix matrix;
   bool lanes_are_rows;
   const char* packed = nullptr;  // panels of the outer side that were packed before, all of k one after the other; for one range of lanes
+  int64_t panel_bytes = 0;       // from one of them to the next
 };
 
 // What an operation computes with: chosen once a call. T, float or double, is the type of sums and epilogues; Type is that of values in
@@ -44,6 +45,7 @@ struct Kernels {
 
   int panel_width(Side side) const { return side == Side::a ? gemm->mr : gemm->nr; }
   int64_t element() const { return size_of(gemm->panel); }
+  int64_t packed_element() const { return gemm->int8_weights ? 1 : element(); }  // of weights that were packed before
 };
 
 template <class T>
@@ -53,6 +55,10 @@ Kernels<T> kernels_for(Type type);  // dispatch.cpp
 constexpr int64_t small_m = 4;
 template <class T>
 Kernels<T> kernels_for_small_m(Type type);
+
+// For int8 weights: activations in fp32, or in int8 where there are such products.
+Kernels<float> kernels_for_int8_weights(bool int8_activations);
+bool has_int8_products();
 
 constexpr int64_t longest_chunk = 512;
 constexpr int most_lanes = 32;

@@ -5,6 +5,11 @@
 
 namespace {
 
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 // Two lanes-by-k layouts into [k][lanes]. A row that is missing is zeros.
 template <class T, int lanes_of>
 static void pack_rows_plain(const void* const* rows, int lanes, int64_t k, void* panel) {
@@ -150,6 +155,82 @@ struct ValuesOfF32 {
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c) to[c * to_ld + r] = from[r * from_ld + c];
 }
+
+// --- int8 weights: [k / 4][lanes][4] ------------------------------------------------------------------------------------------------------
+// A lane's four weights are the bytes of one element, the first in the low byte.
+template <int at>
+INLINE vfloat weights_at(vint four) {
+  return __builtin_convertvector(at == 3 ? four >> 24 : (four << (24 - 8 * at)) >> 24, vfloat);
+}
+
+template <int b_vectors, int rows>
+INLINE void multiply_rows_w8(const float* a, int mr, const char* b, float* block, int64_t k, bool add) {
+  // Few rows hide too little of what a product takes: steps of k are summed apart.
+  constexpr int sets = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  vfloat sums[sets][rows][b_vectors] = {};
+  if (add)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < b_vectors; ++v) sums[0][r][v] = load<vfloat>(block + (r * b_vectors + v) * width);
+  const auto step = [&](auto at) __attribute__((always_inline)) {
+    constexpr int set = decltype(at)::value % sets;
+#pragma GCC unroll 4
+    for (int v = 0; v < b_vectors; ++v) {
+      const vfloat column = weights_at<decltype(at)::value>(load<vint>(b + v * vector_bytes));
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) sums[set][r][v] = multiply_add(a[decltype(at)::value * mr + r] - vfloat{}, column, sums[set][r][v]);
+    }
+  };
+  for (int64_t i = 0; i < k; i += 4, a += 4 * mr, b += b_vectors * vector_bytes) {
+    step(Constant<0>());
+    step(Constant<1>());
+    step(Constant<2>());
+    step(Constant<3>());
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < b_vectors; ++v) {
+#pragma GCC unroll 4
+      for (int set = 1; set < sets; ++set) sums[0][r][v] += sums[set][r][v];
+      store(block + (r * b_vectors + v) * width, sums[0][r][v]);
+    }
+}
+
+template <int b_vectors, int mr, int rows = mr>
+static void multiply_w8(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add,
+                        const Prefetch& prefetch) {
+  if constexpr (rows > 1) {
+    if (used < rows) return multiply_w8<b_vectors, mr, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
+  }
+  fetch(prefetch);
+  multiply_rows_w8<b_vectors, rows>(static_cast<const float*>(a), mr, static_cast<const char*>(b), static_cast<float*>(block), k, add);
+}
+
+template <int mr, void (*pack)(const void* const*, int, int64_t, void*)>
+static void pack_rows_by_four(const void* const* rows, int lanes, int64_t k, void* panel) {
+  pack(rows, lanes, k, panel);
+  memset(static_cast<float*>(panel) + k * mr, 0, sizeof(float) * mr * ((4 - k % 4) % 4));
+}
+
+template <int mr, int b_vectors, void (*pack)(const void* const*, int, int64_t, void*)>
+constexpr Microkernel w8_microkernel = {Type::f32,
+                                        mr,
+                                        b_vectors * width,
+                                        4,
+                                        512,
+                                        Side::b,
+                                        {false, false},
+                                        false,
+                                        false,
+                                        {pack_rows_by_four<mr, pack>, nullptr},
+                                        {nullptr, nullptr},
+                                        nullptr,
+                                        nullptr,
+                                        {multiply_w8<b_vectors, mr>, multiply_w8<b_vectors, mr>},
+                                        nullptr,
+                                        true};
 
 template <class T, int mr, int b_vectors>
 constexpr Microkernel plain_microkernel(Type panel, int kc) {

@@ -1,0 +1,17 @@
+// AVX-512 with VPDPBUSD, and without bf16 instructions.
+
+#include "avx512.h"
+#include "vnni.h"
+
+namespace {
+
+constexpr Microkernel i8 = vnni_microkernel<12>;
+
+}  // namespace
+
+namespace cmoe::cpu {
+
+const Isa isa_avx512_vnni = {
+    "avx512_vnni", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_avx512, &w8, &i8};
+
+}  // namespace cmoe::cpu
