@@ -155,14 +155,14 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def merge(path: Path, described: dict[str, Any], key: str, record: dict[str, Any]) -> None:
-    """Put one record into a file, and leave the others as they are.
+def merge(path: Path, described: dict[str, Any], key: str, record: dict[str, Any], suite: str = "") -> None:
+    """Put one record into a file, and leave the others as they are. suite: by default that of the device.
 
     Raises:
         ValueError: the file is of another machine or number of threads.
     """
     threads = record["run"]["threads"]
-    suite = SUITES["cuda" if "gpu" in described else "cpu"]
+    suite = suite or SUITES["cuda" if "gpu" in described else "cpu"]
     document = load(path) or {"suite": suite, "machine": described, "threads": threads, "cases": {}}
     if (document["machine"], document["threads"]) != (described, threads):
         held = f"{document['machine']['cpu']}, {document['threads']} threads"

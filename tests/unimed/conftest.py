@@ -72,7 +72,7 @@ def test_only_run(small_run, sample_folder, tmp_path_factory):
     shutil.copytree(small_run, run, ignore=shutil.ignore_patterns("checkpoint-*"))
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace(str(sample_folder), str(folder / "gone")))
-    named = {"dataset": "hospital", "source": ""}
+    named = {"dataset": "hospital", "source": "", "modality": ""}
     held_out = [record for _, record in jsonl.read_records(sample_folder, split="test")]
     asked = [record for record in held_out if {"qa", "box"} & {one.kind for one in record.annotations}]
     jsonl.write(root, jsonl.DatasetInfo(name="hospital"), [record.model_copy(update=named) for record in asked])

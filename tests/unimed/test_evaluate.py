@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -9,10 +10,11 @@ from typer.testing import CliRunner
 
 from unimed.cli import app as cli
 from unimed.errors import UserError
-from unimed.evaluate import evaluate, intervals
+from unimed.evaluate import against, evaluate, intervals
 from unimed.evaluate.predictions import Predictions, fingerprint, read_predictions
-from unimed.evaluate.run import _intervals, against, answer_table, answered, drawn_by, evaluate_run, odd_answers
+from unimed.evaluate.run import _details, answer_table, answered, drawn_by, evaluate_run, odd_answers
 from unimed.inference.session import Generated, Session, load
+from unimed.report import report
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.item import Item
 from unimed.tasks.protocol import STANDARD
@@ -105,6 +107,9 @@ def test_evaluating_a_run_writes_its_metrics_and_predictions(evaluated_run):
         again = evaluate.score(answered(stored[split]["data"]), [text for _, text in sorted(rows[evaluate.TRAINED].items())])
         assert again == part["rows"][evaluate.TRAINED]
         assert part["drawn"] == dict.fromkeys(RELEASED_TASKS, "images") | {"qa": "questions"}
+        assert list(part["groups"]["dataset"]) == ["sample"]
+        assert list(part["groups"]["modality"])[-1] == "no image"
+        assert set(part["groups"]["modality"]) <= {"CT", "MRI", "no image"}
         for row, tasks in part["intervals"].items():
             for task, metrics in tasks.items():
                 for metric, (low, high) in metrics.items():
@@ -205,10 +210,10 @@ def test_a_file_of_answers_that_is_not_ours_is_one_line(copy):
 
 
 def test_a_run_against_itself_differs_by_nothing_and_against_another_by_the_scores(copy, evaluated_run):
-    same = against(copy, evaluated_run)
+    same = against.differences(copy, evaluated_run)
     assert set(same["slab"]) == set(RELEASED_TASKS)
     found = [one for tasks in same.values() for task in tasks.values() for one in task.values() if isinstance(one, dict)]
-    assert all(one == {"difference": 0, "interval": [0, 0]} for one in found)
+    assert all((one["difference"], one["interval"], one["score"]) == (0, [0, 0], one["other"]) for one in found)
     lines = [json.loads(line) for line in (copy / "predictions.jsonl").read_text().splitlines()]
     items = {split: answered(part["data"]) for split, part in read_predictions(copy).items()}
     for line in lines[1:]:
@@ -216,14 +221,47 @@ def test_a_run_against_itself_differs_by_nothing_and_against_another_by_the_scor
             line["text"] = items[line["split"]][line["place"]].answer
     (copy / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = json.loads((evaluated_run / "metrics.json").read_text())["splits"]
-    for split, tasks in against(copy, evaluated_run).items():
+    for split, tasks in against.differences(copy, evaluated_run).items():
         assert tasks["cls"]["drawn"] == "images"
         found = tasks["cls"]["accuracy"]
         assert found["difference"] == pytest.approx(1 - scores[split]["rows"]["trained"]["cls"]["accuracy"])
         assert found["interval"][0] <= found["difference"] <= found["interval"][1]
     evaluate_run(copy, ["evaluate.limit=3"])
     with pytest.raises(UserError, match="other items than"):
-        against(copy, evaluated_run)
+        against.differences(copy, evaluated_run)
+
+
+def test_a_difference_is_drawn_over_patients_and_paired():
+    """Both runs are wrong on the same patients: each score is uncertain, the difference is not."""
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(20), 5)
+    theirs = np.repeat(rng.integers(0, 2, 20), 5)[:, None].astype(float)
+    ours = theirs.copy()
+    ours[::10] = 1 - ours[::10]
+    members = people.tolist()
+    low, high = intervals.interval(ours - theirs, members)[0]
+    assert high - low < 0.5 * np.subtract(*intervals.interval(ours, members)[0][::-1])
+
+
+def test_a_difference_of_no_means_has_no_interval(copy, evaluated_run, monkeypatch):
+    monkeypatch.setattr(intervals, "singles", lambda *given: None)
+    found = against.differences(copy, evaluated_run)["slab"]["caption"]
+    assert (found["rougeL"]["difference"], found["rougeL"]["interval"]) == (0, None)
+    assert against.strip(found["rougeL"], 0.0) == " " * 12 + "●" + " " * 12
+
+
+def test_a_missing_answer_is_no_difference(copy, evaluated_run):
+    lines = (copy / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (copy / "predictions.jsonl").write_text("".join(lines[:-30]))
+    with pytest.raises(UserError, match=r"answers of its '\w+' split are missing; finish them with: unimed evaluate"):
+        against.differences(copy, evaluated_run)
+
+
+def test_the_line_of_a_difference():
+    one = {"difference": 0.5, "interval": [0.25, 1.0]}
+    assert against.strip(one, 1.0, 9) == "    │━●━━"
+    assert against.strip({"difference": 0.0, "interval": [-1.0, 0.5]}, 1.0, 9) == "━━━━●━━  "
+    assert against.span_of({"test": {"vqa": {"f1": one}}}, {"vqa": "f1"}) == 1.0
 
 
 def item(at, subject="", image="a.png"):
@@ -268,15 +306,21 @@ def test_a_row_that_is_scored_is_not_scored_again_for_its_intervals(monkeypatch)
         return real(task, given, asked, coco)
 
     monkeypatch.setattr(intervals.metrics, "score", counted)
-    found, drawn = _intervals(part, rows)
+    found, drawn, _ = _details(part, rows)
     assert drawn == {"cls": "images"}
     assert found["trained"]["cls"]["accuracy"] == [0.75, 0.75]  # one image
-    assert scored == [1, 1]  # each different answer
+    assert scored == [1, 1]  # each different answer; its groups add none
 
 
 def test_the_command_takes_other_data_protocols_and_runs(copy, test_only_run, tmp_path, monkeypatch):
     shutil.copytree(copy, tmp_path / "runs" / "one")
     shutil.copytree(copy, tmp_path / "runs" / "two")
+    for name, old, new in (("three", "limit: 4", "limit: 2"), ("four", "\n *- subject", "")):
+        shutil.copytree(copy, tmp_path / "runs" / name)
+        recipe = tmp_path / "runs" / name / "recipe.yaml"
+        text, changes = re.subn(old, new, recipe.read_text())
+        assert changes == 1
+        recipe.write_text(text)
     monkeypatch.chdir(tmp_path)
 
     def run(*line):
@@ -296,10 +340,18 @@ def test_the_command_takes_other_data_protocols_and_runs(copy, test_only_run, tm
     for words in ("scored strictly", "95 % interval", "intervals by bootstrap over images", "small less runs/two"):
         assert words in shown.output
     assert "headline metric of each task" not in shown.output
+    assert "by organ, scored strictly: score (items)" in shown.output
+    assert json.loads((tmp_path / "runs/one/metrics.json").read_text())["against"] == scores["against"]
+    assert "Against runs/two" in report.write(tmp_path / "runs/one").read_text()
+    assert "against" not in evaluate_run(
+        tmp_path / "runs/one", ["evaluate.limit=1", "evaluate.splits=[slab]"]
+    )  # nor in the file: it is new
     for wrong, words in (
         (["one", "--protocol", "loose"], "must be released or standard"),
         (["one", "--data", "absent"], "--data absent: no such folder"),
         (["one", "--against", "one"], "it is the run itself"),
+        (["one", "--against", "three"], "scored on other data (split 'slab': 24 items here, 12 there, "),
+        (["one", "--against", "four"], "is scored on slab, subject, runs/four on slab; choose the same for both with --split"),
     ):
         shown = run(*wrong)
         assert shown.exit_code == 2

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from unimed import io
 from unimed.errors import UserError
@@ -51,6 +52,26 @@ def contents(run):
 @pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(20, 1, marks=pytest.mark.full)])
 def test_a_run_killed_at_any_file_operation_is_the_same_run(small_overrides, tmp_path, kills, seed):
     kill(kills, seed, small_overrides, tmp_path)
+
+
+class KillAt(TrainerCallback):
+    """Ends a run as a kill does, before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_each_step_once(small_overrides, tmp_path):
+    recipe, run = recipes.load("tiny", [*small_overrides, *SHORT]), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, run, callbacks=[KillAt(3)])  # step 2 is logged, step 4 would be kept
+    train(recipe, run, resume=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
 
 
 @pytest.fixture

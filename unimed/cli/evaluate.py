@@ -14,6 +14,8 @@ from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, c
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
+GROUPS = 15  # of a table in the terminal
+
 
 def evaluate(
     run: RunPath,
@@ -22,6 +24,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="other data: a folder of records, or of a published layout")] = None,
     split: Annotated[list[str] | None, typer.Option(help="which split; may stand several times")] = None,
     protocol: Annotated[str | None, typer.Option(help="released, standard or medmoe; by default the recipe's data and both tables")] = None,
+    clinical: Annotated[list[str] | None, typer.Option(help="a scorer of reports, as radgraph=DIR; may stand several times")] = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="add the row of the model before training")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="write the scores here, too")] = None,
     device: Device = "auto",
@@ -51,18 +54,22 @@ def evaluate(
     protocol = "standard" if more else protocol
     changed = [*_data_overrides(data), *([f"evaluate.splits=[{','.join(split)}]"] if split else [])]
     changed += [*([f"data.protocol={protocol}"] if protocol else []), *(overrides or []), *["data.strict=true"] * strict]
+    changed += _scorers(clinical or [])
     folder, other = run_folder(run), run_folder(against) if against else None
     if other is not None and other.resolve() == folder.resolve():
         raise UserError(f"--against {against}: it is the run itself")
     if other is not None:
+        from unimed.evaluate import against as pairs
+
+        pairs.check(folder, other, changed)
         score(other, changed, device, verify, False, protocol)
     result = score(folder, changed, device, verify, untrained, protocol)
     if more:
         _show_set(result, more)
+    _show_groups(result, protocol)
+    _show_clinical(result)
     if other is not None:
-        from unimed.evaluate.run import against as difference
-
-        result["against"] = {"run": str(other), "splits": difference(folder, other)}
+        pairs.add(folder, other, result)
         _show_difference(result, protocol)
     if json is not None:
         io.write_json(json, result)
@@ -79,6 +86,15 @@ def _data_overrides(data: Path | None) -> list[str]:
         return [f"data.root={data}"]
     name = re.sub(r"[^A-Za-z0-9_-]", "_", data.resolve().name).lstrip("_-") or "data"
     return [f"data.sets.{name}.root={data}"]
+
+
+def _scorers(given: list[str]) -> list[str]:
+    """The overrides of --clinical."""
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--clinical {one}: expected NAME=PATH, for example radgraph=weights")
+    return [f"evaluate.clinical.{one}" for one in given]
 
 
 def report(run: RunPath) -> None:
@@ -152,23 +168,68 @@ def score(
     return result
 
 
+def _shown(result: dict[str, Any], protocol: str | None) -> list[tuple[str, dict[str, str]]]:
+    """What is added to a title, and task -> metric, for each table that a protocol has: the headlines, the strict scores, or both."""
+    both = [("released", "", result["headline"]), ("standard", ", scored strictly", result["strict"])]
+    return [(title, names) for name, title, names in both if protocol in (None, name)]
+
+
+def _show_groups(result: dict[str, Any], protocol: str | None) -> None:
+    """The trained row by data set, modality and organ, where there are several."""
+    from rich.table import Table
+
+    from unimed.evaluate.groups import group_table
+
+    for title, names in _shown(result, protocol)[-1:]:
+        for kind in ("dataset", "modality", "organ"):
+            header, lines, left = group_table(result, kind, names, GROUPS)
+            if len(lines) < 2:
+                continue
+            table = Table(title=f"{result['run']} by {kind}{title}: score (items) · {NOTICE}")
+            for number, text in enumerate(header):
+                table.add_column(text, justify="right" if number > 1 else "left")
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+            if left:
+                console.print(f"{left} smaller groups are in metrics.json and report.html", style="dim", highlight=False)
+
+
+def _show_clinical(result: dict[str, Any]) -> None:
+    """The scores of the reports, a line a score, with the interval of the trained row."""
+    from rich.table import Table
+
+    from unimed.evaluate.run import clinical_table
+
+    for part in result["splits"].values():
+        if part["clinical"]:
+            header, lines = clinical_table(part)
+            table = Table(title=f"{result['run']}, {part['name']}: clinical scores of the reports · {NOTICE}")
+            for text in header:
+                table.add_column(text, justify="left" if text == "score" else "right")
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+
+
 def _show_difference(result: dict[str, Any], protocol: str | None) -> None:
     from rich.table import Table
 
-    for strict in (False, True):
-        if protocol is not None and strict != (protocol == "standard"):
-            continue
-        metrics = result["strict" if strict else "headline"]
-        table = Table(title=f"{result['run']} less {result['against']['run']}, on the same items{', scored strictly' * strict}")
-        for text in ("split", "task", "difference", "95 % interval", "bootstrap over"):
+    from unimed.evaluate.against import span_of, strip
+
+    found = result["against"]
+    for title, names in _shown(result, protocol):
+        span = span_of(found["splits"], names)
+        table = Table(title=f"{result['run']} less {found['run']}, on the same items{title}")
+        for text in ("split", "task", "difference", "95 % interval", f"from {-span:.2f} to {span:.2f}", "bootstrap over"):
             table.add_column(text, no_wrap=True)
-        for split, tasks in result["against"]["splits"].items():
-            for task, found in tasks.items():
-                one = found[metrics[task]]
-                low, high = one["interval"]
-                clear = "bold" if low > 0 or high < 0 else None
-                name = result["splits"][split]["name"]
-                table.add_row(name, task, f"{one['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", found["drawn"], style=clear)
+        for split, tasks in found["splits"].items():
+            for task, of in tasks.items():
+                one = of[names[task]]
+                low, high = one["interval"] or (0.0, 0.0)
+                ends = f"{low:+.3f} to {high:+.3f}" if one["interval"] else "no mean of answers"
+                line = (f"{one['difference']:+.3f}", ends, strip(one, span), of["drawn"] if one["interval"] else "–")
+                table.add_row(result["splits"][split]["name"], task, *line, style="bold" if low > 0 or high < 0 else None)
         console.print(table)
     console.print("bold: the interval leaves out zero", style="dim", highlight=False)
 

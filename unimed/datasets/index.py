@@ -50,10 +50,11 @@ from unimed.tasks.task import Task
 
 log = logging.getLogger("unimed.records")
 
-FORMAT = 1
+FORMAT = 2
 ROWS = 4096  # in memory at once while an index is made
 TICK = 50_000_000  # ns: a file that changes twice within it may keep its time
-_TEXT, _TEXT_OR_NONE = ("id", "task", "dataset", "question", "answer", "template", "subject", "layout"), ("answer_type", "plane")
+_TEXT = ("id", "task", "dataset", "question", "answer", "template", "subject", "layout", "modality", "organ")
+_TEXT_OR_NONE = ("answer_type", "plane")
 _NUMBERS = {
     **dict.fromkeys(("max_words", "index", "width", "height"), pa.int64()),
     **dict.fromkeys(("x1", "y1", "x2", "y2", "low", "high"), pa.float64()),
@@ -92,22 +93,15 @@ def _row(item: Item) -> tuple[Any, ...]:
 
 
 def _item(values: Sequence[Any]) -> Item:
-    own, task, dataset, question, answer, template, subject, layout, answer_type, plane, image = values[:11]
-    max_words, index, width, height, x1, y1, x2, y2, low, high = values[11:]
+    texts = dict(zip(_TEXT, values, strict=False))
+    answer_type, plane, image, max_words, index, width, height, x1, y1, x2, y2, low, high = values[len(_TEXT) :]
     path = None if image is None else _path(image)
     return Item(
-        id=own,
-        task=task,
-        dataset=dataset,
-        question=question,
-        answer=answer,
+        **texts,
         image=path if path is None or plane is None else View(path, plane, index, None if low is None else (low, high)),
         size=None if width is None else (width, height),
         box=None if x1 is None else Box(x1, y1, x2, y2),
-        template=template,
         answer_type=answer_type,
-        subject=subject,
-        layout=layout,
         max_words=max_words,
     )
 

@@ -84,6 +84,16 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "synapsemnist3d": ("synapse", ("inhibitory synapse", "excitatory synapse")),
 }  # fmt: skip
 
+# What an archive shows: modality, and the organ of all its images ("" where the class names it, or where there is none).
+SHOWN = {
+    "pathmnist": ("pathology", "colon"), "chestmnist": ("X-ray", "chest"), "dermamnist": ("dermatoscopy", "skin"),
+    "octmnist": ("OCT", "eye"), "pneumoniamnist": ("X-ray", "chest"), "retinamnist": ("fundus", "eye"),
+    "breastmnist": ("ultrasound", "breast"), "bloodmnist": ("microscopy", "blood"), "tissuemnist": ("microscopy", "kidney"),
+    "organamnist": ("CT", ""), "organcmnist": ("CT", ""), "organsmnist": ("CT", ""), "organmnist3d": ("CT", ""),
+    "nodulemnist3d": ("CT", "chest"), "adrenalmnist3d": ("CT", "adrenal gland"), "fracturemnist3d": ("CT", "rib"),
+    "vesselmnist3d": ("MRI", "brain"), "synapsemnist3d": ("microscopy", "brain"),
+}  # fmt: skip
+
 
 class Classes(NamedTuple):
     """``what`` is classified, the names, and the subject of every image of the split ([]: unknown)."""
@@ -171,6 +181,8 @@ def _records(source: Source, path: Path, images: np.ndarray, labels: np.ndarray,
     split, dataset = source.split, files.name(path.stem)
     called = f"{source.tally.folder_name}-{dataset}" if source.tally.folder_name else dataset
     what, names, subjects = classes
+    kind = dataset.split("_")[0]
+    modality, organ = SHOWN.get(kind, ("", ""))
     images = _slices(source.tally, path, images)
     several = labels.ndim == 2 and labels.shape[1] > 1
     shape = (len(images), len(names)) if several else (len(images), 1)
@@ -187,7 +199,7 @@ def _records(source: Source, path: Path, images: np.ndarray, labels: np.ndarray,
         with source.tally.record():
             key = f"{split}/{number}"
             one = _annotation(labels[number], what, names, key, where)
-            values = {"patient": subjects[number] if subjects else "", "source": dataset.split("_")[0]}
+            values = {"patient": subjects[number] if subjects else "", "modality": modality, "organ": organ, "source": kind}
             record = source.record(where, key, dataset, images=(ImageRef(path=member, frame=number),), annotations=(one,), **values)
             yield where, record.model_copy(update={"dataset": called})
 

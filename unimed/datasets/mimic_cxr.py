@@ -37,7 +37,8 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
             ref, _ = source.image(images, first, where)
             key, patient = files.name(row.get("id", number)), files.name(row.get("subject_id", ""))
             report = made(Report, where, text=text, id=key)
-            yield where, source.record(where, key, SPEC.name, images=(ref,), annotations=(report,), patient=patient, source=SPEC.name)
+            values = {"patient": patient, "modality": "X-ray", "organ": "chest", "source": SPEC.name}
+            yield where, source.record(where, key, SPEC.name, images=(ref,), annotations=(report,), **values)
 
 
 SPEC = DatasetSpec(

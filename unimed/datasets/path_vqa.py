@@ -63,10 +63,8 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
             one = made(QA, where, question=question, answer=answer, id=files.name(row.get("question_id", number)), **values)
             found.setdefault(files.name(img_id), (ref, []))[1].append(one)
     for key, (ref, questions) in found.items():
-        yield (
-            str(path),
-            source.record(str(path), key, SPEC.name, images=(ref,), annotations=tuple(questions), patient=key, source=SPEC.name),
-        )
+        values = {"patient": key, "modality": "pathology", "source": SPEC.name}
+        yield str(path), source.record(str(path), key, SPEC.name, images=(ref,), annotations=tuple(questions), **values)
 
 
 SPEC = DatasetSpec(

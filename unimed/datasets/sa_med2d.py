@@ -22,11 +22,9 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
         modality, name = path.parent.name, path.stem
         found = list(read_boxes(source, f"{modality}/{name}", images, f"{modality}/{name}.png", path))
         if found:
-            key, patient, boxes = files.name(f"{modality}/{name}"), files.name(name), tuple(box for _, box in found)
-            yield (
-                str(path),
-                source.record(str(path), key, SPEC.name, images=(found[0][0],), annotations=boxes, patient=patient, source=SPEC.name),
-            )
+            key, boxes = files.name(f"{modality}/{name}"), tuple(box for _, box in found)
+            values = {"patient": files.name(name), "modality": files.name(modality), "source": SPEC.name}
+            yield str(path), source.record(str(path), key, SPEC.name, images=(found[0][0],), annotations=boxes, **values)
 
 
 SPEC = DatasetSpec(

@@ -33,6 +33,7 @@ class _Case:
         self.refs: dict[ImageRef, int] = {}
         self.annotations: list[Annotation] = []
         self.patient = ""
+        self.modality = ""
 
     def add(self, ref: ImageRef, annotation: Annotation) -> None:
         image = self.refs.setdefault(ref, len(self.refs))
@@ -78,6 +79,7 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
         if case.annotations:
             key, patient = files.name(name), case.patient or files.name(name)
             values = {"images": tuple(case.refs), "annotations": tuple(case.annotations), "patient": patient, "source": SPEC.name}
+            values["modality"] = case.modality
             yield str(place), source.record(str(path), key, SPEC.name, **values)
 
 
@@ -98,10 +100,12 @@ def _question(source: Source, row: Any, where: str, number: int, cases: dict[str
             case = image.rpartition("/")[0] or image
             number = row.get("qid", number)
         template, key = files.name(row.get("template") or ""), files.name(f"{case}/q{number}")
-        one = made(QA, where, question=question, answer=answer, answer_type=kind, template=template, id=key)
+        about = {"modality": files.name(row.get("modality") or ""), "organ": files.name(row.get("location") or "")}
+        one = made(QA, where, question=question, answer=answer, answer_type=kind, template=template, id=key, **about)
         found = cases.setdefault(case, _Case())
         found.add(ref, one)
         found.patient = found.patient or files.name(row.get("subject") or "")
+        found.modality = found.modality or about["modality"]  # of its boxes
 
 
 SPEC = DatasetSpec(

@@ -10,6 +10,7 @@ from unimed.records.record import QA, ImageRef, Record, made
 from unimed.records.source import Source
 
 FILE = "VQA_RAD Dataset Public.json"
+ORGANS = {"ABD": "abdomen"}  # the others are words: HEAD, CHEST
 IMAGES = ("VQA_RAD Image Folder", "images")
 
 
@@ -40,9 +41,9 @@ def read(source: Source) -> Iterator[tuple[str, Record]]:
             image = files.text(row, "image_name", where)
             ref, _ = source.image(images, image, where)
             key = files.name(row.get("qid", number))
-            found.setdefault(files.name(image), (ref, []))[1].append(
-                made(QA, where, question=question, answer=answer, answer_type=kind, id=f"q{key}")
-            )
+            organ = files.name(row.get("image_organ") or "")
+            one = made(QA, where, question=question, answer=answer, answer_type=kind, id=f"q{key}", organ=ORGANS.get(organ, organ))
+            found.setdefault(files.name(image), (ref, []))[1].append(one)
     for image, (ref, questions) in found.items():
         key = f"{source.split}/{image}"  # an image may be in both splits
         yield str(path), source.record(str(path), key, SPEC.name, images=(ref,), annotations=tuple(questions), source=SPEC.name)

@@ -8,17 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unimed import io
 from unimed.datasets.load import terms
 from unimed.errors import NoItems, UserError
-from unimed.evaluate import evaluate, intervals
+from unimed.evaluate import evaluate, groups, intervals
 from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
-from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions, fingerprint, read_predictions
+from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions, fingerprint
 from unimed.inference.files import RECIPE_FILE, model_in, require_run
 from unimed.notice import NOTICE
 from unimed.sample import about
 from unimed.tasks import TASKS
+from unimed.tasks.answers import spoken
 from unimed.tasks.item import Item, digest
+from unimed.tasks.metrics import clinical
 from unimed.tasks.protocol import RELEASED, SETS, STANDARD
 from unimed.train import machine
 from unimed.train import recipe as recipes
@@ -62,7 +66,10 @@ def evaluate_run(
     model_in(run)
     stored, recipe = recipes.load(run / RECIPE_FILE), recipes.load(run / RECIPE_FILE, overrides)
     settings = recipe.evaluate
-    held_out = {split: _held_out(recipe, split) for split in settings.splits}
+    clinical.check(settings.clinical)
+    held_out = asked(recipe)
+    if settings.clinical and not any(item.task == "caption" for items in held_out.values() for item in items):
+        raise UserError(f"--clinical: {recipe.data.where} has no reports in {', '.join(held_out)} (task caption)")
     seen = _trained_on(stored)
     import torch  # not before the data is read: what is wrong there is said at once
 
@@ -86,13 +93,15 @@ def evaluate_run(
     }
     answers = Predictions(run / PREDICTIONS_FILE, spec)
     splits: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for split, items in held_out.items():
         name = split_name(recipe.data, split)
         report = _counter(progress, name, len(items), sum(item.image is not None for item in items))
         start = time.perf_counter()
         store = _SplitStore(answers, split)
         rows = evaluate.compare(before, trained, majority, items, settings.batch_size, settings.max_new_tokens, report, store)
-        found, drawn = _intervals(items, rows)
+        given[split] = items, {row: one["predictions"] for row, one in rows.items()}
+        found, drawn, by_group = _details(items, rows)
         splits[split] = {
             "name": name,
             "counts": {task: len(found) for task, found in evaluate.by_task(items).items()},
@@ -104,14 +113,18 @@ def evaluate_run(
             "sets": {name: _by_set(items, rows, scores) for name, scores in SETS.items()},
             "drawn": drawn,
             "intervals": found,
+            "groups": by_group,
+            "clinical": {},
         }
-    asked = evaluate.by_task([item for items in held_out.values() for item in items])
+    if settings.clinical:
+        _clinical(splits, given, settings.clinical, str(trained.device))
+    tasks = evaluate.by_task([item for items in held_out.values() for item in items])
     result = {
         "notice": NOTICE,
         "run": recipe.name,
         "seed": recipe.train.seed,
-        "headline": RELEASED.metrics(asked),
-        "strict": STANDARD.metrics(asked),
+        "headline": RELEASED.metrics(tasks),
+        "strict": STANDARD.metrics(tasks),
         "data": {"root": recipe.data.where, "sample": is_sample(recipe.data), "protocol": recipe.data.protocol},
         "sets": _terms(recipe.data),
         "evaluate": settings.model_dump(),
@@ -153,51 +166,43 @@ def _by_set(items: Sequence[Item], rows: dict[str, Any], scores: Callable[..., d
     return found
 
 
-def _table_metrics(task: str) -> list[str]:
-    """The metrics of a task that tables show: headline and strict."""
-    return list(dict.fromkeys((TASKS[task].headline, TASKS[task].strict)))
+def _clinical(splits: dict[str, Any], given: dict[str, Any], settings: dict[str, str], device: str) -> None:
+    """Puts the scores of the reports into each split: row -> {"count", "scores", "intervals"}. The answers are all made by now."""
+    score = clinical.load(settings, device)
+    for split, (items, rows) in given.items():
+        places = [place for place, item in enumerate(items) if item.task == "caption"]
+        _, members = intervals.groups([items[place] for place in places])
+        for row, texts in rows.items():
+            pairs = [(spoken(texts[place]), items[place].answer) for place in places if texts[place] is not None]
+            if len(pairs) < len(places) or not places:
+                continue
+            found = score(pairs)
+            ends = intervals.interval(np.stack([*found.each.values()], 1), members) if found.each else []
+            splits[split]["clinical"][row] = {
+                "count": len(pairs),
+                "scores": found.scores,
+                "intervals": dict(zip(found.each, ends, strict=True)),
+            }
 
 
-def _intervals(items: Sequence[Item], rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Row -> task -> metric -> [lowest, highest], and for each task what was drawn."""
+def _details(items: Sequence[Item], rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Row -> task -> metric -> [lowest, highest], for each task what was drawn, and the scores by group. No answer is scored twice."""
+    scored = {row: groups.Scored(items, one["predictions"], one["metrics"]) for row, one in rows.items()}
     found: dict[str, Any] = {row: {} for row in rows}
     drawn: dict[str, str] = {}
     for task in evaluate.by_task(items):
         places = [place for place, item in enumerate(items) if item.task == task]
-        part, names = [items[place] for place in places], _table_metrics(task)
-        drawn[task], members = intervals.groups(part)
-        for row, scored in rows.items():
-            texts = [text for place in places if (text := scored["predictions"][place]) is not None]
-            each = intervals.singles(task, part, texts, names, scored["metrics"][task]) if len(texts) == len(part) else None
+        drawn[task], members = intervals.groups([items[place] for place in places])
+        for row, one in scored.items():
+            each = one.each(task, places)
             if each is not None:
-                found[row][task] = dict(zip(names, intervals.interval(each, members), strict=True))
-    return found, drawn
+                found[row][task] = dict(zip(groups.table_metrics(task), intervals.interval(each, members), strict=True))
+    return found, drawn, groups.tables(items, scored, TRAINED)
 
 
-def against(run: Path, other: Path) -> dict[str, Any]:
-    """Split -> task -> metric -> the trained row of `run` less that of `other`, with its interval, paired by item.
-
-    Both runs must have been evaluated on the same items.
-    """
-    ours, theirs = read_predictions(run), read_predictions(other)
-    result: dict[str, Any] = {}
-    for split, part in ours.items():
-        if theirs.get(split, {}).get("data", {}).get("sha256") != part["data"]["sha256"]:
-            raise UserError(f"{other}: its {split!r} split has other items than {run}; evaluate both on the same data")
-        items = answered(part["data"])
-        result[split] = {}
-        for task in evaluate.by_task(items):
-            places = [place for place, item in enumerate(items) if item.task == task]
-            asked, names = [items[place] for place in places], _table_metrics(task)
-            texts = [[one["rows"][TRAINED][place] for place in places] for one in (part, theirs[split])]
-            each = [intervals.singles(task, asked, one, names) for one in texts]
-            if each[0] is None or each[1] is None:
-                continue
-            less = each[0] - each[1]
-            drawn, members = intervals.groups(asked)
-            for name, value, ends in zip(names, less.mean(0), intervals.interval(less, members), strict=True):
-                result[split].setdefault(task, {"drawn": drawn})[name] = {"difference": float(value), "interval": ends}
-    return result
+def asked(recipe: recipes.Recipe) -> dict[str, list[Item]]:
+    """The held-out items of each split that a recipe evaluates."""
+    return {split: _held_out(recipe, split) for split in recipe.evaluate.splits}
 
 
 def _held_out(recipe: recipes.Recipe, split: str) -> list[Item]:
@@ -288,6 +293,18 @@ def answer_table(result: dict[str, Any], strict: bool = False) -> tuple[list[str
     for split, part in result["splits"].items():
         lines[split] = [[row, *(cell(part, row, task, names[task]) for task in tasks)] for row in part["rows"]]
     return header, lines
+
+
+def clinical_table(part: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the scores of the reports of a split, by row; the interval is that of the trained row."""
+    found = part["clinical"]
+    rows = [row for row in evaluate.ROWS if row in found]
+    lines = []
+    for name in found[TRAINED]["scores"]:
+        ends = found[TRAINED]["intervals"].get(name)
+        words = f"{name} (lower is better)" if name in clinical.LOWER_IS_BETTER else name
+        lines.append([words, *(f"{found[row]['scores'][name]:.3f}" for row in rows), f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "–"])
+    return ["score", *rows, "95 % interval"], lines
 
 
 def cell(part: dict[str, Any], row: str, task: str, metric: str) -> str:

@@ -10,7 +10,8 @@
                      {"kind": "number", "name": "...", "value": 0.48, "unit": "..."}],
      "source": "...", "licence": "..."}
 
-Boxes are in pixels of the image's file. An annotation may name its image by index, a task of its own, its source and its licence.
+Boxes are in pixels of the image's file. An annotation may name its image by index, a task of its own, its source and its licence. Scores
+are listed by the modality ("CT") and the organ or region ("liver", "chest") that an annotation names, or else its record.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ class _Annotation(_Part):
     task: str = ""
     id: str = ""
     template: str = ""
+    modality: str = ""
+    organ: str = ""
     source: str = ""
     licence: str = ""
 
@@ -186,6 +189,8 @@ class Record(_Part):
     patient: str = ""
     images: tuple[ImageRef, ...] = ()
     annotations: tuple[Annotation, ...] = ()
+    modality: str = ""
+    organ: str = ""
     source: str = ""
     licence: str = ""
 

@@ -106,6 +106,28 @@ def learning_rate(log: list[dict[str, Any]]) -> str:
         return svg(figure, "learning rate")
 
 
+def differences(splits: dict[str, Any], names: dict[str, str], metrics: dict[str, str]) -> str:
+    """A line a task: the difference of two runs with its interval, one colour a task, a panel a split."""
+    shown = {split: tasks for split, tasks in splits.items() if tasks}
+    tasks = [task for task in TASKS if any(task in found for found in shown.values())]
+    with plt.rc_context(STYLE):
+        size = (2.2 + 2.4 * max(len(shown), 1), 0.9 + 0.32 * len(tasks))
+        figure, axes = plt.subplots(1, max(len(shown), 1), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+        for axis, (split, found) in zip(axes.flat, shown.items(), strict=False):
+            axis.axvline(0, color=MUTED, linewidth=1)
+            for place, task in enumerate(tasks):
+                if task in found:
+                    one = found[task][metrics[task]]
+                    if one["interval"]:
+                        axis.plot(one["interval"], (place, place), color=task_colour(task), linewidth=2)
+                    axis.plot(one["difference"], place, "o", color=task_colour(task), markersize=6)
+            axis.set_yticks(range(len(tasks)), [f"{task} {metrics[task].removesuffix('_strict')}" for task in tasks])
+            axis.set_title(names[split], loc="left")
+        axes[0][0].set_ylim(len(tasks) - 0.5, -0.5)
+        figure.supxlabel("difference of the strict scores, 95 % interval", color=MUTED, fontsize=9)
+        return svg(figure, "differences to the other run")
+
+
 def gate_heat_map(entry: dict[str, Any], title: str) -> str:
     """Mean gate of every expert for every task; white is an even share, blue more and red less."""
     tasks = [task for task in TASKS if task in entry["tasks"]]

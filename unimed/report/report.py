@@ -11,10 +11,11 @@ from PIL import Image
 
 from unimed import io
 from unimed.errors import UserError
-from unimed.evaluate.evaluate import ROWS, TRAINED
+from unimed.evaluate import groups
+from unimed.evaluate.evaluate import MAJORITY, ROWS, TRAINED
 from unimed.evaluate.experts import EXPERTS_FILE
 from unimed.evaluate.predictions import PREDICTIONS_FILE, read_predictions
-from unimed.evaluate.run import METRICS_FILE, answered, cell, drawn_by, interval_cell, odd_answers
+from unimed.evaluate.run import METRICS_FILE, answered, cell, clinical_table, drawn_by, interval_cell, odd_answers
 from unimed.inference.files import RECIPE_FILE, RUN_FILE
 from unimed.notice import NOTICE
 from unimed.report import gallery, page, plots
@@ -40,7 +41,7 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     recipe = recipes.load(run / RECIPE_FILE)
     record, result = io.read_json(run / RUN_FILE), io.read_json(run / METRICS_FILE)
     predictions = read_predictions(run)
-    if "intervals" not in next(iter(result.get("splits", {}).values()), {}):
+    if not {"intervals", "groups"} <= next(iter(result.get("splits", {}).values()), {}).keys():
         raise UserError(f"{run}: {METRICS_FILE} is of an older version; make it again with: unimed evaluate {run}")
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     history = io.read_json(Run(run).router)
@@ -65,6 +66,11 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
     for part in splits:
         headings += [(f"boxes-{part['key']}", f"Boxes: {part['name']}")] if part["boxes"] else []
         headings += [(f"answers-{part['key']}", f"Answers: {part['name']}")]
+    by_group, pair = _groups(result), _against(result)
+    headings += [("groups", "By data set, modality and organ")] if by_group else []
+    headings += [("against", f"Against {pair['run']}")] if pair else []
+    scored = [{"name": part["name"], "table": clinical_table(part)} for part in result["splits"].values() if part["clinical"]]
+    headings += [("clinical", "Clinical scores of the reports")] if scored else []
     experts = _experts(run / EXPERTS_FILE)
     headings += [("experts", "Experts")] if experts else []
     analysis = _analysis(run / ANALYSIS)
@@ -84,6 +90,9 @@ def write(run: Path, progress: Callable[[str], None] | None = None) -> Path:
         cards=_cards(record, result),
         table=table(result),
         splits=splits,
+        groups=by_group,
+        against=pair,
+        clinical=scored,
         true_colour=gallery.TRUE,
         guess_colour=gallery.GUESS,
         loss=page.Markup(plots.loss_per_task(log)),
@@ -113,6 +122,61 @@ def _analysis(folder: Path) -> list[dict[str, str]]:
             raise UserError(f"{place}: not a picture ({error}); make it again with: unimed analyze {folder.parent}") from error
         found.append({"title": str(one["title"]), "text": str(one["text"]), "uri": uri})
     return found
+
+
+def _groups(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table for each kind of group that has several: the trained row's scores with intervals, the majority answers' beside them."""
+    found = []
+    for kind in groups.KINDS:
+        lines = []
+        tasks = [task for task in TASKS if any(task in part["counts"] for part in result["splits"].values())]
+        for part in result["splits"].values():
+            for group, by_task in part["groups"][kind].items():
+                lines.append({"split": part["name"], "name": group, "cells": [_group_cell(by_task.get(task), task) for task in tasks]})
+        if len({line["name"] for line in lines}) > 1:
+            found.append({"kind": kind, "tasks": [(task, TASKS[task].strict.removesuffix("_strict")) for task in tasks], "lines": lines})
+    return found
+
+
+def _group_cell(one: dict[str, Any] | None, task: str) -> dict[str, str]:
+    if one is None:
+        return dict.fromkeys(("value", "interval", "count", "majority"), "")
+    metric = TASKS[task].strict
+    value, majority = (one["rows"].get(row, {}).get(metric) for row in (TRAINED, MAJORITY))
+    ends = one["intervals"].get(metric)
+    return {
+        "value": "–" if value is None else f"{value:.3f}",
+        "interval": f"{ends[0]:.2f}–{ends[1]:.2f}" if ends else "",
+        "count": f"{one['count']:,}",
+        "majority": "" if majority is None else f"{majority:.3f}",
+    }
+
+
+def _against(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The differences to another run, where the last evaluation compared them."""
+    if "against" not in result:
+        return None
+    lines = []
+    for split, tasks in result["against"]["splits"].items():
+        for task, found in tasks.items():
+            for metric in groups.table_metrics(task):
+                one = found[metric]
+                low, high = one["interval"] or (None, None)
+                lines.append(
+                    {
+                        "split": result["splits"][split]["name"],
+                        "task": task,
+                        "metric": metric,
+                        "scores": (f"{one['score']:.3f}", f"{one['other']:.3f}"),
+                        "difference": f"{one['difference']:+.3f}",
+                        "interval": "no mean of answers" if low is None else f"{low:+.3f} to {high:+.3f}",
+                        "clear": low is not None and (low > 0 or high < 0),
+                        "drawn": f"{found['count']:,} items; {found['drawn']}",
+                    }
+                )
+    names = {split: result["splits"][split]["name"] for split in result["against"]["splits"]}
+    plot = page.Markup(plots.differences(result["against"]["splits"], names, result["strict"]))
+    return {"run": result["against"]["run"], "lines": lines, "plot": plot}
 
 
 def _experts(file: Path) -> dict[str, Any] | None:

@@ -129,21 +129,22 @@ def _square(image: Image.Image, box: Box) -> Image.Image:
 def _records(cut: Sequence[Slice], split: str, names: Sequence[str]) -> Iterator[Record]:
     """Those of one split of the demo: what is to classify, the text questions, the reports, the questions and boxes."""
 
-    def record(key: str, images: tuple[ImageRef, ...], annotations: Sequence[Annotation], patient: str = "") -> Record:
-        fields = {"dataset": NAME, "split": SPLITS[split], "source": NAME}
-        return Record(id=key, images=images, annotations=tuple(annotations), patient=patient, **fields)
+    def record(key: str, annotations: Sequence[Annotation], image: ImageRef | None = None, shown: Slice | None = None) -> Record:
+        of = {"patient": shown.subject, "modality": questions.MODALITY[shown.modality]} if shown else {}
+        fields = {"dataset": NAME, "split": SPLITS[split], "source": NAME, **of}
+        return Record(id=key, images=(image,) if image else (), annotations=tuple(annotations), **fields)
 
     for shown in cut:
         for name, _ in _boxes(shown, names):
-            yield record(f"{shown.id}/{name}", (_crop(shown, name),), [Label(set=ORGAN, value=name)], shown.subject)
+            yield record(f"{shown.id}/{name}", [Label(set=ORGAN, value=name)], _crop(shown, name), shown)
     for number, question in enumerate(questions.text_qa()[SPLITS[split]]):
-        yield record(f"anatomy/{SPLITS[split]}/{number}", (), [question])
+        yield record(f"anatomy/{SPLITS[split]}/{number}", [question])
     for shown in cut:
-        yield record(f"{shown.id}/report", (_image(shown),), [Report(text=questions.report(shown))], shown.subject)
+        yield record(f"{shown.id}/report", [Report(text=questions.report(shown))], _image(shown), shown)
     asked = questions.vqa(cut, names, random.Random(f"vqa/{split}"))
     for shown in cut:
         boxes = [BoxOf(name=name, xyxy=box) for name, box in _boxes(shown, names)]
-        yield record(shown.id, (_image(shown),), [*asked[shown.id], *boxes], shown.subject)
+        yield record(shown.id, [*asked[shown.id], *boxes], _image(shown), shown)
 
 
 def _manifest(cut: Sequence[Slice], names: Sequence[str], boxes: Counter[str]) -> dict[str, Any]:

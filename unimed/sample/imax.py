@@ -74,6 +74,7 @@ def _records(made: Sequence[Slice], place: Path) -> list[Record]:
         one.image.save(place / "images" / f"{one.id}.png")
         some = tuple(_annotations(one, names, asked[one.id], body[one.id], cuts))
         known = {"id": one.id, "dataset": NAME, "split": SPLITS[one.split], "patient": one.subject, "source": "sample", "licence": LICENCE}
+        known["modality"] = questions.MODALITY[one.modality]
         records.append(Record(**known, images=(ImageRef(path=f"images/{one.id}.png"),), annotations=some))
     return records
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from unimed.records.source import Source
 
 LAYOUT = "records"
+ORGANS = "organ"  # the set of labels whose classes are organs
 
 
 class Unused(Exception):
@@ -81,6 +82,12 @@ class Asked:
             self.faults.setdefault(fault.kind, fault)
         return clipped, seen.size
 
+    @property
+    def _named(self) -> str:
+        """What the annotation itself is about: the name of its box, or the organ that is its class."""
+        one = self.annotation
+        return str(one.name if one.kind == "box" else one.value if one.kind == "label" and one.set == ORGANS else "")
+
     def question(self, task: str) -> Item:
         """The item of a question with its answer."""
         one, rules = self.annotation, self.source.rules
@@ -123,6 +130,8 @@ class Asked:
             answer_type=answer_type,
             subject=name(record.patient),
             layout=LAYOUT if self.source.own else record.source,
+            modality=name(one.modality or record.modality),
+            organ=name(one.organ or self._named or record.organ).lower(),
             max_words=self.source.rules.max_words if max_words is None else max_words,
         )
 

@@ -22,6 +22,7 @@ class Item:
     size: (width, height) of the image that is shown, None where no task needs it. box: pixel xyxy of that image (refer, identify).
     template: what the majority answer may depend on, e.g. "vqa/modality" or "refer/liver". answer_type: "OPEN" or "CLOSED" (vqa).
     dataset: the name of the set, its folder's where several have one layout. layout: the published set whose form it has.
+    modality, organ: as the record says ("" where it does not); a box is of the organ that it is named after.
     max_words: words that the whole instruction of a text question may have, as released; 0: all.
     """
 
@@ -37,6 +38,8 @@ class Item:
     answer_type: str | None = None
     subject: str = ""
     layout: str = ""
+    modality: str = ""
+    organ: str = ""
     max_words: int = MAX_WORDS
 
     def open(self) -> Image.Image:

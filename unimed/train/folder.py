@@ -84,6 +84,9 @@ class Run:
         last = self.checkpoints()[-1:]
         for checkpoint in last:
             io.verify_folder(checkpoint)
+        if not last:  # every step will be logged again
+            for path in (self.log, self.router):
+                path.unlink(missing_ok=True)
         io.write_text(self.recipe, recipes.dump(recipe))
         return last[0] if last else None
 

@@ -153,6 +153,7 @@ class Evaluate(Section):
     batch_size: Count = Field(40, json_schema_extra=HARMLESS)
     max_new_tokens: Count = Field(100, json_schema_extra=HARMLESS)
     limit: Natural = Field(0, json_schema_extra=HARMLESS)  # items a task and split, evenly spaced; 0: all
+    clinical: dict[str, str] = Field({}, json_schema_extra=HARMLESS)  # scorers of reports and the paths of their weights
 
     @field_validator("splits")
     @classmethod

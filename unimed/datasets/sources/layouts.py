@@ -12,10 +12,16 @@ from unimed.datasets.spec import DatasetSpec
 from unimed.errors import UserError
 from unimed.records.image import Images
 from unimed.records.policy import Tally
-from unimed.records.record import SPLITS, Annotation, ImageRef
+from unimed.records.record import SPLITS, Annotation, ImageRef, Record
 from unimed.records.source import Source
 
 _ANNOTATION: TypeAdapter[Annotation] = TypeAdapter(Annotation)
+
+
+def _about(record: Record, one: Annotation) -> dict[str, str]:
+    """The kind of an annotation, and what its record says of the image. A box keeps the name of its organ."""
+    said = {"modality": record.modality, "organ": record.organ if one.kind != "box" else ""}
+    return {"kind": one.kind, **{name: value for name, value in said.items() if value}}
 
 
 def source_of(layout: DatasetSpec) -> SourceSpec:
@@ -31,7 +37,7 @@ def source_of(layout: DatasetSpec) -> SourceSpec:
                         what = "a source gives whole image files under its folder"
                         raise UserError(f"{where}: {what}, this is {ref.path!r} of {layout.name}")
                     some = [one for one in record.annotations if one.image == number and one.task != "qa"]
-                    values = [{"kind": one.kind, **one.model_dump(mode="json", exclude_defaults=True)} for one in some]
+                    values = [{**_about(record, one), **one.model_dump(mode="json", exclude_defaults=True)} for one in some]
                     key = PurePosixPath(ref.path).stem
                     place = where.replace(f"{folder}/", "")
                     known = {"annotations": values, "classes": source.classes}
