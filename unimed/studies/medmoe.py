@@ -14,13 +14,14 @@ No loss balances the learned router, as in the release, whose coefficient is 0.
 from __future__ import annotations
 
 import fcntl
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unimed import io
-from unimed.studies.run import Job, Study
+from unimed.studies.run import START, Job, Study
 
 ROWS = {
     "dense": ["medmoe.dense=true"],
@@ -32,6 +33,7 @@ ROWS = {
 MODEL: list[str] = []  # overrides of the first stage's parts
 BEFORE = {1: 3 / 7, 2: 2.0}  # steps of stages 1 and 2, by those of stage 3
 SPLITS = {"slab": "held-out slabs", "subject": "held-out subject"}
+APART = ("qa",)  # text questions have no image, so no domain
 SAVES = 4  # checkpoints of a run
 
 
@@ -69,7 +71,7 @@ def _train(job: Job, number: int, place: Path, steps: int, *more: str) -> Path:
 
 def _start(job: Job) -> Path:
     """The run of stage 2 that all rows and seeds start from. One process makes it."""
-    folder = job.out / "start"
+    folder = job.out / START
     folder.mkdir(exist_ok=True)
     first, second = (max(round(share * job.steps), 1) for share in BEFORE.values())
     with (folder / "lock").open("w") as lock:
@@ -80,34 +82,49 @@ def _start(job: Job) -> Path:
 
 def run(job: Job) -> dict[str, Any]:
     """Trains and evaluates one row with one seed."""
+    from unimed.evaluate.evaluate import spread
     from unimed.evaluate.experts import routing
-    from unimed.models.load import load
+    from unimed.inference.session import load
     from unimed.models.medmoe import count_parameters
-    from unimed.studies.score import scores
+    from unimed.studies.score import score
     from unimed.train import recipe as recipes
     from unimed.train import run as training
 
     start = _start(job)
     place = _train(job, 3, job.folder / "stage-3", job.steps, f"from={start}", f"train.seed={job.seed}", *ROWS[job.row])
     recipe, record = recipes.load(place / "recipe.yaml"), io.read_json(place / "run.json")
-    found = {split: scores(place, list(training.items(recipe, split))) for split in SPLITS}
-    experts = {} if job.row == "dense" else routing(place)["splits"]
-    model, _ = load(place / "model")
+    session = load(place, "cpu")
+    items = {split: spread(training.items(recipe, split), recipe.evaluate.limit) for split in SPLITS}
+    metrics = {split: score(session, found) for split, found in items.items()}
     return {
-        "scores": found["slab"][0],
-        "subject": found["subject"][0],
-        "metrics": {split: metrics for split, (_, metrics) in found.items()},
-        "experts": experts,
-        "parameters": count_parameters(model)._asdict() | {"trained": record["trained_parameters"]},
+        "scores": _strict(metrics["slab"]),
+        "blank": _strict(score(session, items["slab"], blank=True)),
+        "subject": _strict(metrics["subject"]),
+        "metrics": metrics,
+        "experts": {} if job.row == "dense" else routing(place)["splits"],
+        "parameters": count_parameters(session.model)._asdict() | {"trained": record["trained_parameters"]},
         "training seconds": record["seconds"],
         "router": io.read_json(start / "domains" / "domains.json"),
     }
 
 
+def _strict(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    from unimed.tasks import TASKS
+
+    return {task: one[TASKS[task].strict] for task, one in metrics.items()}
+
+
+def tidy(job: Job) -> None:
+    """Deletes the checkpoints and the model: what they gave is in the result."""
+    for path in (job.folder / "stage-3").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def notes(results: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
     """The held-out subject, whether tokens have the expert of their image's domain, sizes and times."""
     lines = [
-        "The scores above are strict, on the held-out slabs. Of the held-out subject, the mean of the strict scores:",
+        "The scores above are strict, on the held-out slabs. Of the held-out subject, their mean without qa:",
         "",
         "| row | held-out subject, mean and every seed | own expert, slabs: tokens / images | subject: tokens / images "
         "| parameters, M: all / a token's / trained | training, s |",
@@ -115,7 +132,7 @@ def notes(results: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
     ]
     for row, seeds in results.items():
         each = list(seeds.values())
-        means = [statistics.fmean(one["subject"].values()) for one in each]
+        means = [statistics.fmean(value for task, value in one["subject"].items() if task not in APART) for one in each]
         routed = [_own([one["experts"].get(split) for one in each]) for split in SPLITS]
         sizes = " / ".join(f"{each[0]['parameters'][name] / 1e6:.2f}" for name in ("total", "activated", "trained"))
         seconds = statistics.fmean(one["training seconds"] for one in each)
@@ -157,4 +174,6 @@ STUDY = Study(
     prepare=prepare,
     run=run,
     notes=notes,
+    tidy=tidy,
+    apart=APART,
 )

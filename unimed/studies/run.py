@@ -1,7 +1,7 @@
 """Runs of a study: rows times seeds, each in a process of its own, a few at a time. The same call again goes on.
 
     OUT/study.json                 the study and its settings; the folder of another study is refused
-    OUT/data/                      what the runs read, made once; other folders are the study's own
+    OUT/data/                      what the runs read, made once; OUT/start/: a model that they start from, if the study has one
     OUT/runs/ROW-SEED/result.json  what a run gave; a run without it is not finished. log.txt and what the run keeps lie beside it
     OUT/table.json table.md plot.png
 
@@ -29,6 +29,7 @@ from unimed import io
 from unimed.errors import UserError
 
 STUDIES = {name: f"unimed.studies.{name}" for name in ("connectors", "imax", "medmoe")}  # module by name
+START = "start"
 DONE = "made"  # in data/, once it is whole
 CHOICE_SEED = 1000  # of the runs that choose a setting: no seed of a table
 Progress = Callable[[int, int, str], None]
@@ -334,7 +335,7 @@ def disk(out: Path) -> int:
 
 
 def clean(out: Path) -> int:
-    """Deletes what finished runs need no more: their folders and the data. Results, logs and tables stay. Returns the bytes."""
+    """Deletes what finished runs need no more: their folders, the data and the start. Results, logs and tables stay. Returns the bytes."""
     if not (out / "study.json").is_file():
         raise UserError(f"{out}: no study; --clean deletes the models and data of one")
     before = disk(out)
@@ -344,9 +345,8 @@ def clean(out: Path) -> int:
                 if path.is_dir():
                     shutil.rmtree(path)
     if not [job for job in (out / "runs").glob("*") if not (job / "result.json").is_file()]:
-        for path in out.iterdir():
-            if path.is_dir() and path.name != "runs":
-                shutil.rmtree(path, ignore_errors=True)
+        for name in ("data", START):
+            shutil.rmtree(out / name, ignore_errors=True)
     return before - disk(out)
 
 
