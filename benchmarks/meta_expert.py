@@ -1,22 +1,22 @@
-"""Med-MoE's FFN on the CPU: the meta expert as one more expert of the sparse call, against other forms of the same layer.
+"""Med-MoE's FFN on the CPU: the layer as it runs (`MoEFFN.mix`) against other forms of it.
 
-    beside      a dense FFN of its own beside the sparse call
+    one_call    the meta expert as one more expert of the sparse call: the layer's own form but for one token without gradients
+    beside      a dense FFN of its own beside the sparse call: the layer's own form for that one token
     loop        a loop over experts
     einsum      products with masks of tokens, experts and places, capacity 4
     grouped_mm  torch's grouped products over rows sorted by expert, and a dense FFN
 
-    python -m benchmarks.meta_expert                               Phi-2's and StableLM-2's widths, 4 experts, top 1, fp32 and bf16
-    python -m benchmarks.meta_expert --tokens 64 --dtypes float32 --steps forward
-    python -m benchmarks.meta_expert --forms beside loop einsum grouped_mm --dtypes bfloat16 --out table.md     the table of all forms
+    python -m benchmarks.meta_expert --out table.md         Phi-2's and StableLM-2's widths, 4 experts, top 1, fp32 and bf16, all forms
+    python -m benchmarks.meta_expert --forms grouped_mm --tokens 64 --dtypes float32 --steps forward
 
-All have the same weights and get the same routing. Output and gradients are compared before anything is timed; all take turns.
+All have the same weights and get the same routing. Output and gradients are compared before anything is timed; all take turns. A form whose
+first call takes longer than --once-above seconds is timed once. One that would take longer than --longest, by its time at fewer tokens, is
+left out: torch's bf16 products on processors without bf16 instructions take minutes.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,19 +25,23 @@ from torch.nn import functional as F
 from benchmarks import machine, record, timer
 from cmoe_kernels import sparse_experts
 from cmoe_kernels.ops.activation import activate
+from unimed.models.medmoe.config import MoESettings
+from unimed.models.medmoe.forms import einsum, loop
+from unimed.models.medmoe.layers import FFN, MoEFFN
 
 # D, H, gated, activation, biases
 WIDTHS = {"phi-2": (2560, 10240, False, "gelu_tanh", True), "stablelm-2": (2048, 5632, True, "silu", False)}
 EXPERTS = 4
-FORMS = ("beside", "loop", "einsum", "grouped_mm")
+BOUND = 16  # tokens from which a call takes time by their number; below, it reads weights
+FORMS = ("one_call", "beside", "loop", "einsum", "grouped_mm")
 
 Call = Callable[[], list[Tensor]]
 
 
 def sides(
-    width: tuple[int, int, bool, str, bool], tokens: int, dtype: torch.dtype, train: bool, forms: Sequence[str] = ("beside",)
+    width: tuple[int, int, bool, str, bool], tokens: int, dtype: torch.dtype, train: bool, forms: Sequence[str] = FORMS
 ) -> tuple[Call, ...]:
-    """One step of one call and of each form: output, then in training the gradients of x, of the routing weights and of the parameters."""
+    """One step of the layer and of each form: output, then in training the gradients of x, of the routing weights and of the parameters."""
     d, h, gated, activation, biases = width
     draw = torch.Generator().manual_seed(0)
 
@@ -53,7 +57,9 @@ def sides(
     weights = torch.rand(tokens, 1, generator=draw).requires_grad_(train)
     indices = torch.randint(EXPERTS, (tokens, 1), generator=draw)
 
-    def together() -> Tensor:
+    layer = _layer(one, activation, gated)
+
+    def one_call() -> Tensor:
         chosen = torch.cat([torch.zeros_like(indices), indices + 1], 1)
         mixed = torch.cat([torch.ones_like(weights), weights], 1)
         return sparse_experts(x, mixed, chosen, *one, activation=activation, gated=gated)
@@ -75,13 +81,6 @@ def sides(
         out = weights[order].to(dtype) * (out if b2 is None else out + b2[expert])
         return dense() + torch.zeros_like(x).index_copy(0, order, out)
 
-    def other(name: str) -> Callable[[], Tensor]:
-        from unimed.models.medmoe import forms as of_layer
-
-        layer: Any = SimpleNamespace(activation=activation, gated=gated, settings=SimpleNamespace(num_experts=EXPERTS, meta=True))
-        layer.w1, layer.b1, layer.w2, layer.b2 = one
-        return lambda: getattr(of_layer, name)(layer, x, weights, indices)
-
     def step(form: Callable[[], Tensor], parameters: list[Tensor | None]) -> Call:
         def call() -> list[Tensor]:
             with torch.set_grad_enabled(train):
@@ -91,24 +90,32 @@ def sides(
 
         return call
 
-    calls = [step(together, one)]
-    for name in forms:
-        if name in ("loop", "einsum"):
-            calls.append(step(other(name), one))
-        else:
-            calls.append(step(apart if name == "beside" else grouped, [*experts, *meta]))
-    return tuple(calls)
+    separate = [*experts, *meta]
+    of = {"one_call": (one_call, one), "beside": (apart, separate), "grouped_mm": (grouped, separate)}
+    of |= {form.__name__: (lambda form=form: form(layer, x, weights, indices), one) for form in (loop, einsum)}  # type: ignore[misc]
+    return step(lambda: layer.mix(x, weights, indices), one), *(step(*of[name]) for name in forms)
 
 
-def check(together: Call, *others: Call) -> float:
+def _layer(parameters: Sequence[Tensor | None], activation: str, gated: bool) -> MoEFFN:
+    w1, b1, w2, b2 = (None if p is None else p[0].to("meta") for p in parameters)
+    assert w1 is not None
+    assert w2 is not None
+    layer = MoEFFN(MoESettings(layers=(0,), num_experts=EXPERTS), FFN(w1, b1, w2, b2, activation, gated))
+    for name, tensor in zip(("w1", "b1", "w2", "b2"), parameters, strict=True):
+        delattr(layer, name)
+        setattr(layer, name, tensor)
+    return layer
+
+
+def check(ours: Call, *others: Call) -> float:
     """The largest relative RMS error of output, dx and routing weights' gradient of the other forms.
 
     Raises:
         ValueError: it is above 2 %, far beyond what bf16 rounding makes.
     """
-    ours = together()[:3]
-    pairs = [pair for other in others for pair in zip(ours, other()[:3], strict=True)]
-    worst = max(float((o - e).float().norm() / e.float().norm()) for o, e in pairs)
+    mine = ours()[:3]
+    pairs = [pair for other in others for pair in zip(mine, other()[:3], strict=True)]
+    worst = max((float((o - e).float().norm() / e.float().norm()) for o, e in pairs), default=0.0)
     if not worst < 0.02:
         raise ValueError(f"the forms differ by {worst:.1%}")
     return worst
@@ -124,35 +131,46 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=4, help="time for each row, but at least three calls of each side (default: 4)")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["beside"], help="what one call is timed against (default: beside)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="what the layer is timed against (default: all)")
+    parser.add_argument("--once-above", type=float, default=5, help="seconds of a call above which a form is timed once (default: 5)")
+    parser.add_argument("--longest", type=float, default=60, help="seconds of a call above which a form is left out (default: 60)")
     parser.add_argument("--out", type=Path, help="write the table into this Markdown file, too")
     options = parser.parse_args()
     threads = record.set_threads(options.threads)
-    lines = [f"{machine.describe()['cpu']}, {threads} threads, torch {torch.__version__}", ""]
-    names = [
-        "widths",
-        "step",
-        "dtype",
-        "T",
-        "one call, ms",
-        *(f"{form}, ms" for form in options.forms),
-        *(f"{form}, ratio" for form in options.forms),
-    ]
+    about = machine.describe()
+    told = f"{about['cpu']}, {threads} threads, torch {torch.__version__}. Milliseconds: p50 (p20, p80). Ratio above 1: ours is faster."
+    lines = [told, ""]
+    names = ["widths", "step", "dtype", "T", "ours", *(f"{form}{kind}" for form in options.forms for kind in ("", ", ratio"))]
     lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     print("\n".join(lines))
     for name in options.models:
         for step in options.steps:
             for dtype in options.dtypes:
-                for tokens in options.tokens:
-                    calls = sides(WIDTHS[name], tokens, getattr(torch, dtype), step == "train", options.forms)
-                    check(*calls)
-                    ours, *theirs = timer.in_turn(calls, options.seconds, least=3)
-                    p50 = [f"{1e3 * times.quantile(0.5):.1f}" for times in (ours, *theirs)]
-                    ratios = [f"{timer.ratio(ours, one):.2f}" for one in theirs]
-                    lines.append(f"| {' | '.join([name, step, dtype, str(tokens), *p50, *ratios])} |")
+                for cells in rows(name, step, dtype, sorted(options.tokens), options):
+                    lines.append(f"| {' | '.join([name, step, dtype, *cells])} |")
                     print(lines[-1], flush=True)
                     if options.out:  # after each row: what was measured is kept
                         options.out.write_text("\n".join(lines) + "\n")
+
+
+def rows(name: str, step: str, dtype: str, tokens: Sequence[int], options: argparse.Namespace) -> Iterator[list[str]]:
+    """T, our times, then times and ratio of each form; "–" for one that was left out."""
+    reach: dict[str, float] = {}  # seconds a token, of the largest T so far
+    for count in tokens:
+        forms = [form for form in options.forms if count * reach.get(form, 0) <= options.longest]
+        calls = sides(WIDTHS[name], count, getattr(torch, dtype), step == "train", forms)
+        check(*calls)
+        ours, *theirs = timer.in_turn(calls, options.seconds, least=3, once_above=options.once_above)
+        times = dict(zip(forms, theirs, strict=True))
+        if count >= BOUND:
+            reach |= {form: one.quantile(0.5) / count for form, one in times.items()}
+        pairs = [(_cell(times[form]), f"{timer.ratio(ours, times[form]):.2f}") if form in times else ("–", "–") for form in options.forms]
+        yield [str(count), _cell(ours), *(cell for pair in pairs for cell in pair)]
+
+
+def _cell(times: timer.Times) -> str:
+    p20, p50, p80 = (f"{1e3 * times.quantile(q):.1f}" for q in (0.2, 0.5, 0.8))
+    return p50 if len(times.seconds) == 1 else f"{p50} ({p20}, {p80})"
 
 
 if __name__ == "__main__":

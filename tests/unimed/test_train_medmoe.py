@@ -10,13 +10,14 @@ from tests.unimed.conftest import SMALL
 from unimed import io
 from unimed.errors import UserError
 from unimed.models.load import load
-from unimed.models.medmoe import moe_layers
+from unimed.models.medmoe import moe_layers, record_routing
 from unimed.train import recipe as recipes
 from unimed.train import run as training
 from unimed.train import stages
 from unimed.train.folder import Run
 
 FEW = [one for one in SMALL.split() if one.startswith(("train.", "optim.", "evaluate."))]
+ROUTER = [f"router.{one}" for one in ("w1", "b1", "w2", "b2")]
 PARTS = [one for one in SMALL.split() if one.startswith(("vision.", "connector.", "language."))]
 
 
@@ -61,7 +62,7 @@ def test_a_learned_router_trains_and_a_dense_model_trains_its_ffns(chain, sample
     moe = "language_model.model.layers.0.mlp."
     saved, _ = load(chain / "medmoe-2" / "model")
     for more, expected in (
-        (["medmoe.router=learned"], ["w1", "w2", "router.w1", "router.b1"]),
+        (["medmoe.router=learned"], ["w1", "w2", *ROUTER]),
         (["medmoe.meta=false"], ["w1", "w2"]),
         (["medmoe.dense=true"], ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]),
     ):
@@ -77,7 +78,7 @@ def test_a_learned_router_trains_and_a_dense_model_trains_its_ffns(chain, sample
 def test_only_the_experts_change_in_stage_3(chain):
     before, after = (load(chain / name / "model")[0].state_dict() for name in ("medmoe-2", "medmoe-3"))
     moe = "language_model.model.layers.0.mlp."
-    assert {name for name in after if name not in before} == {f"{moe}{one}" for one in ("w1", "w2", "router.w1", "router.b1")}
+    assert {name for name in after if name not in before} == {f"{moe}{one}" for one in ("w1", "w2", *ROUTER)}
     for name in before.keys() & after.keys():
         assert torch.equal(before[name], after[name]), name
     dense = before[f"{moe}down_proj.weight"]
@@ -92,13 +93,15 @@ def test_the_router_of_stage_2_is_that_of_stage_3(chain):
 
     saved = safetensors.torch.load_file(chain / "medmoe-2" / "domains" / "router.safetensors")
     for layer in moe_layers(model).values():
-        assert torch.equal(layer.router.w1, saved["weight"])
-        assert torch.equal(layer.router.b1, saved["bias"])
+        assert torch.equal(layer.router.w1, saved["0.weight"])
+        assert torch.equal(layer.router.b2, saved["2.bias"])
         assert not layer.router.w1.requires_grad
     record = io.read_json(chain / "medmoe-2" / "domains" / "domains.json")
     assert record["experts"] == ["organ crops", "CT body", "MR body"]
     assert sum(record["labelled"].values()) == 48
     assert 0 < record["training"]["tokens"] <= 1
+    assert list(record["labels"]) == ["10", "30", "48"]
+    assert all(0 <= value <= 1 for one in record["labels"].values() for value in one.values())
 
 
 def test_stage_3_goes_on_after_it_was_interrupted(chain, sample_folder, tmp_path):
@@ -138,7 +141,7 @@ def test_domains_of_items(sample_folder):
         (2, "from={runs}/medmoe-2", "from='.*medmoe-2': a run of stage 2, must be of stage 1"),
         (3, "from={runs}/medmoe-1", "from='.*medmoe-1': a run of stage 1, must be of stage 2"),
         (2, "language.width=64", "language.width=64: the run in from='.*medmoe-1' has 32, and its model is the start; leave it out"),
-        (3, "medmoe.router_layers=2", "medmoe.router_layers=2: the router in from='.*medmoe-2' was trained with 1; keep that"),
+        (3, "medmoe.router_layers=1", "medmoe.router_layers=1: the router in from='.*medmoe-2' was trained with 2; keep that"),
         (3, "medmoe.top_k=4", "medmoe.top_k=4: must be at most 3"),
         (1, "from={runs}/medmoe-1", "only medmoe.stage 2 and 3 start from a run"),
         (
@@ -188,6 +191,7 @@ def test_experts_of_a_run(chain):
     found = measure(chain / "medmoe-3", limit=24, repeats=1)
     assert found == io.read_json(chain / "medmoe-3" / "experts.json")
     assert found["domains"] == ["organ crops", "CT body", "MR body"]
+    assert set(found["labels"]) == {"10", "30", "48"}
     assert found["layers"] == ["language_model.model.layers.0.mlp"]
     assert set(found["splits"]) == {"slab", "subject"}
     for part in found["splits"].values():
@@ -195,6 +199,19 @@ def test_experts_of_a_run(chain):
         shares = [sum(row) for by_layer in part["use"].values() for row in by_layer]
         assert all(share == pytest.approx(1) or share == 0 for share in shares)  # the held-out subject has no MR
         assert all(0 <= value <= 1 for value in part["accuracy"].values())
+    # Tokens before the image have not read it: counted by hand.
+    model, processor = load(chain / "medmoe-3" / "model")
+    recipe = recipes.load(chain / "medmoe-3" / "recipe.yaml")
+    some = stages.labelled(recipe.medmoe, training.items(recipe, "slab"), 24, recipe.train.seed)
+    right = []
+    with torch.no_grad(), record_routing(model) as records:
+        for inputs, labels in stages.batches(model.eval(), processor, some):
+            model(**inputs)
+            for row, label in enumerate(labels.tolist()):
+                start = inputs["input_ids"][row].tolist().index(processor.image_token_id)
+                end = int(inputs["attention_mask"][row].sum())
+                right += [one == label for one in records[-1].indices[row, start:end, 0].tolist()]
+    assert found["splits"]["slab"]["accuracy"]["tokens from the image on"] == pytest.approx(sum(right) / len(right))
     assert found["splits"]["subject"]["use"]["MR body"] == [[0, 0, 0]]
     cost = found["cost"]["forms"]
     assert set(cost) == {OURS, LOOP, EINSUM, DENSE}

@@ -12,6 +12,7 @@ from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE
 from unimed.train import machine, stages
 from unimed.train import recipe as recipes
 from unimed.train import run as training
+from unimed.train.folder import Run
 
 EXPERTS_FILE = "experts.json"
 OURS, LOOP, EINSUM, DENSE = "sparse_experts", "loop over experts", "einsum with capacity", "dense FFN"
@@ -20,9 +21,12 @@ OURS, LOOP, EINSUM, DENSE = "sparse_experts", "loop over experts", "einsum with 
 def measure(run: Path, overrides: list[str] | None = None, limit: int = 400, repeats: int = 7) -> dict[str, Any]:
     """Writes experts.json of a run of stage 3 and returns what it holds.
 
-    use, accuracy: as of `routing`. cost: of a training step of the first layer on the tokens of one batch, by form.
+    use, accuracy: as of `routing`. labels: the router's accuracy by the number of its labels, as stage 2 measured it. cost: of a training
+    step of the first layer on the tokens of one batch, by form.
     """
     result, (model, processor, found) = _routing_of(run, overrides, limit)
+    before = Run(recipes.load(run / RECIPE_FILE).source).domains / stages.DOMAINS_FILE
+    result["labels"] = io.read_json(before).get("labels", {}) if before.is_file() else {}
     result |= {"cost": _cost(model, processor, found[: stages.BATCH], repeats), "machine": machine.describe()}
     io.write_json(run / EXPERTS_FILE, result)
     return result
@@ -31,8 +35,9 @@ def measure(run: Path, overrides: list[str] | None = None, limit: int = 400, rep
 def routing(run: Path, overrides: list[str] | None = None, limit: int = 400) -> dict[str, Any]:
     """Use and accuracy by split of a run of stage 3, on at most `limit` images each.
 
-    use: by domain and layer, the share of tokens whose first choice is each expert. accuracy: of tokens in all layers and of samples by the
-    mean of their tokens' logits, beside the share of the most frequent domain.
+    use: by domain and layer, the share of tokens whose first choice is each expert. accuracy: of tokens in all layers; of those from the
+    image on, since those before it have not read it; of samples by the mean of their tokens' logits; and the share of the most frequent
+    domain.
     """
     return _routing_of(run, overrides, limit)[0]
 
@@ -57,7 +62,7 @@ def _routing_of(run: Path, overrides: list[str] | None, limit: int) -> tuple[dic
             splits[split] = _routing(model, processor, found, names)
     if not splits:
         raise UserError(f"{run}: no image of {', '.join(names)} in {', '.join(recipe.evaluate.splits)}")
-    return {"domains": names, "layers": list(moe_layers(model)), "splits": splits}, (model, processor, found)
+    return {"domains": names, "meta": recipe.medmoe.meta, "layers": list(moe_layers(model)), "splits": splits}, (model, processor, found)
 
 
 def _routing(model: Any, processor: Any, found: list[Any], names: list[str]) -> dict[str, Any]:
@@ -67,16 +72,19 @@ def _routing(model: Any, processor: Any, found: list[Any], names: list[str]) -> 
 
     experts, layers = len(names), len(moe_layers(model))
     counts = torch.zeros(experts, layers, experts, dtype=torch.float64)
-    right = 0
+    right, reading, read_right = 0, 0, 0
     with torch.no_grad(), record_routing(model) as records:
         for inputs, labels in stages.batches(model, processor, found):
             model(**inputs)
             mask = inputs["attention_mask"].bool()
+            reads = (inputs["input_ids"] == processor.image_token_id).cumsum(1) > 0
             for row, label in enumerate(labels.tolist()):
                 mean = torch.zeros(experts, device=mask.device)
                 for layer, record in enumerate(records):
                     first = record.indices[row, mask[row], 0]
                     counts[label, layer] += torch.bincount(first, minlength=experts).double().cpu()
+                    of_image = record.indices[row, mask[row] & reads[row], 0] == label
+                    reading, read_right = reading + of_image.numel(), read_right + int(of_image.sum())
                     mean += record.logits[row, mask[row]].mean(0)
                 right += int(mean.argmax()) == label
             records.clear()
@@ -87,6 +95,7 @@ def _routing(model: Any, processor: Any, found: list[Any], names: list[str]) -> 
         "use": {name: (counts[place] / counts[place].sum(1, keepdim=True).clamp(min=1)).tolist() for place, name in enumerate(names)},
         "accuracy": {
             "tokens": float(sum(counts[place, :, place].sum() for place in range(experts)) / tokens),
+            "tokens from the image on": read_right / max(reading, 1),
             "samples": right / len(found),
             "majority": max(map(labels_of.count, set(labels_of))) / len(found),
         },

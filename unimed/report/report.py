@@ -196,7 +196,22 @@ def _experts(file: Path) -> dict[str, Any] | None:
         splits.append({"name": about.SPLIT_NAMES.get(split, split), "images": part["images"], "accuracy": accuracy, "rows": rows})
     cost = found["cost"]
     forms = [(name, f"{one['ms']:.2f} ms, {one['bytes_kept'] / 2**20:.2f} MiB kept") for name, one in cost["forms"].items()]
-    return {"domains": found["domains"], "splits": splits, "tokens": cost["tokens"], "width": cost["width"], "forms": forms}
+    return {
+        "domains": found["domains"],
+        "meta": found.get("meta", True),
+        "splits": splits,
+        "labels": page.Markup(_labels(found["labels"])) if found.get("labels") else None,
+        "tokens": cost["tokens"],
+        "width": cost["width"],
+        "forms": forms,
+    }
+
+
+def _labels(found: dict[str, dict[str, float]]) -> str:
+    from unimed.models.medmoe import RouterAccuracy, label_curve_figure
+
+    with plots.plt.rc_context(plots.STYLE):
+        return plots.svg(label_curve_figure({int(count): RouterAccuracy(**one) for count, one in found.items()}), "router by labels")
 
 
 def _cards(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -53,6 +53,16 @@ def items(recipe: Recipe, split: str) -> Items:
     return found
 
 
+def _held_out(recipe: Recipe) -> Sequence[Item]:
+    """The first of the splits for evaluation that the data has; nothing where it has none."""
+    for split in recipe.evaluate.splits:
+        try:
+            return items(recipe, split)
+        except NoItems:
+            continue
+    return []
+
+
 def build(recipe: Recipe, train_items: Sequence[Item], base: Path | None = None) -> tuple[Any, Any]:
     """The untrained model of a recipe and its processor, the same every time for the same seed.
 
@@ -206,7 +216,7 @@ def train(
             "machine": machine.describe(),
         }
         if recipe.medmoe and recipe.medmoe.stage == 2:
-            stages.train_domains(recipe, train_items, folder)
+            stages.train_domains(recipe, train_items, _held_out(recipe), folder)
         io.write_json(folder.record, record)
 
     processes.on_main(finish)

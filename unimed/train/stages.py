@@ -17,6 +17,8 @@ from unimed.train.recipe import MedMoE, Recipe
 
 ROUTER_FILE, DOMAINS_FILE = "router.safetensors", "domains.json"
 BATCH = 16
+FEWER = (10, 30, 100, 300, 1000, 3000)  # labels of routers that are measured beside that of all
+MEASURED = 300  # held-out images for that
 
 
 def require(recipe: Recipe, run: Path | None = None) -> None:
@@ -146,18 +148,26 @@ def router_items(recipe: Recipe, items: Sequence[Item]) -> tuple[list[tuple[Item
     return found, counts
 
 
-def train_domains(recipe: Recipe, items: Sequence[Item], folder: Run) -> None:
-    """Trains the router on the saved model of stage 2 (that in memory may be dealt out), and writes it with the domain of each expert."""
+def train_domains(recipe: Recipe, items: Sequence[Item], held_out: Sequence[Item], folder: Run) -> None:
+    """Trains the router on the saved model of stage 2 (that in memory may be dealt out), and writes it with the domain of each expert.
+
+    Routers of fewer labels are trained and measured on the held-out items first, if there are any.
+    """
     from unimed.models.load import load, pick_device
-    from unimed.models.medmoe import save_router, train_router, upcycle
+    from unimed.models.medmoe import label_curve, save_router, train_router, upcycle
 
     found, counts = router_items(recipe, items)
     settings = recipe.medmoe
     assert settings is not None
     model, processor = load(folder.model)
     upcycle(model.to(pick_device("auto")), part="language_model", **settings.upcycling | {"router": "frozen"})
-    accuracy = train_router(model, batches(model, processor, found), steps=settings.router_steps, seed=recipe.train.seed)
-    record = {"experts": list(settings.domains), "labelled": counts, "training": accuracy._asdict()}
+    asked: Any = {"steps": settings.router_steps, "seed": recipe.train.seed}
+    record: dict[str, Any] = {"experts": list(settings.domains), "labelled": counts, "labels": {}}
+    if measured := labelled(settings, held_out, MEASURED, recipe.train.seed):
+        fewer = [*(count for count in FEWER if count < len(found)), len(found)]
+        curve = label_curve(model, batches(model, processor, found), batches(model, processor, measured), fewer, **asked)
+        record["labels"] = {count: accuracy._asdict() for count, accuracy in curve.items()}
+    record["training"] = train_router(model, batches(model, processor, found), **asked)._asdict()
 
     def fill(place: Path) -> None:
         save_router(model, place / ROUTER_FILE)

@@ -5,6 +5,7 @@ from unimed.models.medmoe.losses import RoutingLosses, co_upcycle, record_routin
 from unimed.models.medmoe.router import (
     RouterAccuracy,
     label_curve,
+    label_curve_figure,
     load_router,
     plot_label_curve,
     router_accuracy,
@@ -21,6 +22,7 @@ __all__ = [
     "co_upcycle",
     "count_parameters",
     "label_curve",
+    "label_curve_figure",
     "load_router",
     "moe_layers",
     "plot_label_curve",

@@ -184,23 +184,25 @@ class MoEFFN(nn.Module):
             self.records.append(Routing(*(t.unflatten(0, hidden_states.shape[:-1]) for t in (logits, indices))))
             if self.training and self.settings.router == "learned" and not torch.is_grad_enabled():
                 warnings.warn("recorded logits have no gradient: under no_grad, or in a checkpoint with use_reentrant=True", stacklevel=2)
+        return self.mix(x, weights, indices).view(hidden_states.shape)
+
+    def mix(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """[T, D] with the router's choice [T, K] to [T, D]."""
         one = torch.ones_like(weights[:, :1])
         if self.settings.scale == "preserve":
             total = weights.sum(1, keepdim=True) + (one if self.settings.meta else 0)
             weights, one = weights / total, one / total
         parameters = self.w1, self.b1, self.w2, self.b2
         if not self.settings.meta:
-            y = self._sparse(x, weights, indices, *parameters)
-        elif self._single(x):
+            return self._sparse(x, weights, indices, *parameters)
+        if self._single(x):
             # One token of decoding: a dense product reads the meta expert's weights faster (benchmarks/meta_expert.py).
             w1, b1, w2, b2 = (None if p is None else p[0] for p in parameters)
             others = (None if p is None else p[1:] for p in parameters)
-            y = one.to(x.dtype) * dense(x, w1, b1, w2, b2, self.activation, self.gated) + self._sparse(x, weights, indices, *others)
-        else:
-            # The meta expert has place 0: E, which is no expert to topk_gate, becomes E + 1, which is none here.
-            indices = torch.cat([torch.zeros_like(indices[:, :1]), indices + 1], 1)
-            y = self._sparse(x, torch.cat([one, weights], 1), indices, *parameters)
-        return y.view(hidden_states.shape)
+            return one.to(x.dtype) * dense(x, w1, b1, w2, b2, self.activation, self.gated) + self._sparse(x, weights, indices, *others)
+        # The meta expert has place 0: E, which is no expert to topk_gate, becomes E + 1, which is none here.
+        indices = torch.cat([torch.zeros_like(indices[:, :1]), indices + 1], 1)
+        return self._sparse(x, torch.cat([one, weights], 1), indices, *parameters)
 
     def _single(self, x: Tensor) -> bool:
         plain = x.device.type == "cpu" and x.dtype == self.w1.dtype and not torch.is_autocast_enabled("cpu")

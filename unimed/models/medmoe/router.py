@@ -103,6 +103,11 @@ def label_curve(
 
 def plot_label_curve(curve: dict[int, RouterAccuracy], path: str | os.PathLike) -> None:
     """Write what :func:`label_curve` measured as a picture; its suffix says which kind (.svg, .png)."""
+    label_curve_figure(curve).savefig(path)
+
+
+def label_curve_figure(curve: dict[int, RouterAccuracy]) -> Any:
+    """The picture of :func:`plot_label_curve` as a figure of matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -113,7 +118,7 @@ def plot_label_curve(curve: dict[int, RouterAccuracy], path: str | os.PathLike) 
     axes.axhline(100 * curve[counts[0]].majority, linestyle="--", color="grey", label="majority")
     axes.set(xscale="log", xlabel="labelled samples", ylabel="held-out accuracy, %")
     axes.legend()
-    figure.savefig(path)
+    return figure
 
 
 def router_accuracy(model: nn.Module, batches: Batches) -> RouterAccuracy:
