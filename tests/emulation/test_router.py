@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import cmoe_kernels as cmoe
-from benchmarks.compare import assert_close, grads
 from tests.emulation import library
-from tests.ops import naive
-from tests.ops.cases import DTYPES, Maker, leaves, to_double
+from tests.ops import larger
+from tests.ops.cases import DTYPES, Maker
+from tests.ops.larger import results, with_leaves
 
 if not library.WANTED:
     pytest.skip("for the process of emulated kernels (CMOE_EMULATE_CUDA=1)", allow_module_level=True)
@@ -21,26 +21,16 @@ def arguments_of(dtype, tokens, width, hidden, experts, groups, **settings):
     given = {"x": m.x(tokens, width), "task": m.x(groups, task), **weights, **settings}
     if groups > 1:
         given["group_ids"] = m.ids(groups, tokens)
-    for value in given.values():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            value.requires_grad_()
-    return given
+    return with_leaves(given)
 
 
 def check(arguments, dtype, capability=library.CAPABILITY):
-    names, double = leaves(arguments), to_double(arguments)
-    exact, baseline = naive.task_router(**double), naive.task_router(**arguments)
-    upstream = torch.randn(exact.shape)
-    results = []
+    found = []
     for order in ("forward", "reverse", "shuffled"):
         with library.emulator(order, lazy=order != "reverse", capability=capability), cmoe.use_backend("cuda"):
-            logits = cmoe.task_router(**arguments)
-            results.append([logits.detach(), *grads(logits, [arguments[n] for n in names], upstream)])
-        assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True)), order
-    true = [exact.detach(), *grads(exact, [double[n] for n in names], upstream)]
-    base = [baseline.detach(), *grads(baseline, [arguments[n] for n in names], upstream)]
-    for name, ours, e, b in zip(["logits", *names], results[0], true, base, strict=True):
-        assert_close(name, ours, e, b, dtype)
+            found.append(results("task_router", arguments))
+        assert all(torch.equal(a, b) for a, b in zip(found[0], found[-1], strict=True)), order
+    larger.check("task_router", arguments, dtype, found[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ import torch
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close, grads
 from cmoe_kernels import backends
-from tests.ops import aligned, naive
+from tests.ops import larger, naive
 from tests.ops.cases import CASES, DEVICE, DTYPES, Maker, backends_of, leaves, on_backends, to_double
 
 if DEVICE != "cuda" or not torch.cuda.is_available():
@@ -141,27 +141,16 @@ def test_many_tiles(hidden, form, backend, dtype):
         if form == "gated":
             doubled = {"w1": m.x(experts, 2 * hidden, width) / width**0.5, "b1": m.x(experts, 2 * hidden)}
             arguments |= {**doubled, "gated": True, "activation": "silu"}
-    for value in arguments.values():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            value.requires_grad_()
-    names, double = leaves(arguments), to_double(arguments)
-    exact, baseline = getattr(naive, op)(**double), getattr(naive, op)(**arguments)
-    upstream = torch.randn_like(exact)
     with cmoe.use_backend(backend):
-        y = getattr(cmoe, op)(**arguments)
-        ours = grads(y, [arguments[n] for n in names], upstream)
-    true, base = grads(exact, [double[n] for n in names], upstream), grads(baseline, [arguments[n] for n in names], upstream)
-    assert_close("y", y, exact.detach(), baseline.detach(), dtype)
-    for name, got, t, b in zip(names, ours, true, base, strict=True):
-        assert_close(name, got, t, b, dtype)
+        larger.check(op, larger.with_leaves(arguments), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", aligned.FORMS)
+@pytest.mark.parametrize("form", larger.EXPERTS)
 @pytest.mark.parametrize("backend", NATIVE)
 def test_rows_of_whole_chunks(backend, form, dtype):
     with cmoe.use_backend(backend):
-        aligned.check(form, dtype)
+        larger.check(*larger.made(form, dtype), dtype)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

@@ -9,10 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmoe_kernels as cmoe
-from benchmarks.compare import assert_close, grads
+from benchmarks.compare import grads
 from cmoe_kernels import backends
 from tests.emulation import library
-from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, backends_of, leaves, on_backends, to_double, widest
+from tests.ops.cases import CASES, DEVICE, DTYPES, ONE_PER_OP, Case, backends_of, leaves, on_backends, widest
+from tests.ops.larger import check, results
 from tests.sampling import FULL
 
 # Interpreted and emulated kernels are slow: there CI checks one form per op where the numbers of a form do not matter.
@@ -54,19 +55,11 @@ def test_value_and_gradients_equal_the_naive_formula_in_fp64(case, backend):
 @on_backends(CASES)
 def test_precision(case, backend, dtype):
     arguments = case.make(dtype)
-    names = leaves(arguments)
-    double = to_double(arguments)
-    exact = case.naive(double)
-    baseline = case.naive(arguments)
-    upstream = output_grad(exact)
-    exact_grads = grads(exact, [double[n] for n in names], upstream)
-    baseline_grads = grads(baseline, [arguments[n] for n in names], upstream)
     with cmoe.use_backend(backend):
-        y, got = run(case, arguments)
-    assert_close("output", y, exact.detach(), baseline.detach(), dtype)
-    for name, ours, true, base in zip(names, got, exact_grads, baseline_grads, strict=True):
+        found = results(case.op, arguments)
+    for name, ours in zip(leaves(arguments), found[1:], strict=True):
         assert ours.dtype == arguments[name].dtype
-        assert_close(f"gradient of {name}", ours, true, base, dtype)
+    check(case.op, arguments, dtype, found)
 
 
 class Recorder(TorchDispatchMode):
