@@ -24,7 +24,7 @@ from unimed.records.text import short
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-    from unimed.records.dicom import Voi
+    from unimed.records.dicom_rules import Voi
     from unimed.records.volume import Volume
 
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
@@ -323,7 +323,7 @@ def _slice(name: str, volume: Volume, plane: str, index: int | None, grey: tuple
 def _window(volume: Volume, grey: tuple[float, float] | None, notes: list[str]) -> Voi | tuple[float, float]:
     """As asked, else as the file says where that shows anything, else by `greys.grey_range`."""
     from unimed.records import volume as volumes
-    from unimed.records.dicom import Voi
+    from unimed.records.dicom_rules import Voi
 
     if grey is not None:
         notes.append(f"window {grey[0]:g} to {grey[1]:g} as asked")
@@ -401,9 +401,9 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
         rgb = rgb.point(levels * 3)
         notes.append(f"gamma {gamma:g} brought to that of a screen")
     elif profile and image.mode != "CMYK" and not _is_grey(rgb):
-        from unimed.records import dicom
+        from unimed.records.dicom_rules import with_profile
 
-        rgb = Image.fromarray(dicom.with_profile(np.array(rgb), profile, notes))
+        rgb = Image.fromarray(with_profile(np.array(rgb), profile, notes))
     return Opened(rgb, tuple(notes), placement)
 
 

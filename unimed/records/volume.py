@@ -20,7 +20,8 @@ from PIL import Image
 from unimed.errors import UserError
 from unimed.records import dicom, limits
 from unimed.records.box import Placement, stretched, turned
-from unimed.records.dicom import Frame, Voi
+from unimed.records.dicom import Frame
+from unimed.records.dicom_rules import Voi
 from unimed.records.greys import CT_WINDOW, MR_PERCENTILE, grey_range, window
 from unimed.records.text import short
 
