@@ -229,7 +229,7 @@ def _connector_int8(shape: Shape, tokens: int, dtype: torch.dtype) -> Work:
 
         return build
 
-    loop, fused = _step(peers.released_loop, connector, x), _step(peers.fused_torch, connector, x)
+    loop, fused = (_step(peer, connector, x, dy=None) for peer in (peers.released_loop, peers.fused_torch))
     others = {"released loop": loop, "ours, bf16": ours(None), "ours, bf16, prepacked": ours(dtype), "fused torch, bf16": fused}
     others |= {f"fused torch, int8: {name}": peers.fused_int8(connector, x, linear) for name, linear in peers.INT8_LINEARS.items()}
     weights = shape.R * shape.D + shape.expert_weights
@@ -240,7 +240,7 @@ def _connector_int8(shape: Shape, tokens: int, dtype: torch.dtype) -> Work:
         ("int8_router", "soft_gate", "int8_experts"),
         dtype,
         reference=False,
-        exact=_step(peers.released_loop, connector, x.double(), exact=True),
+        exact=_step(peers.released_loop, connector, x.double(), dy=None, exact=True),
         baseline="released loop",
         flops=2 * tokens * (weights + shape.R * shape.E) + 2 * shape.R * shape.S,
         bytes=weights + _nbytes(x) + tokens * shape.O * x.element_size(),

@@ -66,8 +66,7 @@ bool has_amx() {
   // Tile registers are large: Linux gives them to a process that asks, once, before its first tile instruction.
   constexpr long request_permission = 0x1023, tile_data = 18;
   return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         __builtin_cpu_supports("amx-int8") &&
-         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
 #endif

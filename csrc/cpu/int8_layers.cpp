@@ -114,8 +114,9 @@ class Layers8 {
       for (const Expert& a : active_) {
         if (rows_.gates && &a != active_.data()) break;
         const int64_t* const index = rows_.gates ? nullptr : rows_.sorted.index + a.first;
-        pack(*a.x, a.quantised ? x_->matrix(0, index, rows_.sorted.divisor)
-                               : rows_of<float>(op_.x, op_.type, op_.inputs, index, rows_.sorted.divisor),
+        pack(*a.x,
+             a.quantised ? x_->matrix(0, index, rows_.sorted.divisor)
+                         : rows_of<float>(op_.x, op_.type, op_.inputs, index, rows_.sorted.divisor),
              thread, scratch[thread]);
       }
       const Share share(op_.tokens * op_.outputs, thread, threads_);
@@ -179,8 +180,7 @@ class Layers8 {
                 finished(f_, op_.w1, a.e, op_.hidden + lanes.first, row_scale, row + up, n);
                 f_.multiply(row + up, row, n);
               }
-              if (a.quantised)
-                std::copy(row, row + n, hidden + (a.hidden_first + row0 + r) * op_.hidden + lanes.first);
+              if (a.quantised) std::copy(row, row + n, hidden + (a.hidden_first + row0 + r) * op_.hidden + lanes.first);
             }
             if (!a.quantised) a.h->write(row0 / a.kernels.panel_width(a.in.shared), 0, lanes.first, n, block, ld, used, conversion);
           });
@@ -254,7 +254,8 @@ void int8_router(const Int8Router& op, float* logits) {
       for (int64_t e = 0; e < op.experts; ++e) sum[e] += f.dot(row, block.scratch + e * n, n);
     }
   };
-  grouped_gemm(kernels, p, x, 1, op.hidden, [&](int64_t, int64_t) { return op.w1.expert(0); }, Epilogue{op.experts, second, reduce}, threads);
+  grouped_gemm(
+      kernels, p, x, 1, op.hidden, [&](int64_t, int64_t) { return op.w1.expert(0); }, Epilogue{op.experts, second, reduce}, threads);
   for (int64_t t = 0; t < op.tokens; ++t) {
     float* const to = logits + t * op.experts;
     op.b2.load(kernels, 0, 0, op.experts, to);

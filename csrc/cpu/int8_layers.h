@@ -47,8 +47,8 @@ struct Int8Router {
   Type type;
   int64_t tokens, inputs, hidden, experts;
   const char* x;
-  Int8Weight w1;            // one expert
-  const float* bias;        // [groups, hidden]
+  Int8Weight w1;             // one expert
+  const float* bias;         // [groups, hidden]
   const int64_t* group_ids;  // null: the first group
   Weight w2;
   Bias b2;

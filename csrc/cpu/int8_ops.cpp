@@ -12,26 +12,31 @@ namespace {
 
 const float* floats(const char* name, const std::optional<Tensor>& t, int64_t rows, int64_t columns, Tensor* kept) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == rows && t->size(1) == columns, name, " has shape ",
-                  shape(*t), ", must be float32 (", rows, ", ", columns, ")");
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == rows && t->size(1) == columns, name,
+                  " has shape ", shape(*t), ", must be float32 (", rows, ", ", columns, ")");
   *kept = contiguous(*t);
   return static_cast<const float*>(kept->const_data_ptr());
 }
 
 // parts: of the outputs, each of which begins a panel.
-Int8Weight int8_weight(const char* name, const Tensor& w, const Tensor& scale, const std::optional<Tensor>& b, int64_t inputs, int64_t parts,
-                       Tensor kept[3]) {
+Int8Weight int8_weight(const char* name, const Tensor& w, const Tensor& scale, const std::optional<Tensor>& b, int64_t inputs,
+                       int64_t parts, Tensor kept[3]) {
   const Microkernel& gemm = *kernels_for_int8_weights(has_int8_products()).gemm;
-  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Char && w.dim() == 5 && w.size(3) == gemm.nr && w.size(4) == 4, name, " has shape ", shape(w),
-                  ", must be int8 panels [E, panels, k / 4, ", gemm.nr, ", 4] of this instruction set");
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Char && w.dim() == 5 && w.size(3) == gemm.nr && w.size(4) == 4, name, " has shape ",
+                  shape(w), ", must be int8 panels [E, panels, k / 4, ", gemm.nr, ", 4] of this instruction set");
   STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) % parts == 0, name, "'s scale has shape ", shape(scale), ", must be [E, outputs]");
   const int64_t experts = w.size(0), outputs = scale.size(1), panels = parts * ((outputs / parts + gemm.nr - 1) / gemm.nr);
-  STD_TORCH_CHECK(w.size(1) == panels && 4 * w.size(2) == round_up(inputs, gemm.k_step), name, " has shape ", shape(w), ", must have ", panels,
-                  " panels of ", round_up(inputs, gemm.k_step) / 4, " for ", outputs, " outputs and ", inputs, " inputs");
+  STD_TORCH_CHECK(w.size(1) == panels && 4 * w.size(2) == round_up(inputs, gemm.k_step), name, " has shape ", shape(w), ", must have ",
+                  panels, " panels of ", round_up(inputs, gemm.k_step) / 4, " for ", outputs, " outputs and ", inputs, " inputs");
   kept[0] = contiguous(w);
   const int64_t panel_bytes = 4 * w.size(2) * gemm.nr;
-  return {bytes_of(kept[0]), panel_bytes, panels * panel_bytes, floats("scale", scale, experts, outputs, &kept[1]),
-          floats("bias", b, experts, outputs, &kept[2]), outputs, inputs};
+  return {bytes_of(kept[0]),
+          panel_bytes,
+          panels * panel_bytes,
+          floats("scale", scale, experts, outputs, &kept[1]),
+          floats("bias", b, experts, outputs, &kept[2]),
+          outputs,
+          inputs};
 }
 
 int64_t allowed(int64_t float_rows, int64_t rows) {
@@ -73,7 +78,8 @@ Tensor int8_experts(Tensor x, std::optional<Tensor> weights, std::optional<Tenso
     if (!indices) {
       const Tensor table = contiguous(*weights);
       const std::optional<Tensor> ids = contiguous_or_null(group_ids);
-      STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == op.experts, "weights has shape ", shape(table), ", must be [.., ", op.experts, "]");
+      STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == op.experts, "weights has shape ", shape(table), ", must be [.., ", op.experts,
+                      "]");
       STD_TORCH_CHECK(ids || table.size(0) == 1 || table.size(0) == op.tokens, "weights has ", table.size(0), " rows, must have 1 or ",
                       op.tokens);
       const Gates<float> gates = gates_of<float>(table, ids, "rows of weights");
@@ -93,7 +99,8 @@ Tensor int8_router(Tensor x, Tensor w1, Tensor scale1, Tensor bias, Tensor w2, s
     const Tensor x_kept = contiguous(x);
     const std::optional<Tensor> ids = contiguous_or_null(group_ids);
     Tensor kept[3], others[3];
-    Int8Router op{type_of("x", x), x.size(0), x.size(1), scale1.size(1), w2.size(0), bytes_of(x_kept), {}, nullptr, nullptr, {}, {}, act, 0};
+    Int8Router op{
+        type_of("x", x), x.size(0), x.size(1), scale1.size(1), w2.size(0), bytes_of(x_kept), {}, nullptr, nullptr, {}, {}, act, 0};
     op.float_rows = allowed(float_rows, op.tokens);
     STD_TORCH_CHECK(w1.size(0) == 1, "w1 has ", w1.size(0), " experts, must have 1");
     op.w1 = int8_weight("w1", w1, scale1, std::nullopt, op.inputs, 1, kept);

@@ -63,7 +63,7 @@ const RowFunctions<float> rows = functions();
 }  // namespace
 
 extern const Isa PLANTED;
-const Isa PLANTED = {SOUND.name, &kernel, SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m, &rows, SOUND.convert,
-                      SOUND.transpose, &w8, SOUND.i8 ? &i8 : nullptr};
+const Isa PLANTED = {SOUND.name,    &kernel,         SOUND.bf16, SOUND.f32_small_m,       SOUND.bf16_small_m, &rows,
+                     SOUND.convert, SOUND.transpose, &w8,        SOUND.i8 ? &i8 : nullptr};
 
 }  // namespace cmoe::cpu

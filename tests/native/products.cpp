@@ -83,8 +83,8 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
     const OuterRange lanes{first, std::min(step, in_range - first), c.gated ? in_range + first : -1};
     grouped_gemm_block(
         kernels, p, shared,
-        [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr, panel_bytes}; }, lanes,
-        scratch.get(),
+        [&](int64_t s) { return Operand{weight(s), c.in_rows, c.packed ? packed.get() + s * panels * panel_bytes : nullptr, panel_bytes}; },
+        lanes, scratch.get(),
         [&](T* rows, int64_t ld, int64_t row0, int used, int64_t n) {
           for (int r = 0; r < used; ++r) {
             std::copy(rows + r * ld, rows + r * ld + n, y.data() + (row0 + r) * outputs + first);
@@ -118,8 +118,8 @@ void run_int8(bool int8_activations, Type type, int64_t tokens, int64_t outputs,
   Kernels<float> kernels = kernels_for_int8_weights(int8_activations);
   kernels.l2 = l2;
   const Microkernel& gemm = *kernels.gemm;
-  const int64_t all = gated ? 2 * outputs : outputs, panels = (outputs + gemm.nr - 1) / gemm.nr,
-                padded = round_up(k, int8_layout().depth), panel_bytes = padded * gemm.nr, step_outputs = panels * gemm.nr;
+  const int64_t all = gated ? 2 * outputs : outputs, panels = (outputs + gemm.nr - 1) / gemm.nr, padded = round_up(k, int8_layout().depth),
+                panel_bytes = padded * gemm.nr, step_outputs = panels * gemm.nr;
   std::vector<int> x = integers(tokens * k), w = integers(all * k);
   for (int& value : x) value = int8_activations ? value * 42 : value;  // as large as they may be
   for (int& value : w) value *= 42;

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.native.variants import ROOT, alone_in, build_script, emulation_flags, need_compiler, product_objects
 
 CORE = ("dispatch", "self_test", "pool")
-DRIVERS = (*CORE, "soft_experts", "sparse_experts", "grouped_linear", "experts_backward", "task_router")
+DRIVERS = (*CORE, "soft_experts", "sparse_experts", "int8_layers", "grouped_linear", "experts_backward", "task_router")
 
 
 def compile_program(name: str, *flags: str) -> Path:

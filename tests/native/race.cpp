@@ -10,6 +10,7 @@
 
 #include "dispatch.h"
 #include "grouped_linear.h"
+#include "int8_layers.h"
 #include "task_router.h"
 #include "threads.h"
 
@@ -99,12 +100,55 @@ struct Sorted {
   }
 };
 
+// int8 weights: what they are does not matter, nor what pads their panels.
+struct Int8 : Int8Weight {
+  std::vector<char> bytes;
+  std::vector<float> scales, biases;
+
+  Int8(int64_t experts, int64_t outputs_, int64_t inputs_, int64_t parts) {
+    const Int8Layout layout = int8_layout();
+    const int64_t panels_of = parts * ((outputs_ / parts + layout.lanes - 1) / layout.lanes);
+    panel_bytes = round_up(inputs_, layout.depth) * layout.lanes, expert_bytes = panels_of * panel_bytes;
+    bytes.resize(experts * expert_bytes);
+    for (char& byte : bytes) byte = static_cast<char>(static_cast<int>(generator() % 255) - 127);
+    scales = normal<float>(experts * outputs_), biases = normal<float>(experts * outputs_);
+    for (float& value : scales) value /= 1270;
+    panels = bytes.data(), scale = scales.data(), bias = biases.data(), outputs = outputs_, inputs = inputs_;
+  }
+};
+
+void run_int8(Outputs& outputs, Type type, const Sizes& s) {
+  const std::vector<char> x = random(type, s.tokens * s.inputs);
+  const int64_t most = s.tokens * s.k;
+  for (const int64_t float_rows : has_int8_products() ? std::vector<int64_t>{most, small_m, 0} : std::vector<int64_t>{most}) {
+    const std::string name = "int8 experts, float rows " + std::to_string(float_rows) + ", ";
+    for (const bool gated : {false, true}) {
+      const Int8 w1(s.experts, gated ? 2 * s.hidden : s.hidden, s.inputs, gated ? 2 : 1), w2(s.experts, s.outputs, s.hidden, 1);
+      const Int8Experts op{type, s.tokens, s.inputs, s.hidden, s.outputs, s.experts, gated, Activation::silu, x.data(), w1, w2, float_rows};
+      const std::vector<float> gates = normal<float>(s.tokens * s.experts), weights = normal<float>(s.tokens * s.k);
+      const Gates<float> all{gates.data(), s.tokens, s.experts, nullptr};
+      const Sorted rows(s);
+      int8_experts(op, {&all, {}, nullptr}, result(outputs, name + (gated ? "all, gated" : "all"), type, s.tokens * s.outputs));
+      int8_experts(op, {nullptr, {rows.offsets.data(), rows.index.data(), s.k}, weights.data()},
+                   result(outputs, name + (gated ? "chosen, gated" : "chosen"), type, s.tokens * s.outputs));
+    }
+    const Int8 w1(1, s.hidden, s.inputs, 1);
+    const std::vector<char> w2 = random(type, s.experts * s.hidden), b2 = random(type, s.experts);
+    Int8Router op{};
+    op.type = type, op.tokens = s.tokens, op.inputs = s.inputs, op.hidden = s.hidden, op.experts = s.experts;
+    op.x = x.data(), op.w1 = w1, op.bias = w1.bias, op.w1.bias = nullptr;
+    op.w2 = {w2.data(), type, 0, s.hidden, 1}, op.b2 = {b2.data(), type, s.experts};
+    op.activation = Activation::gelu, op.float_rows = float_rows;
+    int8_router(op, reinterpret_cast<float*>(result(outputs, name + "router", Type::f32, s.tokens * s.experts)));
+  }
+}
+
 template <class T>
 Outputs run(Type type, const Sizes& s, bool recompute) {
   generator.seed(1);
   const Type exact = sizeof(T) == 8 ? Type::f64 : Type::f32;
   Outputs outputs;
-  outputs.reserve(64);  // results stay where they are
+  outputs.reserve(96);  // results stay where they are
 
   for (const bool two : {true, false}) {
     const std::string name = two ? "soft_experts" : "soft_experts of one layer";
@@ -207,6 +251,7 @@ Outputs run(Type type, const Sizes& s, bool recompute) {
       grads.db2 = {result(outputs, name + " db2", type, s.experts), type};
     task_router_backward<T>(op, grads);
   }
+  if constexpr (sizeof(T) == 4) run_int8(outputs, type, s);
   return outputs;
 }
 

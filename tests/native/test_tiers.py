@@ -17,13 +17,13 @@ KNOWN = ["generic", *build_script().TIERS]
 
 # Numbers depend on the instruction set. The best one is that of the ordinary run. In CI those between it and the portable one meet only
 # random shapes.
-NUMBERS = ("tests/ops/test_promises.py", "tests/native/test_shapes.py")
-SELECTED = "((test_precision and cpu and (experts or router or linear)) or test_shapes)"
+NUMBERS = ("tests/ops/test_promises.py", "tests/ops/test_int8.py", "tests/native/test_shapes.py")
+SELECTED = "((test_precision and cpu and (experts or router or linear)) or test_shapes or test_int8)"
 
 
 def check(tree, tier, capsys):
     full = tier in ("generic", "amx") or FULL
-    run = run_tests(tree, *NUMBERS, "-k", SELECTED if full else "test_shapes", CMOE_CPU_ISA=tier)
+    run = run_tests(tree, *NUMBERS, "-k", SELECTED if full else "test_shapes or test_int8", CMOE_CPU_ISA=tier)
     assert run.returncode == 0, output_of(run)
     with capsys.disabled():
         print(f"\ninstruction set {tier}: {summary_of(run)}")

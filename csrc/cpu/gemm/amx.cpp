@@ -280,28 +280,15 @@ constexpr Microkernel bf16_tiles = {Type::bf16,
                                     {multiply_amx<true>, multiply_amx<false>},
                                     multiply_and_store};
 
-constexpr Microkernel i8_tiles = {Type::i8,
-                                  tile_lanes,
-                                  tile_lanes,
-                                  tile_bytes_k,
-                                  512,
-                                  Side::b,
-                                  {false, false},
-                                  false,
-                                  false,
-                                  {pack_a_i8, nullptr},
-                                  {nullptr, nullptr},
-                                  begin_tiles,
-                                  end_tiles,
-                                  {multiply_i8_amx, multiply_i8_amx},
-                                  nullptr,
-                                  true};
+constexpr Microkernel i8_tiles = {
+    Type::i8, tile_lanes, tile_lanes,           tile_bytes_k,       512,         Side::b,   {false, false},
+    false,    false,      {pack_a_i8, nullptr}, {nullptr, nullptr}, begin_tiles, end_tiles, {multiply_i8_amx, multiply_i8_amx},
+    nullptr,  true};
 
 }  // namespace
 
 namespace cmoe::cpu {
 
-const Isa isa_amx = {
-    "amx", &f32, &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512, &w8, &i8_tiles};
+const Isa isa_amx = {"amx", &f32, &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512, &w8, &i8_tiles};
 
 }  // namespace cmoe::cpu
