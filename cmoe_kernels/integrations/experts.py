@@ -23,8 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from cmoe_kernels.integrations.activations import activation_name
-from cmoe_kernels.nn.int8 import Int8Linear, replace
-from cmoe_kernels.ops import int8
+from cmoe_kernels.nn.int8 import Int8Linear, int8_experts, replace
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.sparse_experts import sparse_experts
@@ -54,19 +53,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     # What lies past the last expert differs between transformers' own routers and its dispatch to ranks: E is our word for both.
     indices = top_k_index.long().clamp(max=w1.shape[0])
     if isinstance(w1, Int8Linear):
-        return int8.experts(
-            hidden_states,
-            top_k_weights,
-            indices,
-            w1.panels,
-            w1.scale,
-            w1.bias,
-            w2.panels,  # type: ignore[arg-type]
-            w2.scale,  # type: ignore[arg-type]
-            w2.bias,  # type: ignore[arg-type]
-            activation=activation_name(self.act_fn),  # type: ignore[arg-type]
-            gated=bool(self.has_gate),
-        )
+        name = activation_name(self.act_fn)
+        assert isinstance(w2, Int8Linear)
+        assert name is not None  # else why_eager says so
+        return int8_experts(hidden_states, top_k_weights, indices, w1, w2, None, name, bool(self.has_gate))
     if self.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)  # type: ignore[operator]
     b1, b2 = (getattr(self, f"{up}_bias"), self.down_proj_bias) if self.has_bias else (None, None)

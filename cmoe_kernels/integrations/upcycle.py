@@ -73,7 +73,7 @@ def configure(trained: Layers, config: CMoEConfig | None, settings: dict[str, An
 def upcycle(connector: CMoEConnector, trained: Layers, noise: float) -> None:
     experts = connector.experts
     for layer, weight, bias in ((trained.first, experts.w1, experts.b1), (trained.second, experts.w2, experts.b2)):
-        if layer is not None and weight is not None:
+        if layer is not None and isinstance(weight, nn.Parameter):
             weight.copy_(layer.weight)  # to every expert
             if bias is not None:
                 bias.copy_(layer.bias)

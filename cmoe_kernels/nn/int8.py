@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmoe_kernels.ops.int8 import MOST_INPUTS
+from cmoe_kernels.ops import int8
 from cmoe_kernels.ops.int8.quantise import layout, pack, quantise_weight, unpack
 
 
@@ -24,8 +24,8 @@ class Int8Linear(nn.Module):
     def __init__(self, name: str, q: Tensor, scale: Tensor, bias: Tensor | None, parts: int = 1) -> None:
         super().__init__()
         self.shape, self.parts = q.shape, parts
-        if q.shape[-1] > MOST_INPUTS:
-            raise ValueError(f"{name} has {q.shape[-1]} inputs; int8 weights take at most {MOST_INPUTS}")
+        if q.shape[-1] > int8.MOST_INPUTS:
+            raise ValueError(f"{name} has {q.shape[-1]} inputs; int8 weights take at most {int8.MOST_INPUTS}")
         self.register_buffer("panels", None, persistent=False)
         self.set_weight(q)
         self.register_buffer("scale", scale)
@@ -113,6 +113,21 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}"
+
+
+def int8_experts(
+    x: Tensor,
+    weights: Tensor | None,
+    indices: Tensor | None,
+    first: Int8Linear,
+    last: Int8Linear | None,
+    group_ids: Tensor | None,
+    activation: str,
+    gated: bool = False,
+) -> Tensor:
+    """``ops.int8.experts`` on layers; ``last`` None: single linear experts."""
+    w2, scale2, b2 = (None, None, None) if last is None else (last.panels, last.scale, last.bias)
+    return int8.experts(x, weights, indices, first.panels, first.scale, first.bias, w2, scale2, b2, group_ids, activation, gated)
 
 
 def replace(owner: nn.Module, name: str, bias: str, by: Int8Linear) -> None:

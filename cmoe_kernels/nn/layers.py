@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmoe_kernels.nn.config import CMoEConfig
-from cmoe_kernels.nn.int8 import Int8Linear, holds_int8, refuse_floats, replace
+from cmoe_kernels.nn.int8 import Int8Linear, holds_int8, int8_experts, refuse_floats, replace
 from cmoe_kernels.nn.packing import PackedExperts, PackedRouter
 from cmoe_kernels.ops import int8
 from cmoe_kernels.ops.soft_experts import soft_experts
@@ -72,8 +72,7 @@ class Experts(nn.Module):
     def _int8(self, first: Int8Linear, x: Tensor, weights: Tensor | None, indices: Tensor | None, group_ids: Tensor | None) -> Tensor:
         last = self.w2
         assert not isinstance(last, nn.Parameter)
-        second = (None, None, None) if last is None else (last.panels, last.scale, last.bias)
-        return int8.experts(x, weights, indices, first.panels, first.scale, first.bias, *second, group_ids, self.activation)
+        return int8_experts(x, weights, indices, first, last, group_ids, self.activation)
 
     def quantise(self) -> None:
         """Put int8 weights in the place of the parameters."""
