@@ -126,6 +126,8 @@ def test_a_run_whose_data_is_gone_says_what_it_lacks(small_run, tmp_path):
         "images before and after the connector, and gates over the picture",
     ]
     assert [one["file"] for one in result["plots"]] == ["experts.png"]
+    with pytest.raises(UserError, match=r"unknown key 'data\.rot'"):
+        analyze.analyze(run, overrides=["data.rot=x"])
 
 
 def test_points_of_a_probe_are_read_and_checked(tmp_path):

@@ -105,6 +105,9 @@ def test_the_table_has_percent_only_where_the_mlp_sees(tmp_path):
     assert "| 0.100 (0.100) | 0.500 (0.500) | mlp | +25.0 (+25.0) | +10.0 (+10.0) | 5, 0 |" in text
     assert "| cmoe-soft | mlp-flops | -16.7 (-16.7) | -10.0 (-10.0) | 0, 5 |" in text
     assert "Learning rate 0.001 for all rows" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
     assert "`unimed train smollm2 language.lora.r=4 language.lora.alpha=8 train.max_steps=100 --name lora-4`" in text
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from unimed.cli.shared import Device, RunPath, console, run_folder
+from unimed.cli.shared import Device, Overrides, RunPath, console, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -79,20 +79,24 @@ def _interference(source: Path, out: Path) -> None:
     console.print(f"{place} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
 
 
-def analyze(run: RunPath, device: Device = "auto") -> None:
+def analyze(run: RunPath, overrides: Overrides = None, device: Device = "auto") -> None:
     """Show how the tasks of a run pull at its weights, what its experts do, and what its connector does to images.
 
     Writes tables and plots to RUN/analysis/, and into report.html where the run was evaluated. A run without train.probe_every is measured
     at its checkpoints.
 
-    Example: [cyan]unimed analyze tiny[/]
+    Examples:
+
+      [cyan]unimed analyze tiny[/]
+
+      [cyan]unimed analyze tiny data.root=sample 'evaluate.splits=[subject]'[/]    held-out images of other data
     """
     from unimed.cli.evaluate import write_report
     from unimed.evaluate.run import METRICS_FILE
     from unimed.studies.analyze import FOLDER, analyze
 
     folder = run_folder(run)
-    result = analyze(folder, lambda text: console.print(f"analysis: {text}", highlight=False), device)
+    result = analyze(folder, lambda text: console.print(f"analysis: {text}", highlight=False), device, overrides)
     _show(result)
     console.print(f"analysis: {folder / FOLDER} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
     if (folder / METRICS_FILE).is_file():

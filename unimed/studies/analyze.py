@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from unimed import io
 from unimed.errors import UserError
@@ -37,12 +38,17 @@ IMAGES = 40  # of each task, for features and regions
 Say = Callable[[str], None]
 
 
-def analyze(run: Path, say: Say = lambda text: None, device: str = "auto") -> dict[str, Any]:
-    """Writes RUN/analysis/, whole or not at all, and returns what analysis.json says."""
+def analyze(run: Path, say: Say = lambda text: None, device: str = "auto", overrides: Sequence[str] | None = None) -> dict[str, Any]:
+    """Writes RUN/analysis/, whole or not at all, and returns what analysis.json says.
+
+    ``overrides`` of the run's recipe: other data (data.root=...), other splits (evaluate.splits=[...]).
+    """
     folder = Run(run)
     if not folder.recipe.is_file():
         raise UserError(f"{run}: not a run of unimed (no {RECIPE_FILE}); train one with: unimed train tiny")
-    recipe = recipes.load(folder.recipe)
+    recipe = recipes.load(folder.recipe, list(overrides or []))
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
     if not folder.checkpoints() and not (folder.model / "config.json").is_file() and not (folder.model / "adapter_config.json").is_file():
         raise UserError(f"{run}: no model and no checkpoint there yet; go on with: unimed train --name {run.name} --resume")
     lacks: list[str] = []

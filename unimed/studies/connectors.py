@@ -220,10 +220,8 @@ def tidy(job: Job) -> None:
 
 def notes(results: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
     """What the rows are made of, what black images score, the paper's row against equal budgets, and what was not run."""
-    lines = [
-        "| row | hidden width | parameters | multiply-adds a token | training, s | mean score on black images |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = ("row", "hidden width", "parameters", "multiply-adds a token", "training, s", "probe", "mean score on black images")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row, seeds in results.items():
         first = next(iter(seeds.values()))["connector"]
         seconds = statistics.fmean(one["training seconds"] for one in seeds.values())
