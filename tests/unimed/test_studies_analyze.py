@@ -142,6 +142,20 @@ def test_points_of_a_probe_are_read_and_checked(tmp_path):
         analyze.analyze(tmp_path)
 
 
+def test_interference_of_a_run_is_that_of_the_means_over_its_points():
+    """One point has halves that hardly agree: by itself it tells nothing, beside the other it counts."""
+
+    def point(halves, own):
+        split = {"split": {"direction": own, "magnitude": 1.0}}
+        pair = {"tasks": ["vqa", "cls"], "direction": 0.5, "magnitude": 0.8, "halves": halves}
+        return {"modules": {"connector": {"tasks": {"vqa": split, "cls": split}, "pairs": [pair], "statistics": None}}}
+
+    found = analyze.summary([point(0.02, 0.05), point(0.38, 0.75)])["connector"]
+    assert found["interference"] == pytest.approx((1 - 0.2 / 0.4) / 2)
+    assert (found["statistics"], found["direction"], found["direction of halves"]) == (None, 0.5, pytest.approx(0.4))
+    assert analyze.summary([point(0.02, 0.05)])["connector"]["interference"] is None
+
+
 def test_a_run_with_a_probe_needs_no_checkpoint(small_run, tmp_path):
     run = tmp_path / "small"
     shutil.copytree(small_run, run, ignore=shutil.ignore_patterns("checkpoint-*", "router.json"))

@@ -75,7 +75,7 @@ def test_the_study_compares_seed_by_seed(tmp_path):
     table = json.loads((out / "interference" / "table.json").read_text())
     assert table["seeds"] == [1]
     one, other = (lines[row, 1]["modules"]["connector"]["interference"] for row in ("mlp", "cmoe-soft"))
-    assert table["modules"]["mlp"]["1"]["connector"]["interference"] == one
+    assert table["modules"]["mlp"]["1"]["connector"]["interference"] == pytest.approx(one, abs=1e-5)
     cells = [f"{one:.3f} ({one:.3f})", f"{other:.3f} ({other:.3f})", f"{other - one:+.3f} ({other - one:+.3f})"]
     expected = f"| connector | interference | {' | '.join(cells)} | {'1, 0' if other > one else '0, 1'} |"
     assert expected in (out / "interference" / "table.md").read_text()

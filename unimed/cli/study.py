@@ -100,7 +100,10 @@ def analyze(run: RunPath, overrides: Overrides = None, device: Device = "auto") 
     _show(result)
     console.print(f"analysis: {folder / FOLDER} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
     if (folder / METRICS_FILE).is_file():
-        write_report(folder)
+        try:
+            write_report(folder)
+        except UserError as error:  # the analysis is whole without it
+            console.print(f"report not written again: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(result: dict) -> None:
@@ -108,9 +111,10 @@ def _show(result: dict) -> None:
 
     if result["modules"]:
         names = list(next(iter(result["modules"].values())))
-        table = Table(title=f"{result['run']}: how the tasks pull, mean over {len(result['steps'])} points", title_justify="left")
+        title = f"{result['run']}: how the tasks pull, mean over {len(result['steps'])} points"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for text in ("module", *names):
-            table.add_column(text.replace(" of ", "\nof "), justify="left" if text == "module" else "right")
+            table.add_column(text.replace(" of ", "\nof "), justify="left" if text == "module" else "right", no_wrap=True)
         for module, found in result["modules"].items():
             table.add_row(module, *("–" if found[name] is None else f"{found[name]:.3f}" for name in names))
         console.print(table)

@@ -129,20 +129,20 @@ def changes(points: Points, path: Path) -> None:
         len(layers), len(tasks)
     )
     with plt.rc_context(PLAIN):
-        size = (3.2 + 0.34 * (len(points) + len(tasks)), 1.3 + 0.2 * len(layers))
+        size = (4.2 + 0.34 * (len(points) + len(tasks)), 1.5 + 0.2 * len(layers))
         figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained", width_ratios=(len(points), max(len(tasks), 1)))
         logs = np.log10(np.where(table > 0, table, np.nan))
         if np.isfinite(logs).any():
             image = axes[0].imshow(logs, cmap="viridis", aspect="auto")
-            figure.colorbar(image, ax=axes[0], location="bottom", shrink=0.9).set_label("relative change, power of ten", fontsize=8)
+            figure.colorbar(image, ax=axes[0], location="bottom", shrink=0.9).set_label("log10 of relative change", fontsize=8)
         axes[0].set_xticks(range(len(points)), [str(point["step"]) for point in points], rotation=90, fontsize=7)
         axes[0].set_yticks(range(len(layers)), [name for _, name in layers], fontsize=7)
-        axes[0].set_title("change since the point before", loc="left")
+        axes[0].set_title("change", loc="left")
         if len(tasks):
             image = axes[1].imshow(served, cmap="RdBu", vmin=-0.5, vmax=0.5, aspect="auto")
             figure.colorbar(image, ax=axes[1], location="bottom", shrink=0.9).set_label("cosine with the step that helps", fontsize=8)
         axes[1].set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
-        axes[1].set_title(f"served, step {last['step']}", loc="left")
+        axes[1].set_title(f"whom it served, step {last['step']}", loc="left")
         for axis in axes:
             axis.tick_params(length=0)
         save(figure, path)

@@ -15,6 +15,7 @@ The points are those of `train.probe_every`. A run without them is measured at i
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from unimed.studies.features import Features, features, principal, silhouette
 from unimed.tasks.item import Item
 from unimed.train import recipe as recipes
 from unimed.train.folder import Run
-from unimed.train.probe import InterferenceProbe, halves_of
+from unimed.train.probe import InterferenceProbe, halves_of, interference, number
 
 FOLDER, FILE = "analysis", "analysis.json"
 IMAGES = 40  # of each task, for features and regions
@@ -85,9 +86,9 @@ def analyze(run: Path, say: Say = lambda text: None, device: str = "auto", overr
 def read_points(path: Path) -> list[dict[str, Any]]:
     """The points of a probe, by step; a line that is none is named."""
     found = {}
-    for number, line in enumerate(io.written_lines(path), 1):
+    for row, line in enumerate(io.written_lines(path), 1):
         if not isinstance(line.get("step"), int) or not isinstance(line.get("modules"), dict) or not isinstance(line.get("layers"), list):
-            raise UserError(f"{path}:{number}: not a point of a probe (step, modules, layers); move this file away")
+            raise UserError(f"{path}:{row}: not a point of a probe (step, modules, layers); move this file away")
         found[line["step"]] = line
     return [found[step] for step in sorted(found)]
 
@@ -159,11 +160,14 @@ def held_out(recipe: recipes.Recipe, most: int = IMAGES) -> list[Item]:
 
 
 def summary(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By module the means over the points: interference, statistics, and of direction and magnitude those of pairs and of split halves."""
+    """By module the means over the points: statistics, and of direction and magnitude those of pairs and of split halves.
+
+    Interference is that of the means over the points, which have less noise than one point, and then the mean over the pairs of tasks.
+    """
     values: dict[str, dict[str, list[float]]] = {}
     for point in points:
         for module, found in point["modules"].items():
-            numbers = {name: [found[name]] for name in ("interference", "statistics")}
+            numbers: dict[str, list[float | None]] = {"interference": _pulls(points, module), "statistics": [found["statistics"]]}
             for name in ("direction", "magnitude"):
                 numbers[name] = [pair[name] for pair in found["pairs"]]
                 numbers[f"{name} of halves"] = [one["split"][name] for one in found["tasks"].values()]
@@ -172,6 +176,20 @@ def summary(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | 
     return {
         module: {name: statistics.fmean(some) if some else None for name, some in numbers.items()} for module, numbers in values.items()
     }
+
+
+def _pulls(points: Sequence[Mapping[str, Any]], module: str) -> list[float | None]:
+    """The interference of each pair of tasks over all points."""
+    parts = [point["modules"][module] for point in points if module in point["modules"]]
+    cells: dict[tuple[str, ...], list[float]] = {}
+    for part in parts:
+        for pair in part["pairs"]:
+            cells.setdefault(tuple(pair["tasks"]), []).append(math.nan if pair["halves"] is None else pair["halves"])
+        for task, one in part["tasks"].items():
+            direction = one["split"]["direction"]
+            cells.setdefault((task,), []).append(math.nan if direction is None else direction)
+    means = {key: statistics.fmean(some) for key, some in cells.items()}
+    return [number(interference(means[key], means[key[:1]], means[key[1:]])) for key in means if len(key) == 2]
 
 
 def spread_of(found: Features) -> dict[str, Any]:
@@ -229,7 +247,7 @@ def _tables(place: Path, points: Sequence[Mapping[str, Any]], history: Sequence[
     )
     if found is None:
         return
-    names = [f"{side}_{number}" for side in ("before", "after") for number in (1, 2, 3)]
+    names = [f"{side}_{axis}" for side in ("before", "after") for axis in (1, 2, 3)]
     coordinates = [principal(x)[0] for x in (found.before, found.after)]
     wide = [np.pad(one, ((0, 0), (0, 3 - one.shape[1]))) for one in coordinates]
     rows = [(item.id, item.task, *map(_digits, (*one, *other))) for item, one, other in zip(found.items, *wide, strict=True)]
@@ -319,10 +337,14 @@ def _plots(
 
 
 def _pictures(found: Features) -> list[tuple[str, Any, np.ndarray]]:
-    """Of each task the middle one of its pictures whose gates differ from place to place."""
+    """Of each task the picture that shows most, by its shorter side, of those whose gates differ from place to place."""
     by_task: dict[str, list[int]] = {}
     for at, (task, maps) in enumerate(zip(found.tasks, found.maps, strict=True)):
         if maps is not None and maps.shape[2] > 1 and float(np.ptp(maps, axis=(0, 1)).max()) > 1e-6:
             by_task.setdefault(task, []).append(at)
-    chosen = [(task, places[len(places) // 2]) for task, places in by_task.items()]
-    return [(task, found.items[at].open(), maps) for task, at in chosen if (maps := found.maps[at]) is not None]
+    chosen = []
+    for task, places in by_task.items():
+        image, maps = max(((found.items[at].open(), found.maps[at]) for at in places), key=lambda one: min(one[0].size))
+        assert maps is not None
+        chosen.append((task, image, maps))
+    return chosen

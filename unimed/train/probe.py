@@ -43,9 +43,9 @@ from transformers import TrainerCallback
 from unimed import io
 from unimed.train.telemetry import describe
 
-HALF = 8  # samples of half a task
+HALF = 12  # samples of half a task
 EXACT, SKETCH = 10**7, 2**16
-LEAST = 0.05  # the least agreement of a task's two halves for which interference is told
+LEAST = 0.1  # the least agreement of a task's two halves for which interference is told
 
 Batch = Mapping[str, Any]
 
@@ -173,6 +173,13 @@ def _alike(aa: float, bb: float) -> float:
     return 2 * math.sqrt(aa * bb) / (aa + bb) if aa > 0 or bb > 0 else math.nan
 
 
+def interference(halves: float, own: float, others: float) -> float:
+    """Of two tasks: ``halves``, the cosine of halves of the two; ``own`` and ``others``, those of the halves of each. NaN below LEAST."""
+    if not min(own, others) >= LEAST:
+        return math.nan
+    return (1 - min(max(halves / math.sqrt(own * others), -1.0), 1.0)) / 2
+
+
 def agreement(gram: np.ndarray, norms: Sequence[float], tasks: Sequence[str]) -> dict[str, Any]:
     """Of one module, from the inner products [2T, 2T] of the halves' gradients (two rows a task) and their exact squared norms [2T].
 
@@ -190,15 +197,13 @@ def agreement(gram: np.ndarray, norms: Sequence[float], tasks: Sequence[str]) ->
         rows, columns = (2 * one, 2 * one + 1), (2 * other, 2 * other + 1)
         whole = sum(gram[a, b] for a in rows for b in columns)
         halves = statistics.fmean(_cosine(gram[a, b], norms[a], norms[b]) for a in rows for b in columns)
-        surely = split[one] >= LEAST and split[other] >= LEAST
-        ratio = halves / math.sqrt(split[one] * split[other]) if surely else math.nan
         pairs.append(
             {
                 "tasks": [tasks[one], tasks[other]],
                 "direction": number(_cosine(whole, own[one], own[other])),
                 "magnitude": number(_alike(own[one], own[other])),
                 "halves": number(halves),
-                "interference": number((1 - min(max(ratio, -1.0), 1.0)) / 2) if surely else None,
+                "interference": number(interference(halves, split[one], split[other])),
             }
         )
     told: list[float] = [pair["interference"] for pair in pairs if pair["interference"] is not None]
