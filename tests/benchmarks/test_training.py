@@ -42,6 +42,11 @@ def test_a_step_updates_every_trainable_part():
     assert any("router" in name for name in moved)
 
 
+def test_readme_has_what_was_measured():
+    (document,) = record.documents(suites=[training.SUITE])
+    assert training.row(document) in (record.machine.ROOT / "README.md").read_text()
+
+
 def test_gradients_that_differ_get_no_time():
     some = [torch.ones(3), torch.zeros(2)]
     assert training.check(some, some, bf16=False) == 0

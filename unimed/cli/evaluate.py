@@ -54,7 +54,7 @@ def evaluate(
     protocol = "standard" if more else protocol
     changed = [*_data_overrides(data), *([f"evaluate.splits=[{','.join(split)}]"] if split else [])]
     changed += [*([f"data.protocol={protocol}"] if protocol else []), *(overrides or []), *["data.strict=true"] * strict]
-    changed += _scorers(clinical or [])
+    scorers = _scorers(clinical or [])
     folder, other = run_folder(run), run_folder(against) if against else None
     if other is not None and other.resolve() == folder.resolve():
         raise UserError(f"--against {against}: it is the run itself")
@@ -63,7 +63,7 @@ def evaluate(
 
         pairs.check(folder, other, changed)
         score(other, changed, device, verify, False, protocol)
-    result = score(folder, changed, device, verify, untrained, protocol)
+    result = score(folder, [*changed, *scorers], device, verify, untrained, protocol)
     if more:
         _show_set(result, more)
     _show_groups(result, protocol)
