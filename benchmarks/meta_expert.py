@@ -15,6 +15,7 @@ left out: torch's bf16 products on processors without bf16 instructions take min
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -134,11 +135,15 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="what the layer is timed against (default: all)")
     parser.add_argument("--once-above", type=float, default=5, help="seconds of a call above which a form is timed once (default: 5)")
     parser.add_argument("--longest", type=float, default=60, help="seconds of a call above which a form is left out (default: 60)")
+    parser.add_argument("--cpu-time", action="store_true", help="the process's CPU time, not wall time: for one thread on a busy machine")
     parser.add_argument("--out", type=Path, help="write the table into this Markdown file, too")
     options = parser.parse_args()
     threads = record.set_threads(options.threads)
     about = machine.describe()
-    told = f"{about['cpu']}, {threads} threads, torch {torch.__version__}. Milliseconds: p50 (p20, p80). Ratio above 1: ours is faster."
+    if options.cpu_time and threads > 1:
+        parser.error("--cpu-time: adds up the threads' times; give --threads 1")
+    kind = "Milliseconds of CPU time" if options.cpu_time else "Milliseconds"
+    told = f"{about['cpu']}, {threads} threads, torch {torch.__version__}. {kind}: p50 (p20, p80). Ratio above 1: ours is faster."
     lines = [told, ""]
     names = ["widths", "step", "dtype", "T", "ours", *(f"{form}{kind}" for form in options.forms for kind in ("", ", ratio"))]
     lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -155,12 +160,13 @@ def main() -> None:
 
 def rows(name: str, step: str, dtype: str, tokens: Sequence[int], options: argparse.Namespace) -> Iterator[list[str]]:
     """T, our times, then times and ratio of each form; "–" for one that was left out."""
+    clock = time.process_time if options.cpu_time else time.perf_counter
     reach: dict[str, float] = {}  # seconds a token, of the largest T so far
     for count in tokens:
         forms = [form for form in options.forms if count * reach.get(form, 0) <= options.longest]
         calls = sides(WIDTHS[name], count, getattr(torch, dtype), step == "train", forms)
         check(*calls)
-        ours, *theirs = timer.in_turn(calls, options.seconds, least=3, once_above=options.once_above)
+        ours, *theirs = timer.in_turn(calls, options.seconds, least=3, clock=clock, once_above=options.once_above)
         times = dict(zip(forms, theirs, strict=True))
         if count >= BOUND:
             reach |= {form: one.quantile(0.5) / count for form, one in times.items()}

@@ -22,7 +22,7 @@ def test_all_forms_give_the_same(width, tokens):
 
 def test_a_slow_form_is_left_out_of_larger_sizes(monkeypatch):
     monkeypatch.setitem(meta_expert.WIDTHS, "toy", (32, 48, False, "gelu", True))
-    options = argparse.Namespace(forms=["loop", "beside"], seconds=0, once_above=9, longest=1e9)
+    options = argparse.Namespace(forms=["loop", "beside"], seconds=0, once_above=9, longest=1e9, cpu_time=True)
     rows = list(meta_expert.rows("toy", "forward", "float32", [16, 32], options))
     assert [row[0] for row in rows] == ["16", "32"]
     assert all(float(cell) > 0 for row in rows for cell in (row[3], row[5]))

@@ -192,7 +192,7 @@ def _experts(file: Path) -> dict[str, Any] | None:
             for layer, shares in zip(found["layers"], by_layer, strict=True)
             if any(shares)
         ]
-        accuracy = ", ".join(f"{name} {value:.3f}" for name, value in part["accuracy"].items())
+        accuracy = ", ".join(f"{'images' if name == 'samples' else name} {value:.3f}" for name, value in part["accuracy"].items())
         splits.append({"name": about.SPLIT_NAMES.get(split, split), "images": part["images"], "accuracy": accuracy, "rows": rows})
     cost = found["cost"]
     forms = [(name, f"{one['ms']:.2f} ms, {one['bytes_kept'] / 2**20:.2f} MiB kept") for name, one in cost["forms"].items()]

@@ -117,6 +117,8 @@ def label_curve_figure(curve: dict[int, RouterAccuracy]) -> Any:
         axes.plot(counts, [100 * getattr(curve[count], name) for count in counts], marker="o", label=name)
     axes.axhline(100 * curve[counts[0]].majority, linestyle="--", color="grey", label="majority")
     axes.set(xscale="log", xlabel="labelled samples", ylabel="held-out accuracy, %")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
     axes.legend()
     return figure
 
