@@ -71,6 +71,13 @@ def make_tower(config: PreTrainedConfig) -> Any:
     return tower_class(config)._from_config(config)
 
 
+def patch_features(tower: nn.Module, config: Any, pixel_values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[images, patches, width] of a tower."""
+    tokens = tower(pixel_values=pixel_values.to(next(tower.parameters()).dtype)).last_hidden_state
+    # The class token and registers, where a tower has them, come before the patches.
+    return tokens[:, -((config.image_size // config.patch_size) ** 2) :].to(dtype)
+
+
 def _many_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
@@ -154,10 +161,7 @@ class UniMedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
             raise ValueError(f"pixel_values are {list(pixel_values.shape)}, they must be [images, 3, {side}, {side}]")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
-            tower, to = (next(part.parameters()).dtype for part in (self.vision_tower, self.connector))
-            tokens = self.vision_tower(pixel_values=pixel_values.to(tower)).last_hidden_state
-        # The class token and registers, where a tower has them, come before the patches.
-        return tokens[:, -((side // self.config.vision_config.patch_size) ** 2) :].to(to)
+            return patch_features(self.vision_tower, self.config.vision_config, pixel_values, next(self.connector.parameters()).dtype)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as the models of transformers accept it
     def forward(
