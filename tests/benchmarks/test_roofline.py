@@ -12,7 +12,7 @@ if backends.INTERPRETED:
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: its wrappers are what is counted", allow_module_level=True)
 
-from benchmarks.inspection import roofline
+from benchmarks.inspection import launch_counts, roofline
 from benchmarks.shapes import SHAPES
 
 TOKENS = 64
@@ -53,10 +53,10 @@ def test_sparse_products_are_those_of_the_chosen_experts(name):
 
 
 def test_time_is_the_larger_bound():
-    gpu = roofline.Gpu(roofline.TARGETS["sm_90"], {"bf16": 100.0, "fp32": 10.0}, 5.0, "made up")
-    assert roofline.Step("gemm", 300.0, 5.0, "bf16").seconds(gpu) == 3.0
-    assert roofline.Step("gemm", 300.0, 5.0, "fp32").seconds(gpu) == 30.0
-    assert roofline.Step("copy", 0.0, 20.0).seconds(gpu) == 4.0
+    gpu = launch_counts.Gpu(launch_counts.TARGETS["sm_90"], {"bf16": 100.0, "fp32": 10.0}, 5.0, "made up")
+    assert launch_counts.Step("gemm", 300.0, 5.0, "bf16").seconds(gpu) == 3.0
+    assert launch_counts.Step("gemm", 300.0, 5.0, "fp32").seconds(gpu) == 30.0
+    assert launch_counts.Step("copy", 0.0, 20.0).seconds(gpu) == 4.0
 
 
 def test_page_and_results_say_that_nothing_was_measured(tmp_path):

@@ -19,7 +19,7 @@ if not backends.INTERPRETED:
 import triton.runtime.interpreter as interpreter
 
 import cmoe_kernels as cmoe
-from benchmarks.inspection import roofline
+from benchmarks.inspection import launch_counts
 from tests.ops import cases
 
 Builder = interpreter.InterpreterBuilder
@@ -67,7 +67,7 @@ class Executed:
 @pytest.fixture
 def launches(monkeypatch):
     """Pairs of the step that the model predicts and what was executed, one for each launch of a Triton kernel."""
-    pairs: list[tuple[roofline.Step, Executed]] = []
+    pairs: list[tuple[launch_counts.Step, Executed]] = []
     dot, load, store, rmw = Builder.create_dot, Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
 
     def counted_dot(self, a, b, *rest):
@@ -87,14 +87,14 @@ def launches(monkeypatch):
         return rmw(self, op, pointers, value, mask, *rest)
 
     def launch(kernel, grid, args, settings):
-        pairs.append((roofline.of_launch(kernel, args, settings), Executed()))
+        pairs.append((launch_counts.of_launch(kernel, args, settings), Executed()))
         kernel.run(*args, grid=grid, warmup=False, **settings)
 
     monkeypatch.setattr(Builder, "create_dot", counted_dot)
     monkeypatch.setattr(Builder, "create_masked_load", counted_load)
     monkeypatch.setattr(Builder, "create_masked_store", counted_store)
     monkeypatch.setattr(Builder, "create_atomic_rmw", counted_rmw)
-    with roofline.intercepted(launch):
+    with launch_counts.intercepted(launch):
         yield pairs
 
 
@@ -143,7 +143,7 @@ def test_whole_tiles(case, dtype, launches, monkeypatch):
         assert step.bytes - max(16, step.bytes // 50) <= executed.bytes <= step.bytes, step
 
     meta = {n: v.detach().to("meta").requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
-    with cmoe.use_backend("reference"), roofline.Counter() as counter:
+    with cmoe.use_backend("reference"), launch_counts.Counter() as counter:
         run(case, meta)
     predicted = [step for step in counter.steps if not step.name.startswith("aten::")]
     assert predicted == [step for step, _ in launches]
@@ -162,7 +162,7 @@ def test_padded_tiles_do_more_and_touch_no_more(case, launches):
 def test_idle_experts_are_not_read(launches, monkeypatch):
     """One token, two of sixteen experts. Their gradients are written for all, as zeros."""
     sized(monkeypatch, **WHOLE | {"T": 1, "E": 16})
-    monkeypatch.setattr(roofline.of_launch, "__defaults__", (2 / 16,))
+    monkeypatch.setattr(launch_counts.of_launch, "__defaults__", (2 / 16,))
     case = next(c for c in FORMS if str(c) == "sparse_experts-mlp")
     with cmoe.use_backend("triton"):
         run(case, arguments_of(case, torch.float32))
