@@ -1,9 +1,8 @@
 """The Triton kernels, compiled for GPUs that are not here, in the launches that the table of calls makes, and held to budgets.
 
-CI compiles a bf16 launch of each kernel for sm_80 and sm_90. It holds every row of
-benchmarks/results/aot.json to the same budgets. `make test-full` compiles all configurations, every bf16 form of the products, and all that
-the file has, also for sm_100 and gfx942, where a launch must compile and is held to no budget. TF32's rounding is seen neither here nor in
-the interpreter.
+CI compiles one bf16 launch of each kernel for sm_80 and sm_90. It holds every row of benchmarks/results/aot.json to the same budgets.
+`make test-full` compiles all configurations, every bf16 form of the products, and all that the file has, also for sm_100 and gfx942, where
+a launch must compile and is held to no budget. TF32's rounding is seen neither here nor in the interpreter.
 """
 
 import functools
