@@ -11,15 +11,20 @@ CORE = ("dispatch", "self_test", "pool")
 DRIVERS = (*CORE, "soft_experts", "sparse_experts", "int8_layers", "grouped_linear", "experts_backward", "task_router")
 
 
-def compile_program(name: str, *flags: str) -> Path:
-    """tests/native/<name>.cpp with what it uses, compiled with these flags; or, without flags, with the library's own object files."""
+def compile_program(name: str, *flags: str, tiers: list[str] | None = None) -> Path:
+    """tests/native/<name>.cpp with what it uses, compiled with these flags; or, without flags, with the library's own object files.
+
+    tiers: instruction sets that it has beside the generic one, all by default.
+    """
     script, compiler = build_script(), need_compiler()
     os.chdir(ROOT)
-    build, tiers = script.Build(Path("build", "programs", name)), script.tiers_of_compiler()
+    build, known = script.Build(Path("build", "programs", name)), script.tiers_of_compiler()
+    wanted = known if tiers is None else [*tiers, *(["avx512_bf16"] if "amx" in tiers else [])]  # whose instructions amx uses, too
+    tiers = [tier for tier in known if tier in wanted]
     command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", *(flags or ["-O1"])]
 
     def compiled(source: str) -> Path:
-        own = emulation_flags(source)
+        own = emulation_flags(source, tiers)
         return build.compile(source, [*command, *(script.flags_of(source, tiers) if own is None else own)])
 
     def used(source: str) -> bool:

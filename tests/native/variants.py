@@ -112,8 +112,8 @@ def emulated_tiers() -> list[str]:
     return ["amx", *vnni] if "avx512_bf16" in here else ["amx", "avx512_bf16", "avx512_vnni", "avx512", *vnni]
 
 
-def emulation_flags(source: str) -> list[str] | None:
-    """How a file of the library is compiled where some instruction sets are emulated; None: as the product."""
+def emulation_flags(source: str, tiers: list[str] | None = None) -> list[str] | None:
+    """How a file of the library, or of a program of some tiers, is compiled where some are emulated; None: as the product."""
     script, emulated, stem = build_script(), emulated_tiers(), Path(source).stem
     if stem not in (*emulated, "dispatch") or not emulated:
         return None
@@ -125,7 +125,7 @@ def emulation_flags(source: str) -> list[str] | None:
         "AVX_VNNI": "avx_vnni" in emulated and stem in ("avx_vnni", "dispatch"),
     }
     narrow = stem == "avx_vnni" or (wide and stem != "dispatch")
-    own = [*script.AVX2, "-O1", "-Wno-psabi"] if narrow else script.flags_of(source, script.tiers_of_compiler())
+    own = [*script.AVX2, "-O1", "-Wno-psabi"] if narrow else script.flags_of(source, tiers or script.tiers_of_compiler())
     return [*own, *(f"-DCMOE_EMULATE_{name}" for name, wanted in on.items() if wanted)]
 
 
