@@ -177,7 +177,7 @@ def _markdown(table: Mapping[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Mean over the seeds {seeds}, then every seed; each is the mean over the points of the training of {table['steps']} steps. "
+            f"Mean over the seeds {seeds}, then every seed; each is over the points of a training of {table['steps']} steps. "
             "Difference: cmoe-soft less mlp. Up and down count seeds.",
             "",
             "Direction and magnitude are means over the pairs of tasks. Those of halves compare the two halves of one task: what noise "
