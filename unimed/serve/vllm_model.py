@@ -102,11 +102,12 @@ class UniMedForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
-        self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_index])
-        with self._mark_tower_model(vllm_config, "image"):
+        mixed: Any = self  # nn.Module's __getattr__ hides the methods of vLLM's protocols from type checkers
+        mixed.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_index])
+        with mixed._mark_tower_model(vllm_config, "image"):
             self.vision_tower = make_tower(config.vision_config)
             self.connector = CMoEConnector(CMoEConfig.from_dict(config.connector))
-        with self._mark_language_model(vllm_config):
+        with mixed._mark_language_model(vllm_config):
             name = maybe_prefix(prefix, "language_model")
             self.language_model = init_vllm_registered_model(vllm_config, hf_config=config.text_config, prefix=name)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
