@@ -61,13 +61,15 @@ def differences(run: Path, other: Path) -> dict[str, Any]:
             places = [place for place, item in enumerate(items) if item.task == task]
             some, names = [items[place] for place in places], table_metrics(task)
             given = [[of[place] for place in places] for of in texts]
-            each = [intervals.singles(task, some, one, names) for one in given]
+            ours_each, its_each = (intervals.singles(task, some, one, names) for one in given)
             drawn, members = intervals.groups(some)
-            if each[0] is None or each[1] is None:
+            scores: list[Any]
+            ends: list[Any]
+            if ours_each is None or its_each is None:
                 found = [metrics.score(task, one, some, coco=False) for one in given]
                 scores, ends = [[one[name] for name in names] for one in found], [None] * len(names)
             else:
-                scores, ends = [one.mean(0) for one in each], intervals.interval(each[0] - each[1], members)
+                scores, ends = [ours_each.mean(0), its_each.mean(0)], intervals.interval(ours_each - its_each, members)
             result[split][task] = {"drawn": drawn, "count": len(some)}
             for name, mine, its, interval in zip(names, *scores, ends, strict=True):
                 result[split][task][name] = {

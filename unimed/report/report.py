@@ -161,7 +161,7 @@ def _against(result: dict[str, Any]) -> dict[str, Any] | None:
         for task, found in tasks.items():
             for metric in groups.table_metrics(task):
                 one = found[metric]
-                low, high = one["interval"] or (None, None)
+                low, high = one["interval"] or (0.0, 0.0)
                 lines.append(
                     {
                         "split": result["splits"][split]["name"],
@@ -169,8 +169,8 @@ def _against(result: dict[str, Any]) -> dict[str, Any] | None:
                         "metric": metric,
                         "scores": (f"{one['score']:.3f}", f"{one['other']:.3f}"),
                         "difference": f"{one['difference']:+.3f}",
-                        "interval": "no mean of answers" if low is None else f"{low:+.3f} to {high:+.3f}",
-                        "clear": low is not None and (low > 0 or high < 0),
+                        "interval": f"{low:+.3f} to {high:+.3f}" if one["interval"] else "no mean of answers",
+                        "clear": low > 0 or high < 0,
                         "drawn": f"{found['count']:,} items; {found['drawn']}",
                     }
                 )

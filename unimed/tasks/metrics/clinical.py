@@ -234,7 +234,7 @@ def _f1(given: set[Any], wanted: set[Any]) -> float:
 
 class _CheXbert:
     def __init__(self, path: Path, device: str) -> None:
-        module = importlib.import_module("f1chexbert.f1chexbert")
+        module: Any = importlib.import_module("f1chexbert.f1chexbert")
         kept = module.CACHE_DIR
         module.CACHE_DIR = str(path.parent)  # where the package looks for chexbert.pth; it has no argument for it
         try:
