@@ -29,8 +29,8 @@ def accumulate(file: str, old: str, new: str) -> Mutant:
     )
 
 
-def int8(kind: str, old: str, new: str) -> Mutant:
-    return Mutant(kind, "csrc/cpu/int8_layers.cpp", old, new, ("tests/ops/test_int8.py",), LIBRARY)
+def int8(kind: str, old: str, new: str, test: str = "tests/ops/test_int8.py") -> Mutant:
+    return Mutant(kind, "csrc/cpu/int8_layers.cpp", old, new, (test,), LIBRARY)
 
 
 def self_test(kind: str, old: str, new: str, test: str) -> Mutant:
@@ -91,8 +91,7 @@ MUTANTS = [
     products("gemm/vnni.h", "sums", "add ? load<vint>", "!add ? load<vint>", "avx512_vnni"),
     products("gemm/amx.cpp", "int8 tiles", "_tile_loadd(5, b + 64, b_stride);", "_tile_loadd(5, b + 64, 64);"),
     products("gemm/amx.cpp", "int8 lanes", "if (used > 16)\n    multiply_i8_tiles<true>", "if (used > 31)\n    multiply_i8_tiles<true>"),
-    int8("rounding", "+ shift - shift;", "+ 0;"),
-    int8("not finite", "largest >= 0x7f800000 || scale == 0", "scale == 0"),
+    int8("rounding", "+ shift - shift;", "+ 0;", "tests/native/test_tiers.py::test_emulated[amx]"),  # AVX2 quantises no rows
     int8("gated", "panels * width + lanes.first", "op_.hidden + lanes.first"),
     int8("scale", "w.scale + e * w.outputs + first", "w.scale + first"),
     int8("bias", "w.bias + e * w.outputs + first", "w.bias + e * w.outputs"),
