@@ -84,6 +84,7 @@ def _run(code: str, names: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # this folder has a triton of its own
     for name in sys.argv[1:]:
         __import__(name)
     gc.freeze()  # else a collection in a child would copy every page

@@ -1,9 +1,13 @@
 """Swapped models in what trains and serves models: Trainer, peft, checkpointing, compile, FSDP, processors."""
 
 import functools
+import os
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,6 @@ from transformers import AutoModelForImageTextToText
 
 import cmoe_kernels.integrations.transformers as cmoe
 from cmoe_kernels import CMoEConfig
-from tests import forked
 from tests.integrations import tiny_models as tiny
 from tests.integrations.test_projectors import SETTINGS, TASKS, connectors_of, gradients, swapped
 
@@ -472,6 +475,8 @@ def test_fsdp_of_one_process(version, wrapped):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    done = forked.run(FSDP, str(version), *wrapped, modules=("torch", "transformers.modeling_utils"), **world)
+    environment = {**os.environ, **world, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", FSDP, str(version), *wrapped]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == wrapped
