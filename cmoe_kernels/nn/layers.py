@@ -102,7 +102,7 @@ class Experts(nn.Module):
 
     def pack(self, dtype: torch.dtype | None) -> PackedExperts:
         """Copies of the weights for inference on a CPU; see CMoEConnector.prepack."""
-        assert isinstance(self.w1, nn.Parameter)
+        assert isinstance(self.w1, Tensor)
         assert not isinstance(self.w2, Int8Linear)
         return PackedExperts(self, self.w1, self.b1, self.w2, self.b2, self.activation, dtype)
 
@@ -168,7 +168,7 @@ class TaskRouter(nn.Module):
         )
 
     def _logits(self, x: Tensor | None, task: Tensor | None, group_ids: Tensor | None) -> Tensor:
-        assert isinstance(self.w1, nn.Parameter)
+        assert isinstance(self.w1, Tensor)  # FSDP 1 has views of its own flat parameter here
         return task_router(x, task, self.w1, self.b1, self.w2, self.b2, group_ids, self.inputs, self.activation, self.recompute)
 
     def quantise(self) -> None:
@@ -201,7 +201,7 @@ class TaskRouter(nn.Module):
 
     def pack(self, dtype: torch.dtype | None) -> PackedRouter:
         """Copies of the weights for inference on a CPU; see CMoEConnector.prepack."""
-        assert isinstance(self.w1, nn.Parameter)
+        assert isinstance(self.w1, Tensor)
         return PackedRouter(self, self.task_tokens, self.w1, self.b1, self.w2, self.b2, self.inputs, self.activation, dtype)
 
     def extra_repr(self) -> str:
