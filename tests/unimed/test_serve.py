@@ -15,7 +15,6 @@ from serving import Server, body, png, save_model, url
 from soak import Question, Soak
 
 import unimed
-from tests.sampling import FULL
 from unimed import Request
 
 httpx = pytest.importorskip("httpx")
@@ -232,8 +231,8 @@ def test_metrics_are_those_of_prometheus(server):
 
 
 def test_a_soak_loses_nothing_that_was_accepted(server, session):
-    """Requests of 16 clients while the worker is killed; `soak.py` by itself does 10,000. Then the server is told to end."""
-    count, kills = (300, 2) if FULL else (120, 1)
+    """300 requests of 16 clients while the worker is killed twice; `soak.py` by itself does 10,000. Then the server is told to end."""
+    count, kills = 300, 2
     questions = [Question(session, seed) for seed in range(16)]
     made = Soak(server, questions, count, kills).run()
     assert made.wrong == []

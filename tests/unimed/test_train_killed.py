@@ -49,7 +49,7 @@ def contents(run):
     return {"names": sorted(files), **held}
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(20, 1, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(20, 1, marks=pytest.mark.full)])
 def test_a_run_killed_at_any_file_operation_is_the_same_run(small_overrides, tmp_path, kills, seed):
     kill(kills, seed, small_overrides, tmp_path)
 
