@@ -38,12 +38,8 @@ HEADER = """\
 
 # Extras for those who change this repository; the ranges of the other extras are what users meet.
 FOR_DEVELOPERS = ("dev", "docs")
-# Named by no extra yet: a browser page, a server, scorers, bindings of C++ internals. One set of versions must hold them and the rest.
-PLANNED = (
-    *("gradio", "fastapi", "uvicorn", "httpx", "openai", "playwright", "pydantic", "jinja2", "pyarrow"),
-    *("sacrebleu", "rouge-score", "tensorboard"),
-    "pybind11",
-)
+# Named by no extra: one set of versions must hold them and the rest.
+PLANNED = ("tensorboard", "pybind11")
 NOT_LOCKED = re.compile(r"torch|triton|pytorch-triton.*|(nvidia|cuda)-.*")
 TESTS = ("tests/test_readme.py", "tests/test_examples.py", "tests/unimed", "tests/integrations")
 # In this order, as many as the time allows.
