@@ -97,7 +97,8 @@ def int8_kernels() -> Int8Kernels | None:
     """The int8 kernels of the instruction set in use. None without the native library, or with no instruction set to run on."""
     if library is None or not instruction_sets().used:  # type: ignore[union-attr]
         return None
-    return Int8Kernels(*_module().int8_kernels())
+    lanes, step, depth, products = _module().int8_kernels()
+    return Int8Kernels(lanes, step, depth, bool(products))
 
 
 class CudaKernels(NamedTuple):

@@ -20,7 +20,7 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 // whether there are products of int8.
 PyObject* int8_kernels(PyObject*, PyObject*) {
   const cpu::Int8Layout layout = cpu::int8_layout();
-  return Py_BuildValue("(iiiO)", layout.lanes, layout.step, layout.depth, layout.products ? Py_True : Py_False);
+  return Py_BuildValue("(iiii)", layout.lanes, layout.step, layout.depth, layout.products);
 }
 
 // What the CUDA kernels were compiled for, and why there are none (one of the two is empty).

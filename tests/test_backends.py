@@ -23,6 +23,8 @@ def test_every_op_has_a_reference_forward_and_backward():
 
 def test_a_backend_brings_both_directions_or_neither():
     for op, backend in list(backends._kernels):
+        if op.startswith("int8_"):  # for inference
+            continue
         other = op.removesuffix("_backward") if op.endswith("_backward") else f"{op}_backward"
         assert (other, backend) in backends._kernels
 
