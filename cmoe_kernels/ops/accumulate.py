@@ -18,7 +18,7 @@ _marked = False  # whether a parameter was ever marked: nothing else is looked a
 def accumulate_grads(parameters: Module | Iterable[Parameter], into: Into | None = "grad") -> None:
     """Let backward passes of our ops add the gradients of these parameters to those that are there, in the product that makes them.
 
-    dW += dy^T x, in place of a new dW that autograd adds to ``p.grad``. A micro-batch saves the memory of dW and most of its traffic:
+    dW += dy^T x, in place of a new dW that autograd adds to ``p.grad``. A micro-batch needs no memory for dW:
     dW is read once and written once. Opt-in, as Megatron's ``gradient_accumulation_fusion``.
 
     Args:

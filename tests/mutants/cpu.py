@@ -45,7 +45,7 @@ MUTANTS = [
     products("gemm/wgrad.h", "cells", "turn_++ % 2", "turn_ % 2"),
     products("gemm/wgrad.h", "cells", "sums(one_run ? 0 : o, s - s0)", "sums(0, s - s0)"),
     products("gemm/wgrad.h", "accumulate", "c > 0 || begin(o, s, to), next", "c > 0, next"),
-    products("gemm/wgrad.h", "accumulate", "c > 0 || begin(o, s, to + o * next), {}", "c > 0, {}", "generic"),
+    products("gemm/wgrad.h", "accumulate", "if (accumulate_) kernels_.rows->load(", "if (false) kernels_.rows->load(", "generic"),
     accumulate("experts_backward.cpp", "if (g && !g.add) std::memset(", "if (g) std::memset("),
     accumulate("task_router.cpp", "                          grads.dw1.add)", "                          false)"),
     products("gemm/wgrad.h", "last chunk", "if (c + 1 < count_) return;", "if (c > 0) return;", "generic"),

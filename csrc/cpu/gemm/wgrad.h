@@ -5,7 +5,7 @@
 // again here. With tokens of one or two chunks its sums are finished in one run of k: they take a row of cells in L1 (one chunk: two
 // cells), x's block takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
 //
-// dW += dy^T x: sums begin with what dW holds, so that it is read once and written once.
+// dW += dy^T x: what dW holds is read once, with the rows that are stored, or under AMX into the sums before they begin.
 #pragma once
 
 #include "multiply.h"
@@ -78,7 +78,7 @@ class WgradBlock {
   T* sums(int64_t o, int64_t s) const { return block_ + (o * p_.shared_panels + s) * ol_ * sl_; }
   char* row(int64_t o, int64_t s) const { return to_ + o * ol_ * stride_ + s * sl_ * size_of(type_); }
 
-  // The sums of a cell as they are before its first chunk; what the chunk is to add to them.
+  // Under AMX: the sums of a cell as they are before its first chunk, and whether the chunk is to add to them.
   bool begin(int64_t o, int64_t s, T* sums) const {
     for (int r = 0; accumulate_ && r < used(o); ++r)
       kernels_.rows->load(type_, row(o, s) + r * stride_, sums + r * sl_, shared_.in_panel(s));
@@ -102,15 +102,24 @@ class WgradBlock {
     for (int64_t s = s0; s < s1; ++s) {
       const char* const x = shared_.at(s, chunk);
       T* const to = sums(0, s - s0);
-      for (int64_t o = 0; o < panels_; ++o)
-        multiply(first + o * bytes, stride, x, to + o * next, chunk.padded, used(o), c > 0 || begin(o, s, to + o * next), {});
+      for (int64_t o = 0; o < panels_; ++o) multiply(first + o * bytes, stride, x, to + o * next, chunk.padded, used(o), c > 0, {});
     }
     if (c + 1 < count_) return;
     T* const rows = reinterpret_cast<T*>(packed_ + p_.outer_bytes + p_.block_bytes);
+    const int64_t columns = std::min(shared_.lanes(), s1 * sl_) - s0 * sl_;
     for (int64_t o = 0; o < panels_; ++o) {
-      for (int64_t s = s0; s < s1; ++s)
-        for (int r = 0; r < used(o); ++r) std::memcpy(rows + r * p_.row_ld + (s - s0) * sl_, sums(o, s - s0) + r * sl_, sizeof(T) * sl_);
-      kernels_.rows->store_block(type_, rows, p_.row_ld, row(o, s0), stride_, used(o), std::min(shared_.lanes(), s1 * sl_) - s0 * sl_);
+      for (int r = 0; r < used(o); ++r) {
+        T* const whole = rows + r * p_.row_ld;
+        if (accumulate_) kernels_.rows->load(type_, row(o, s0) + r * stride_, whole, columns);
+        for (int64_t s = s0; s < s1; ++s) {
+          const T* const cell = sums(o, s - s0) + r * sl_;
+          if (accumulate_)
+            kernels_.rows->add(cell, whole + (s - s0) * sl_, shared_.in_panel(s));
+          else
+            std::memcpy(whole + (s - s0) * sl_, cell, sizeof(T) * sl_);
+        }
+      }
+      kernels_.rows->store_block(type_, rows, p_.row_ld, row(o, s0), stride_, used(o), columns);
     }
   }
 
