@@ -142,10 +142,8 @@ def _linear_weight(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 # --- the connector -----------------------------------------------------------------------------------------------------------
-def _connector(shape: Shape, tokens: int, dtype: torch.dtype, train: bool, recompute: bool = False, prepacked: bool = False) -> Work:
-    """The soft connector on frozen image tokens of one task."""
-    if prepacked and torch.get_default_device().type != "cpu":
-        raise Skipped("prepack() is for CPUs")
+def soft_connector(shape: Shape, dtype: torch.dtype, recompute: bool = False) -> cmoe.CMoEConnector:
+    """The connector of a shape, for image tokens as they are."""
     config = cmoe.CMoEConfig(
         in_features=shape.D,
         out_features=shape.O,
@@ -156,7 +154,14 @@ def _connector(shape: Shape, tokens: int, dtype: torch.dtype, train: bool, recom
         resample="none",
         recompute=recompute,
     )
-    connector = cmoe.CMoEConnector(config, dtype=dtype)
+    return cmoe.CMoEConnector(config, dtype=dtype)
+
+
+def _connector(shape: Shape, tokens: int, dtype: torch.dtype, train: bool, recompute: bool = False, prepacked: bool = False) -> Work:
+    """The soft connector on frozen image tokens of one task."""
+    if prepacked and torch.get_default_device().type != "cpu":
+        raise Skipped("prepack() is for CPUs")
+    connector = soft_connector(shape, dtype, recompute)
     torch.nn.init.normal_(connector.router.task_tokens)
     x = torch.randn(tokens, shape.D).to(dtype)
     dy = torch.randn(tokens, shape.O).to(dtype) if train else None
@@ -204,16 +209,7 @@ def _connector_int8(shape: Shape, tokens: int, dtype: torch.dtype) -> Work:
     """The soft connector with int8 weights, beside ours in bf16. Weights are numbers that both dtypes have: all sides compute one thing."""
     if torch.get_default_device().type != "cpu":
         raise Skipped("int8 weights are for CPUs")
-    config = cmoe.CMoEConfig(
-        in_features=shape.D,
-        out_features=shape.O,
-        hidden_features=shape.H,
-        num_experts=shape.E,
-        router_features=shape.R,
-        task_features=shape.S,
-        resample="none",
-    )
-    connector = cmoe.CMoEConnector(config, dtype=dtype).eval()
+    connector = soft_connector(shape, dtype).eval()
     with torch.no_grad():
         for w in (connector.router.w1[:, shape.S :], connector.experts.w1, connector.experts.w2):
             _on_int8_grid_(w)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.micro_batch                        the released connector, bf16, 64, 256 and 1024 tokens
     python -m benchmarks.micro_batch --main-grad            sums in fp32 main_grad, which autograd's side adds after its backward pass
-    python -m benchmarks.micro_batch --shape uni-med --tokens 64 --out table.md
+    python -m benchmarks.micro_batch --shape cumo --dtype float32 --out table.md
 
 Ours with accumulate_grads against ours without, and against the released loop; all take turns. Gradients are compared before. Memory: how
 far one more micro-batch rises above what is resident, gradients among it.
@@ -17,9 +17,9 @@ import torch
 
 import cmoe_kernels as cmoe
 from benchmarks import machine, memory, peers, record, timer
+from benchmarks.cases import TASKS, soft_connector
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.steps import Leaves
-from cmoe_kernels.nn.config import TASKS
 
 Call = Callable[[], None]
 SIDES = ("accumulate_grads", "autograd adds", "released loop")
@@ -27,16 +27,7 @@ SIDES = ("accumulate_grads", "autograd adds", "released loop")
 
 def sides(shape: Shape, tokens: int, dtype: torch.dtype, main_grad: bool) -> tuple[dict[str, Call], list[list[torch.Tensor]]]:
     """A micro-batch of each side, and the gradients of ours and of autograd's. All have the same weights."""
-    config = cmoe.CMoEConfig(
-        in_features=shape.D,
-        out_features=shape.O,
-        hidden_features=shape.H,
-        num_experts=shape.E,
-        router_features=shape.R,
-        task_features=shape.S,
-        resample="none",
-    )
-    ours = cmoe.CMoEConnector(config, dtype=dtype)
+    ours = soft_connector(shape, dtype)
     plain = copy.deepcopy(ours, {id(p): torch.nn.Parameter(p.detach()) for p in ours.parameters()})
     x, dy = torch.randn(tokens, shape.D).to(dtype), torch.randn(tokens, shape.O).to(dtype)
     cmoe.accumulate_grads(ours, into="main_grad" if main_grad else "grad")

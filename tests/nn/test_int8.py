@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
@@ -12,14 +11,8 @@ import cmoe_kernels as cmoe
 from cmoe_kernels.nn.int8 import Int8Linear
 from cmoe_kernels.ops import int8
 from cmoe_kernels.ops.int8 import quantise
+from tests.nn.forms import FORMS, SIZES
 
-SIZES = {"in_features": 20, "out_features": 50, "hidden_features": 70, "num_experts": 3, "resample_rate": 4, "router_features": 90}
-FORMS = [
-    {"router": r, "router_inputs": i, "expert": e, "router_layers": n}
-    for r, i, e, n in itertools.product(("soft", "sparse"), ("task_token", "token", "task"), ("mlp", "linear"), (2, 1))
-]
-FORMS += [{"router": r, "expert": e} for r, e in itertools.product(("hard", "constant"), ("mlp", "linear"))]
-FORMS = [{**f, "tasks": ("a", "b", "c")} for f in FORMS]
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(str(v) for v in f.values() if not isinstance(v, tuple)))
 
 

@@ -1,7 +1,6 @@
 """prepack(): the same values from copies in the kernels' order, and copies that never outlive the weights they were made of."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -9,16 +8,9 @@ import torch
 import cmoe_kernels as cmoe
 from benchmarks.compare import assert_close
 from cmoe_kernels import backends
+from tests.nn.forms import FORMS, SIZES
 
 pytestmark = pytest.mark.skipif(backends.choose("soft_experts", "cpu") != "cpu", reason="the native library is not in use")
-
-SIZES = {"in_features": 20, "out_features": 50, "hidden_features": 70, "num_experts": 3, "resample_rate": 4, "router_features": 90}
-FORMS = [
-    {"router": r, "router_inputs": i, "expert": e, "router_layers": n}
-    for r, i, e, n in itertools.product(("soft", "sparse"), ("task_token", "token", "task"), ("mlp", "linear"), (2, 1))
-]
-FORMS += [{"router": r, "expert": e} for r, e in itertools.product(("hard", "constant"), ("mlp", "linear"))]
-FORMS = [{**f, "tasks": ("a", "b", "c")} for f in FORMS]
 
 
 def connector(dtype: torch.dtype = torch.float32, **settings) -> cmoe.CMoEConnector:

@@ -168,9 +168,11 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(place: Path, pool: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """The strict score of every task on the held-out subject, and all metrics."""
     from unimed.datasets.load import load_set
-    from unimed.studies.score import scores
+    from unimed.inference.session import load
+    from unimed.studies.score import score, strict
 
-    return scores(place, list(load_set("pool", pool, "records", "test", TASKS)))
+    metrics = score(load(place, "cpu"), list(load_set("pool", pool, "records", "test", TASKS)))
+    return strict(metrics), metrics
 
 
 # The strategy in three stages

@@ -86,7 +86,7 @@ def run(job: Job) -> dict[str, Any]:
     from unimed.evaluate.experts import routing
     from unimed.inference.session import load
     from unimed.models.medmoe import count_parameters
-    from unimed.studies.score import score
+    from unimed.studies.score import score, strict
     from unimed.train import recipe as recipes
     from unimed.train import run as training
 
@@ -97,21 +97,15 @@ def run(job: Job) -> dict[str, Any]:
     items = {split: spread(training.items(recipe, split), recipe.evaluate.limit) for split in SPLITS}
     metrics = {split: score(session, found) for split, found in items.items()}
     return {
-        "scores": _strict(metrics["slab"]),
-        "blank": _strict(score(session, items["slab"], blank=True)),
-        "subject": _strict(metrics["subject"]),
+        "scores": strict(metrics["slab"]),
+        "blank": strict(score(session, items["slab"], blank=True)),
+        "subject": strict(metrics["subject"]),
         "metrics": metrics,
         "experts": {} if job.row == "dense" else routing(place)["splits"],
         "parameters": count_parameters(session.model)._asdict() | {"trained": record["trained_parameters"]},
         "training seconds": record["seconds"],
         "router": io.read_json(start / "domains" / "domains.json"),
     }
-
-
-def _strict(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    from unimed.tasks import TASKS
-
-    return {task: one[TASKS[task].strict] for task, one in metrics.items()}
 
 
 def tidy(job: Job) -> None:

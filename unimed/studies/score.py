@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unimed.inference.session import Session, load
+from unimed.inference.session import Session
 from unimed.tasks.item import Item
 
 BATCH, NEW_TOKENS = 64, 64  # the longest reference has 50 words
@@ -14,24 +13,19 @@ BATCH, NEW_TOKENS = 64, 64  # the longest reference has 50 words
 
 def score(session: Session, items: Sequence[Item], blank: bool = False) -> dict[str, dict[str, Any]]:
     """Every metric by task. ``blank``: on black images; items without an image are left out, and a question is answered once."""
-    from unimed.evaluate.evaluate import by_task
-    from unimed.evaluate.evaluate import score as measure
+    from unimed.evaluate import evaluate
 
-    shown = [item for item in items if item.image is not None] if blank else list(items)
-    answers: list[str] = []
-    kept: list[Item] = []
-    for part in by_task(shown).values():  # prompts of one task are about equally long
-        asked = list({item.question: item for item in part}.values()) if blank else part
-        made = [one.text for one in session.generate(asked, BATCH, NEW_TOKENS, blank)]
-        said = {item.question: text for item, text in zip(asked, made, strict=True)}
-        answers += [said[item.question] for item in part] if blank else made
-        kept += part
-    return measure(kept, answers)
+    if not blank:
+        return evaluate.score(items, evaluate.answers(session, items, evaluate.TRAINED, BATCH, NEW_TOKENS))
+    shown = [item for item in items if item.image is not None]
+    asked = {(item.task, item.question): item for item in shown}
+    made = evaluate.answers(session, list(asked.values()), evaluate.BLANKED, BATCH, NEW_TOKENS)
+    said = dict(zip(asked, made, strict=True))
+    return evaluate.score(shown, [said[item.task, item.question] for item in shown])
 
 
-def scores(model: Path, items: Sequence[Item]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """The strict score of every task that the items have, and all metrics. ``model``: a run or a saved model."""
+def strict(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The strict score of every task."""
     from unimed.tasks import TASKS
 
-    metrics = score(load(model, "cpu"), items)
-    return {task: metrics[task][TASKS[task].strict] for task in metrics}, metrics
+    return {task: one[TASKS[task].strict] for task, one in metrics.items()}

@@ -109,12 +109,11 @@ INLINE void store_rows(const Finished& finished, int64_t first, int64_t last) {
 }
 
 // Tiles: 0..3 sums [A half][B half], 4 and 5 operand B, 6 and 7 operand A.
-template <bool a_resident, bool two>
-INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float* block, int64_t k, bool add, const Prefetch& prefetch,
-                           const Finished* finished) {
-  constexpr int64_t block_stride = tile_lanes * 4, b_step = 4 * tile_values;
-  const int64_t a_step = a_stride == 2 * tile_k ? 4 * tile_values : 2 * tile_k;  // of a packed panel; of rows in place
-  const char* const next = reinterpret_cast<const char*>(block + tile_lanes * tile_lanes);
+// Sums are fp32 or int32.
+constexpr int64_t block_stride = tile_lanes * 4;
+
+template <bool two, class Sum>
+INLINE void load_sums(const Sum* block, bool add) {
   if (add) {
     _tile_loadd(0, block, block_stride);
     _tile_loadd(1, block + 16, block_stride);
@@ -130,6 +129,24 @@ INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float
       _tile_zero(3);
     }
   }
+}
+template <bool two, class Sum>
+INLINE void store_sums(Sum* block) {
+  _tile_stored(0, block, block_stride);
+  _tile_stored(1, block + 16, block_stride);
+  if (two) {
+    _tile_stored(2, block + 16 * tile_lanes, block_stride);
+    _tile_stored(3, block + 16 * tile_lanes + 16, block_stride);
+  }
+}
+
+template <bool a_resident, bool two>
+INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float* block, int64_t k, bool add, const Prefetch& prefetch,
+                           const Finished* finished) {
+  constexpr int64_t b_step = 4 * tile_values;
+  const int64_t a_step = a_stride == 2 * tile_k ? 4 * tile_values : 2 * tile_k;  // of a packed panel; of rows in place
+  const char* const next = reinterpret_cast<const char*>(block + tile_lanes * tile_lanes);
+  load_sums<two>(block, add);
   const int64_t steps = k / tile_k, rows_per_step = (tile_lanes + steps - 1) / steps;
   for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
     if (add && step < 16)
@@ -160,12 +177,7 @@ INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float
       store_rows(*finished, first, last < tile_lanes ? last : tile_lanes);
     }
   }
-  _tile_stored(0, block, block_stride);
-  _tile_stored(1, block + 16, block_stride);
-  if (two) {
-    _tile_stored(2, block + 16 * tile_lanes, block_stride);
-    _tile_stored(3, block + 16 * tile_lanes + 16, block_stride);
-  }
+  store_sums<two>(block);
 }
 
 template <bool a_resident>
@@ -203,22 +215,8 @@ static void pack_a_i8(const void* const* rows, int lanes, int64_t k, void* panel
 
 template <bool two>
 INLINE void multiply_i8_tiles(const char* a, const char* b, int32_t* block, int64_t k, bool add, const Prefetch& prefetch) {
-  constexpr int64_t block_stride = tile_lanes * 4, b_stride = tile_lanes * 4;
-  if (add) {
-    _tile_loadd(0, block, block_stride);
-    _tile_loadd(1, block + 16, block_stride);
-    if (two) {
-      _tile_loadd(2, block + 16 * tile_lanes, block_stride);
-      _tile_loadd(3, block + 16 * tile_lanes + 16, block_stride);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (two) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  }
+  constexpr int64_t b_stride = tile_lanes * 4;
+  load_sums<two>(block, add);
   for (int64_t i = 0; i < k; i += tile_bytes_k, a += tile_lanes * tile_bytes_k, b += 16 * b_stride) {
     if (i / tile_bytes_k < prefetch.lines)
       for (int row = 0; row < prefetch.rows; ++row)
@@ -234,12 +232,7 @@ INLINE void multiply_i8_tiles(const char* a, const char* b, int32_t* block, int6
       _tile_dpbssd(3, 7, 5);
     }
   }
-  _tile_stored(0, block, block_stride);
-  _tile_stored(1, block + 16, block_stride);
-  if (two) {
-    _tile_stored(2, block + 16 * tile_lanes, block_stride);
-    _tile_stored(3, block + 16 * tile_lanes + 16, block_stride);
-  }
+  store_sums<two>(block);
 }
 static void multiply_i8_amx(const void* a, int64_t, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
   const char *const a_tiles = static_cast<const char*>(a), *const b_tiles = static_cast<const char*>(b);
