@@ -75,7 +75,7 @@ def test_every_item_is_in_one_group_of_each_kind():
         "modality": {"CT": 2, "MRI": 1, "t2": 1, "unknown": 1, "no image": 1},
         "organ": {"left kidney": 2, "unknown": 3, "no image": 1},
     }
-    assert list(found["organ"]) == ["left kidney", "unknown", "no image"]  # what nobody named comes last
+    assert list(found["organ"]) == ["left kidney", "unknown", "no image"]  # the groups without a name come last
     one = found["modality"]["CT"]["cls"]
     assert one["rows"] == {
         "trained": {"accuracy": 0.5, "accuracy_strict": 0.5},

@@ -88,7 +88,7 @@ class GREEN:
 
 @pytest.fixture
 def packages(monkeypatch, tmp_path):
-    """The stubs as packages, and a folder with what stands for their weights."""
+    """The stubs as packages, and a folder of placeholder weights."""
     stubs = {
         "radgraph": {"F1RadGraph": F1RadGraph}, "f1chexbert": {"F1CheXbert": F1CheXbert},
         "f1chexbert.f1chexbert": {"F1CheXbert": F1CheXbert, "CACHE_DIR": "elsewhere"},

@@ -21,7 +21,7 @@ MOST_INPUTS = 2**17  # 2^17 products of two int8 values stay below 2^31
 
 @native.constant
 def float_rows(backend: str) -> int:
-    """Up to so many rows an expert's activations stay floating-point."""
+    """The largest number of an expert's rows whose activations stay floating-point."""
     found = native.int8_kernels() if backend == "cpu" else None
     return FEW if found and found.products else MANY
 

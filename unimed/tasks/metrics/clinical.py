@@ -269,7 +269,7 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def label_f1s(given: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-    """F1 of the 14 findings and of `FIVE`: micro over all labels, macro as the mean of the findings' F1, 0 for one that nobody names."""
+    """F1 of the 14 findings and of `FIVE`: micro over all labels, macro as the mean of the findings' F1, 0 for a finding in no text."""
     found = {}
     for count, columns in ((len(FINDINGS), slice(None)), (len(FIVE), [FINDINGS.index(name) for name in FIVE])):
         ours, theirs = given[:, columns], wanted[:, columns]
