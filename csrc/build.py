@@ -2,8 +2,9 @@
 
 setup.py, the tests and benchmarks/inspection load this file by its place, and run it in the project's root. ninja compiles in parallel, and
 again only when a command, a source or a header it includes has changed. Where there is no ninja the same commands run one after another.
-torch is located and not imported: an import of some seconds would be wasted. CXX, CXXFLAGS and LDFLAGS are honoured, CMOE_NATIVE=0 leaves
-the library out on purpose, CMOE_WERROR=1 makes a warning of the C++ compiler an error.
+torch is located and not imported: an import of some seconds would be wasted. CXX, CXXFLAGS and LDFLAGS are honoured. CMOE_NATIVE=0 leaves the
+library out on purpose, CMOE_WERROR=1 makes a warning of the C++ compiler an error. CMOE_CPU_TIERS ("avx2") names the instruction sets
+that have kernels beside the portable ones (default: all that the compiler knows).
 
 Where nvcc is found (CUDA_HOME, PATH, or the toolkit that pip installs), the same library holds the CUDA kernels, whatever torch is there
 and with or without a GPU: csrc/cuda/*.cu by nvcc, their bindings by the C++ compiler, the runtime linked statically.
@@ -161,6 +162,17 @@ def tiers_of_compiler() -> list[str]:
     return [tier for tier in TIERS if _takes(tuple(compiler()), tier)]
 
 
+def tiers_to_build() -> list[str]:
+    """Those of the compiler that CMOE_CPU_TIERS names, or all; avx512_bf16 comes with amx, which uses its instructions."""
+    known, setting = tiers_of_compiler(), os.environ.get("CMOE_CPU_TIERS")
+    if setting is None:
+        return known
+    named = {name for name in re.split(r"[;, ]+", setting) if name}
+    if not named or named - {"generic", *TIERS}:
+        sys.exit(f"CMOE_CPU_TIERS is {setting!r}, must list some of generic, {', '.join(TIERS)}")
+    return [tier for tier in known if tier in named or (tier == "avx512_bf16" and "amx" in named)]
+
+
 @functools.cache
 def _takes(command: tuple[str, ...], tier: str) -> bool:
     probe = "#if !defined(__x86_64__)\n#error\n#endif\n#include <immintrin.h>\n"
@@ -190,7 +202,7 @@ class Library(NamedTuple):
 def library() -> Library:
     torch = torch_folder()
     assert torch is not None
-    build, command, tiers, cuda = Build(FOLDER), compile_command(torch), tiers_of_compiler(), cuda_toolkit()
+    build, command, tiers, cuda = Build(FOLDER), compile_command(torch), tiers_to_build(), cuda_toolkit()
     objects = {}
     for source in [*(CUDA_SOURCES[::-1] if cuda.found else []), *built(SOURCES, tiers)]:  # nvcc first: it takes longest
         objects[source] = build.compile(source, cuda.command if source.endswith(".cu") else [*command, *flags_of(source, tiers, cuda)])

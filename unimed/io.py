@@ -15,6 +15,11 @@ from typing import Any
 
 from unimed.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "manifest.json"
 
 
@@ -88,13 +93,36 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """`fill` writes into a folder beside `path`; it takes its place with a manifest once complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with _own(partial, path):
+        try:
+            fill(partial)
+            place_folder(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _own(partial: Path, path: Path) -> Iterator[None]:
+    """An empty folder that no other process fills meanwhile; what a killed one left in it is deleted."""
+    partial.mkdir(exist_ok=True)
+    folder = os.open(partial, os.O_RDONLY) if fcntl else -1
     try:
-        fill(partial)
-        place_folder(partial, path)
+        try:
+            if fcntl:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = not fcntl or (partial.is_dir() and os.path.samestat(os.fstat(folder), partial.stat()))
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:
+            raise UserError(f"{path}: another process is writing it; wait for it, or choose another folder")
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if fcntl:
+            os.close(folder)
 
 
 def write_into(folder: Path, fill: Callable[[Path], None]) -> set[str]:

@@ -11,8 +11,9 @@ from tests.native.variants import ROOT, alone_in, build_script, need_compiler
 EMULATED = ("-std=c++20", "-DCMOE_EMULATE_CUDA", "-Icsrc/cuda", "-Itests/emulation", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-g1")
 SANITIZERS = {
     "plain": ("-O1",),
-    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-O1", "-fsanitize=thread"),
+    # With checks in every line most of the time is the optimiser's.
+    "address": ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-Og", "-fsanitize=thread"),
 }
 
 

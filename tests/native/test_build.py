@@ -83,3 +83,19 @@ def test_nothing_is_contracted_but_what_the_source_says():
     """A moved line cannot change how a sum is rounded: multiply_add names each fused product."""
     need_compiler()
     assert "-ffp-contract=off" in build_script().compile_command(Path("torch"))
+
+
+def test_instruction_sets_are_chosen_at_build_time(monkeypatch):
+    need_compiler()
+    script, known = build_script(), build_script().tiers_of_compiler()
+    monkeypatch.delenv("CMOE_CPU_TIERS", raising=False)
+    assert script.tiers_to_build() == known
+    monkeypatch.setenv("CMOE_CPU_TIERS", "generic")
+    assert script.tiers_to_build() == []
+    assert not [source for source in script.library().objects if Path(source).stem in script.TIERS]
+    monkeypatch.setenv("CMOE_CPU_TIERS", "amx, avx2")
+    assert script.tiers_to_build() == [tier for tier in known if tier in ("avx2", "avx512_bf16", "amx")]
+    for wrong in ("avx3", ""):
+        monkeypatch.setenv("CMOE_CPU_TIERS", wrong)
+        with pytest.raises(SystemExit, match=f"CMOE_CPU_TIERS is '{wrong}', must list some of generic, avx2, "):
+            script.tiers_to_build()

@@ -11,7 +11,7 @@ import pytest
 from tests.native.variants import build, copy_of_tree, output_of, run_tests, runtime_of, summary_of
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizer's runtime as Linux does")
-FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 LINK = "-fsanitize=address,undefined"
 TESTS = ("tests/ops/test_promises.py", "tests/ops/test_edges.py", "tests/ops/test_int8.py")
 TESTS += ("tests/native/test_shapes.py", "tests/test_native.py")

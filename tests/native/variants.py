@@ -86,6 +86,7 @@ def copy_of_tree(name: str) -> Path:
 def build(tree: Path, flags: str, link_flags: str = "") -> None:
     environment = os.environ | {
         "CMOE_CUDA": "0",  # nothing of it runs here, and nvcc takes its time
+        "CMOE_CPU_TIERS": " ".join(sets.available if (sets := native.instruction_sets()) else ["generic"]),  # others do not run, either
         "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {flags}",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {link_flags}",
     }

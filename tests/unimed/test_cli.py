@@ -149,7 +149,7 @@ from typer.testing import CliRunner
 from unimed.cli import app
 for line in sys.stdin.read().splitlines():
     shown = CliRunner().invoke(app.app, line.split(), env={"COLUMNS": "400"})
-    print(shown.exit_code, [name for name in ("torch", "transformers") if name in sys.modules], shown.output.strip())
+    print(shown.exit_code, [name for name in ("torch", "transformers", "gradio") if name in sys.modules], shown.output.strip())
 """
     lines = {
         "train tiny": "no such folder; make the sample with",
@@ -165,6 +165,7 @@ for line in sys.stdin.read().splitlines():
         "evaluate done --data gone": "--data gone: no such folder",
         "merge begun --out new": "no trained model there",
         "report gone": "no run 'gone'",
+        "page --model begun": "no trained model there",
     }
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

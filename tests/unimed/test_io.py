@@ -32,6 +32,24 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["model"]
 
 
+def test_two_writers_of_a_folder_do_not_meet(tmp_path):
+    folder = tmp_path / "model"
+
+    def fill(beside):
+        (beside / "a").write_text("first")
+        with pytest.raises(UserError, match=r"model: another process is writing it"):
+            io.write_folder(folder, lambda other: (other / "b").write_text("second"))
+
+    io.write_folder(folder, fill)
+    assert sorted(item.name for item in folder.iterdir()) == ["a", "manifest.json"]
+    killed = tmp_path / ".model.partial"  # what a killed process leaves
+    (killed / "part").mkdir(parents=True)
+    (killed / "c").write_text("cut off")
+    io.write_folder(folder, lambda beside: (beside / "b").write_text("next"))
+    assert sorted(item.name for item in folder.iterdir()) == ["b", "manifest.json"]
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
 def test_what_changed_in_a_folder_is_named(tmp_path):
     folder = tmp_path / "model"
     io.write_folder(folder, lambda beside: (beside / "weights").write_text("12345"))

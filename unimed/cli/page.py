@@ -28,13 +28,13 @@ def page(
 
     Example: [cyan]unimed page --model demo[/]
     """
+    folder = model_folder(model)
     try:
         from unimed.serve import local
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("unimed", "cmoe_kernels"):
             raise
         raise UserError(f"the package {error.name} is not installed; get all that the page needs with: {INSTALL}") from error
-    folder = model_folder(model)
     from unimed.inference.session import load
     from unimed.serve.desk import Desk
 

@@ -124,6 +124,7 @@ def _recipe(job: Job, roots: Mapping[str, Path], steps: int, *more: str) -> Any:
         f"train.log_every={log}",
         f"train.save_every={log * max(steps // (SAVES * log), 1)}",
         "train.keep=1",
+        "train.probe_every=0",  # the Fisher probe is this study's
         "train.threads=1",
         f"optim.warmup_steps={min(50, max(steps // 10, 1))}",
         *MODELS[model],
