@@ -2,9 +2,9 @@
 
 setup.py, the tests and benchmarks/inspection load this file by its place, and run it in the project's root. ninja compiles in parallel, and
 again only when a command, a source or a header it includes has changed. Where there is no ninja the same commands run one after another.
-torch is located and not imported: an import of some seconds would be wasted. CXX, CXXFLAGS and LDFLAGS are honoured. CMOE_NATIVE=0 leaves the
-library out on purpose, CMOE_WERROR=1 makes a warning of the C++ compiler an error. CMOE_CPU_TIERS ("avx2") names the instruction sets
-that have kernels beside the portable ones (default: all that the compiler knows).
+torch is located and not imported: an import of some seconds would be wasted. CXX, CXXFLAGS and LDFLAGS are honoured. CMOE_NATIVE=0 leaves
+the library out on purpose; CMOE_WERROR=1 makes a warning of the C++ compiler an error. CMOE_CPU_TIERS, such as "avx2", chooses instruction
+sets beside the portable one (default: all that the compiler knows).
 
 Where nvcc is found (CUDA_HOME, PATH, or the toolkit that pip installs), the same library holds the CUDA kernels, whatever torch is there
 and with or without a GPU: csrc/cuda/*.cu by nvcc, their bindings by the C++ compiler, the runtime linked statically.

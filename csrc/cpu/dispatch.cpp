@@ -182,9 +182,11 @@ Kernels<float> kernels_for_small_m<float>(Type type) {
   return {type == Type::bf16 && isa.bf16_small_m ? isa.bf16_small_m : isa.f32_small_m, isa.rows, isa.convert, transpose, type, l2_bytes()};
 }
 
-Kernels<float> kernels_for_int8_weights(bool int8_activations) {
+Kernels<float> kernels_for_int8_weights(bool int8_activations, int64_t rows) {
   const Isa& isa = *choice().isa;
-  return {int8_activations ? isa.i8 : isa.w8, isa.rows, isa.convert, isa.transpose, int8_activations ? Type::i8 : Type::f32, l2_bytes()};
+  // A kernel converts a panel again for every panel of rows: from the third on, once is less.
+  const Microkernel* const floats = rows > 2 * isa.w8->mr ? isa.w8_wide : isa.w8;
+  return {int8_activations ? isa.i8 : floats, isa.rows, isa.convert, isa.transpose, int8_activations ? Type::i8 : Type::f32, l2_bytes()};
 }
 
 Int8Layout int8_layout() {

@@ -3,8 +3,8 @@
 //     y[t] = sum over the experts e of token t of weight (W2_e h + b2_e),   h = act(W1_e x[t] + b1_e)   (gated: act(gate) up)
 //
 // W_e is int8 with a scale per output. Two ways, chosen by an expert's number of rows and by the processor:
-//   - Activations stay fp32, and the kernel converts weights on their way from the L1 cache. Few rows, where bytes of W decide, and
-//     processors without int8 products.
+//   - Activations stay fp32. With few rows, where bytes of W decide, the kernel converts weights on their way from the L1 cache. With many, on
+//     processors without int8 products, a panel becomes fp32 once for all rows.
 //   - Rows are quantised, a scale per row, and multiplied as int8. Cells of a block are then int32, which the drivers below only move:
 //     finished() makes them fp32.
 // Memory plan: that of sparse_experts.cpp. Quantised rows of h need all of H before they have a scale: h is then fp32 [rows, H] first.
@@ -81,12 +81,13 @@ void finished(const RowFunctions<float>& f, const Int8Weight& w, int64_t e, int6
 
 class Layers8 {
  public:
-  Layers8(const Int8Experts& op, const Int8Rows& rows) : op_(op), rows_(rows), f_(*kernels_for_int8_weights(false).rows) {
+  Layers8(const Int8Experts& op, const Int8Rows& rows) : op_(op), rows_(rows), f_(*kernels_for_int8_weights(false, 1).rows) {
     bool quantised = false;
     for (int64_t e = 0; e < op.experts; ++e) {
       const int64_t n = rows.count(e, op.tokens);
       if (n == 0) continue;
-      Expert a{e, rows.first(e), n, n > op.float_rows, hidden_rows_, kernels_for_int8_weights(n > op.float_rows), {}, {}, nullptr, nullptr};
+      Expert a{e,  rows.first(e), n,      n > op.float_rows, hidden_rows_, kernels_for_int8_weights(n > op.float_rows, n), {},
+               {}, nullptr,       nullptr};
       a.in = blocking(a.kernels, true, op.gated ? 2 * op.hidden : op.hidden, n, threads_, op.gated ? 2 : 1);
       a.out = blocking(a.kernels, true, op.outputs, n, threads_);
       const bool shared = rows.gates && !active_.empty();  // by all experts, whose rows are the tokens
@@ -224,7 +225,7 @@ void int8_experts(const Int8Experts& op, const Int8Rows& rows, char* y) { Layers
 
 void int8_router(const Int8Router& op, float* logits) {
   const bool quantised = op.tokens > op.float_rows;
-  const Kernels<float> kernels = kernels_for_int8_weights(quantised);
+  const Kernels<float> kernels = kernels_for_int8_weights(quantised, op.tokens);
   const RowFunctions<float>& f = *kernels.rows;
   const int64_t threads = thread_count(), value = size_of(op.type);
   const Blocking p = blocking(kernels, true, op.hidden, op.tokens, threads);

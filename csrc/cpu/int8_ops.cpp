@@ -21,7 +21,7 @@ const float* floats(const char* name, const std::optional<Tensor>& t, int64_t ro
 // parts: of the outputs, each of which begins a panel.
 Int8Weight int8_weight(const char* name, const Tensor& w, const Tensor& scale, const std::optional<Tensor>& b, int64_t inputs,
                        int64_t parts, Tensor kept[3]) {
-  const Microkernel& gemm = *kernels_for_int8_weights(has_int8_products()).gemm;
+  const Microkernel& gemm = *kernels_for_int8_weights(has_int8_products(), 1).gemm;
   STD_TORCH_CHECK(w.scalar_type() == ScalarType::Char && w.dim() == 5 && w.size(3) == gemm.nr && w.size(4) == 4, name, " has shape ",
                   shape(w), ", must be int8 panels [E, panels, k / 4, ", gemm.nr, ", 4] of this instruction set");
   STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) % parts == 0, name, "'s scale has shape ", shape(scale), ", must be [E, outputs]");

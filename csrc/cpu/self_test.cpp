@@ -67,6 +67,7 @@ enum class Packing { rows, columns, in_place };
 
 struct alignas(64) Memory {
   char a_panel[most_lanes * (depth + most_lanes) * 4], b_panel[most_lanes * (depth + most_lanes) * 4];
+  char wide_panel[most_lanes * (depth + most_lanes) * 4];
   float block[most_lanes * most_lanes], next_block[most_lanes * most_lanes];
   uint16_t stored[most_lanes][most_lanes];  // one cache line a row
   Integers<lanes> a;
@@ -124,7 +125,9 @@ void product(const Microkernel& gemm, Packing packing, Side resident) {
           pack_int8_weights(gemm, j, in_b, k0, k, padded);
         else
           pack(gemm, Side::b, packing, memory.b, j, in_b, k0, k, memory.b_panel);
-        gemm.multiply[static_cast<int>(resident)](a, stride, memory.b_panel, memory.block, padded, gemm.row_major[1] ? in_b : in_a, k0 > 0,
+        if (gemm.widen) gemm.widen(memory.b_panel, padded, memory.wide_panel);
+        const char* const b = gemm.widen ? memory.wide_panel : memory.b_panel;
+        gemm.multiply[static_cast<int>(resident)](a, stride, b, memory.block, padded, gemm.row_major[1] ? in_b : in_a, k0 > 0,
                                                   {memory.b_panel, line, 2, 1});
       }
       for (int r = 0; r < in_a; ++r)
@@ -258,6 +261,7 @@ void run() {
                      {"dot products of fp32", isa.f32_small_m},
                      {"dot products of bf16", isa.bf16_small_m},
                      {"products of int8 weights", isa.w8},
+                     {"products of int8 weights as fp32", isa.w8_wide},
                      {"products of int8", isa.i8}};
   for (const auto& kind : kinds) {
     if (!kind.gemm) continue;
@@ -286,7 +290,8 @@ void run() {
 
 // What a trap may have left set up.
 void release() {
-  for (const Microkernel* gemm : {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m, tested->w8, tested->i8})
+  for (const Microkernel* gemm :
+       {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m, tested->w8, tested->w8_wide, tested->i8})
     if (gemm && gemm->end) gemm->end();
 }
 

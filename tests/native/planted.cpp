@@ -34,6 +34,11 @@ void multiply(const void* a, int64_t a_stride, const void* b, void* block, int64
   if (is("long")) reached(), sleep(60);
 }
 
+void multiply_wide(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+  SOUND.w8_wide->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
+  if (is("wrong wide weights")) static_cast<float*>(block)[0] += 1;
+}
+
 template <bool i8>
 void multiply_int8(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
   (i8 ? SOUND.i8 : SOUND.w8)->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
@@ -57,13 +62,13 @@ RowFunctions<float> functions() {
 }
 
 const Microkernel kernel = planted_in(SOUND.f32, multiply), w8 = planted_in(SOUND.w8, multiply_int8<false>),
-                  i8 = planted_in(SOUND.i8, multiply_int8<true>);
+                  w8_wide = planted_in(SOUND.w8_wide, multiply_wide), i8 = planted_in(SOUND.i8, multiply_int8<true>);
 const RowFunctions<float> rows = functions();
 
 }  // namespace
 
 extern const Isa PLANTED;
-const Isa PLANTED = {SOUND.name,    &kernel,         SOUND.bf16, SOUND.f32_small_m,       SOUND.bf16_small_m, &rows,
-                     SOUND.convert, SOUND.transpose, &w8,        SOUND.i8 ? &i8 : nullptr};
+const Isa PLANTED = {SOUND.name,    &kernel,         SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m,      &rows,
+                     SOUND.convert, SOUND.transpose, &w8,        &w8_wide,          SOUND.i8 ? &i8 : nullptr};
 
 }  // namespace cmoe::cpu

@@ -115,7 +115,7 @@ void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
 
 // The same with int8 weights, packed as ops/int8/quantise.py does; the integers are those of int8, so that fp32 sums may round: k is short.
 void run_int8(bool int8_activations, Type type, int64_t tokens, int64_t outputs, int64_t k, bool gated, int64_t l2) {
-  Kernels<float> kernels = kernels_for_int8_weights(int8_activations);
+  Kernels<float> kernels = kernels_for_int8_weights(int8_activations, tokens);
   kernels.l2 = l2;
   const Microkernel& gemm = *kernels.gemm;
   const int64_t all = gated ? 2 * outputs : outputs, panels = (outputs + gemm.nr - 1) / gemm.nr, padded = round_up(k, int8_layout().depth),
@@ -276,7 +276,7 @@ int main() {
   for (const bool int8_activations : {false, true}) {
     if (int8_activations && !has_int8_products()) continue;
     for (const Type type : {Type::f32, Type::bf16})
-      for (const int64_t tokens : {1, 2, 5, 17, 33, 70})
+      for (const int64_t tokens : {1, 2, 5, 9, 17, 33, 70})
         for (const int64_t outputs : {1, 31, 64, 150})
           for (const int64_t k : {1, 6, 64, 70, 1100})
             for (const bool gated : {false, true})

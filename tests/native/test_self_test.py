@@ -61,6 +61,7 @@ FAULTS = {
     "wrong": "wrong products of fp32",
     "activation": "wrong activations",
     "wrong int8 weights": "wrong products of int8 weights",
+    "wrong wide weights": "wrong products of int8 weights as fp32",
     "illegal instruction": "SIGILL in products of fp32",
     "illegal access": "SIGSEGV in products of fp32",
 }

@@ -282,6 +282,7 @@ constexpr Microkernel i8_tiles = {
 
 namespace cmoe::cpu {
 
-const Isa isa_amx = {"amx", &f32, &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512, &w8, &i8_tiles};
+const Isa isa_amx = {"amx", &f32,     &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512,
+                     &w8,   &w8_wide, &i8_tiles};
 
 }  // namespace cmoe::cpu

@@ -11,7 +11,7 @@ constexpr Microkernel i8 = vnni_microkernel<12>;
 
 namespace cmoe::cpu {
 
-const Isa isa_avx512_bf16 = {"avx512_bf16",  &f32,    &bf16_pairs,      &f32_small_m, &bf16_small_m,
-                             &row_functions, convert, transpose_avx512, &w8,          &i8};
+const Isa isa_avx512_bf16 = {"avx512_bf16",    &f32, &bf16_pairs, &f32_small_m, &bf16_small_m, &row_functions, convert,
+                             transpose_avx512, &w8,  &w8_wide,    &i8};
 
 }  // namespace cmoe::cpu

@@ -6,6 +6,7 @@ namespace {
 
 constexpr Microkernel f32 = plain_microkernel<float, 6, 2>(Type::f32, 256);
 constexpr Microkernel w8 = w8_microkernel<6, 2, pack_rows_plain<float, 6>>;
+constexpr Microkernel w8_wide = w8_wide_microkernel<6, 2, pack_rows_plain<float, 6>>;
 
 static void load_double(Type, const void* from, double* to, int64_t n) { memcpy(to, from, sizeof(double) * n); }
 static void store_double(Type, const double* from, void* to, int64_t n) { memcpy(to, from, sizeof(double) * n); }
@@ -78,7 +79,7 @@ static void store_block_double(Type, const double* from, int64_t from_ld, char* 
 
 namespace cmoe::cpu {
 
-const Isa isa_generic = {"generic", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_plain, &w8, nullptr};
+const Isa isa_generic = {"generic", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_plain, &w8, &w8_wide, nullptr};
 const Microkernel microkernel_f64 = plain_microkernel<double, 4, 2>(Type::f64, 256);
 const RowFunctions<double> row_functions_f64 = {load_double, store_double,      round_double, activate_double, activate_backward_double,
                                                 add_double,  multiply_double,   scale_double, axpy_double,     dot_double,

@@ -67,6 +67,8 @@ struct Microkernel {
   // Operand B is int8 weights that were packed before, [k / 4][nr][4], zeros behind the last. A's panels are fp32, and so are the sums; or
   // int8, and the sums are int32.
   bool int8_weights = false;
+  // Such a panel as fp32, [k][nr], which multiply then reads; null where it reads int8.
+  void (*widen)(const void* packed, int64_t k, void* panel) = nullptr;
 };
 
 // Functions over n values; T is float, or double for fp64.
@@ -95,8 +97,8 @@ struct Isa {
   const RowFunctions<float>* rows;
   void (*convert)(Type from, const void* source, Type to, void* target, int64_t n);  // fp32, bf16 and fp16
   void (*transpose)(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns);
-  const Microkernel* w8;  // int8 weights, fp32 activations
-  const Microkernel* i8;  // int8 weights, int8 activations; null: the processor has no such products
+  const Microkernel *w8, *w8_wide;  // int8 weights, fp32 activations: few rows, and many, for which a panel becomes fp32 once
+  const Microkernel* i8;            // int8 weights, int8 activations; null: the processor has no such products
 };
 
 extern const Isa isa_generic, isa_avx2, isa_avx_vnni, isa_avx512, isa_avx512_vnni, isa_avx512_bf16, isa_amx;

@@ -114,6 +114,10 @@ void grouped_gemm_block(const Kernels<T>& kernels, const Blocking& p, const Pack
   // A panel of rows along k: where it is, or packed.
   const auto row_panel = [&](const Operand& operand, int64_t o, const Chunk& chunk, int64_t uses) -> OuterPanel {
     const Matrix& m = operand.matrix;
+    if (operand.packed && gemm.widen) {
+      gemm.widen(packed_panel(operand, o, chunk), chunk.padded, packed);
+      return {packed, a_stride(chunk)};
+    }
     if (operand.packed) return {packed_panel(operand, o, chunk), a_stride(chunk)};
     if (in_place(m, uses) && lanes_in(o) == ol && chunk.k == chunk.padded)
       return {m.row(lane_of(o)) + chunk.k0 * kernels.element(), m.stride};

@@ -56,8 +56,8 @@ constexpr int64_t small_m = 4;
 template <class T>
 Kernels<T> kernels_for_small_m(Type type);
 
-// For int8 weights: activations in fp32, or in int8 where there are such products.
-Kernels<float> kernels_for_int8_weights(bool int8_activations);
+// For int8 weights and some rows of activations: fp32, or int8 where there are such products.
+Kernels<float> kernels_for_int8_weights(bool int8_activations, int64_t rows);
 bool has_int8_products();
 
 constexpr int64_t longest_chunk = 512;

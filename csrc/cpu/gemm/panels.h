@@ -232,6 +232,39 @@ constexpr Microkernel w8_microkernel = {Type::f32,
                                         nullptr,
                                         true};
 
+template <int b_vectors>
+static void widen_w8(const void* packed, int64_t k, void* panel) {
+  const char* from = static_cast<const char*>(packed);
+  float* to = static_cast<float*>(panel);
+  for (int64_t i = 0; i < k; i += 4, to += 4 * b_vectors * width)
+    for (int v = 0; v < b_vectors; ++v, from += vector_bytes) {
+      const vint four = load<vint>(from);
+      store(to + v * width, weights_at<0>(four));
+      store(to + (b_vectors + v) * width, weights_at<1>(four));
+      store(to + (2 * b_vectors + v) * width, weights_at<2>(four));
+      store(to + (3 * b_vectors + v) * width, weights_at<3>(four));
+    }
+}
+
+template <int mr, int b_vectors, void (*pack)(const void* const*, int, int64_t, void*)>
+constexpr Microkernel w8_wide_microkernel = {Type::f32,
+                                             mr,
+                                             b_vectors * width,
+                                             4,
+                                             256,
+                                             Side::b,
+                                             {false, false},
+                                             false,
+                                             false,
+                                             {pack_rows_by_four<mr, pack>, nullptr},
+                                             {nullptr, nullptr},
+                                             nullptr,
+                                             nullptr,
+                                             {multiply_plain<float, b_vectors, mr>, multiply_plain<float, b_vectors, mr>},
+                                             nullptr,
+                                             true,
+                                             widen_w8<b_vectors>};
+
 template <class T, int mr, int b_vectors>
 constexpr Microkernel plain_microkernel(Type panel, int kc) {
   constexpr int nr = b_vectors * vector_bytes / sizeof(T);
