@@ -85,7 +85,9 @@ MUTANTS = [
     products("gemm/panels.h", "int8 order", "(four << (24 - 8 * at)) >> 24", "(four << (8 * at)) >> 24", "avx2"),
     products("gemm/panels.h", "int8 sign", "at == 3 ? four >> 24", "at == 3 ? (four >> 24) & 255", "avx2"),
     products("gemm/panels.h", "int8 sums", "for (int set = 1; set < sets; ++set)", "for (int set = 1; set < 1; ++set)", "avx2"),
-    products("gemm/panels.h", "int8 as fp32", "(2 * b_vectors + v) * width, weights_at<2>", "(2 * b_vectors + v) * width, weights_at<1>", "avx2"),
+    products(
+        "gemm/panels.h", "int8 as fp32", "(2 * b_vectors + v) * width, weights_at<2>", "(2 * b_vectors + v) * width, weights_at<1>", "avx2"
+    ),
     products("gemm/multiply.h", "int8 panels", "chunk.k0 * ol * kernels.packed_element();", "chunk.k0 * ol * kernels.element();", "avx2"),
     products("gemm/vnni.h", "offset", "four ^= 0x80808080u;", "", "avx_vnni"),
     products("gemm/vnni.h", "offset", "sums[r][v] - offset[v]", "sums[r][v]", "avx_vnni"),
