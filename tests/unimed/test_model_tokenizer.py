@@ -5,12 +5,29 @@ from model_samples import TEXTS
 
 from unimed.errors import UserError
 from unimed.models.unimed.tokenization import COORDINATES, MARKS, train_tokenizer
+from unimed.tasks.item import Item
+from unimed.train import run as training
 
 TOKENIZER = train_tokenizer(TEXTS, 480)
 
 
 def test_same_texts_same_tokenizer():
     assert train_tokenizer(TEXTS * 2, 480).backend_tokenizer.to_str() == train_tokenizer(iter(TEXTS * 2), 480).backend_tokenizer.to_str()
+
+
+def test_many_items_are_read_by_a_slice_that_spreads_over_all(monkeypatch):
+    class Indexed(list):
+        """One item at a time, as from an index on disk, would take long."""
+
+        def __getitem__(self, at):
+            assert isinstance(at, slice)
+            return super().__getitem__(at)
+
+    some = Indexed(Item(id=str(n), task="qa", dataset="own", question="why?", answer=str(n)) for n in range(25))
+    for most, answers in ((100, range(25)), (25, range(25)), (24, range(0, 25, 2)), (10, range(0, 25, 3))):
+        monkeypatch.setattr(training, "MOST_TEXTS", most)
+        assert list(training.texts(some))[2::3] == [str(n) for n in answers]
+    assert list(training.texts([])) == []
 
 
 def test_the_vocabulary_is_as_large_as_asked_for():
