@@ -17,9 +17,9 @@ import torch
 
 import cmoe_kernels as cmoe
 from benchmarks import machine, memory, peers, record, timer
-from benchmarks.cases import TASKS, soft_connector
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.steps import Leaves
+from benchmarks.works import TASKS, soft_connector
 
 Call = Callable[[], None]
 SIDES = ("accumulate_grads", "autograd adds", "released loop")

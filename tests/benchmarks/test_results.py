@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import cases, machine, record, report
+from benchmarks import cases, machine, record, report, steps
 
 RUN = {
     "date": "2026-01-02 03:04 UTC",
@@ -112,7 +112,7 @@ def test_a_wrong_or_failing_peer_posts_no_time():
 
     def build(shape, tokens, dtype):
         work = broken("reference")(shape, tokens, dtype)
-        work.peers["absent"] = lambda: (_ for _ in ()).throw(cases.Skipped("it is not installed"))
+        work.peers["absent"] = lambda: (_ for _ in ()).throw(steps.Skipped("it is not installed"))
         work.peers["failing"] = lambda: 1 / 0
         return work
 
@@ -140,7 +140,7 @@ def test_a_kernel_that_raises_is_wrong():
 
 def test_a_case_that_cannot_run_says_why():
     def absent(shape, tokens, dtype):
-        raise cases.Skipped("it is not written yet")
+        raise steps.Skipped("it is not written yet")
 
     r = measured(make=absent)
     assert r["skipped"] == {"ours": "it is not written yet"}
