@@ -368,7 +368,7 @@ def sparse(shape: Shape, tokens: int, dtype: torch.dtype, train: bool) -> Work:
         others[name] = whole(formula)
     others["vllm"] = functools.partial(vllm, packing=False)
     others["vllm, packing inside"] = functools.partial(vllm, packing=True)
-    # Experts that nobody chose are not read forward; their zero gradients are written.
+    # Experts without rows are not read forward; their zero gradients are written.
     used = indices.unique().numel() / shape.E
     matrices, biases, size = shape.expert_weights, shape.expert_biases, s.x.element_size()
     rows = _nbytes(s.x) + tokens * shape.O * size

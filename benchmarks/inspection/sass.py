@@ -129,7 +129,7 @@ def table(only: Sequence[str] = ()) -> dict[str, dict[str, dict[str, dict[str, A
 
 
 def blocks(figures: dict[str, Any], threads: int, arch: str) -> int:
-    """Blocks of so many threads that a multiprocessor has registers, warps and static shared memory for."""
+    """Blocks of this many threads that fit a multiprocessor: by registers, warps and static shared memory."""
     warps = (threads + 31) // 32
     registers = -(-figures["registers"] // 8) * 8 * 32 * warps
     return min(REGISTERS // registers, MOST_WARPS // warps, SHARED[arch] // (figures["shared"] + 1024))

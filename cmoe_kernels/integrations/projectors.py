@@ -131,7 +131,7 @@ def adapters() -> dict[str, Adapter]:
 
 
 def projectors(model: nn.Module) -> dict[str, "CMoEProjector"]:
-    """By path, what stands in the projectors' places: to train it alone, to compile its ``connector``, for peft's ``modules_to_save``."""
+    """The CMoE projectors of a model by their path: to train only them, to compile its ``connector``, for peft's ``modules_to_save``."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CMoEProjector)}
 
 

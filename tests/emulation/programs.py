@@ -20,7 +20,7 @@ SANITIZERS = {
 def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str, ...] = ()) -> Path:
     """tests/emulation/<program>.cpp with some files of csrc/cuda; compiled again only when they, a header or the flags have changed.
 
-    The last of the kernels may be what stands in the place of others, of tests/emulation: the program then has its name too.
+    The last of the kernels may be a file of tests/emulation in place of others of csrc/cuda: the program then has its name, too.
     """
     script, compiler = build_script(), need_compiler()
     os.chdir(ROOT)

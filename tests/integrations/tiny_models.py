@@ -268,7 +268,7 @@ def build(family, seed=0):
 
 
 def batch(model, images, per_sample=(1, 2), seed=1, labels=False):
-    """Texts of different lengths, padded on the left, with so many images in each."""
+    """Texts of different lengths, padded on the left, each with its number of images."""
     torch.manual_seed(seed)
     made = images(model, per_sample)
     texts, left = [], list(made.tokens)

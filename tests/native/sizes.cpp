@@ -1,4 +1,4 @@
-// Sizes beyond int32: plans, the addresses of panels, and products at the far end of operands that lie in memory nobody has touched.
+// Sizes beyond int32: plans, the addresses of panels, and products at the far end of operands in memory that was never touched.
 
 #include <cstdio>
 #include <cstring>

@@ -97,7 +97,7 @@ def build(tree: Path, flags: str, link_flags: str = "") -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Other test processes that want files of this folder wait, and then find them fresh: nobody writes a program that another runs."""
+    """Other test processes that want files of this folder wait, and then find them fresh: no process writes a program that another runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with Path(folder, "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -172,5 +172,5 @@ def output_of(run: subprocess.CompletedProcess, lines: int = 60) -> str:
 
 
 def summary_of(run: subprocess.CompletedProcess) -> str:
-    """The last line of pytest: so many passed."""
+    """The last line of pytest, with its counts."""
     return next((line for line in reversed(run.stdout.splitlines()) if " passed" in line), "nothing passed")

@@ -1,6 +1,6 @@
 """The slices of the built-in sample, and the split that keeps held-out voxels out of training.
 
-Both training volumes lose one slab of axial slices, with a gap of two slices on each side that nobody uses. What is left lies in two
+Both training volumes lose one slab of axial slices, with a gap of two slices on each side that are not used. What is left lies in two
 blocks, below and above. Axial images are whole slices of a block or of the slab. Coronal and sagittal images are cut *within* one block
 (training) or within the slab (held out), so they are strips as high as that block, and no training image of any plane holds a voxel of a
 slab or its gaps. The grey window and the crop to the trunk are measured on a training block too, so a held-out voxel cannot change a

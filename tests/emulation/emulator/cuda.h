@@ -72,7 +72,7 @@ T shuffle(uint32_t mask, T value, const char* what, const Where& where, Source s
 
 }  // namespace emulator
 
-// `width` divides the warp into parts of so many lanes, as in CUDA.
+// `width` divides the warp into parts of that many lanes, as in CUDA.
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = 32, emulator::Where where = emulator::Where::current()) {
   return emulator::shuffle(mask, value, "__shfl_sync", where, [=](int lane) { return (lane & -width) | (source & (width - 1)); });
