@@ -1,0 +1,159 @@
+"""An answer of unimed's model: the time to its first token and the tokens a second after it, by what computes the connector.
+
+    python -m benchmarks.answers                        the demo's model, fp32, one image
+    python -m benchmarks.answers --width full           Uni-Med's widths in bf16: tower and connector whole, two layers of Llama-2-7B
+
+    kernels        our ops, as they serve this processor
+    prepacked      the same after prepack()
+    int8           the same after prepack(torch.int8)
+    reference      the same formulas in plain PyTorch; `python -m benchmarks` has them fused and compiled, too
+
+The first token takes the tower, the connector and the prompt; the others take the language model behind its cache, where no side differs.
+Weights are random, so an answer has --tokens tokens whatever they are. The sides' image embeddings are compared before anything is timed;
+the sides take turns.
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine, record, timer
+from benchmarks.training import WIDTHS, free_gb, needed_gb, prepare
+from cmoe_kernels import backends, use_backend
+
+SUITE = "answers"
+BOUND = {"kernels": 3e-2, "prepacked": 3e-2, "int8": 6e-2}  # relative distance of the image embeddings in bf16
+EXACT = {"kernels": 1e-5, "prepacked": 1e-5, "int8": 6e-2}  # in fp32
+Side = Callable[[int], Tensor]
+
+
+def connectors(connector: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The connector as each side has it."""
+    made = {name: copy.deepcopy(connector) for name in ("kernels", "prepacked", "int8")}
+    made["prepacked"].prepack()
+    made["int8"].prepack(torch.int8)
+    return made | {"reference": connector}
+
+
+def sides(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Side], Callable[[str], Tensor]]:
+    """An answer of so many tokens by side, and a side's image embeddings."""
+    by_name = connectors(model.connector)
+
+    def on(name: str) -> None:
+        model.connector = by_name[name]
+
+    def answer(name: str, tokens: int) -> Tensor:
+        on(name)
+        with use_backend("reference" if name == "reference" else "auto"):
+            return model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+
+    @torch.no_grad()
+    def embeddings(name: str) -> Tensor:
+        on(name)
+        with use_backend("reference" if name == "reference" else "auto"):
+            return model.connector(model.encode_images(inputs["pixel_values"]), task=inputs["task_ids"]).embeddings.double()
+
+    return {name: lambda tokens, name=name: answer(name, tokens) for name in by_name}, embeddings
+
+
+def check(embeddings: Callable[[str], Tensor], bf16: bool) -> dict[str, float]:
+    """The relative distance of each side's image embeddings to the reference's.
+
+    Raises:
+        ValueError: it is beyond what rounding makes.
+    """
+    exact, apart = embeddings("reference"), {}
+    for name, bound in (BOUND if bf16 else EXACT).items():
+        apart[name] = float((embeddings(name) - exact).norm() / exact.norm())
+        if not apart[name] < bound:
+            raise ValueError(f"{name}: the image embeddings are {apart[name]:.2e} away from those of plain PyTorch, at most {bound:g}")
+    return {name: float(f"{one:.2e}") for name, one in apart.items()}
+
+
+def measure(width: str, tokens: int, seconds: float, overrides: list[str], most_gb: float, cpu_time: bool = False) -> dict[str, Any]:
+    from unimed.train import recipe as recipes
+
+    recipe = recipes.load("tiny", [one for one in (*WIDTHS[width][0].split(), *overrides) if "lora" not in one])  # merged for serving
+    needed = needed_gb(recipe)
+    if needed > min(most_gb, free_gb()):
+        raise SystemExit(f"--width {width}: needs {needed:.1f} GB; {free_gb():.1f} GB are free, and --most-gb is {most_gb:g}")
+    model, inputs = prepare(recipe, 1)
+    bf16 = recipe.train.precision == "bf16"
+    model.eval().requires_grad_(False)
+    if bf16:
+        model.bfloat16()
+        inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    del inputs["labels"]
+    answers, embeddings = sides(model, inputs)
+    apart = check(embeddings, bf16)
+    clock = time.process_time if cpu_time else time.perf_counter
+    names = list(answers)
+    first = timer.in_turn([lambda name=name: answers[name](1) for name in names], seconds, least=3, clock=clock)
+    (whole,) = timer.in_turn([lambda: answers["kernels"](tokens)], seconds / 4, least=2, clock=clock)
+    rest = whole.quantile(0.5) - first[0].quantile(0.5)
+    found = {}
+    for name, times in zip(names, first, strict=True):
+        ratio = 1.0 if name == "kernels" else timer.ratio(first[0], times)
+        found[name] = {**times.summary(), "kernels_faster_by": round(ratio, 3)}
+    return {
+        "clock": "CPU time" if cpu_time else "time",
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "answer_tokens": tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "embeddings_apart": apart,
+        "served_by": backends.choose("soft_experts", "cpu", torch.bfloat16 if bf16 else torch.float32),
+        "first_token": found,
+        "next_tokens_per_second": round((tokens - 1) / max(rest, 1e-9), 2),
+    }
+
+
+def row(document: dict[str, Any], width: str = "small") -> str:
+    """README's line of what was measured."""
+    one = document["cases"][width]
+    ours, theirs = (one["first_token"][name] for name in ("kernels", "reference"))
+    return (
+        f"An answer's first token takes {ours['p50_ms']:.0f} ms, {theirs['kernels_faster_by']:.2f} times as fast as with plain PyTorch; then "
+        f"{one['next_tokens_per_second']:.0f} tokens/s (`python -m benchmarks.answers`)."
+    )
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.answers", description=__doc__, formatter_class=form)
+    parser.add_argument("--width", choices=list(WIDTHS), default="small")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer, two or more (default: 32)")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="time for all sides, but at least three first tokens of each (default: 30)"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the process, with --threads 1: on a machine that others use")
+    parser.add_argument("--most-gb", type=float, default=20, help="memory that it may take (default: 20)")
+    parser.add_argument("--out", type=Path, help="results file (default: by machine and threads, in benchmarks/results/)")
+    parser.add_argument("overrides", nargs="*", help="of the recipe, as in unimed train: connector.router=sparse")
+    options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time: needs --threads 1; seconds of several threads add up")
+    if options.tokens < 2:
+        parser.error("--tokens: must be at least 2")
+    threads = record.set_threads(options.threads)
+    described = machine.describe()
+    out = options.out or record.RESULTS / f"{SUITE}-{machine.slug(described, threads)}.json"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    found = measure(options.width, options.tokens, options.seconds, options.overrides, options.most_gb, options.cpu_time)
+    found["run"] = machine.run_info(threads)
+    record.merge(out, described, " ".join([options.width, *options.overrides]), found, SUITE)
+    for name, one in found["first_token"].items():
+        times = " / ".join(f"{one[f'p{q}_ms']:.1f}" for q in (20, 50, 80))
+        print(f"{name}: first token after p20/p50/p80 {times} ms; kernels {one['kernels_faster_by']:.2f} times as fast")
+    print(f"then {found['next_tokens_per_second']:g} tokens/s with any of them; {out}")
+
+
+if __name__ == "__main__":
+    main()
