@@ -119,8 +119,8 @@ def row(document: dict[str, Any], width: str = "small") -> str:
     one = document["cases"][width]
     ours, theirs = (one["first_token"][name] for name in ("kernels", "reference"))
     return (
-        f"An answer's first token takes {ours['p50_ms']:.0f} ms, {theirs['kernels_faster_by']:.2f} times as fast as with plain PyTorch; then "
-        f"{one['next_tokens_per_second']:.0f} tokens/s (`python -m benchmarks.answers`)."
+        f"An answer's first token takes {ours['p50_ms']:.0f} ms, {theirs['kernels_faster_by']:.2f} times as fast as with plain PyTorch; "
+        f"then {one['next_tokens_per_second']:.0f} tokens/s (`python -m benchmarks.answers`)."
     )
 
 
