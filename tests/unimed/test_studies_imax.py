@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.unimed.conftest import SMALL
+from unimed import io
 from unimed.datasets.entries import count, entries
 from unimed.records import jsonl
 from unimed.records.record import QA, BoxOf, ImageRef, Label, Labels, Number, Record, Report
@@ -81,28 +82,58 @@ def test_notes_correlate_over_all_runs(tmp_path):
     assert [(one["step"], one["entropy"], one["stage"]) for one in imax._points(path)] == [(1, 0.1, "run"), (2, 0.3, "run")]
 
 
-@pytest.mark.full
-def test_the_longest_arm_in_ten_steps(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """A pool and a draw of dmax on random pictures, models of a few steps, and the run of a row."""
     overrides = [one for one in SMALL.split() if not one.startswith(("train.", "evaluate.", "name", "optim"))]
     monkeypatch.setitem(imax.MODELS, "cmoe", [*overrides, "train.batch_size=4"])
+    monkeypatch.setitem(imax.MODELS, "medmoe", [*overrides, "language.layers=2", "train.batch_size=4", *imax.MODELS["medmoe"]])
     monkeypatch.setattr(imax, "LIKELY", 0.0)
     (tmp_path / "files").mkdir()
     rng = np.random.default_rng(0)
     more = (Number(name="area of the liver", value=12.5, unit="cm2"), Label(set="size", value="small", task="severity"))
     for name, split, number in (("pool", "test", 2), ("dmax-0", "train", 14)):
         made = [record(i) for i in range(number)]
-        made = [one.model_copy(update={"split": split, "annotations": (*one.annotations, *more)}) for one in made]
+        made = [
+            one.model_copy(update={"split": split, "patient": ("ct", "mr")[i % 2], "annotations": (*one.annotations, *more)})
+            for i, one in enumerate(made)
+        ]
         made = imax._one_task_each(made, 0) if split == "train" else made
         for one in made:
             Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(tmp_path / "files" / f"{one.id[1:]}.png")
         rooted = [one.model_copy(update={"images": (ImageRef(path=f"pool:{one.images[0].path}"),)}) for one in made]
         classes = {"size": ["small", "large"], "organ": list(NAMES)}
         jsonl.write(tmp_path / "data" / name, jsonl.DatasetInfo(name=name, classes=classes, roots={"pool": "../../files"}), rooted)
-    job = Job(tmp_path, "staged-cmoe", 0, 10)
-    job.folder.mkdir(parents=True)
-    found = imax.run(job)
-    assert set(found["scores"]) == set(imax.TASKS)
-    assert all(0 <= value <= 1 for value in found["scores"].values())
+
+    def run(row):
+        job = Job(tmp_path, row, 0, 10)
+        job.folder.mkdir(parents=True)
+        found = imax.run(job)
+        assert set(found["scores"]) == set(imax.TASKS)
+        assert all(0 <= value <= 1 for value in found["scores"].values())
+        assert all(0 <= one["entropy"] <= 1 for one in found["fisher"])
+        return job, found
+
+    return run
+
+
+@pytest.mark.full
+def test_the_longest_arm_in_ten_steps(drawn):
+    _, found = drawn("staged-cmoe")
     assert {one["stage"] for one in found["fisher"]} == {"stage-1", "stage-2", "stage-3"}
-    assert all(0 <= one["entropy"] <= 1 for one in found["fisher"])
     assert found["pseudo"]["vqa"]["asked"] > 0
+
+
+@pytest.mark.full
+def test_the_third_model_has_stages_of_its_own(drawn):
+    job, found = drawn("dmax-medmoe")
+    assert {one["stage"] for one in found["fisher"]} == {"stage-1", "stage-2"}
+    steps = [io.read_json(job.folder / f"stage-{number}" / "run.json")["steps"] for number in (1, 2, 3)]
+    assert steps == [1, 6, 3]
+    assert io.read_json(job.folder / "stage-2" / "domains" / "domains.json")["experts"] == ["CT", "MR"]
+
+
+def test_every_row_is_an_arm_with_a_model():
+    assert len(imax.STUDY.rows) == 11
+    assert "staged-medmoe" not in imax.STUDY.rows
+    assert imax.STUDY.against["less-medmoe"] == "dmax-medmoe"

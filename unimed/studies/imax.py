@@ -8,8 +8,9 @@
              is tuned on dmax by itself. Answers are kept that two views of an image agree on, and that the model finds likely. The steps of
              all stages together are those of one run of the other arms
 
-each with two models: the tiny one with a CMoE connector of five experts, and the same with one MLP. One test set for all: the held-out
-subject. The draw of dmax and less, and the training, differ by seed.
+each with two models: the tiny one with a CMoE connector of five experts, and the same with one MLP. All arms but staged have a third, the
+tiny Med-MoE. Its three stages share the steps as the demo's do, and its domains are CT and MR. One test set for all: the held-out subject.
+The draw of dmax and less, and the training, differ by seed.
 
 An eighth, not a quarter: seven tasks of one image need seven images with one task each. `cls` is none of the seven tasks.
 
@@ -43,7 +44,15 @@ ARMS = {
     "less": "the images of imax, one task each",
     "staged": "dmax in three stages with pseudo labels",
 }
-MODELS = {"cmoe": [], "mlp": ["connector.num_experts=1", "connector.router=constant"]}
+MEDMOE = "medmoe"
+# Overrides of the recipe tiny; of medmoe-1, whose parts the next stages take over.
+MODELS = {
+    "cmoe": [],
+    "mlp": ["connector.num_experts=1", "connector.router=constant"],
+    MEDMOE: ["medmoe.domains={CT: ['*/ct*/*'], MR: ['*/mr*/*']}"],
+}
+MEDMOE_STAGES = (300 / 2400, 1400 / 2400, 700 / 2400)  # of the steps
+ROWS = {f"{arm}-{model}": (arm, model) for model in MODELS for arm in ARMS if (arm, model) != ("staged", MEDMOE)}
 EIGHTH = 8
 STAGES = (0.4, 0.4, 0.2)  # of the steps: training, joint training with pseudo labels, tuning
 LIKELY = 0.5  # the least confidence of a pseudo label
@@ -108,10 +117,9 @@ def _one_task_each(records: Sequence[Record], seed: int) -> list[Record]:
     return found
 
 
-def _recipe(job: Job, roots: Mapping[str, Path], steps: int, *more: str) -> Any:
+def _recipe(job: Job, base: str, roots: Mapping[str, Path], steps: int, *more: str) -> Any:
     from unimed.train import recipe as recipes
 
-    model = job.row.rpartition("-")[2]
     ratios = "{" + ", ".join(f"{task}: {ratio}" for task, ratio in RATIOS.items()) + "}"
     log = max(steps // 20, 1)
     given = [
@@ -127,32 +135,50 @@ def _recipe(job: Job, roots: Mapping[str, Path], steps: int, *more: str) -> Any:
         "train.probe_every=0",  # the Fisher probe is this study's
         "train.threads=1",
         f"optim.warmup_steps={min(50, max(steps // 10, 1))}",
-        *MODELS[model],
         *more,
     ]
-    return recipes.load("tiny", given)
+    return recipes.load(base, given)
 
 
-def _train(job: Job, name: str, roots: Mapping[str, Path], steps: int, *more: str, initial: Path | None = None) -> Path:
+def _train(
+    job: Job,
+    name: str,
+    roots: Mapping[str, Path],
+    steps: int,
+    *more: str,
+    base: str = "tiny",
+    initial: Path | None = None,
+    probe: bool = True,
+) -> Path:
     """A finished training run of this name; one that was interrupted goes on from its last checkpoint."""
     from unimed.train.folder import Run
     from unimed.train.run import train
 
     place = job.folder / name
     if not Run(place).record.is_file():
-        recipe = _recipe(job, roots, steps, *more)
-        train(recipe, place, resume=Run(place).recipe.is_file(), callbacks=[_Probe(job.folder / f"{name}-fisher.jsonl")], initial=initial)
+        recipe = _recipe(job, base, roots, steps, *more)
+        callbacks = [_Probe(job.folder / f"{name}-fisher.jsonl")] if probe else []
+        train(recipe, place, resume=Run(place).recipe.is_file(), callbacks=callbacks, initial=initial)
     return place
+
+
+def _medmoe(job: Job, roots: Mapping[str, Path]) -> Path:
+    """The tiny Med-MoE's three stages. The connector is frozen in the last."""
+    first, second, third = (max(round(share * job.steps), 1) for share in MEDMOE_STAGES)
+    aligned = _train(job, "stage-1", roots, first, *MODELS[MEDMOE], base="medmoe-1")
+    tuned = _train(job, "stage-2", roots, second, f"from={aligned}", base="medmoe-2")
+    return _train(job, "stage-3", roots, third, f"from={tuned}", base="medmoe-3", probe=False)
 
 
 def run(job: Job) -> dict[str, Any]:
     """Trains and evaluates one row with one seed."""
-    arm = job.row.rpartition("-")[0]
+    arm, _, model = job.row.rpartition("-")
+    more: dict[str, Any] = {}
     if arm == "staged":
-        place, more = _staged(job)
+        place, more = _staged(job, MODELS[model])
     else:
-        root = job.data / ("imax" if arm == "imax" else f"{arm}-{job.seed}")
-        place, more = _train(job, "run", {arm: root}, job.steps), {}
+        roots = {arm: job.data / ("imax" if arm == "imax" else f"{arm}-{job.seed}")}
+        place = _medmoe(job, roots) if model == MEDMOE else _train(job, "run", roots, job.steps, *MODELS[model])
     points = [point for path in sorted(job.folder.glob("*-fisher.jsonl")) for point in _points(path)]
     scores, metrics = evaluate(place, job.data / "pool")
     trained = [io.read_json(path) for path in job.folder.glob("*/run.json")]
@@ -179,16 +205,16 @@ def evaluate(place: Path, pool: Path) -> tuple[dict[str, float], dict[str, dict[
 # The strategy in three stages
 
 
-def _staged(job: Job) -> tuple[Path, dict[str, Any]]:
+def _staged(job: Job, model: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """Training on dmax, joint training with the labels that the first model gives, tuning on dmax."""
     dmax = job.data / f"dmax-{job.seed}"
     first, second, third = (max(round(share * job.steps), 1) for share in STAGES)
-    teacher = _train(job, "stage-1", {"dmax": dmax}, first)
+    teacher = _train(job, "stage-1", {"dmax": dmax}, first, *model)
     pseudo = job.folder / "pseudo"
     if not (pseudo / io.MANIFEST).is_file():
         _label(teacher / "model", dmax, pseudo, job.seed)
-    joint = _train(job, "stage-2", {"dmax": dmax, "pseudo": pseudo}, second, initial=teacher / "model")
-    tuned = _train(job, "stage-3", {"dmax": dmax}, third, "optim.lr=2e-4", initial=joint / "model")
+    joint = _train(job, "stage-2", {"dmax": dmax, "pseudo": pseudo}, second, *model, initial=teacher / "model")
+    tuned = _train(job, "stage-3", {"dmax": dmax}, third, *model, "optim.lr=2e-4", initial=joint / "model")
     return tuned, {"pseudo": io.read_json(pseudo / "pseudo.json")}
 
 
@@ -372,7 +398,11 @@ def notes(results: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[str]:
             for point, one in zip(last, seeds.values(), strict=True)
             if point and one["scores"]
         ]
-    lines += ["", "At the connector, after the last step that was measured; both are our definitions (unimed/studies/fisher.py)."]
+    lines += [
+        "",
+        "At the connector, after the last step that was measured (of medmoe in its second stage). Both are our definitions "
+        "(unimed/studies/fisher.py).",
+    ]
     if len(pairs) > 2:
         entropy, ratio, score = (np.array(column) for column in zip(*pairs, strict=True))
         lines.append(
@@ -388,8 +418,8 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> str:
 STUDY = Study(
     name="imax",
     title="Image-centric and decentralised data",
-    rows={f"{arm}-{model}": f"{what}; {model}" for model in MODELS for arm, what in ARMS.items()},
-    against={f"{arm}-{model}": f"dmax-{model}" for model in MODELS for arm in ARMS if arm != "dmax"},
+    rows={row: f"{ARMS[arm]}; {model}" for row, (arm, model) in ROWS.items()},
+    against={row: f"dmax-{model}" for row, (arm, model) in ROWS.items() if arm != "dmax"},
     steps=1500,
     prepare=prepare,
     run=run,
