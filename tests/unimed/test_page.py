@@ -20,7 +20,8 @@ from unimed import NOTICE
 from unimed.cli import app as cli
 from unimed.errors import UserError
 from unimed.inference.gates import gate_map, heat, token_gates
-from unimed.records.pixels import View, views
+from unimed.records.pixels import View
+from unimed.records.views import views
 from unimed.sample.slices import ASSETS
 from unimed.serve.desk import Desk
 

@@ -36,11 +36,10 @@ from unimed.datasets.sources.layouts import source_of
 from unimed.datasets.sources.spec import Row, SourceSpec, load_row
 from unimed.datasets.spec import DATASETS
 from unimed.errors import UserError
-from unimed.records import jsonl
+from unimed.records import jsonl, parquet
 from unimed.records.files import short
 from unimed.records.imports import root_of
 from unimed.records.policy import BadRecord, Rules, Tally
-from unimed.records.record import Record
 
 PART = 10_000  # images of a part, about
 BATCH = 20_000  # rows written at a time
@@ -329,11 +328,11 @@ def make_part(work: Path, named: Sequence[tuple[str, Path]], part: int, strict: 
                 for label_set, listed in row.values.get("classes", {}).items():
                     classes.setdefault(label_set, listed)
             conflicts += [one.as_json() for one in joined.conflicts]
-            table.append(_columns(record, text))
+            table.append(parquet.columns(record, text))
             if joined.picture is not None and part == 0 and drawn < PICTURES:
                 drawn += 1
                 _draw(joined.picture, work / "out" / "pictures" / f"{drawn}.png")
-    _write_parquet(work / "out" / "parquet" / f"records-{part:05d}.parquet", table)
+    parquet.write(work / "out" / "parquet" / f"records-{part:05d}.parquet", table)
     io.write_bytes(work / "out" / f"records-{part:05d}.jsonl", "".join(lines).encode())
     told = {
         "tallies": {str(number): tally.state() for number, tally in tallies.items()},
@@ -362,30 +361,6 @@ def _draw(picture: Callable[[], Any], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with io.beside(path) as partial:
         picture().save(partial, "PNG")
-
-
-def _columns(record: Record, text: str) -> dict[str, Any]:
-    """A row of the parquet file: what is filtered by, and the whole record as in the JSON lines."""
-    return {
-        "id": record.id,
-        "dataset": record.dataset,
-        "split": record.split,
-        "patient": record.patient,
-        "images": [ref.path for ref in record.images],
-        "kinds": sorted({one.kind for one in record.annotations}),
-        "record": text.rstrip("\n"),
-    }
-
-
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    text = pa.string()
-    names = {"images": pa.list_(text), "kinds": pa.list_(text)}
-    fields = [(name, names.get(name, text)) for name in ("id", "dataset", "split", "patient", "images", "kinds", "record")]
-    with io.beside(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), partial, compression="zstd")
 
 
 # The end

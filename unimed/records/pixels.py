@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unimed.records.dicom_rules import Voi
     from unimed.records.volume import Volume
 
+VOLUMES = ("nifti", "series")  # kinds of files
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes with more than 8 bits of grey
 MOST_SIDE = 4096  # pixels of a drawn slice
@@ -139,7 +140,7 @@ def open_image(
     says, else by `greys.grey_range`) choose the slice and its window. In a file of several frames or pages ``index`` is the frame.
     """
     path = Path(path)
-    return _open(path, str(path), _kind(path), plane, index, grey, pixel_mm)
+    return _open(path, str(path), kind_of(path), plane, index, grey, pixel_mm)
 
 
 def open_bytes(
@@ -178,63 +179,19 @@ def _open(
 
 def open_view(view: View) -> Opened:
     """`open_image` of the part of a file that a view names. The volume read last is kept: slices of one volume come one after the other."""
-    kind = _kind(view.path)
-    if kind not in ("nifti", "series"):
+    kind = kind_of(view.path)
+    if kind not in VOLUMES:
         return open_image(view.path, view.plane, view.index, view.grey)
-    key = view.path, sum(file.stat().st_mtime_ns for file in (view.path.rglob("*") if kind == "series" else [view.path]))
+    return _slice(str(view.path), kept_volume(view.path, kind), view.plane, view.index, view.grey, 1.5)
+
+
+def kept_volume(path: Path, kind: str) -> Volume:
+    """The volume of a file or folder; read unless it was the last one."""
+    key = path, sum(file.stat().st_mtime_ns for file in (path.rglob("*") if kind == "series" else [path]))
     if _kept.get(key) is None:
         _kept.clear()
-        _kept[key] = _volume(view.path, str(view.path), kind)
-    return _slice(str(view.path), _kept[key], view.plane, view.index, view.grey, 1.5)
-
-
-@dataclass(frozen=True)
-class Views:
-    """What can be shown of a file. counts: slices, frames or pages by plane. values: the range of its greys, None for colours. window: its
-    usual part."""
-
-    counts: dict[str, int]
-    values: tuple[float, float] | None = None
-    window: tuple[float, float] | None = None
-
-
-def views(path: Path) -> Views:
-    """The planes, slices and grey values that `open_view` can show of a file. A volume that is read for it is kept, as there."""
-    from unimed.records import dicom
-    from unimed.records import volume as volumes
-
-    kind = _kind(path)
-    if kind in ("nifti", "series"):
-        open_view(View(path))
-        (volume,) = _kept.values()
-        counts = dict(zip(volumes.AXIS, (volume.data.shape[axis] for axis in volumes.AXIS.values()), strict=True))
-        counts = {plane: counts[plane] for plane in volumes.PLANES}
-        return Views(counts, _span(volume.data), volumes.window_of(volume)) if volume.data.ndim == 3 else Views(counts)
-    open_image(path)
-    if kind == "raster":
-        with Image.open(path) as image:
-            counts = {"axial": getattr(image, "n_frames", 1)}
-            values = np.asarray(image) if image.mode in DEEP else np.array([0, 255])
-            return Views(counts, *_greys(values)) if image.mode in (*DEEP, "L", "1") else Views(counts)
-    source = dicom.parse(str(path), path.read_bytes())
-    count = dicom.frame_count(str(path), source)
-    frame = dicom.read_frame(str(path), source, count // 2)
-    counts = {"axial": count}
-    if count > 1:
-        with suppress(UserError):  # frames that lie nowhere are a film, not a volume
-            shape = volumes.read_dicom_frames(str(path), source).data.shape
-            counts |= {plane: shape[volumes.AXIS[plane]] for plane in volumes.PLANES if plane != "axial"}
-    return Views(counts, *_greys(frame.values)) if frame.values.ndim == 2 else Views(counts)
-
-
-def _greys(values: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    return _span(values), grey_range(values[np.isfinite(values)])
-
-
-def _span(values: np.ndarray) -> tuple[float, float]:
-    values = values.astype(np.float32, copy=False)
-    known = np.isfinite(values)
-    return float(values.min(where=known, initial=np.inf)), float(values.max(where=known, initial=-np.inf))
+        _kept[key] = _volume(path, str(path), kind)
+    return _kept[key]
 
 
 _kept: dict[tuple[Path, int], Volume] = {}
@@ -260,7 +217,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """What a file is by its first bytes, or by its suffix where these do not tell: raster, dicom, nifti or series."""
     if path.is_dir():
         return "series"

@@ -16,7 +16,8 @@ from unimed.inference.gates import gate_map, token_gates
 from unimed.inference.request import Answer, Asked, Request, check, prepare
 from unimed.inference.rows import Row, as_line
 from unimed.inference.session import Session
-from unimed.records.pixels import Opened, View, Views, open_view, views
+from unimed.records.pixels import Opened, View, open_view
+from unimed.records.views import Views, views
 from unimed.tasks import TASKS
 
 

@@ -23,6 +23,7 @@ from unimed.inference.files import RECIPE_FILE
 from unimed.models.spec import Amount, Count, ModelSpec, Natural, Section, Share, Whole, from_scratch
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import ProtocolName
+from unimed.train.faults import must
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -426,33 +427,7 @@ def _one_line(error: ValidationError, path: Path, overridden: dict[str, Any]) ->
     if inside := [known for known in keys if known.startswith(f"{key}.")]:
         return f"{where}: {key}={given!r} is a section, not a value; its keys are {', '.join(inside)}"
     default = f"; default: {defaults()[key]!r}" if key in defaults() else ""
-    return f"{where}: {key}={given!r}: {_must(first)}{default}"
-
-
-def _must(fault: Any) -> str:
-    context = fault.get("ctx", {})
-    match fault["type"]:
-        case "greater_than_equal":
-            return {0: "must be zero or more", 1: "must be 1 or more"}.get(context["ge"], f"must be {context['ge']} or more")
-        case "less_than_equal":
-            return f"must be at most {context['le']}"
-        case "less_than":
-            return f"must be below {context['lt']}"
-        case "finite_number":
-            return "must be a finite number"
-        case "literal_error":
-            return f"must be one of {context['expected']}"
-        case "int_parsing" | "int_type" | "int_from_float":
-            return "must be a whole number"
-        case "float_parsing" | "float_type":
-            return "must be a number"
-        case "bool_parsing" | "bool_type":
-            return "must be true or false"
-        case "too_short" | "too_long":
-            count = context.get("min_length", context.get("max_length"))
-            return f"must have {count} entries"
-        case _:
-            return " ".join(fault["msg"].split()).replace("Input should be", "must be")
+    return f"{where}: {key}={given!r}: {must(first)}{default}"
 
 
 def _first_line(error: BaseException) -> str:
