@@ -70,6 +70,7 @@ def test_what_a_gpu_might_forgive_shows_in_the_numbers(plain, case, when):
     assert run_emulated(plain, case, when).stdout.split("\ndone")[0].strip() == WRONG[case, when]
 
 
+@pytest.mark.full  # a minute of compiling; the products of sm_90a run under sanitizers in CI, too (test_gemm_sm90.py)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing_in_right_kernels(sanitizer):
     runtime_of({"address": "asan", "thread": "tsan"}[sanitizer])
