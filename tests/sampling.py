@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from random import Random
 
 FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")  # `make test-full`
+SAMPLE = () if FULL else ("--sample", "16")  # of tests that run on another build or instruction set
 
 
 def chosen(name: str, cases: Sequence[Sequence[Hashable]], n: int) -> list[int]:

@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 def tree_in(folder: Path) -> Path:
     """A copy of the tree; with the object files that its tests use, so that a mutant compiles no more than it changes."""
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
-    for objects in ("emulation/library", "native", "programs/products", "planted/objects"):
+    for objects in ("emulation/library", "native", "programs/products", "emulated/objects", "planted/objects"):
         if (ROOT / "build" / objects).exists():
             shutil.copytree(ROOT / "build" / objects, folder / "build" / objects)
     return folder

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.native.variants import ROOT, alone_in, build_script, emulation_flags, need_compiler, product_objects
+from tests.native.variants import ROOT, alone_in, build_script, emulated_objects, emulation_flags, need_compiler, product_objects
 
 CORE = ("dispatch", "self_test", "pool")
 DRIVERS = (*CORE, "soft_experts", "sparse_experts", "int8_layers", "grouped_linear", "experts_backward", "task_router")
@@ -22,6 +22,9 @@ def compile_program(name: str, *flags: str, tiers: list[str] | None = None) -> P
     wanted = known if tiers is None else [*tiers, *(["avx512_bf16"] if "amx" in tiers else [])]  # whose instructions amx uses, too
     tiers = [tier for tier in known if tier in wanted]
     command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", *(flags or ["-O1"])]
+    # Emulated tiers are compiled with -O1 for the library of test_tiers.py: the same files serve here, but for what names the tiers.
+    of_tiers = [source for source in script.built(script.SOURCES, tiers) if Path(source).stem in tiers]
+    shared = emulated_objects(of_tiers) if flags == ("-O1",) else {}
 
     def compiled(source: str) -> Path:
         own = emulation_flags(source, tiers)
@@ -32,7 +35,7 @@ def compile_program(name: str, *flags: str, tiers: list[str] | None = None) -> P
 
     with alone_in(build.folder):
         sources = [source for source in script.built(script.SOURCES, tiers) if used(source)] if flags else []
-        objects = [compiled(source) for source in [*sources, f"tests/native/{name}.cpp"]]
+        objects = [shared.get(source) or compiled(source) for source in [*sources, f"tests/native/{name}.cpp"]]
         if not flags:
             objects += [path for source, path in product_objects(emulate=True).items() if used(source)]
         program = build.link(name, [*compiler, *flags, "-pthread"], objects)

@@ -9,6 +9,7 @@ import platform
 import pytest
 
 from tests.native.variants import build, copy_of_tree, output_of, run_tests, runtime_of, summary_of
+from tests.sampling import SAMPLE
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizer's runtime as Linux does")
 FLAGS = "-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -25,7 +26,7 @@ SELECTED = (
 def run_sanitized(tree, selected=SELECTED):
     preloaded = " ".join(map(runtime_of, ("asan", "ubsan", "stdc++")))
     environment = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "CMOE_TEST_FULL": ""}
-    return run_tests(tree, *TESTS, "-k", selected, **environment)
+    return run_tests(tree, *TESTS, *SAMPLE, "-k", selected, **environment)
 
 
 @pytest.fixture(scope="module")

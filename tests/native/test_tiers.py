@@ -9,7 +9,7 @@ import pytest
 from cmoe_kernels import native
 from tests import forked
 from tests.native.variants import ROOT, build_script, copy_of_tree, emulated_tiers, output_of, product_objects, run_tests, summary_of
-from tests.sampling import FULL
+from tests.sampling import FULL, SAMPLE
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
 HERE = sets.available if (sets := native.instruction_sets()) else []
@@ -23,7 +23,7 @@ SELECTED = "((test_precision and cpu and (experts or router or linear)) or test_
 
 def check(tree, tier, capsys):
     full = tier in ("generic", "amx") or FULL
-    run = run_tests(tree, *NUMBERS, "-k", SELECTED if full else "test_shapes or test_int8", CMOE_CPU_ISA=tier)
+    run = run_tests(tree, *NUMBERS, *SAMPLE, "-k", SELECTED if full else "test_shapes or test_int8", CMOE_CPU_ISA=tier)
     assert run.returncode == 0, output_of(run)
     with capsys.disabled():
         print(f"\ninstruction set {tier}: {summary_of(run)}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,20 +130,29 @@ def emulation_flags(source: str, tiers: list[str] | None = None) -> list[str] | 
     return [*own, *(f"-DCMOE_EMULATE_{name}" for name, wanted in on.items() if wanted)]
 
 
+def emulated_objects(sources: Iterable[str]) -> dict[str, Path]:
+    """The object files of those sources that this machine's emulation compiles in its own way, unless they are there and fresh."""
+    need_compiler()
+    os.chdir(ROOT)
+    script = build_script()
+    build, command = script.Build(Path("build", "emulated", "objects")), script.compile_command(script.torch_folder())
+    made = {source: build.compile(source, [*command, *own]) for source in sources if (own := emulation_flags(source)) is not None}
+    if made:
+        with alone_in(build.folder):
+            build.run()
+    return made
+
+
 def product_objects(*, emulate: bool = False) -> dict[str, Path]:
     """The library's object files by their source, compiled unless they are there and fresh; with emulate, for this machine's emulation."""
     need_compiler()
     os.chdir(ROOT)
     script = build_script()
-    library, emulated = script.library(), script.Build(Path("build", "emulated", "objects"))
+    library = script.library()
     objects = {source: path for source, path in library.objects.items() if source in script.SOURCES}
-    flags = {source: emulation_flags(source) if emulate else None for source in objects}
-    command = script.compile_command(script.torch_folder())
-    theirs = {source: emulated.compile(source, [*command, *own]) for source, own in flags.items() if own is not None}
+    theirs = emulated_objects(objects) if emulate else {}
     with alone_in(Path("build")):
         library.build.run(*(path for source, path in objects.items() if source not in theirs))
-        if theirs:
-            emulated.run()
     return objects | theirs
 
 
