@@ -8,7 +8,17 @@ import pytest
 
 from cmoe_kernels import native
 from tests import forked
-from tests.native.variants import ROOT, build_script, copy_of_tree, emulated_tiers, output_of, product_objects, run_tests, summary_of
+from tests.native.variants import (
+    ROOT,
+    alone_in,
+    build_script,
+    copy_of_tree,
+    emulated_tiers,
+    output_of,
+    product_objects,
+    run_tests,
+    summary_of,
+)
 from tests.sampling import FULL, SAMPLE
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
@@ -46,7 +56,8 @@ def emulation():
     tree, script = copy_of_tree("emulated"), build_script()
     build = script.Build(Path("build", "emulated", "objects"))
     library = script.link_library(build, product_objects(emulate=True).values(), script.torch_folder())
-    build.run()
+    with alone_in(build.folder):
+        build.run()
     shutil.copyfile(library, tree / "cmoe_kernels" / script.LIBRARY)
     return tree
 
