@@ -73,6 +73,6 @@ constexpr Microkernel f32 = {Type::f32,
                              nullptr};
 
 constexpr Microkernel w8 = w8_microkernel<mr, b_vectors, pack_rows_f32<mr>>;
-constexpr Microkernel w8_wide = w8_wide_microkernel<mr, b_vectors, pack_rows_f32<mr>>;
+constexpr Microkernel w8_wide = widened<mr, b_vectors>(w8);
 
 }  // namespace

@@ -74,7 +74,7 @@ static void transpose_avx512(const float* from, int64_t from_ld, float* to, int6
 constexpr int mr = 14, b_vectors = 2, nr = 32;
 
 constexpr Microkernel w8 = w8_microkernel<mr, b_vectors, pack_rows_f32<mr>>;
-constexpr Microkernel w8_wide = w8_wide_microkernel<mr, b_vectors, pack_rows_f32<mr>>;
+constexpr Microkernel w8_wide = widened<mr, b_vectors>(w8);
 constexpr Microkernel f32 = {Type::f32,
                              mr,
                              nr,

@@ -6,7 +6,7 @@ namespace {
 
 constexpr Microkernel f32 = plain_microkernel<float, 6, 2>(Type::f32, 256);
 constexpr Microkernel w8 = w8_microkernel<6, 2, pack_rows_plain<float, 6>>;
-constexpr Microkernel w8_wide = w8_wide_microkernel<6, 2, pack_rows_plain<float, 6>>;
+constexpr Microkernel w8_wide = widened<6, 2>(w8);
 
 static void load_double(Type, const void* from, double* to, int64_t n) { memcpy(to, from, sizeof(double) * n); }
 static void store_double(Type, const double* from, void* to, int64_t n) { memcpy(to, from, sizeof(double) * n); }

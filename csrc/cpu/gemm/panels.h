@@ -246,24 +246,13 @@ static void widen_w8(const void* packed, int64_t k, void* panel) {
     }
 }
 
-template <int mr, int b_vectors, void (*pack)(const void* const*, int, int64_t, void*)>
-constexpr Microkernel w8_wide_microkernel = {Type::f32,
-                                             mr,
-                                             b_vectors * width,
-                                             4,
-                                             256,
-                                             Side::b,
-                                             {false, false},
-                                             false,
-                                             false,
-                                             {pack_rows_by_four<mr, pack>, nullptr},
-                                             {nullptr, nullptr},
-                                             nullptr,
-                                             nullptr,
-                                             {multiply_plain<float, b_vectors, mr>, multiply_plain<float, b_vectors, mr>},
-                                             nullptr,
-                                             true,
-                                             widen_w8<b_vectors>};
+template <int mr, int b_vectors>
+constexpr Microkernel widened(Microkernel kernel) {
+  kernel.kc = 256;  // of fp32
+  kernel.multiply[0] = kernel.multiply[1] = multiply_plain<float, b_vectors, mr>;
+  kernel.widen = widen_w8<b_vectors>;
+  return kernel;
+}
 
 template <class T, int mr, int b_vectors>
 constexpr Microkernel plain_microkernel(Type panel, int kc) {
