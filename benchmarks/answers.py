@@ -13,19 +13,16 @@ Weights are random, so an answer has --tokens tokens whatever they are. The side
 the sides take turns.
 """
 
-import argparse
 import copy
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import machine, record, timer
-from benchmarks.training import WIDTHS, free_gb, needed_gb, prepare
+from benchmarks import timer
+from benchmarks.training import WIDTHS, arguments, prepare, require_memory, run
 from cmoe_kernels import backends, use_backend
 
 SUITE = "answers"
@@ -43,7 +40,7 @@ def connectors(connector: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def sides(model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Side], Callable[[str], Tensor]]:
-    """An answer of so many tokens by side, and a side's image embeddings."""
+    """Functions that give an answer, by side and from its number of tokens; and one that gives a side's image embeddings."""
     by_name = connectors(model.connector)
 
     def on(name: str) -> None:
@@ -81,9 +78,7 @@ def measure(width: str, tokens: int, seconds: float, overrides: list[str], most_
     from unimed.train import recipe as recipes
 
     recipe = recipes.load("tiny", [one for one in (*WIDTHS[width][0].split(), *overrides) if "lora" not in one])  # merged for serving
-    needed = needed_gb(recipe)
-    if needed > min(most_gb, free_gb()):
-        raise SystemExit(f"--width {width}: needs {needed:.1f} GB; {free_gb():.1f} GB are free, and --most-gb is {most_gb:g}")
+    require_memory(width, recipe, most_gb)
     model, inputs = prepare(recipe, 1)
     bf16 = recipe.train.precision == "bf16"
     model.eval().requires_grad_(False)
@@ -125,30 +120,17 @@ def row(document: dict[str, Any], width: str = "small") -> str:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.answers", description=__doc__, formatter_class=form)
-    parser.add_argument("--width", choices=list(WIDTHS), default="small")
+    parser = arguments(SUITE, __doc__, "three first tokens of each")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer, two or more (default: 32)")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument(
-        "--seconds", type=float, default=30, help="time for all sides, but at least three first tokens of each (default: 30)"
-    )
-    parser.add_argument("--cpu-time", action="store_true", help="seconds of the process, with --threads 1: on a machine that others use")
-    parser.add_argument("--most-gb", type=float, default=20, help="memory that it may take (default: 20)")
-    parser.add_argument("--out", type=Path, help="results file (default: by machine and threads, in benchmarks/results/)")
-    parser.add_argument("overrides", nargs="*", help="of the recipe, as in unimed train: connector.router=sparse")
     options = parser.parse_args()
-    if options.cpu_time and options.threads != 1:
-        parser.error("--cpu-time: needs --threads 1; seconds of several threads add up")
     if options.tokens < 2:
         parser.error("--tokens: must be at least 2")
-    threads = record.set_threads(options.threads)
-    described = machine.describe()
-    out = options.out or record.RESULTS / f"{SUITE}-{machine.slug(described, threads)}.json"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    found = measure(options.width, options.tokens, options.seconds, options.overrides, options.most_gb, options.cpu_time)
-    found["run"] = machine.run_info(threads)
-    record.merge(out, described, " ".join([options.width, *options.overrides]), found, SUITE)
+    found, out = run(
+        parser,
+        options,
+        SUITE,
+        lambda: measure(options.width, options.tokens, options.seconds, options.overrides, options.most_gb, options.cpu_time),
+    )
     for name, one in found["first_token"].items():
         times = " / ".join(f"{one[f'p{q}_ms']:.1f}" for q in (20, 50, 80))
         print(f"{name}: first token after p20/p50/p80 {times} ms; kernels {one['kernels_faster_by']:.2f} times as fast")

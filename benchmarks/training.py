@@ -59,6 +59,13 @@ def free_gb() -> float:
     return int(found[1]) * 1024 / 1e9
 
 
+def require_memory(width: str, recipe: Any, most_gb: float) -> None:
+    """Ends the program with one line where a step does not fit."""
+    needed = needed_gb(recipe)
+    if needed > min(most_gb, free_gb()):
+        raise SystemExit(f"--width {width}: needs {needed:.1f} GB; {free_gb():.1f} GB are free, and --most-gb is {most_gb:g}")
+
+
 def prepare(recipe: Any, batch: int) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """The model of a recipe with its trainable parts, and a batch with one image a sample, tasks in turn."""
     from unimed.models.build import adapt, build
@@ -125,9 +132,7 @@ def measure(width: str, batch: int, seconds: float, overrides: list[str], most_g
     from unimed.train import recipe as recipes
 
     recipe = recipes.load("tiny", [*WIDTHS[width][0].split(), f"train.batch_size={batch}", *overrides])
-    needed = needed_gb(recipe)
-    if needed > min(most_gb, free_gb()):
-        raise SystemExit(f"--width {width}: needs {needed:.1f} GB; {free_gb():.1f} GB are free, and --most-gb is {most_gb:g}")
+    require_memory(width, recipe, most_gb)
     model, inputs = prepare(recipe, batch)
     bf16 = recipe.train.precision == "bf16"
     step, gradients = steps(model, inputs, bf16)
@@ -170,30 +175,46 @@ def row(document: dict[str, Any], width: str = "small") -> str:
     )
 
 
-def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.training", description=__doc__, formatter_class=form)
+def arguments(name: str, doc: str | None, least: str) -> argparse.ArgumentParser:
+    """The options that benchmarks of the whole model share. least: what is timed at least, however long it takes."""
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", choices=list(WIDTHS), default="small")
-    parser.add_argument("--batch", type=int, help="samples a step (default: 16, at full width 1)")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=30, help="time for both sides, but at least three steps of each (default: 30)")
+    parser.add_argument("--seconds", type=float, default=30, help=f"time for all sides, but at least {least} (default: 30)")
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the process, with --threads 1: on a machine that others use")
     parser.add_argument("--most-gb", type=float, default=20, help="memory that it may take (default: 20)")
     parser.add_argument("--out", type=Path, help="results file (default: by machine and threads, in benchmarks/results/)")
     parser.add_argument("overrides", nargs="*", help="of the recipe, as in unimed train: connector.router=sparse")
-    options = parser.parse_args()
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, suite: str, measured: Callable[[], dict[str, Any]]
+) -> tuple[Any, Path]:
+    """Measures, and puts the result into its file: both."""
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time: needs --threads 1; seconds of several threads add up")
     threads = record.set_threads(options.threads)
     described = machine.describe()
-    out = options.out or record.RESULTS / f"{SUITE}-{machine.slug(described, threads)}.json"
+    out = options.out or record.RESULTS / f"{suite}-{machine.slug(described, threads)}.json"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    found = measure(
-        options.width, options.batch or WIDTHS[options.width][1], options.seconds, options.overrides, options.most_gb, options.cpu_time
-    )
+    found = measured()
     found["run"] = machine.run_info(threads)
-    name = " ".join([options.width, *options.overrides])
-    record.merge(out, described, name, found, SUITE)
+    record.merge(out, described, " ".join([options.width, *options.overrides]), found, suite)
+    return found, out
+
+
+def main() -> None:
+    parser = arguments(SUITE, __doc__, "three steps of each")
+    parser.add_argument("--batch", type=int, help="samples a step (default: 16, at full width 1)")
+    options = parser.parse_args()
+    batch = options.batch or WIDTHS[options.width][1]
+    found, out = run(
+        parser,
+        options,
+        SUITE,
+        lambda: measure(options.width, batch, options.seconds, options.overrides, options.most_gb, options.cpu_time),
+    )
     for side, one in found["sides"].items():
         times = " / ".join(f"{one[f'p{q}_ms']:.0f}" for q in (20, 50, 80))
         rates = f"{one['images_per_second']:.2f} images/s, {one['tokens_per_second']:.0f} tokens/s"
