@@ -25,6 +25,9 @@ constexpr int64_t most_fused = 16;
 void router_product(const char* operation, const RouterProduct& p, Stream stream);
 // Partials per row, one for each part of the columns: their number depends on the sizes and on how operands lie.
 int64_t router_partials(const RouterProduct& p);
+// The same by sm_90a's instructions: whether they serve (gemm/sm90.h), and the partials that they leave, 0 where they do not.
+bool router_product_sm90(const char* operation, const RouterProduct& p, Stream stream);
+int64_t router_partials_sm90(const RouterProduct& p);
 
 // The hidden layer's gradients, from dlogits [rows, experts] and u [rows, width] without gaps.
 struct RouterGradient {

@@ -41,9 +41,11 @@ def test_many_tiles(dtype, experts):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_on_sm90(dtype):
-    """dx and dW are products of sm_90a there."""
-    check(arguments_of(dtype, 150, 40, 200, 5, 3), dtype, capability=90)
+@pytest.mark.parametrize("experts", [5, 20])
+@pytest.mark.parametrize("tokens", [150, 40])
+def test_sm90(tokens, experts, dtype):
+    """Its products are those of sm_90a there: with a large tile for both warpgroups, and with tiles of their own for few tokens."""
+    check(arguments_of(dtype, tokens, 40, 200, experts, 3), dtype, capability=90)
 
 
 @pytest.mark.parametrize("settings", [{"recompute": True}, {"activation": "gelu_tanh"}], ids=str)

@@ -1,5 +1,6 @@
 """Planted bugs of the CUDA kernels over rows (gates, losses, the order of assignments) and of the router. Caught through the emulator."""
 
+import functools
 import sys
 
 from tests.mutants import Mutant, Suite
@@ -32,8 +33,11 @@ def raced(file: str, kind: str, old: str, new: str) -> Mutant:
     return Mutant(kind, f"csrc/cuda/{file}", old, new, ("tests/emulation/test_sanitized.py::test_kernels_over_rows[thread]",), Suite())
 
 
-def router(kind: str, old: str, new: str, test: str = "many_tiles[5-torch.float32]") -> Mutant:
-    return Mutant(kind, "csrc/cuda/task_router.cu", old, new, (f"tests/emulation/test_router.py::test_{test}",), EMULATED)
+def router(kind: str, old: str, new: str, test: str = "many_tiles[5-torch.float32]", file: str = "task_router.cu") -> Mutant:
+    return Mutant(kind, f"csrc/cuda/{file}", old, new, (f"tests/emulation/test_router.py::test_{test}",), EMULATED)
+
+
+router_epilogue = functools.partial(router, file="router_epilogue.cuh")
 
 
 MUTANTS = [
@@ -92,14 +96,16 @@ MUTANTS = [
     ),
     balance_loss("split sums", "first += gridDim.x", "first += op.tokens", "each_block_serves_several_segments"),
     balance_loss("epilogue", "slopes[e] * factor * z * sum.softmax", "slopes[e] * factor * sum.softmax", "balance_loss[400-5-z-whole]"),
-    router(
+    router_epilogue(
         "sync", "    __syncthreads();\n    for (int at = static_cast<int>(threadIdx.x);", "    for (int at = static_cast<int>(threadIdx.x);"
     ),
-    router("edge", "const float w = n < p.width ? w2(e, n) : 0.0f;", "const float w = w2(0, n % p.width);"),
-    router("reduction", "for (int w = 0; w < Tile::warps_n; ++w) sum +=", "for (int w = 1; w < Tile::warps_n; ++w) sum +="),
-    router("epilogue", "live && c < left ? activate(activation, v[c])", "live && c < left ? activate(Activation::relu, v[c])"),
+    router_epilogue("edge", "const float w = n < p.width ? w2(e, n) : 0.0f;", "const float w = w2(0, n % p.width);"),
+    router_epilogue("reduction", "for (int w = 0; w < Tile::warps_n; ++w) sum +=", "for (int w = 1; w < Tile::warps_n; ++w) sum +="),
+    router_epilogue("epilogue", "live && c < left ? activate(activation, v[c])", "live && c < left ? activate(Activation::relu, v[c])"),
     router("group", "if (own != group) leave();", ""),
-    router("group", "group >= 0 && group < groups ? biases", "group < groups ? biases", "a_group_that_does_not_exist_has_no_bias"),
+    router_epilogue("group", "group >= 0 && group < groups ? biases", "group < groups ? biases", "a_group_that_does_not_exist_has_no_bias"),
+    router("split sums", "return parts;", "return parts - 1;", "sm90[150-5-torch.bfloat16]"),
+    router_epilogue("edge", "else if (r < tile.end)\n", "else\n", "sm90[40-5-torch.bfloat16]"),
     router("split sums", "p < count; p += adding_warps", "p < 1; p += adding_warps"),
     router("epilogue", "sum + (b ? b[i % columns] : 0.0f)", "sum"),
 ]

@@ -110,7 +110,7 @@ MUTANTS = [
     sums("empty group", "live = live & (e < experts)", "live = live & (e <= experts)"),
     sums("split sums", "for tile in range(tiles):", "for tile in range(1):"),
     sums("tail", "for start in range(0, tokens, BT):", "for start in range(0, tokens // BT * BT, BT):", _many_tiles("router")),
-    sums("epilogue", "tl.dot(share, activate(value, ACT)", "tl.dot(share, value", _many_tiles("router")),
+    sums("epilogue", "multiply_add(share, activate(value, ACT)", "multiply_add(share, value", _many_tiles("router")),
     grouped("index", "source, served = source_rows(scatter, r, live, rows, 1)", "source, served = source_rows(None, r, live, rows, 1)"),
     grouped("epilogue", "d.to(tl.float32) * derivative(pre, ACT)", "d.to(tl.float32)"),
     grouped(

@@ -56,7 +56,7 @@ def _logsumexp(s, e, E):
     base = tl.where(top == -float("inf"), 0.0, top)
     powers = tl.exp(s - base[:, None])
     total = tl.sum(powers, 1)
-    return base + tl.log(total), powers / total[:, None]
+    return base + tl.log(total), tl.math.div_rn(powers, total[:, None])
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from cmoe_kernels.ops.gemm.tiles import (
     launch_gemm,
     load_rows,
     load_weights,
+    multiply_add,
     operand,
     reads_by_tma,
     source_rows,
@@ -61,7 +62,7 @@ def dact_gemm_bwd_kernel(
         for start in range(0, tl.where(known, depth, 0), BK):
             d = load_rows(dy, ds, 0, first, start, served, depth, sd_k, BM, BK, D_TMA)
             v = load_weights(w, ws, expert, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
-            acc = tl.dot(d.to(OPERAND), v.to(OPERAND), acc, input_precision=PRECISION)
+            acc = multiply_add(d.to(OPERAND), v.to(OPERAND), acc, PRECISION)
 
         # A descriptor's rows past the end, and those of a wrong index, are no rows.
         acc = tl.where(served[:, None], acc, 0.0)
@@ -127,7 +128,7 @@ def dense_dgrad_bwd_kernel(
             for start in range(0, depth, BK):
                 d = load_rows(dy, ds, 0, first, start, live, depth, sd_k, BM, BK, D_TMA)
                 v = load_weights(w, ws, e, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
-                acc = tl.dot(d.to(OPERAND), v.to(OPERAND), acc, input_precision=PRECISION)
+                acc = multiply_add(d.to(OPERAND), v.to(OPERAND), acc, PRECISION)
             xs = tl.load(x + r[:, None] * sx_r + n[None, :] * sx_n, mask=inside, other=0.0).to(tl.float32)
             tl.store(partials + (tile_n.to(tl.int64) * rows + r) * experts + e, tl.sum(acc * xs, 1), mask=live)
             if dx is not None:

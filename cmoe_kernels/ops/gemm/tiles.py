@@ -103,6 +103,16 @@ def load_weights(t, pointers, expert, row, start, live, depth, stride, BN: tl.co
         return tl.reshape(t.load([expert, start, row]), [BK, BN])
 
 
+@triton.jit
+def multiply_add(a, v, acc, PRECISION: tl.constexpr):
+    """acc + a @ v. In IEEE fp32 the products are added up first, since rounding grows with the number of sums in a row."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # An ordinary sum would be made the product's accumulator by the compiler.
+        return tl.fma(tl.dot(a, v, input_precision=PRECISION), tl.full(acc.shape, 1.0, tl.float32), acc)
+    else:
+        return tl.dot(a, v, acc, input_precision=PRECISION)
+
+
 def operand(t: Tensor, block: tuple[int, int], tma: bool, index: Tensor | None = None, k: int = 1) -> tuple[Any, str | None]:
     """An operand for ``load_rows`` or ``load_weights``: t [E, I, J] or [I, J] in tiles of ``block``; (t, None) where pointers must do.
 

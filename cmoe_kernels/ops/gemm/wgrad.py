@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch_gemm, operand, reads_by_tma, source_rows, strides, tile_order
+from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch_gemm, multiply_add, operand, reads_by_tma, source_rows, strides, tile_order
 from cmoe_kernels.ops.gemm.tuning import Tile, tuned
 
 
@@ -49,7 +49,7 @@ def _step(
         r = start + tl.arange(0, BR)
         a = a.to(tl.float32) * tl.load(weights + r.to(tl.int64) * ss_r, mask=r < end, other=0.0)[None, :]
     c = _tile(q, qs, q_index, q_expert, start, end, rows, n0, in_n, sq_r, Q_DIV, BR, BN, Q_TMA, LAST, False)
-    return tl.dot(a.to(OPERAND), c.to(ROUND).to(OPERAND), acc, input_precision=PRECISION)
+    return multiply_add(a.to(OPERAND), c.to(ROUND).to(OPERAND), acc, PRECISION)
 
 
 @triton.jit

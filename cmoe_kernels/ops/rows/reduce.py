@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch, strides
+from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch, multiply_add, strides
 from cmoe_kernels.ops.rows.activation import activate
 
 
@@ -88,7 +88,7 @@ def column_sums_kernel(
             share = (live[None, :] & (m < height)[:, None]).to(tl.float32)
         inside = live[:, None] & (n < width)[None, :]
         value = tl.load(v + far[:, None] * sv_t + n.to(tl.int64)[None, :] * sv_n, mask=inside, other=0.0).to(tl.float32)
-        total = tl.dot(share, activate(value, ACT), total, input_precision=PRECISION)
+        total = multiply_add(share, activate(value, ACT), total, PRECISION)
     out_at = out + m.to(tl.int64)[:, None] * so_m + n.to(tl.int64)[None, :]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=(m < height)[:, None] & (n < width)[None, :])
 

@@ -23,7 +23,7 @@ def _gates(logits):
     """Softmax of log(sigmoid) along a row, fp32."""
     scores = tl.minimum(logits, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logits)))
     powers = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return powers / tl.sum(powers, 1)[:, None]
+    return tl.math.div_rn(powers, tl.sum(powers, 1)[:, None])
 
 
 @triton.jit

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from cmoe_kernels.ops.gemm.grouped_gemm import grouped_gemm
 from cmoe_kernels.ops.gemm.grouped_gemm_sum import grouped_gemm_sum, sum_partials
-from cmoe_kernels.ops.gemm.tiles import TL_DTYPES, launch, launch_gemm, load_rows, load_weights, operand, reads_by_tma, strides, tile_order
+from cmoe_kernels.ops.gemm.tiles import (
+    TL_DTYPES,
+    launch,
+    launch_gemm,
+    load_rows,
+    load_weights,
+    multiply_add,
+    operand,
+    reads_by_tma,
+    strides,
+    tile_order,
+)
 from cmoe_kernels.ops.gemm.tuning import Tile, tuned
 from cmoe_kernels.ops.gemm.wgrad import wgrad
 from cmoe_kernels.ops.groups import per_token
@@ -50,7 +61,7 @@ def task_router_fwd_kernel(
         for start in range(0, depth, BK):
             a = load_rows(x, xs, 0, tile_m * BM, start, live, depth, sx_k, BM, BK, X_TMA)
             v = load_weights(w1, ws, 0, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
-            acc = tl.dot(a, v.to(ROUND), acc, input_precision=PRECISION)
+            acc = multiply_add(a, v.to(ROUND), acc, PRECISION)
         inside = live[:, None] & columns[None, :]
         if bias is not None:
             if ids is None:

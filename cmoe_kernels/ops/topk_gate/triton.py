@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmoe_kernels.ops.rows.activation import sigmoid
+
 TILE = 1024
 
 
@@ -40,7 +42,7 @@ def _softmax(l):
     top = tl.max(l, 1)[:, None]
     powers = tl.exp(l - tl.where(top == -float("inf"), 0.0, top))
     total = tl.sum(powers, 1)[:, None]
-    return powers / tl.where(top == -float("inf"), 1.0, total)
+    return tl.math.div_rn(powers, tl.where(top == -float("inf"), 1.0, total))
 
 
 @triton.jit
@@ -51,11 +53,11 @@ def _weights(l, picked, chosen, e, E, SCORE: tl.constexpr, RENORMALIZE: tl.const
         scores = _log_sigmoid(picked) if SCORE == "sigmoid" else picked
         return _softmax(tl.where(chosen, scores, -float("inf")))
     if SCORE == "sigmoid":
-        return tl.where(chosen, tl.sigmoid(picked), 0.0)
+        return tl.where(chosen, sigmoid(picked), 0.0)
     top = tl.max(tl.where(e < E, l, -float("inf")), 1)[:, None]
     base = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(tl.where(e < E, tl.exp(l - base), 0.0), 1)[:, None]
-    return tl.where(chosen, tl.exp(picked - base) / total, 0.0)
+    return tl.where(chosen, tl.math.div_rn(tl.exp(picked - base), total), 0.0)
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def topk_gate_bwd_kernel(
     dpicked = scaled * w
     if SCORE == "sigmoid":
         # d log(sigmoid(l)) / d l = sigmoid(-l)
-        dpicked *= tl.sigmoid(-picked)
+        dpicked *= sigmoid(-picked)
     dl = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for i in range(K):
         column = tl.sum(tl.where(slot == i, index, 0), 1)[:, None]

@@ -25,7 +25,19 @@ __device__ void accumulate(Accumulator<Tile>& acc, const WarpPlace<Tile>& place,
     cp_async_commit();
     const SharedAddress stage = ring + reading * Tile::stage_bytes;
     seen(stage, step);
-    multiply<T, Tile, a_along_lanes, b_along_lanes>(acc, place, stage);
+    if constexpr (sizeof(T) == 4) {
+      // Rounding grows with the number of sums in a row: a stage's products are added up first.
+      Accumulator<Tile> part = {};
+      multiply<T, Tile, a_along_lanes, b_along_lanes>(part, place, stage);
+#pragma unroll
+      for (int i = 0; i < Tile::tiles_m; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::tiles_n; ++j)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) acc[i][j][c] += part[i][j][c];
+    } else {
+      multiply<T, Tile, a_along_lanes, b_along_lanes>(acc, place, stage);
+    }
     if (++filling == Tile::stages) filling = 0;
     if (++reading == Tile::stages) reading = 0;
   }
