@@ -107,6 +107,8 @@ def steps(device: str, library: Path | None = None) -> list[Step]:
     for name, shape, cases in zip(("connector", "CuMo's experts", "Mixtral-like experts"), shapes, WORKS, strict=True):
         todo.append(times(f"times: {name}", 1.0, ",".join(f"{case}/{shape}" for case in cases), device))
     todo.append(times("times: the ops", 0.8, ",".join(f"{case}/{'tiny/T1/' if tiny else ''}" for case in OP_CASES), device))
+    if device == "cuda":
+        todo.append(Step("kernels of a step", (sys.executable, "-m", "benchmarks.inspection.gpu_times"), 0.5))
     todo.append(times("tiles of what lost", 0.6, "", device, "--backend", "triton", arguments=lost, env={"CMOE_AUTOTUNE": "6"}))
     todo.append(pytest("CUDA graphs", 0.3, "tests/gpu", "-k", "graph"))
     sm80 = {"CMOE_CUDA_SM90": "0"}
@@ -174,13 +176,8 @@ def run(step: Step, device: str, results: Results, seconds: float) -> Results:
         for part in range(parts if step.kind == "pytest" else 1):
             command = [*step.command, *more]
             if step.kind == "pytest":
-                command += [
-                    f"--junitxml={folder / f'{part}.xml'}",
-                    "--part",
-                    f"{part + 1}/{parts}",
-                    "--seconds",
-                    f"{max(0.8 * seconds, seconds - 30):.0f}",
-                ]
+                command += [f"--junitxml={folder / f'{part}.xml'}", "--part", f"{part + 1}/{parts}"]
+                command += ["--seconds", f"{max(0.8 * seconds, seconds - 30):.0f}"]
             elif step.kind == "times":
                 document = {k: results[k] for k in ("suite", "machine", "threads", "cases")}
                 if "CMOE_AUTOTUNE" not in step.env:
@@ -206,7 +203,8 @@ def run(step: Step, device: str, results: Results, seconds: float) -> Results:
     status = "failed" if bad else "timeout" if late else "passed"
     if status == "passed" and step.kind == "pytest" and not taken.get("tests"):
         status = "skipped"
-    return {"status": status, **taken, **({"output": output[-4000:]} if status in ("failed", "timeout") else {})}
+    told = status not in ("failed", "timeout") or bool(taken.get("failures"))
+    return {"status": status, **taken, **({} if told else {"output": output[-4000:].replace(f"{ROOT}/", "")})}
 
 
 def _run(commands: list[list[str]], env: dict[str, str], seconds: float) -> tuple[str, list[int | None]]:
@@ -229,17 +227,17 @@ def _run(commands: list[list[str]], env: dict[str, str], seconds: float) -> tupl
 
 
 def _tests(folder: Path) -> Results:
-    """How many tests ran, were skipped (with each reason once) and failed (by name)."""
+    """How many tests ran, were skipped (with each reason once) and failed (by name, with what each said first)."""
     cases = [
         case for path in sorted(folder.glob("*.xml")) if path.stat().st_size for case in ElementTree.parse(path).getroot().iter("testcase")
     ]
     skips = [e for case in cases for e in case.iter("skipped")]
     reasons = sorted({_reason(e) for e in skips})
-    failed = [
-        f"{case.get('classname')}.{case.get('name')}"
+    failed = {
+        f"{case.get('classname')}.{case.get('name')}": (trouble.get("message") or "").partition("\n")[0][:200]
         for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
+        for trouble in [*case.iter("failure"), *case.iter("error")][:1]
+    }
     counts = {"tests": len(cases) - len(skips), "skipped": len(skips)}
     return counts | ({"skip_reasons": reasons} if reasons else {}) | ({"failures": failed} if failed else {})
 
@@ -300,7 +298,7 @@ def environment(device: str) -> Results:
     for package in PACKAGES:
         found[package] = _version(package)
     kernels = native.cuda_kernels()
-    found["native library"] = str(native.library) if native.library else f"absent: {native.error}"
+    found["native library"] = str(native.library).removeprefix(f"{ROOT}/") if native.library else f"absent: {native.error}"
     found["CUDA kernels"] = kernels.built or f"none: {kernels.error}"
     found["backends"] = {op: backends.serving(op, device) for op in backends.OPS}
     found["compute-sanitizer"] = device == "cuda" and compute_sanitizer()
@@ -396,9 +394,8 @@ def summary(results: Results, todo: Sequence[Step]) -> str:
         taken = done.get(step.name, {"status": "not run"})
         status = taken["status"]
         detail = f"{taken['tests']} tests, {taken['skipped']} skipped" if "tests" in taken else taken.get("library", "")
-        if status == "failed" and taken.get("failures"):
-            detail += f"; failed: {', '.join(taken['failures'][:5])}" + (" ..." if len(taken["failures"]) > 5 else "")
         lines.append(f"  {status:8} {step.name}" + (f" ({detail})" if detail else ""))
+        lines += [f"           failed: {test}: {said}" for test, said in taken.get("failures", {}).items()]
         lines += [f"           skipped: {reason}" for reason in taken.get("skip_reasons", [])]
     for key, case in results["cases"].items():
         lines.append(f"{key}\n{describe(case)}")

@@ -49,7 +49,8 @@ def status(results: Results | None) -> str:
         f"Triton and CUDA kernels: run on {found['device']} ({results['date']}, torch {found['torch']}, triton {found['triton']}): "
         f"{len(by['passed'])} steps of `make gpu-check` passed, {tests} tests"
     )
-    text += f"; **failed: {', '.join(by['failed'])}**" if by["failed"] else ""
+    wrong = sum(len(step.get("failures", {})) for step in results["steps"].values())
+    text += f"; **{wrong} tests failed, in {', '.join(by['failed'])}**" if by["failed"] else ""
     return text + (f"; ran out of time: {', '.join(by['timeout'])}." if by["timeout"] else ".")
 
 

@@ -18,6 +18,7 @@ if backends.INTERPRETED:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import gpu_check, gpu_fill
+from benchmarks.inspection import gpu_times
 
 ROOT = Path(__file__).parents[2]
 WRITES = "import json, sys; json.dump({'skip_reasons': ['made up']}, open(sys.argv[1].removeprefix('--write='), 'w'))"
@@ -288,3 +289,31 @@ def test_a_check_that_is_ended_ends_its_step(tmp_path):
     assert process.wait(20) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(step.read_text()), 0)
+
+
+def test_a_failed_test_is_kept_with_what_it_said(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_wrong():\n    assert 2 == 3, 'largest error 2 above 3'\ndef test_right():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={tmp_path / '0.xml'}", "test_it.py"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    found = gpu_check._tests(tmp_path)
+    assert found == {"tests": 2, "skipped": 0, "failures": {"test_it.test_wrong": "AssertionError: largest error 2 above 3"}}
+    results = {"environment": {"device": "d", "torch": "t", "triton": "t"}, "dry_run": False, "cases": {}}
+    results["steps"] = {"it": {"status": "failed", **found}}
+    assert "failed: test_it.test_wrong: AssertionError: largest error 2 above 3" in gpu_check.summary(results, [python("it", "")])
+
+
+def test_the_launches_of_a_step_are_read_from_the_profilers_trace():
+    def kernel(name, ts, dur):
+        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur, "args": {"grid": [4, 1, 1], "registers per thread": 168}}
+
+    def step(at, slow):
+        return [kernel("gemm", at, 10.0 * slow), {"cat": "gpu_memset", "name": "fill", "ts": at + 30.0, "dur": 2.0, "args": {}}]
+
+    events = [{"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 99.0}, *step(300.0, 3), *step(100.0, 1), *step(200.0, 2)]
+    assert gpu_times.launches({"traceEvents": events}) == {
+        "busy_us": 22.0,
+        "span_us": 32.0,
+        "kernels": [{"name": "gemm", "us": 20.0, "grid": [4, 1, 1], "registers": 168}, {"name": "fill", "us": 2.0}],
+    }
+    with pytest.raises(ValueError, match="5 launches in 3 steps"):
+        gpu_times.launches({"traceEvents": events[1:-1]})
