@@ -58,6 +58,20 @@ def test_what_each_stage_trains_by_name(chain, sample_folder):
         assert trained(model) == expected - of["vision_tower"]
 
 
+def test_the_router_trains_as_the_recipe_says(chain, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def train_router(model, batches, **asked):
+        raise Asked(asked)
+
+    monkeypatch.setattr("unimed.models.medmoe.train_router", train_router)
+    recipe = recipes.load(chain / "medmoe-2" / "recipe.yaml")
+    with pytest.raises(Asked) as stopped:
+        stages.train_domains(recipe, training.items(recipe, "train"), [], training.Run(chain / "medmoe-2"))
+    assert stopped.value.args[0] == {"steps": 40, "lr": 5e-3, "seed": recipe.train.seed}
+
+
 def test_a_learned_router_trains_and_a_dense_model_trains_its_ffns(chain, sample_folder):
     moe = "language_model.model.layers.0.mlp."
     saved, _ = load(chain / "medmoe-2" / "model")

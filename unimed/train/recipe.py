@@ -187,6 +187,7 @@ class MedMoE(Section):
     router_layers: Literal[1, 2] = 1
     router_samples: Count = 1000
     router_steps: Count = 500
+    router_lr: Amount = 1e-3
 
     @property
     def upcycling(self) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def train_domains(recipe: Recipe, items: Sequence[Item], held_out: Sequence[Item
     assert settings is not None
     model, processor = load(folder.model)
     upcycle(model.to(pick_device("auto")), part="language_model", **settings.upcycling | {"router": "frozen"})
-    asked: Any = {"steps": settings.router_steps, "seed": recipe.train.seed}
+    asked: Any = {"steps": settings.router_steps, "lr": settings.router_lr, "seed": recipe.train.seed}
     record: dict[str, Any] = {"experts": list(settings.domains), "labelled": counts, "labels": {}}
     if measured := labelled(settings, held_out, MEASURED, recipe.train.seed):
         fewer = [*(count for count in FEWER if count < len(found)), len(found)]
