@@ -86,3 +86,37 @@ def without_java(monkeypatch):
     from unimed.tasks import overlap
 
     monkeypatch.setattr(overlap, "has_coco", lambda: False)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Of `unimed serve`, whose workers load no model: tests/unimed/fake_worker.py."""
+    import fake_worker
+
+    from unimed.serve import worker
+    from unimed.serve.settings import Settings
+
+    monkeypatch.setattr(worker, "main", fake_worker.main)
+    return lambda **changes: Settings(**{"model": tmp_path, **changes})
+
+
+@pytest.fixture(scope="module")
+def session(small_run):
+    import unimed
+
+    return unimed.load(small_run)
+
+
+@pytest.fixture(scope="module")
+def slab(small_run):
+    """Five of its held-out questions."""
+    from unimed.evaluate import evaluate
+    from unimed.train import recipe as recipes
+    from unimed.train.run import items
+
+    return evaluate.spread(items(recipes.load(small_run / "recipe.yaml"), "slab"), 5)
+
+
+@pytest.fixture(scope="module")
+def picture(sample_folder):
+    return sample_folder / "images" / "ct_axial_014.jpg"
