@@ -62,8 +62,8 @@ def test_a_failed_run_is_named_and_the_rest_is_kept(tmp_path, toy):
     assert set(table["results"]) == {"plain", "broken"}
 
 
-def test_a_killed_study_goes_on_and_no_run_is_made_twice_at_a_time(tmp_path):
-    out = tmp_path / "s"
+def begun(out):
+    """A study of its own process, while its second run waits."""
     code = "import study_samples as s; from unimed.studies import run; run.STUDIES['toy'] = 'study_samples'; "
     code += f"from pathlib import Path; run.run_study(s.STUDY, Path({str(out)!r}), seeds=1, rows=['plain', 'slow'])"
     path = os.pathsep.join([study_samples.FOLDER, os.getcwd()])
@@ -72,6 +72,21 @@ def test_a_killed_study_goes_on_and_no_run_is_made_twice_at_a_time(tmp_path):
     until = time.monotonic() + 60
     while not (out / "runs" / "slow-0" / "kept" / "half").is_file() and time.monotonic() < until:
         time.sleep(0.02)
+    return first, command, path
+
+
+def test_a_study_that_is_told_to_end_ends_its_runs(tmp_path):
+    study, *_ = begun(tmp_path / "s")
+    study.terminate()
+    assert study.wait(timeout=30) == 128 + signal.SIGTERM
+    (run,) = [line.split()[1] for line in (tmp_path / "s" / "started.txt").read_text().splitlines() if line.startswith("slow-0")]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(run), 0)
+
+
+def test_a_killed_study_goes_on_and_no_run_is_made_twice_at_a_time(tmp_path):
+    out = tmp_path / "s"
+    first, command, path = begun(out)
     first.send_signal(signal.SIGKILL)  # its run stays, as an orphan, and holds the lock
     first.wait()
     again = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})

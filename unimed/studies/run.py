@@ -16,9 +16,11 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +141,8 @@ def _make(study: Study, wanted: Sequence[Job], most: int, progress: Progress) ->
     done = len(wanted) - len(waiting)
     running: dict[subprocess.Popen, Job] = {}
     failed: list[str] = []
+    here = threading.current_thread() is threading.main_thread()  # the only one that may say what a signal does
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)) if here else None
     try:
         while (waiting and not failed) or running:
             while waiting and not failed and len(running) < most:
@@ -159,6 +163,8 @@ def _make(study: Study, wanted: Sequence[Job], most: int, progress: Progress) ->
             process.terminate()
         for process in running:
             process.wait()
+        if here:
+            signal.signal(signal.SIGTERM, before)
     progress(done, len(wanted), "")
     if failed:
         raise UserError(f"{len(failed)} of the runs failed: {failed[0]}; finished runs are kept, the same command goes on")
