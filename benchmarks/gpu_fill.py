@@ -50,7 +50,8 @@ def status(results: Results | None) -> str:
         f"{len(by['passed'])} steps of `make gpu-check` passed, {tests} tests"
     )
     wrong = sum(len(step.get("failures", {})) for step in results["steps"].values())
-    text += f"; **{wrong} tests failed, in {', '.join(by['failed'])}**" if by["failed"] else ""
+    tests_of = f" ({wrong} tests)" if wrong else ""
+    text += f"; **failed: {', '.join(by['failed'])}{tests_of}**" if by["failed"] else ""
     return text + (f"; ran out of time: {', '.join(by['timeout'])}." if by["timeout"] else ".")
 
 

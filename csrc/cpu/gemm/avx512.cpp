@@ -4,6 +4,7 @@
 
 namespace cmoe::cpu {
 
-const Isa isa_avx512 = {"avx512", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_avx512, &w8, &w8_wide, nullptr};
+const Isa isa_avx512 = {"avx512",         &f32, nullptr,  &f32_small_m, &widened_small_m, &row_functions, convert,
+                        transpose_avx512, &w8,  &w8_wide, nullptr};
 
 }  // namespace cmoe::cpu

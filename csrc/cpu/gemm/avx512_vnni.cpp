@@ -11,7 +11,7 @@ constexpr Microkernel i8 = vnni_microkernel<12>;
 
 namespace cmoe::cpu {
 
-const Isa isa_avx512_vnni = {"avx512_vnni",    &f32, nullptr,  &f32_small_m, nullptr, &row_functions, convert,
+const Isa isa_avx512_vnni = {"avx512_vnni",    &f32, nullptr,  &f32_small_m, &widened_small_m, &row_functions, convert,
                              transpose_avx512, &w8,  &w8_wide, &i8};
 
 }  // namespace cmoe::cpu

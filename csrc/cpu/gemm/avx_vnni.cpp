@@ -11,6 +11,7 @@ constexpr Microkernel i8 = vnni_microkernel<5>;  // 10 registers of sums, 2 of w
 
 namespace cmoe::cpu {
 
-const Isa isa_avx_vnni = {"avx_vnni", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_plain, &w8, &w8_wide, &i8};
+const Isa isa_avx_vnni = {"avx_vnni",      &f32, nullptr,  &f32_small_m, &widened_small_m, &row_functions, convert,
+                          transpose_plain, &w8,  &w8_wide, &i8};
 
 }  // namespace cmoe::cpu

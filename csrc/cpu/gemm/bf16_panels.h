@@ -77,21 +77,7 @@ struct PairsOfBf16 {
   static __m512i load(const void* p) { return _mm512_loadu_si512(p); }
   static void add_product(vfloat& sum, __m512i a, __m512i b) { sum = (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 };
-constexpr Microkernel bf16_small_m = {Type::bf16,
-                                      small_m_width,
-                                      small_m_width,
-                                      32,
-                                      512,
-                                      Side::a,
-                                      {true, true},
-                                      true,
-                                      true,
-                                      {pack_rows_small_m<2, 32>, pack_rows_small_m<2, 32>},
-                                      {nullptr, nullptr},
-                                      nullptr,
-                                      nullptr,
-                                      {multiply_small_m<PairsOfBf16>, multiply_small_m<PairsOfBf16>},
-                                      nullptr};
+constexpr Microkernel bf16_small_m = small_m_of<PairsOfBf16>(Type::bf16);
 
 constexpr Microkernel bf16_pairs = {Type::bf16,
                                     mr,

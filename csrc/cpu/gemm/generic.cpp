@@ -79,7 +79,8 @@ static void store_block_double(Type, const double* from, int64_t from_ld, char* 
 
 namespace cmoe::cpu {
 
-const Isa isa_generic = {"generic", &f32, nullptr, &f32_small_m, nullptr, &row_functions, convert, transpose_plain, &w8, &w8_wide, nullptr};
+const Isa isa_generic = {"generic",       &f32, nullptr,  &f32_small_m, &widened_small_m, &row_functions, convert,
+                         transpose_plain, &w8,  &w8_wide, nullptr};
 const Microkernel microkernel_f64 = plain_microkernel<double, 4, 2>(Type::f64, 256);
 const RowFunctions<double> row_functions_f64 = {load_double, store_double,      round_double, activate_double, activate_backward_double,
                                                 add_double,  multiply_double,   scale_double, axpy_double,     dot_double,

@@ -130,26 +130,37 @@ static void multiply_small_m(const void* a, int64_t a_stride, const void* b, voi
   products(static_cast<const char*>(a), a_stride, static_cast<const char*>(b), static_cast<float*>(block), k, add);
 }
 
+template <class Values>
+constexpr Microkernel small_m_of(Type panel) {
+  return {panel,
+          small_m_width,
+          small_m_width,
+          Values::step,
+          512,
+          Side::a,
+          {true, true},
+          true,
+          true,
+          {pack_rows_small_m<Values::size, Values::step>, pack_rows_small_m<Values::size, Values::step>},
+          {nullptr, nullptr},
+          nullptr,
+          nullptr,
+          {multiply_small_m<Values>, multiply_small_m<Values>},
+          nullptr};
+}
+
 struct ValuesOfF32 {
   static constexpr int step = width, size = 4;
   static vfloat load(const void* p) { return ::load<vfloat>(p); }
   static void add_product(vfloat& sum, vfloat a, vfloat b) { sum = multiply_add(a, b, sum); }
 };
-[[maybe_unused]] constexpr Microkernel f32_small_m = {Type::f32,
-                                                      small_m_width,
-                                                      small_m_width,
-                                                      width,
-                                                      512,
-                                                      Side::a,
-                                                      {true, true},
-                                                      true,
-                                                      true,
-                                                      {pack_rows_small_m<4, width>, pack_rows_small_m<4, width>},
-                                                      {nullptr, nullptr},
-                                                      nullptr,
-                                                      nullptr,
-                                                      {multiply_small_m<ValuesOfF32>, multiply_small_m<ValuesOfF32>},
-                                                      nullptr};
+// Read where they are and widened on the way: the same sums as of fp32 copies.
+struct ValuesOfBf16 : ValuesOfF32 {
+  static constexpr int size = 2;
+  static vfloat load(const void* p) { return from_bf16(::load<vhalf>(p)); }
+};
+[[maybe_unused]] constexpr Microkernel f32_small_m = small_m_of<ValuesOfF32>(Type::f32);
+[[maybe_unused]] constexpr Microkernel widened_small_m = small_m_of<ValuesOfBf16>(Type::bf16);
 
 [[maybe_unused]] static void transpose_plain(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns) {
   for (int r = 0; r < rows; ++r)
