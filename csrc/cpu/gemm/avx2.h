@@ -1,4 +1,5 @@
-// What the tiers of 256-bit vectors share: AVX2 with FMA and F16C. Everything runs as fp32, half precision is converted while it is packed.
+// What the tiers of 256-bit vectors share: AVX2 with FMA and F16C. Everything runs as fp32: half
+// precision is converted while it is packed, and bf16 weights of few tokens are widened as they are read.
 #pragma once
 
 #include "panels.h"

@@ -1,4 +1,4 @@
-// AVX-512 without bf16 instructions: bf16 runs as fp32, converted while it is packed.
+// AVX-512 without bf16 instructions: bf16 runs as fp32, converted while it is packed, or at few tokens as it is read.
 
 #include "avx512.h"
 
