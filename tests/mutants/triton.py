@@ -75,8 +75,8 @@ MUTANTS = [
     topk_gate("index", "chosen = (index >= 0) & (index < E)", "chosen = index < E", f"{_gates}a_bad_index_reads_and_receives_nothing"),
     topk_gate(
         "empty row",
-        'powers / tl.where(top == -float("inf"), 1.0, total)',
-        "powers / total",
+        'div_rn(powers, tl.where(top == -float("inf"), 1.0, total))',
+        "div_rn(powers, total)",
         f"{_edges}topk_ties_exclusion_and_saturation",
     ),
     balance_loss("mask", "live = live & (tl.load(mask + row, live, other=0) != 0)", "live = live & (row >= 0)"),

@@ -62,10 +62,12 @@ def grouped_gemm_fwd_kernel(
         for start in range(0, tl.where(known, depth, 0), BK):
             a = load_rows(x, xs, 0, first, start, served, depth, sx_k, BM, BK, X_TMA).to(OPERAND)
             v = load_weights(w, ws, expert, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
-            acc = multiply_add(a, v.to(ROUND).to(OPERAND), acc, PRECISION)
-            if GATED:
+            if GATED:  # two sums leave no registers for a third
+                acc = tl.dot(a, v.to(ROUND).to(OPERAND), acc, input_precision=PRECISION)
                 v = load_weights(w, ws_up, expert, width + tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
-                up = multiply_add(a, v.to(ROUND).to(OPERAND), up, PRECISION)
+                up = tl.dot(a, v.to(ROUND).to(OPERAND), up, input_precision=PRECISION)
+            else:
+                acc = multiply_add(a, v.to(ROUND).to(OPERAND), acc, PRECISION)
 
         if routing_weights is not None:
             s = tl.load(routing_weights + r.to(tl.int64) * ss_r + wide_e * ss_e, mask=served, other=0.0)

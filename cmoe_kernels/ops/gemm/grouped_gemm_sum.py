@@ -16,7 +16,6 @@ from cmoe_kernels.ops.gemm.tiles import (
     launch_gemm,
     load_rows,
     load_weights,
-    multiply_add,
     operand,
     reads_by_tma,
     strides,
@@ -69,7 +68,7 @@ def grouped_gemm_sum_fwd_kernel(
             if WEIGH_X:
                 a = a.to(tl.float32) * tl.load(gates + r * sg_r + far * sg_e, mask=live, other=0.0)[:, None]
             v = load_weights(w, ws, e, tile_n * BN, start, columns, depth, sw_k, BN, BK, W_TMA)
-            acc = multiply_add(a.to(OPERAND), v.to(ROUND).to(OPERAND), acc, PRECISION)
+            acc = tl.dot(a.to(OPERAND), v.to(ROUND).to(OPERAND), acc, input_precision=PRECISION)
         inside = live[:, None] & columns[None, :]
         if partials is not None:
             tl.store(partials + (tl.cast(part, tl.int64) * rows + r)[:, None] * width + n[None, :], acc, mask=inside)

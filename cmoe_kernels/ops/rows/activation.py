@@ -5,21 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(x):
-    """tl.sigmoid divides approximately, in fp32 two units in the last place off."""
-    return tl.math.div_rn(1.0, 1.0 + tl.exp(-x))
-
-
-@triton.jit
 def activate(u, ACT: tl.constexpr):
     """act(u); the identity without an activation."""
     if ACT == "gelu":
         return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         # 0.5 * (1 + tanh(z)) = sigmoid(2 z)
-        return u * sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        return u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
     elif ACT == "silu":
-        return u * sigmoid(u)
+        return u * tl.sigmoid(u)
     elif ACT == "relu":
         return tl.where(u <= 0.0, 0.0, u)
     elif ACT == "relu2":
@@ -34,10 +28,10 @@ def derivative(u, ACT: tl.constexpr):
     if ACT == "gelu":
         return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + 0.3989422804014327 * u * tl.exp(-0.5 * u * u)
     elif ACT == "gelu_tanh":
-        s = sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        s = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
         return s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
     elif ACT == "silu":
-        s = sigmoid(u)
+        s = tl.sigmoid(u)
         return s * (1.0 + u * (1.0 - s))
     elif ACT == "relu":
         return tl.where(u <= 0.0, 0.0, 1.0)

@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmoe_kernels.ops.rows.activation import sigmoid
-
 TILE = 1024
 
 
@@ -29,6 +27,12 @@ def _ranking_key(v, INTEGER: tl.constexpr, LOWEST: tl.constexpr):
     bits = (v + 0.0).to(INTEGER, bitcast=True)
     key = tl.where(bits < 0, bits ^ ~tl.full((), LOWEST, INTEGER), bits)
     return tl.where(v != v, ~tl.full((), LOWEST, INTEGER), key)
+
+
+@triton.jit
+def _sigmoid(x):
+    """tl.sigmoid divides approximately, in fp32 two units in the last place off."""
+    return tl.math.div_rn(1.0, 1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -53,7 +57,7 @@ def _weights(l, picked, chosen, e, E, SCORE: tl.constexpr, RENORMALIZE: tl.const
         scores = _log_sigmoid(picked) if SCORE == "sigmoid" else picked
         return _softmax(tl.where(chosen, scores, -float("inf")))
     if SCORE == "sigmoid":
-        return tl.where(chosen, sigmoid(picked), 0.0)
+        return tl.where(chosen, _sigmoid(picked), 0.0)
     top = tl.max(tl.where(e < E, l, -float("inf")), 1)[:, None]
     base = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(tl.where(e < E, tl.exp(l - base), 0.0), 1)[:, None]
@@ -120,7 +124,7 @@ def topk_gate_bwd_kernel(
     dpicked = scaled * w
     if SCORE == "sigmoid":
         # d log(sigmoid(l)) / d l = sigmoid(-l)
-        dpicked *= sigmoid(-picked)
+        dpicked *= _sigmoid(-picked)
     dl = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for i in range(K):
         column = tl.sum(tl.where(slot == i, index, 0), 1)[:, None]
