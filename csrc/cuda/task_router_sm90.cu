@@ -12,9 +12,6 @@ bool router_product_sm90(const char* operation, const RouterProduct& p, Stream s
   return run_rows_sm90<RouterEpilogue>(operation, p.type, arguments(p), p, stream);
 }
 
-int64_t router_partials_sm90(const RouterProduct& p) {
-  constexpr int64_t part = columns_at_once<RouterEpilogue<bf16>>;
-  return runs_sm90() && Mapped(p.type, arguments(p)).can ? (p.width + part - 1) / part : 0;
-}
+int64_t router_partials_sm90(const RouterProduct& p) { return partials_sm90<RouterEpilogue>(p.type, arguments(p)); }
 
 }  // namespace cmoe::cuda

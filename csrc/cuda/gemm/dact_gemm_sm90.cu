@@ -15,9 +15,6 @@ bool dact_gemm_sm90(const char* operation, const DactGemm& p, Stream stream) {
   return run_rows_sm90<DactEpilogue>(operation, p.type, arguments(p), p, stream);
 }
 
-int64_t dact_partials_sm90(const DactGemm& p) {
-  constexpr int64_t part = columns_at_once<DactEpilogue<bf16>>;
-  return runs_sm90() && Mapped(p.type, arguments(p)).can ? (p.width + part - 1) / part : 0;
-}
+int64_t dact_partials_sm90(const DactGemm& p) { return partials_sm90<DactEpilogue>(p.type, arguments(p)); }
 
 }  // namespace cmoe::cuda

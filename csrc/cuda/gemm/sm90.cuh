@@ -311,6 +311,13 @@ void run_rows_sm90_in(const char* operation, const Mapped& from, const RowArgume
                : launch_rows_sm90<T, OwnTile, Major::k>(operation, from, p, epilogue, stream);
 }
 
+// Partials per row of an epilogue that leaves one for each part of the columns; 0 where these products do not serve.
+template <template <class> class Epilogue>
+int64_t partials_sm90(Type type, const RowArguments& p) {
+  constexpr int64_t part = columns_at_once<Epilogue<bf16>>;
+  return runs_sm90() && Mapped(type, p).can ? (p.width + part - 1) / part : 0;
+}
+
 template <template <class> class Epilogue, class Description>
 bool run_rows_sm90(const char* operation, Type type, const RowArguments& p, const Description& description, Stream stream) {
   if (!runs_sm90()) return false;
