@@ -120,6 +120,7 @@ PYBIND11_MODULE(internals, m) {
       .def("padded", &Kernel::padded)
       .def("pack", &Kernel::pack)
       .def("multiply", &Kernel::multiply)
+      .def_property_readonly("element", &Kernel::element)
       .def_property_readonly("k_step", [](const Kernel& k) { return k.gemm->k_step; })
       .def_property_readonly("row_major", [](const Kernel& k) { return std::vector<bool>{k.gemm->row_major[0], k.gemm->row_major[1]}; });
   m.def("convert", &convert);

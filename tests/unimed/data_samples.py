@@ -1,8 +1,10 @@
 """Very small data sets in the layouts that the loaders read."""
 
+import copy
 import json
 
 import numpy as np
+from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -147,3 +149,24 @@ LAYOUTS = {
     "slake": slake, "published slake": published_slake, "sa-med2d": sa_med2d, "path-vqa": path_vqa, "mimic-cxr": reports, "medpix": medpix,
     "medqa": medqa, "pubmedqa": pubmedqa, "medmnist": medmnist, "vqa-rad": vqa_rad,
 }  # fmt: skip
+
+
+def mutated(value, draw, junk):
+    """A copy of a JSON value with one place deleted, or replaced by what ``junk`` draws."""
+    places = []
+
+    def walk(node):
+        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+            places.append((node, key))
+            walk(node[key])
+
+    value = copy.deepcopy(value)
+    walk(value)
+    if not places:
+        return draw(junk)
+    node, key = draw(st.sampled_from(places))
+    if draw(st.integers(0, 4)) == 0:
+        del node[key]
+    else:
+        node[key] = draw(junk)
+    return value

@@ -1,6 +1,5 @@
 """Bad records are left out, counted and named; nothing is lost without a count."""
 
-import copy
 import hashlib
 import json
 import re
@@ -313,27 +312,6 @@ JUNK = st.one_of(
 )  # fmt: skip
 
 
-def _mutated(value, draw):
-    """A copy of a JSON value with one place deleted or replaced."""
-    places = []
-
-    def walk(node):
-        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
-            places.append((node, key))
-            walk(node[key])
-
-    value = copy.deepcopy(value)
-    walk(value)
-    if not places:
-        return draw(JUNK)
-    node, key = draw(st.sampled_from(places))
-    if draw(st.integers(0, 4)) == 0:
-        del node[key]
-    else:
-        node[key] = draw(JUNK)
-    return value
-
-
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_mutated_data_ends_in_a_count_or_in_one_line(data):
@@ -343,9 +321,9 @@ def test_mutated_data_ends_in_a_count_or_in_one_line(data):
         root = data_samples.LAYOUTS[name](Path(folder))
         path = data.draw(st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file())))
         if path.suffix == ".json" and data.draw(st.booleans()):
-            path.write_text(json.dumps(_mutated(json.loads(path.read_text()), data.draw)))
+            path.write_text(json.dumps(data_samples.mutated(json.loads(path.read_text()), data.draw, JUNK)))
         elif path.suffix == ".jsonl" and data.draw(st.booleans()):
-            rows = [_mutated(json.loads(line), data.draw) for line in path.read_text().splitlines()]
+            rows = [data_samples.mutated(json.loads(line), data.draw, JUNK) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
             whole = path.read_bytes()

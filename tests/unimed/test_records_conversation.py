@@ -5,6 +5,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import data_samples
 import pytest
 from dicom_samples import attempt
 from hypothesis import HealthCheck, given, settings
@@ -224,25 +225,6 @@ SAID = [{"role": "user", "content": "<image>Which plane?"}, {"role": "assistant"
 ROWS = {"llava": LLAVA, "messages": {"messages": SAID, "images": ["a.png"]}, "swift": SWIFT}
 
 
-def _mutated(value, draw):
-    """A JSON value with one place replaced or deleted."""
-    places = []
-
-    def walk(node):
-        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
-            places.append((node, key))
-            walk(node[key])
-
-    value = json.loads(json.dumps(value))
-    walk(value)
-    node, key = draw(st.sampled_from(places))
-    if draw(st.integers(0, 4)) == 0:
-        del node[key]
-    else:
-        node[key] = draw(JUNK)
-    return value
-
-
 def _flipped(data, seed):
     """Bytes with up to three bits flipped, cut off at times."""
     rng = random.Random(seed)
@@ -259,7 +241,7 @@ def test_mutated_records_end_in_a_count_or_in_one_line(data):
         root = Path(folder)
         picture(root / "a.png")
         (root / "dataset.json").write_text(json.dumps(INFO.model_dump()))
-        text = (json.dumps(_mutated(ONE, data.draw)) + "\n" + json.dumps(ONE) + "\n").encode()
+        text = (json.dumps(data_samples.mutated(ONE, data.draw, JUNK)) + "\n" + json.dumps(ONE) + "\n").encode()
         if data.draw(st.booleans()):
             text = _flipped((json.dumps(ONE) + "\n").encode() * 2, data.draw(st.integers(0, 10**6)))
         (root / "records-00000.jsonl").write_bytes(text)
@@ -282,7 +264,7 @@ def test_mutated_rows_end_in_a_count_or_in_one_line(form, data):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         picture(root / "imgs" / "a.png")
-        lines = (json.dumps(_mutated(ROWS[form], data.draw)) + "\n").encode()
+        lines = (json.dumps(data_samples.mutated(ROWS[form], data.draw, JUNK)) + "\n").encode()
         if data.draw(st.booleans()):
             lines = _flipped((json.dumps(ROWS[form]) + "\n").encode(), data.draw(st.integers(0, 10**6)))
         good = data.draw(st.booleans())
