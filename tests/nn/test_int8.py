@@ -78,7 +78,7 @@ def test_the_order_of_kernels_and_back(layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activations", ["as_here", "int8"])
 def test_values(form, task, dtype, activations, monkeypatch):
-    """Those of a connector whose parameters are the int8 numbers, within what int8 activations cost: here, and on a processor that has them."""
+    """Those of a connector whose parameters are the int8 numbers, within what int8 activations cost, here and where they are used."""
     plain, made = connector(torch.float32, **form), quantised(torch.float32, **form)
     exact = activations == "as_here" and int8.float_rows(cmoe.backends.choose("int8_experts", "cpu")) == int8.MANY
     if activations == "int8":  # by the twin

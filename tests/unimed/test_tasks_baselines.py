@@ -1,5 +1,7 @@
+import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from unimed.datasets import load_items
@@ -46,6 +48,27 @@ def test_mean_box_in_shares_of_each_image():
     )
     assert fitted.predict(item("refer", "", "refer/liver")) == "{<15><10><40><35>}"
     assert fitted.predict(item("refer", "", "refer/colon")) == "{<10><6><60><56>}"
+
+
+def test_no_item_is_kept():
+    seen = []
+
+    def items():
+        for number in range(20):
+            image = np.zeros((2, 2, 3), np.uint8)
+            seen.append(weakref.ref(image))
+            box = (0, 0, 1, 1)
+            for task, answer in (("vqa", "CT"), ("calculation", f"{number}"), ("refer", "")):
+                yield Item("e", task, "d", "?", answer, image, (2, 2), box, task)
+            del image
+            assert sum(one() is not None for one in seen) <= 2
+
+    assert MajorityAnswers.fit(items()).predict(item("calculation", "", "")) == "9"
+
+
+def test_a_box_is_needed():
+    with pytest.raises(UserError, match="e: a refer item needs a box and the image's size"):
+        MajorityAnswers.fit([item("refer", "", "refer/liver")])
 
 
 def test_it_does_not_look(sample_folder):

@@ -13,7 +13,7 @@ from unimed.evaluate.run import answer_table, odd_answers
 from unimed.inference.session import Generated
 from unimed.report import gallery, page, plots
 from unimed.tasks import Task, answers, metrics, prompts, reading
-from unimed.tasks.baselines import MajorityAnswers, most_frequent
+from unimed.tasks.baselines import MajorityAnswers, MostFrequent
 from unimed.tasks.item import Item
 from unimed.train import recipe as recipes
 
@@ -32,7 +32,7 @@ COUNT = Task(
     kinds=(reading.EMPTY, reading.OFF_LIST),
     score=score,
     is_right=answers.is_it,
-    majority=most_frequent,
+    majority=MostFrequent,
     headline="share",
     strict="share",
     nature=("equal", "the same"),

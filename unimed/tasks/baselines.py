@@ -1,14 +1,14 @@
 """The majority answer: what the training set says most often for a question of this kind."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
 from unimed.errors import UserError
 from unimed.records.box import to_text
 from unimed.tasks.item import Item
-from unimed.tasks.task import TASKS, task_of
+from unimed.tasks.task import Majority, task_of
 
 
 class MajorityAnswers:
@@ -25,14 +25,15 @@ class MajorityAnswers:
 
     @classmethod
     def fit(cls, train_items: Iterable[Item]) -> "MajorityAnswers":
-        """Counts answers and averages boxes (0 to 100, each axis by its own image)."""
-        by_template: dict[tuple[str, str], list[Item]] = defaultdict(list)
-        by_task: dict[str, list[Item]] = defaultdict(list)
+        """Counts answers and averages boxes (0 to 100, each axis by its own image). No item is kept."""
+        by_template: dict[tuple[str, str], Majority] = {}
+        by_task: dict[str, Majority] = {}
         for item in train_items:
-            by_template[item.task, item.template].append(item)
-            by_task[task_of(item).tag].append(item)
-        answers = {template: TASKS[task].majority(found) for (task, template), found in by_template.items()}
-        return cls(answers, {task: TASKS[task].majority(found) for task, found in by_task.items()})
+            new = task_of(item).majority
+            by_template.setdefault((item.task, item.template), new()).add(item)
+            by_task.setdefault(item.task, new()).add(item)
+        answers = {template: found.answer() for (_, template), found in by_template.items()}
+        return cls(answers, {task: found.answer() for task, found in by_task.items()})
 
     def predict(self, item: Item) -> str:
         """The answer for an item, from its template alone."""
@@ -42,15 +43,34 @@ class MajorityAnswers:
         return answer
 
 
-def most_frequent(items: Sequence[Item]) -> str:
+class MostFrequent:
     """The answer that most items have; of several, the first."""
-    return Counter(item.answer for item in items).most_common(1)[0][0]
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, item: Item) -> None:
+        self._counts[item.answer] += 1
+
+    def answer(self) -> str:
+        return self._counts.most_common(1)[0][0]
 
 
-def mean_box(items: Sequence[Item]) -> str:
+class MeanBox:
     """The mean box, as text."""
-    scaled = [np.asarray(item.box) * 100 / np.asarray(item.size * 2) for item in items if item.box is not None and item.size is not None]
-    if not scaled:
-        raise UserError(f"{items[0].id}: a {items[0].task} item needs a box and the image's size")
-    x1, y1, x2, y2 = np.mean(scaled, axis=0)
-    return to_text((x1, y1, x2, y2), (100, 100))
+
+    def __init__(self) -> None:
+        self._sum, self._count = np.zeros(4), 0
+        self._last = ""
+
+    def add(self, item: Item) -> None:
+        self._last = f"{item.id}: a {item.task} item"
+        if item.box is not None and item.size is not None:
+            self._sum += np.asarray(item.box) * 100 / np.asarray(item.size * 2)
+            self._count += 1
+
+    def answer(self) -> str:
+        if not self._count:
+            raise UserError(f"{self._last} needs a box and the image's size")
+        x1, y1, x2, y2 = self._sum / self._count
+        return to_text((x1, y1, x2, y2), (100, 100))

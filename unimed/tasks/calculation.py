@@ -103,10 +103,19 @@ def score(predictions: Sequence[str], items: Sequence[Item], coco: bool | None) 
     return {"within_10": mean([float(is_right(item, text)) for item, text in pairs]), "error": mean(errors)}
 
 
-def median(items: Sequence[Item]) -> str:
+class Median:
     """The answer in the middle; of two, the lower."""
-    by_value = {value(item.answer) or 0.0: item.answer for item in items}
-    return by_value[median_low([value(item.answer) or 0.0 for item in items])]
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self._texts: dict[float, str] = {}
+
+    def add(self, item: Item) -> None:
+        self._values.append(value(item.answer) or 0.0)
+        self._texts[self._values[-1]] = item.answer
+
+    def answer(self) -> str:
+        return self._texts[median_low(self._values)]
 
 
 TASK = Task(
@@ -118,7 +127,7 @@ TASK = Task(
     kinds=(reading.EMPTY, reading.UNPARSABLE, reading.CHATTY),
     score=score,
     is_right=is_right,
-    majority=median,
+    majority=Median,
     headline="within_10",
     strict="within_10",
     nature=("one number, within a tenth of the true one; not in the release", "the same"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from unimed.tasks import answers, overlap, reading
 from unimed.tasks.asked import Asked
-from unimed.tasks.baselines import most_frequent
+from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
@@ -49,7 +49,7 @@ TASK = Task(
     kinds=(reading.EMPTY,),
     score=score,
     is_right=answers.is_it,
-    majority=most_frequent,
+    majority=MostFrequent,
     headline="rougeL",
     strict="rougeL_strict",
     nature=("longest common word sequence, without articles; an empty answer is 0", "with every word"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from unimed.tasks import answers, reading
 from unimed.tasks.asked import Asked, Unused
-from unimed.tasks.baselines import most_frequent
+from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.cls import NOTHING, class_question, joint, listed
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import standard
@@ -55,7 +55,7 @@ TASK = Task(
     kinds=(reading.EMPTY, reading.OFF_LIST, reading.CHATTY),
     score=score,
     is_right=answers.is_it,
-    majority=most_frequent,
+    majority=MostFrequent,
     headline="f1",
     strict="f1",
     nature=("share of findings in common, as a set; not in the release", "the same"),

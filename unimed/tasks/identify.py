@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from unimed.records import box as boxes
 from unimed.tasks import answers, reading
 from unimed.tasks.asked import Asked
-from unimed.tasks.baselines import most_frequent
+from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
@@ -35,7 +35,7 @@ TASK = Task(
     kinds=(reading.EMPTY, reading.CHATTY),
     score=score,
     is_right=answers.is_it,
-    majority=most_frequent,
+    majority=MostFrequent,
     headline="accuracy",
     strict="accuracy_strict",
     nature=("equal without case, articles and punctuation", "equal without case and punctuation"),

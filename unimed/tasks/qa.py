@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from unimed.tasks import answers
 from unimed.tasks.asked import Asked
-from unimed.tasks.baselines import most_frequent
+from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import standard
 from unimed.tasks.normalise import strict
@@ -39,7 +39,7 @@ TASK = Task(
     kinds=answers.LISTED,
     score=score,
     is_right=answers.is_it,
-    majority=most_frequent,
+    majority=MostFrequent,
     headline="accuracy",
     strict="accuracy",
     nature=("equal without case and punctuation; not scored by the release", "the same"),

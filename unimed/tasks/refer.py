@@ -6,7 +6,7 @@ from unimed.errors import UserError
 from unimed.records import box as boxes
 from unimed.tasks import answers, reading
 from unimed.tasks.asked import Asked
-from unimed.tasks.baselines import mean_box
+from unimed.tasks.baselines import MeanBox
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.task import Task
@@ -51,7 +51,7 @@ TASK = Task(
     kinds=(reading.EMPTY, reading.UNPARSABLE, reading.INVERTED, reading.CHATTY),
     score=score,
     is_right=is_right,
-    majority=mean_box,
+    majority=MeanBox,
     headline="miou",
     strict="miou_strict",
     nature=("the answer must begin with the box; sides are one pixel longer", "usual IoU, the box may stand anywhere"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from unimed.errors import UserError
 from unimed.records.policy import BadRecord
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from unimed.tasks.reading import Reading
 
 TASKS: dict[str, Task] = {}
+
+
+class Majority(Protocol):
+    """The answer that fits most of the items that it was given, one after the other."""
+
+    def add(self, item: Item) -> None: ...
+
+    def answer(self) -> str: ...
 
 
 def no_list(item: Item) -> Sequence[str]:
@@ -34,8 +42,8 @@ class Task:
     wordings: the training pool by the layout of the data, "" for any other; {} is the question. The first one is the evaluation form.
     read: what a text says that is not empty. listed: the answers to choose from, as far as the item tells. kinds: the kinds of
     `reading.Reading` that its answers can have. score: every metric, released and `_strict` names; coco as in `metrics.score`. is_right:
-    whether one answer is right, strictly. majority: the answer that fits most of these items. headline: the metric of the table, strict:
-    the one beside it, nature: what a reader must know of either.
+    whether one answer is right, strictly. majority: makes the counter of answers for that baseline. headline: the metric of the table,
+    strict: the one beside it, nature: what a reader must know of either.
     makes: by kind of annotation, the item that an annotation becomes; named: the kinds of which that holds only where they name the task.
     box: the field of an item that holds the text of its box. asks: what a caller must give as the question; "classes" is the question
     that lists them. shown: the question as the report words it; graded: the report shows the score of one answer.
@@ -48,7 +56,7 @@ class Task:
     kinds: tuple[str, ...]
     score: Callable[[Sequence[str], Sequence[Item], bool | None], dict[str, float]]
     is_right: Callable[[Item, str], bool]
-    majority: Callable[[Sequence[Item]], str]
+    majority: Callable[[], Majority]
     headline: str
     strict: str
     nature: tuple[str, str]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from unimed.tasks import answers
 from unimed.tasks.asked import Asked
-from unimed.tasks.baselines import most_frequent
+from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
 from unimed.tasks.normalise import strict
@@ -36,7 +36,7 @@ TASK = Task(
     kinds=answers.LISTED,
     score=score,
     is_right=answers.is_it,
-    majority=most_frequent,
+    majority=MostFrequent,
     headline="f1",
     strict="f1_strict",
     nature=("words in common; repeats count, so “yes yes yes” has all of “yes”", "each word counts once"),
