@@ -42,7 +42,7 @@ void multiply_wide(const void* a, int64_t a_stride, const void* b, void* block, 
 template <bool i8>
 void multiply_int8(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
   (i8 ? SOUND.i8 : SOUND.w8)->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
-  if (is(i8 ? "wrong int8" : "wrong int8 weights")) static_cast<char*>(block)[i8 ? 0 : 2] ^= 64;
+  if (is(i8 ? "wrong int8" : "wrong int8 weights")) static_cast<std::conditional_t<i8, int32_t, float>*>(block)[0] += 1;
 }
 
 void activate(Activation f, const float* u, float* h, int64_t n) {
