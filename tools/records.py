@@ -42,7 +42,7 @@ def _sass() -> str:
     if reason := sass.missing():
         raise Unknown(reason)
     committed = json.loads(sass.TABLE.read_text())
-    from tests.native.variants import build_script
+    from tests.builds import build_script
 
     built = build_script().cuda_toolkit().built
     if committed["built"] != built:

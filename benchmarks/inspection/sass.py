@@ -65,7 +65,7 @@ def cuobjdump() -> str | None:
 
 def missing() -> str | None:
     """Why there is nothing to read here."""
-    from tests.native.variants import build_script
+    from tests.builds import build_script
 
     script = build_script()
     return script.missing() or script.cuda_toolkit().missing or (None if cuobjdump() else "there is no cuobjdump (CUDA toolkit, or triton)")
@@ -122,7 +122,7 @@ def _run(*command: Any, stdin: str | None = None) -> str:
 
 def table(only: Sequence[str] = ()) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """{source: {kernel: {architecture: its figures}}}"""
-    from tests.native.variants import cuda_objects
+    from tests.builds import cuda_objects
 
     objects = cuda_objects()
     return {source: kernels(path) for source, path in sorted(objects.items()) if not only or any(word in source for word in only)}
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := missing():
         print(f"sass: {reason}", file=sys.stderr)
         return 2
-    from tests.native.variants import build_script
+    from tests.builds import build_script
 
     found = table([word for word in options.only.split(",") if word])
     built = build_script().cuda_toolkit().built

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 
 from cmoe_kernels import backends
-from tests.emulation.programs import EMULATED, SANITIZERS
-from tests.native.variants import ROOT, alone_in, build_script, need_compiler
+from tests.builds import EMULATED, ROOT, SANITIZERS, alone_in, build_script, need_compiler
 
 WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
 # One of SANITIZERS; its runtime must have been loaded before Python.

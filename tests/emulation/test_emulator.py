@@ -4,8 +4,7 @@ import platform
 
 import pytest
 
-from tests.emulation.programs import compile_emulated, run_emulated
-from tests.native.variants import runtime_of
+from tests.builds import compile_emulated, run_emulated, runtime_of
 
 pytestmark = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the emulator switches stacks on x86-64 Linux"

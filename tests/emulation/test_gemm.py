@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from tests.emulation.programs import compile_emulated, run_emulated
+from tests.builds import compile_emulated, run_emulated, runtime_of
 from tests.emulation.test_emulator import pytestmark  # noqa: F401
-from tests.native.variants import runtime_of
 
 KERNELS = ("grouped_gemm", "dact_gemm", "wgrad", "without_sm90")
 # By cp.async in small tiles, in large tiles, and element by element.

@@ -2,10 +2,9 @@
 
 import pytest
 
-from tests.emulation.programs import compile_emulated, run_emulated
+from tests.builds import compile_emulated, run_emulated, runtime_of
 from tests.emulation.test_emulator import pytestmark  # noqa: F401
 from tests.emulation.test_gemm import BOUND, LARGE, SMALL, results
-from tests.native.variants import runtime_of
 
 # With those of sm_80, which serve where these do not.
 KERNELS = tuple(f"{product}{of}" for product in ("grouped_gemm", "dact_gemm", "wgrad") for of in ("", "_sm90"))

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation.programs import compile_emulated, run_emulated
+from tests.builds import ROOT, compile_emulated, need_compiler, run_emulated, runtime_of
 from tests.emulation.test_emulator import ORDERS, pytestmark  # noqa: F401
-from tests.native.variants import ROOT, need_compiler, runtime_of
 
 # case -> what is printed, with right kernels
 VALUES = {

@@ -11,9 +11,8 @@ import sys
 
 import pytest
 
-from tests.emulation.programs import compile_emulated, run_emulated
+from tests.builds import ROOT, compile_emulated, output_of, run_emulated, run_tests, runtime_of, summary_of
 from tests.emulation.test_emulator import pytestmark  # noqa: F401
-from tests.native.variants import ROOT, output_of, run_tests, runtime_of, summary_of
 from tests.sampling import FULL
 
 ROWS = ("soft_gate", "topk_gate", "sort_by_expert", "balance_loss")

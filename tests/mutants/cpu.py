@@ -6,7 +6,7 @@ from tests.mutants import Mutant, Suite
 
 # Compiled before the tests, which would do it themselves: a mutant that does not compile is no bug that was caught.
 # Full: CI leaves most tiers out.
-PRODUCTS = Suite(before=((sys.executable, "-m", "tests.native.programs", "products", "-O1"),), environment={"CMOE_TEST_FULL": "1"})
+PRODUCTS = Suite(before=((sys.executable, "-m", "tests.builds", "program", "products", "-O1"),), environment={"CMOE_TEST_FULL": "1"})
 LIBRARY = Suite(before=((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),))
 
 

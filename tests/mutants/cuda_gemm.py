@@ -7,7 +7,7 @@ from tests.mutants import Mutant, Suite
 PRODUCTS = ("grouped_gemm", "dact_gemm", "wgrad")
 
 # Compiled before the tests, which would do it themselves: a mutant that does not compile is no bug that was caught.
-EMULATED = Suite(before=((sys.executable, "-m", "tests.emulation.programs", "gemm_test", *PRODUCTS, "without_sm90"),))
+EMULATED = Suite(before=((sys.executable, "-m", "tests.builds", "emulated", "gemm_test", *PRODUCTS, "without_sm90"),))
 _gemm = "tests/emulation/test_gemm.py::test_"
 
 

@@ -5,7 +5,7 @@ import sys
 from tests.mutants import Mutant, Suite
 from tests.mutants.cuda_gemm import PRODUCTS
 
-_build = (sys.executable, "-m", "tests.emulation.programs")
+_build = (sys.executable, "-m", "tests.builds", "emulated")
 # What a test runs is compiled before it: a mutant that does not compile is no bug that was caught.
 MAIN_LOOP = Suite(before=((*_build, "gemm_sm90_test"),))
 VALUES = Suite(before=((*_build, "gemm_test", *PRODUCTS, *(f"{product}_sm90" for product in PRODUCTS)),))
@@ -74,7 +74,7 @@ MUTANTS = [
         "float d[Tile::n / 2] = {}, sum = 0.0f;",
         "float d[Tile::n / 2], sum = 0.0f;\n    if (tile.first < tile.end)\n      for (float& x : d) x = 0;",
     ),
-    hidden("partials", "(p.width + part - 1) / part", "p.width / part"),
+    rows("partials", "(p.width + part - 1) / part", "p.width / part", _values("large")),
     descriptor("index", "uint64_t{blocks >> 4} << 16", "uint64_t{blocks >> 5} << 16"),
     descriptor("index", "k16_along_mn = 2048 >> 4", "k16_along_mn = 1024 >> 4"),
     maps("index", "t.matrices > 1 && t.matrix_stride < t.row_stride", "false"),

@@ -14,10 +14,17 @@ from tests.mutants.triton import MUTANTS as TRITON
 KERNELS = [path for path in sorted((runner.ROOT / "cmoe_kernels").rglob("*.py")) if "@triton.jit" in path.read_text()]
 
 
-@pytest.mark.parametrize("mutant", runner.MUTANTS, ids=str)
-def test_it_can_be_planted(mutant):
-    text = (runner.ROOT / mutant.file).read_text()
-    assert mutant.planted(text) != text
+def test_each_can_be_planted():
+    """In one test, so that no sample leaves out a bug whose text has gone."""
+    gone = []
+    for mutant in runner.MUTANTS:
+        text = (runner.ROOT / mutant.file).read_text()
+        try:
+            if mutant.planted(text) == text:
+                gone.append(f"{mutant}: changes nothing")
+        except ValueError as error:
+            gone.append(str(error))
+    assert not gone, "\n".join(gone)
 
 
 def test_no_text_twice_no_text_gone():

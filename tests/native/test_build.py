@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.variants import build_script, need_compiler
+from tests.builds import build_script, need_compiler
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from cmoe_kernels import backends, native
-from tests.native.variants import ROOT, build_script
+from tests.builds import ROOT, build_script
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="the CUDA kernels are built on Linux alone")
 SETTINGS = ("CMOE_CUDA", "CMOE_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH")

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from cmoe_kernels import native
-from tests.native.variants import ROOT
+from tests.builds import ROOT
 
 PYTHON = os.environ.get("CMOE_CUDA_TORCH")
 pytestmark = [

@@ -14,8 +14,7 @@ import torch
 
 from cmoe_kernels import native
 from cmoe_kernels.ops.activation import activate
-from tests.native.programs import CORE
-from tests.native.variants import ROOT, alone_in, build_script, emulated_tiers, need_compiler, product_objects
+from tests.builds import CORE, ROOT, alone_in, build_script, emulated_tiers, need_compiler, product_objects
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
 SIDES = {"rows": 0, "columns": 1}

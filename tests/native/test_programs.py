@@ -6,8 +6,7 @@ import re
 import pytest
 
 from cmoe_kernels import native
-from tests.native.programs import compile_program, run_program
-from tests.native.variants import emulated_tiers, runtime_of
+from tests.builds import compile_program, emulated_tiers, run_program, runtime_of
 from tests.sampling import FULL
 
 pytestmark = [

@@ -8,7 +8,7 @@ import platform
 
 import pytest
 
-from tests.native.variants import build, copy_of_tree, output_of, run_tests, runtime_of, summary_of
+from tests.builds import build, copy_of_tree, output_of, run_tests, runtime_of, summary_of
 from tests.sampling import SAMPLE
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="loads the sanitizer's runtime as Linux does")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.inspection import sass
-from tests.native.variants import build_script
+from tests.builds import build_script
 
 REASON = sass.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

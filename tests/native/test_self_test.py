@@ -8,7 +8,7 @@ import pytest
 
 from cmoe_kernels import native
 from tests import forked
-from tests.native.variants import ROOT, alone_in, build_script, copy_of_tree, product_objects
+from tests.builds import ROOT, alone_in, build_script, copy_of_tree, product_objects
 
 HERE = list(sets.available) if (sets := native.instruction_sets()) else []
 pytestmark = [

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.native.variants import ROOT, product_objects
+from tests.builds import ROOT, product_objects
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="reads ELF files of x86-64")
 TABLE = {"generic": {"isa_generic", "microkernel_f64", "row_functions_f64"}}

@@ -8,7 +8,7 @@ import pytest
 
 from cmoe_kernels import native
 from tests import forked
-from tests.native.variants import (
+from tests.builds import (
     ROOT,
     alone_in,
     build_script,

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from tests.native.variants import ROOT, build_script, product_objects
+from tests.builds import ROOT, build_script, product_objects
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="reads ELF files of x86-64")
 SOURCE = "csrc/cpu/gemm/amx.cpp"

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from tests.native.variants import alone_in
+from tests.builds import alone_in
 
 SMALL = """
 vision.image_size=32 vision.patch_size=8 vision.width=16 vision.layers=1 vision.heads=2 connector.hidden_features=16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,8 @@ def demo(
         raise UserError(f"--model {model}: no such model; valid are tiny, smollm2, medmoe")
     # Overrides come after the default, so name=x holds; --name comes after both.
     first, default = ("medmoe-1", "demo-medmoe") if model == "medmoe" else (model, "demo")
+    if model != "smollm2" and (os.cpu_count() or 1) > 1:  # the small models train with one thread
+        overrides = ["data.workers=1", *(overrides or [])]
     loaded = _recipe(first, None, [f"name={default}", *(overrides or [])], name)
     if loaded.data.sets or not loaded.data.root:
         raise UserError("unimed demo: trains on the built-in sample; for own data: unimed train tiny data.sets.NAME.root=FOLDER")

@@ -1,6 +1,6 @@
-"""The native library built with other flags, in a copy of the tree under build/, and tests that run on the copy.
+"""What tests compile: the native library with other flags, in a copy of the tree, and tests that run there; its object files; C++ programs.
 
-The copies stay, so that a second run compiles what has changed and nothing else.
+All of it lies under build/ and stays there, so that a second run compiles what has changed and nothing else.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ import pytest
 
 from cmoe_kernels import native
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 COPIED = (
     "cmoe_kernels",
     "csrc",
@@ -27,6 +27,7 @@ COPIED = (
     "tests/native",
     "tests/emulation",
     "tests/__init__.py",
+    "tests/builds.py",
     "tests/conftest.py",
     "tests/sampling.py",
     "benchmarks/__init__.py",
@@ -183,3 +184,88 @@ def output_of(run: subprocess.CompletedProcess, lines: int = 60) -> str:
 def summary_of(run: subprocess.CompletedProcess) -> str:
     """The last line of pytest, with its counts."""
     return next((line for line in reversed(run.stdout.splitlines()) if " passed" in line), "nothing passed")
+
+
+# --- programs over the drivers, without torch; tests/native/threads.h gives them their threads --------------------------------------------
+CORE = ("dispatch", "self_test", "pool")
+DRIVERS = (*CORE, "soft_experts", "sparse_experts", "int8_layers", "grouped_linear", "experts_backward", "task_router")
+
+
+def compile_program(name: str, *flags: str, tiers: list[str] | None = None) -> Path:
+    """tests/native/<name>.cpp with what it uses, compiled with these flags; or, without flags, with the library's own object files.
+
+    tiers: instruction sets that it has beside the generic one, all by default.
+    """
+    script, compiler = build_script(), need_compiler()
+    os.chdir(ROOT)
+    build, known = script.Build(Path("build", "programs", name)), script.tiers_of_compiler()
+    wanted = known if tiers is None else [*tiers, *(["avx512_bf16"] if "amx" in tiers else [])]  # whose instructions amx uses, too
+    tiers = [tier for tier in known if tier in wanted]
+    command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", *(flags or ["-O1"])]
+    # Emulated tiers are compiled with -O1 for the library of test_tiers.py: the same files serve here, but for what names the tiers.
+    of_tiers = [source for source in script.built(script.SOURCES, tiers) if Path(source).stem in tiers]
+    shared = emulated_objects(of_tiers) if flags == ("-O1",) else {}
+
+    def compiled(source: str) -> Path:
+        own = emulation_flags(source, tiers)
+        return build.compile(source, [*command, *(script.flags_of(source, tiers) if own is None else own)])
+
+    def used(source: str) -> bool:
+        return "/gemm/" in source or Path(source).stem in (CORE if name == "products" else DRIVERS)
+
+    with alone_in(build.folder):
+        sources = [source for source in script.built(script.SOURCES, tiers) if used(source)] if flags else []
+        objects = [shared.get(source) or compiled(source) for source in [*sources, f"tests/native/{name}.cpp"]]
+        if not flags:
+            objects += [path for source, path in product_objects(emulate=True).items() if used(source)]
+        program = build.link(name, [*compiler, *flags, "-pthread"], objects)
+        build.run()
+    return ROOT / program
+
+
+def run_program(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([str(program), *arguments], env=os.environ | environment, capture_output=True, text=True)
+
+
+# --- programs in which kernels of csrc/cuda run on the CPU (tests/emulation/emulator) -----------------------------------------------------
+# Unused parameters and variables: a kernel is written for nvcc, whose launch bounds and pragmas mean nothing here.
+EMULATED = ("-std=c++20", "-DCMOE_EMULATE_CUDA", "-Icsrc/cuda", "-Itests/emulation", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-g1")
+SANITIZERS = {
+    "plain": ("-O1",),
+    # With checks in every line most of the time is the optimiser's.
+    "address": ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-Og", "-fsanitize=thread"),
+}
+
+
+def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str, ...] = ()) -> Path:
+    """tests/emulation/<program>.cpp with some files of csrc/cuda; compiled again only when they, a header or the flags have changed.
+
+    The last of the kernels may be a file of tests/emulation in place of others of csrc/cuda: the program then has its name, too.
+    """
+    script, compiler = build_script(), need_compiler()
+    os.chdir(ROOT)
+    build = script.Build(Path("build", "emulation", sanitizer))
+    command = [*compiler, "-c", *EMULATED, *SANITIZERS[sanitizer], "-x", "c++"]
+    stand_ins = [kernel for kernel in kernels if Path("tests", "emulation", f"{kernel}.cpp").exists()]
+    sources = [source for kernel in kernels for source in script.CUDA_SOURCES if source.endswith(f"/{kernel}.cu")]
+    sources += [f"tests/emulation/{name}.cpp" for name in (program, *stand_ins)]
+    objects = [build.compile(source, command) for source in sources]
+    target = build.link("-".join((program, *stand_ins)), [*compiler, *SANITIZERS[sanitizer]], objects)
+    with alone_in(build.folder):
+        build.run()
+    return ROOT / target
+
+
+def run_emulated(program: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    # Leaks: a fault leaves the threads that it stopped as they were, with what they held.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+    return subprocess.run([str(program), *arguments], env=os.environ | options, capture_output=True, text=True, timeout=timeout)
+
+
+if __name__ == "__main__":  # before the tests of a mutant: python -m tests.builds program NAME FLAG ... or emulated NAME KERNEL ...
+    _kind, _name, *_more = sys.argv[1:]
+    if _kind == "emulated":
+        compile_emulated(_name, kernels=tuple(_more))
+    else:
+        compile_program(_name, *_more)
