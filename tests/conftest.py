@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items, config):
     if (most := config.getoption("--sample")) is not None:
         cases = defaultdict(list)
         for item in items:
-            if hasattr(item, "callspec") and not item.get_closest_marker("full"):
+            if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("full", "each"))):
                 cases[item.nodeid.partition("[")[0]].append(item)
         left_out = set()
         for name, found in cases.items():

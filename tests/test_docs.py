@@ -48,6 +48,7 @@ def test_included_files_exist():
         assert (DOCS / "kernels" / name).is_file() or (ROOT / name).is_file(), name
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_links_lead_somewhere(page):
     for target, _, anchor in re.findall(r"\]\(((?!https?:)[^)#]*)(#([^)]+))?\)", page.read_text()):
@@ -58,6 +59,7 @@ def test_links_lead_somewhere(page):
             assert f"::: {anchor[1:]}" in linked.read_text(), f"{page.name} links to {target}{anchor}"
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("identifier", IDENTIFIERS)
 def test_documented_objects_exist_and_have_docstrings(identifier):
     if "integrations" in identifier:

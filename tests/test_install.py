@@ -81,6 +81,7 @@ def test_constraints_are_names_and_versions_only():
     assert [name for name in LOCKED if re.match(r"torch$|triton|pytorch|nvidia|cuda", name)] == []
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("requirement", versions.run_time(PROJECT), ids=lambda requirement: requirement.name)
 def test_a_range_ends_at_the_newest_minor_version_that_was_tested(requirement):
     operators = {part.operator: part.version for part in requirement.specifier}

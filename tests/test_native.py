@@ -284,6 +284,7 @@ def test_gradcheck(experts):
                 assert torch.autograd.gradcheck(lambda x, k=k, s=score, r=renormalize: cmoe.topk_gate(x, k, s, r, 2.0).weights, logits)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -34,10 +34,16 @@ def test_the_option_says_what_it_left_out(pytester):
 
         def test_alone():
             pass
+
+        @pytest.mark.each
+        @pytest.mark.parametrize("value", range(5))
+        def test_each(value):
+            pass
         """
     )
+    pytester.makeini("[pytest]\nmarkers = each: all of it")
     result = pytester.runpytest_inprocess("--sample", "3", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=9)
     result.stdout.fnmatch_lines(["--sample 3: 7 further cases*make test-full*"])
 
 

@@ -21,6 +21,7 @@ def types(of: torch._C.FunctionSchema) -> str:
     return " -> ".join(", ".join(str(value.type) for value in values) for values in (of.arguments, of.returns))
 
 
+@pytest.mark.each
 @needs_library
 @pytest.mark.parametrize("name", sorted(OPS | PACKED | INTO | INT8))
 def test_types_are_those_of_the_schema(name):
@@ -42,6 +43,7 @@ def test_types_of_the_emulated_cuda_kernels_are_those_of_the_schema():
     assert found == {name: types(schema("cmoe_emulated", name)) for name in OPS}
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", sorted(OPS | PACKED | INT8))
 def test_the_schema_is_that_of_the_public_operation_without_its_backend(name):
     ours, public = (

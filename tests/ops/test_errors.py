@@ -93,6 +93,7 @@ BAD = [
 ]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("case", "change", "error", "message"), BAD, ids=[f"{c}-{'-'.join(ch)}-{i}" for i, (c, ch, _, _) in enumerate(BAD)]
 )

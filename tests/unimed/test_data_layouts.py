@@ -223,6 +223,7 @@ def test_other_bad_medmnist(tmp_path):
 QUESTION = {"img_name": "xmlab0/source.jpg", "q_lang": "en", "question": "What?", "answer": "MRI", "answer_type": "OPEN"}
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -18,6 +18,7 @@ FLAT = {
 VOLUMES = {"organmnist3d": 11, "nodulemnist3d": 2, "adrenalmnist3d": 2, "fracturemnist3d": 3, "vesselmnist3d": 2, "synapsemnist3d": 2}
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(("name", "classes"), [*FLAT.items(), *VOLUMES.items()])
 def test_every_set_of_medmnist_has_class_names(tmp_path, name, classes):
     images = np.full((classes, 8, 8), 9, np.uint8)

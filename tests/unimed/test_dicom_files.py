@@ -259,6 +259,7 @@ def test_the_page_lists_every_bundled_file():
     assert {path.name for path in BUNDLED.glob("*.dcm")} <= set(table) or not pydicom.__version__.startswith("3.0.")
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", sorted(listed()))
 def test_bundled_files_do_what_the_page_says(name):
     path, (verdict, text) = BUNDLED / name, listed()[name]

@@ -63,6 +63,7 @@ def half_a_bias(mlp):
     mlp.up_proj.bias = nn.Parameter(torch.zeros(48))
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("call", "says"),
     [

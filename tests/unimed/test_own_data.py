@@ -110,6 +110,7 @@ def test_tasks_without_data_lose_their_ratio_with_one_line(tmp_path, monkeypatch
     assert line == "sampler.ratios: no training item of refer, identify, caption, cls, qa; the other sources share what it had"
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -47,6 +47,7 @@ def told(caplog):
 # The record and its files
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("change", "message"),
     [

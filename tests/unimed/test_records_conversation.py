@@ -105,6 +105,7 @@ def test_swift_rows_there_and_back():
     assert sorted((a.kind, getattr(a, "xyxy", None)) for a in again) == [("box", (25.0, 50.0, 100.0, 100.0)), ("qa", None), ("qa", None)]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("form", "row", "message"),
     [

@@ -27,6 +27,7 @@ def kinds(found):
     return {kind: found[kind] for kind in reading.KINDS if found.get(kind)}
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
@@ -346,6 +347,7 @@ def test_a_class_is_one_of_the_list(text, answer, right, kind):
     assert kinds(found) == ({kind: 1} if kind else {})
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", medmnist.KNOWN)
 def test_the_list_of_every_known_class_set_is_read_back(tmp_path, name):
     names = [medmnist.class_name(one) for one in medmnist.KNOWN[name][1]]

@@ -28,6 +28,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults():
     assert recipe.train.batch_size == recipes.load("tiny").train.batch_size
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("override", "words"),
     [
