@@ -12,6 +12,7 @@ from PIL import Image
 from unimed.datasets.records import CONVERTED
 from unimed.datasets.spec import DATASETS
 from unimed.errors import UserError
+from unimed.progress import watched
 from unimed.records import jsonl
 from unimed.records.files import once
 from unimed.records.image import Images
@@ -49,8 +50,8 @@ def convert(layout: str, root: Path, out: Path, strict: bool = False, languages:
 
     def records(place: Path) -> Iterator[Record]:
         seen: Counter[str] = Counter()
-        for source in sources.values():
-            for where, record in spec.read(source):
+        for split, source in sources.items():
+            for where, record in watched(spec.read(source), f"convert {layout} ({split})"):
                 for name, listed in source.classes.items():
                     if classes.setdefault(name, listed) != listed:
                         what = f"{name!r} has other classes than before"

@@ -19,6 +19,7 @@ from unimed.datasets.entries import Counts
 from unimed.datasets.items import tasks_of
 from unimed.datasets.records import known_faults, label_values
 from unimed.errors import UserError
+from unimed.progress import watched
 from unimed.records import jsonl
 from unimed.records.box import clip
 from unimed.records.files import short
@@ -115,7 +116,7 @@ def check(folder: Path, strict: bool = False, images: bool = True) -> Checked:
     classes = info.classes or label_values(folder)
     stopped = False
     try:
-        for where, text in jsonl.read_lines_of(folder):
+        for where, text in watched(jsonl.read_lines_of(folder), f"check {info.name}"):
             try:
                 record = jsonl.parse(text, where)
             except BadRecord as error:

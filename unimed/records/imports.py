@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unimed.errors import UserError
+from unimed.progress import watched
 from unimed.records import jsonl
 from unimed.records.convert import FORMS
 from unimed.records.files import parse_json, read_json, read_lines, short
@@ -122,7 +123,7 @@ def splits(groups: list[str], val: float, test: float, seed: int) -> dict[str, s
 def _read(form: str, file: Path, images: Images, task: str, patient: str, tally: Tally) -> list[_Kept]:
     kept: list[_Kept] = []
     seen: set[str] = set()
-    for number, (where, given) in enumerate(_rows(file)):
+    for number, (where, given) in enumerate(watched(_rows(file), f"import {file.name}")):
         with tally.record():
             row = parse_json(given, where) if isinstance(given, str) else given
             convert = FORMS[form]
