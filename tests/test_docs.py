@@ -70,3 +70,12 @@ def test_documented_objects_exist_and_have_docstrings(identifier):
 def test_every_public_name_is_documented():
     documented = {name.rpartition(".")[2] for name in IDENTIFIERS}
     assert set(cmoe_kernels.__all__) <= documented
+
+
+def test_the_walk_names_files_and_their_lengths():
+    """docs/contributing/reading.md, within a tenth."""
+    rows = re.findall(r"^\| ([\w/.\\]+) \| (\d+) \|", (DOCS / "contributing" / "reading.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 20
+    lengths = {name.replace("\\", ""): int(said) for name, said in rows}
+    found = {name: len((ROOT / name).read_text().splitlines()) for name in lengths}
+    assert {name: lines for name, lines in found.items() if abs(lines - lengths[name]) > 10 + lines // 10} == {}
