@@ -369,3 +369,17 @@ def test_the_demo_does_it_all_and_answers_as_the_readme_says(small_overrides, sa
         "repeats count",
     ):
         assert words in result.output
+
+
+def test_the_demo_prepares_batches_beside_where_there_is_a_second_core(monkeypatch, tmp_path):
+    from unimed.cli import train
+
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    for name in ("build", "score", "write_report"):
+        monkeypatch.setattr(train, name, lambda *a, **k: None)
+    monkeypatch.setattr(train, "_train", lambda recipe, *a, **k: seen.append(recipe.data.workers))
+    for cores, given in ((1, []), (2, []), (2, ["data.workers=0"])):
+        monkeypatch.setattr(train.os, "cpu_count", lambda cores=cores: cores)
+        train.demo(given, None, "tiny", False)
+    assert seen == [0, 1, 0]
