@@ -32,12 +32,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 from pyarrow import ipc
-from rich.console import Console
 
 from unimed import io
 from unimed.datasets.items import each_item, read_items
 from unimed.datasets.spec import DatasetSpec
-from unimed.progress import bar
+from unimed.progress import watched
 from unimed.records.box import Box
 from unimed.records.files import once
 from unimed.records.image import Images
@@ -368,13 +367,11 @@ class _Index:
         return found
 
     def _scan(self, source: Source, path: Path) -> None:
-        items = each_item(self.spec, source)
-        with bar(Console(stderr=True)) as progress, ipc.new_file(str(path), SCHEMA) as writer:
-            shown = progress.add_task(f"scan {self.tally.name} ({self.tally.split})", total=None, note="")
+        items = watched(each_item(self.spec, source), f"scan {self.tally.name} ({self.tally.split})")
+        with ipc.new_file(str(path), SCHEMA) as writer:
             while rows := [_row(item) for item in itertools.islice(items, ROWS)]:
                 columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-                progress.advance(shown, len(rows))
 
     def _made_of(self, outside: Sequence[Any]) -> dict[str, Any]:
         """What the items depend on."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,13 @@ class MajorityAnswers:
     @classmethod
     def fit(cls, train_items: Iterable[Item]) -> "MajorityAnswers":
         """Counts answers and averages boxes (0 to 100, each axis by its own image). No item is kept."""
-        by_template: dict[tuple[str, str], Majority] = {}
-        by_task: dict[str, Majority] = {}
+        by_template: dict[Any, Majority] = {}
+        by_task: dict[Any, Majority] = {}
         for item in train_items:
-            new = task_of(item).majority
-            by_template.setdefault((item.task, item.template), new()).add(item)
-            by_task.setdefault(item.task, new()).add(item)
+            for counters, key in ((by_template, (item.task, item.template)), (by_task, item.task)):
+                if key not in counters:
+                    counters[key] = task_of(item).majority()
+                counters[key].add(item)
         answers = {template: found.answer() for (_, template), found in by_template.items()}
         return cls(answers, {task: found.answer() for task, found in by_task.items()})
 
@@ -61,16 +63,17 @@ class MeanBox:
 
     def __init__(self) -> None:
         self._sum, self._count = np.zeros(4), 0
-        self._last = ""
+        self._without = ""  # the first item that has none
 
     def add(self, item: Item) -> None:
-        self._last = f"{item.id}: a {item.task} item"
         if item.box is not None and item.size is not None:
             self._sum += np.asarray(item.box) * 100 / np.asarray(item.size * 2)
             self._count += 1
+        elif not self._without:
+            self._without = f"{item.id}: a {item.task} item"
 
     def answer(self) -> str:
         if not self._count:
-            raise UserError(f"{self._last} needs a box and the image's size")
+            raise UserError(f"{self._without} needs a box and the image's size")
         x1, y1, x2, y2 = self._sum / self._count
         return to_text((x1, y1, x2, y2), (100, 100))
