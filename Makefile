@@ -12,25 +12,29 @@ SAMPLE := --sample 16
 SAMPLE_SLOW := --sample 8
 BIN := $(VENV)/bin
 # Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
-INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 VERSIONS := $(BIN)/python -m tools.versions --jobs $(JOBS) --pin "$(TORCH)" --pin "$(TRITON)"
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock test test-triton test-cuda test-full test-latest test-oldest aot records mutants roofline gpu-check gpu-fill lint wheel demo docs doctor bench bench-history bench-report clean
+.PHONY: help install lock test sampled test-triton test-cuda test-full test-latest test-oldest aot records mutants roofline gpu-check gpu-fill lint wheel demo docs doctor bench bench-history bench-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## .venv with the package (native library where a C++ compiler is) and everything the tests need
 
-# Build isolation would fetch a second torch, so the build runs inside the environment.
+# Build isolation would fetch a second torch, so the build runs inside the environment. It runs beside pip, which is busy for as long; what
+# it made is found by the last line, which also says why if it failed.
+$(VENV)/.installed: export CMOE_WERROR := $(WERROR)
 $(VENV)/.installed: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) pip setuptools wheel ninja
+	$(INSTALL) pip setuptools wheel ninja packaging
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
-	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) "$(TRITON)"
-	CMOE_WERROR=$(WERROR) $(INSTALL) --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m tools.versions dev > $(VENV)/dev.txt
+	$(ARCHS) $(BIN)/python setup.py -q build_ext --inplace >/dev/null 2>&1 & \
+	{ $(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) "$(TRITON)"; } && $(INSTALL) -r $(VENV)/dev.txt; installed=$$?; wait; exit $$installed
+	$(ARCHS) $(INSTALL) --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m cmoe_kernels
 	@touch $@
 
@@ -46,8 +50,9 @@ lint: install  ## ruff, clang-format and mypy
 	find csrc tests -regex '.*\.\(cpp\|cu\|cuh\|h\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
 	$(BIN)/mypy cmoe_kernels unimed
 
-# What CI builds compiles without a warning.
+# What CI builds compiles without a warning, and by nvcc for one architecture: a second doubles its time.
 test: WERROR := 1
+test: ARCHS := CMOE_CUDA_ARCHS=90a
 
 # make test OP=topk_gate: every test with that name in it, on every backend.
 ifdef OP
@@ -56,19 +61,23 @@ test: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k "triton and $(OP)"
 	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "(cuda or emulation) and $(OP)"
 else
-test: lint test-triton test-cuda  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
+# mypy and clang-format, on one core for a minute, run beside the first tests.
+test: install  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
+	$(MAKE) lint & linted=$$!; $(MAKE) sampled && wait $$linted
+
+sampled: test-triton test-cuda
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SAMPLE) --ignore tests/triton --ignore tests/emulation
 	$(VERSIONS) latest --sample 90
 	$(BIN)/python -m tests.mutants --sample 3 --jobs $(JOBS)
 endif
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
-test-triton: lint  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
+test-triton: install  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE_SLOW) tests/ops tests/triton -k triton
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(SAMPLE_SLOW) tests/triton/test_capture.py tests/triton/test_aot.py
 
 # A process of its own here too: the emulated kernels take the place of the backend "cuda" on the CPU.
-test-cuda: lint  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
+test-cuda: install  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
 	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE_SLOW) tests/ops tests/emulation -k "cuda or emulation"
 
 records: install  ## every generated record that is stale, anew (CHECK=1: which are; ONLY=aot,sass,roofline,verdicts: those)

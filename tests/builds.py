@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from cmoe_kernels import native
+from tests.sampling import FULL
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
@@ -87,13 +88,19 @@ def copy_of_tree(name: str) -> Path:
 def build(tree: Path, flags: str, link_flags: str = "") -> None:
     environment = os.environ | {
         "CMOE_CUDA": "0",  # nothing of it runs here, and nvcc takes its time
-        "CMOE_CPU_TIERS": " ".join(sets.available if (sets := native.instruction_sets()) else ["generic"]),  # others do not run, either
+        "CMOE_CPU_TIERS": " ".join(_tiers_that_run()),
         "CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} {flags}",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {link_flags}",
     }
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+
+
+def _tiers_that_run() -> list[str]:
+    """The instruction sets of this machine; in CI, where no test asks for another than the best, that alone."""
+    here = sets.available if (sets := native.instruction_sets()) else ["generic"]
+    return list(here) if FULL else list(here[:1])
 
 
 @contextmanager
@@ -108,13 +115,26 @@ def alone_in(folder: Path) -> Iterator[None]:
 def emulated_tiers() -> list[str]:
     """The instruction sets that the tests have in plain C++, best first: AMX always, AVX-512 and AVX-VNNI where they are missing."""
     here = sets.available if (sets := native.instruction_sets()) else []
-    if "avx2" not in here or "amx" not in build_script().tiers_of_compiler():
+    if "avx2" not in here or not build_script().compiler() or "amx" not in build_script().tiers_of_compiler():
         return []
     vnni = ["avx_vnni"] if "avx_vnni" not in here and "avx_vnni" in build_script().tiers_of_compiler() else []
     return ["amx", *vnni] if "avx512_bf16" in here else ["amx", "avx512_bf16", "avx512_vnni", "avx512", *vnni]
 
 
-def emulation_flags(source: str, tiers: list[str] | None = None) -> list[str] | None:
+def tiers_with_emulation(known: Iterable[str]) -> list[str]:
+    """Of these instruction sets those of a build that emulates: in CI AMX and what it needs, since each takes half a minute to compile."""
+    emulated = emulated_tiers()
+    return [tier for tier in known if FULL or tier not in emulated or tier in ("amx", "avx512_bf16")]
+
+
+def tiers_of_products() -> list[str] | None:
+    """Of tests/native/products.cpp, if not all: in CI the emulated one with most paths, and the best of this machine."""
+    here = list(sets.available) if (sets := native.instruction_sets()) else []
+    emulated = [tier for tier in emulated_tiers() if tier not in here]
+    return None if FULL else [*(emulated or here)[:1], *here[:1]]
+
+
+def emulation_flags(source: str, tiers: list[str]) -> list[str] | None:
     """How a file of the library, or of a program of some tiers, is compiled where some are emulated; None: as the product."""
     script, emulated, stem = build_script(), emulated_tiers(), Path(source).stem
     if stem not in (*emulated, "dispatch") or not emulated:
@@ -127,17 +147,17 @@ def emulation_flags(source: str, tiers: list[str] | None = None) -> list[str] | 
         "AVX_VNNI": "avx_vnni" in emulated and stem in ("avx_vnni", "dispatch"),
     }
     narrow = stem == "avx_vnni" or (wide and stem != "dispatch")
-    own = [*script.AVX2, "-O1", "-Wno-psabi"] if narrow else script.flags_of(source, tiers or script.tiers_of_compiler())
+    own = [*script.AVX2, "-O1", "-Wno-psabi"] if narrow else script.flags_of(source, tiers)
     return [*own, *(f"-DCMOE_EMULATE_{name}" for name, wanted in on.items() if wanted)]
 
 
-def emulated_objects(sources: Iterable[str]) -> dict[str, Path]:
+def emulated_objects(sources: Iterable[str], tiers: list[str]) -> dict[str, Path]:
     """The object files of those sources that this machine's emulation compiles in its own way, unless they are there and fresh."""
     need_compiler()
     os.chdir(ROOT)
     script = build_script()
     build, command = script.Build(Path("build", "emulated", "objects")), script.compile_command(script.torch_folder())
-    made = {source: build.compile(source, [*command, *own]) for source in sources if (own := emulation_flags(source)) is not None}
+    made = {source: build.compile(source, [*command, *own]) for source in sources if (own := emulation_flags(source, tiers)) is not None}
     if made:
         with alone_in(build.folder):
             build.run()
@@ -149,9 +169,10 @@ def product_objects(*, emulate: bool = False) -> dict[str, Path]:
     need_compiler()
     os.chdir(ROOT)
     script = build_script()
-    library = script.library()
-    objects = {source: path for source, path in library.objects.items() if source in script.SOURCES}
-    theirs = emulated_objects(objects) if emulate else {}
+    library, known = script.library(), script.tiers_of_compiler()
+    tiers = tiers_with_emulation(known) if emulate else known
+    objects = {source: path for source, path in library.objects.items() if source in script.built(script.SOURCES, tiers)}
+    theirs = emulated_objects(objects, tiers) if emulate else {}
     with alone_in(Path("build")):
         library.build.run(*(path for source, path in objects.items() if source not in theirs))
     return objects | theirs
@@ -204,7 +225,7 @@ def compile_program(name: str, *flags: str, tiers: list[str] | None = None) -> P
     command = [*compiler, "-c", "-std=c++20", "-g1", "-Icsrc/cpu", *(flags or ["-O1"])]
     # Emulated tiers are compiled with -O1 for the library of test_tiers.py: the same files serve here, but for what names the tiers.
     of_tiers = [source for source in script.built(script.SOURCES, tiers) if Path(source).stem in tiers]
-    shared = emulated_objects(of_tiers) if flags == ("-O1",) else {}
+    shared = emulated_objects(of_tiers, tiers) if flags == ("-O1",) else {}
 
     def compiled(source: str) -> Path:
         own = emulation_flags(source, tiers)
@@ -238,10 +259,21 @@ SANITIZERS = {
 }
 
 
+def emulated_library(sanitizer: str = "plain"):
+    """The commands that build the emulated library (tests/emulation/library.py), and its object files by their source."""
+    script, compiler = build_script(), need_compiler()
+    flags = [flag for flag in script.compile_command(script.torch_folder())[len(compiler) + 1 :] if flag not in ("-O3", "-g0")]
+    command = [*compiler, "-c", *flags, *EMULATED, *SANITIZERS[sanitizer]]
+    build = script.Build(Path("build", "emulation", "library" if sanitizer == "plain" else f"library-{sanitizer}"))
+    sources = [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]
+    return build, {source: build.compile(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])]) for source in sources}
+
+
 def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str, ...] = ()) -> Path:
     """tests/emulation/<program>.cpp with some files of csrc/cuda; compiled again only when they, a header or the flags have changed.
 
-    The last of the kernels may be a file of tests/emulation in place of others of csrc/cuda: the program then has its name, too.
+    The last of the kernels may be a file of tests/emulation in place of others of csrc/cuda: the program then has its name, too. Without a
+    sanitizer the kernels are the emulated library's own object files.
     """
     script, compiler = build_script(), need_compiler()
     os.chdir(ROOT)
@@ -249,8 +281,14 @@ def compile_emulated(program: str, sanitizer: str = "plain", kernels: tuple[str,
     command = [*compiler, "-c", *EMULATED, *SANITIZERS[sanitizer], "-x", "c++"]
     stand_ins = [kernel for kernel in kernels if Path("tests", "emulation", f"{kernel}.cpp").exists()]
     sources = [source for kernel in kernels for source in script.CUDA_SOURCES if source.endswith(f"/{kernel}.cu")]
-    sources += [f"tests/emulation/{name}.cpp" for name in (program, *stand_ins)]
-    objects = [build.compile(source, command) for source in sources]
+    if sanitizer == "plain":
+        library, made = emulated_library()
+        objects = [made[source] for source in sources]
+        with alone_in(library.folder):
+            library.run(*objects)
+    else:
+        objects = [build.compile(source, command) for source in sources]
+    objects += [build.compile(f"tests/emulation/{name}.cpp", command) for name in (program, *stand_ins)]
     target = build.link("-".join((program, *stand_ins)), [*compiler, *SANITIZERS[sanitizer]], objects)
     with alone_in(build.folder):
         build.run()
@@ -263,9 +301,9 @@ def run_emulated(program: Path, *arguments: str, timeout: float = 240) -> subpro
     return subprocess.run([str(program), *arguments], env=os.environ | options, capture_output=True, text=True, timeout=timeout)
 
 
-if __name__ == "__main__":  # before the tests of a mutant: python -m tests.builds program NAME FLAG ... or emulated NAME KERNEL ...
+if __name__ == "__main__":  # before the tests of a mutant: python -m tests.builds program products FLAG ... or emulated NAME KERNEL ...
     _kind, _name, *_more = sys.argv[1:]
     if _kind == "emulated":
         compile_emulated(_name, kernels=tuple(_more))
     else:
-        compile_program(_name, *_more)
+        compile_program(_name, *_more, tiers=tiers_of_products())

@@ -3,6 +3,7 @@
     python -m tools.versions lock      resolves the newest of every range together and writes constraints.txt
     python -m tools.versions latest    .venv-latest: ranges without their upper end; runs the tests of what uses these packages
     python -m tools.versions oldest    .venv-oldest: the lower end of each range; runs the same tests
+    python -m tools.versions dev       prints what pip installs for the extra dev, without the package itself
 
 The Makefile calls these and says which torch and triton: --pin torch==2.13.0. Those two, and what a CUDA build of torch brings, are
 never in constraints.txt, so an environment that has a torch keeps it. The tests run from the checkout with its own native library.
@@ -237,13 +238,15 @@ def sample(pins: Sequence[str], jobs: int, seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lock", "latest", "oldest"])
+    parser.add_argument("what", choices=["lock", "latest", "oldest", "dev"])
     parser.add_argument("--pin", action="append", default=[], help="a requirement of torch or triton")
     parser.add_argument("--jobs", type=int, default=2, help="processes of pytest")
     parser.add_argument("--sample", type=float, metavar="SECONDS", help="latest only: as much as fits into this time, and never an error")
     given = parser.parse_args()
     if given.what == "lock":
         lock(given.pin)
+    elif given.what == "dev":
+        print("\n".join(map(str, requirements(project(), ["dev"]))))
     elif given.what == "latest" and given.sample:
         print(f"test-latest, sampled: {sample(given.pin, given.jobs, given.sample)}")
     else:

@@ -16,12 +16,11 @@ from typing import NamedTuple
 import torch
 
 from cmoe_kernels import backends
-from tests.builds import EMULATED, ROOT, SANITIZERS, alone_in, build_script, need_compiler
+from tests.builds import ROOT, SANITIZERS, alone_in, build_script, emulated_library, need_compiler
 
 WANTED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
 # One of SANITIZERS; its runtime must have been loaded before Python.
 SANITIZER = os.environ.get("CMOE_EMULATE_SANITIZER", "plain")
-FOLDER = Path("build", "emulation", "library" if SANITIZER == "plain" else f"library-{SANITIZER}")
 SCHEMAS = torch.library.Library("cmoe_emulated", "FRAGMENT")
 CAPABILITY = int(os.environ.get("CMOE_EMULATE_CAPABILITY", "80"))
 
@@ -68,16 +67,11 @@ def operations(found: ctypes.CDLL) -> dict[str, str]:
 
 
 def build() -> Path:
-    script, compiler = build_script(), need_compiler()
-    torch_folder = script.torch_folder()
-    flags = [f for f in script.compile_command(torch_folder)[len(compiler) + 1 :] if f not in ("-O3", "-g0")]
-    command = [*compiler, "-c", *flags, *EMULATED, *SANITIZERS[SANITIZER]]
-    made = script.Build(FOLDER)
-    sources = [*script.CUDA_SOURCES[::-1], "tests/emulation/library.cpp"]
-    objects = [made.compile(source, [*command, *(["-x", "c++"] if source.endswith(".cu") else [])]) for source in sources]
+    made, objects = emulated_library(SANITIZER)
+    torch_folder = build_script().torch_folder()
     libraries = ["-L" + str(torch_folder / "lib"), "-ltorch_cpu"]
-    target = made.link("emulated.so", [*compiler, *SANITIZERS[SANITIZER], "-shared"], objects, libraries=libraries)
-    with alone_in(FOLDER):
+    target = made.link("emulated.so", [*need_compiler(), *SANITIZERS[SANITIZER], "-shared"], objects.values(), libraries=libraries)
+    with alone_in(made.folder):
         made.run()
     return target
 

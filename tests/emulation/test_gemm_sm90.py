@@ -15,7 +15,8 @@ def program():
     return compile_emulated("gemm_test", "plain", KERNELS)
 
 
-@pytest.fixture(scope="module", params=["address", "thread"])
+# CI has the bounds of the products of sm_80: test_gemm.py.
+@pytest.fixture(scope="module", params=[pytest.param("address", marks=pytest.mark.full), "thread"])
 def sanitized(request):
     for name in ("asan", "ubsan", "tsan"):
         runtime_of(name)

@@ -271,6 +271,7 @@ void wgrad(Type type) {
 }  // namespace
 
 int main() {
+  need_instruction_set();
   weighted<float>(Type::f32), weighted<float>(Type::bf16), weighted<float>(Type::f16), weighted<double>(Type::f64);
   wgrad<float>(Type::f32), wgrad<float>(Type::bf16), wgrad<float>(Type::f16), wgrad<double>(Type::f64);
   for (const bool int8_activations : {false, true}) {

@@ -162,6 +162,7 @@ void impossible() {
 }  // namespace
 
 int main() {
+  need_instruction_set();
   plans<float>(Type::f32), plans<float>(Type::bf16), plans<float>(Type::f16), plans<double>(Type::f64);
   shared_operands<float>(Type::f32), shared_operands<float>(Type::bf16);
   grouped();

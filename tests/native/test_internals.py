@@ -14,7 +14,7 @@ import torch
 
 from cmoe_kernels import native
 from cmoe_kernels.ops.activation import activate
-from tests.builds import CORE, ROOT, alone_in, build_script, emulated_tiers, need_compiler, product_objects
+from tests.builds import CORE, ROOT, alone_in, build_script, emulated_tiers, need_compiler, product_objects, tiers_with_emulation
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
 SIDES = {"rows": 0, "columns": 1}
@@ -23,7 +23,8 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu", "relu2")  # in the o
 
 
 def tiers():
-    return list(dict.fromkeys([*(native.instruction_sets().available if native.library else ["generic"]), *emulated_tiers()]))
+    here = native.instruction_sets().available if native.library else ["generic"]
+    return tiers_with_emulation(dict.fromkeys([*here, *emulated_tiers()]))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def internals():
     os.chdir(ROOT)
     build = script.Build(Path("build", "programs", "internals"))
     flags = ["-c", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Icsrc/cpu", f"-I{headers}", f"-I{pybind11.get_include()}"]
-    here = script.flags_of("csrc/cpu/dispatch.cpp", script.tiers_of_compiler())
+    here = script.flags_of("csrc/cpu/dispatch.cpp", tiers_with_emulation(script.tiers_of_compiler()))
     with alone_in(build.folder):
         objects = [*used, build.compile("tests/native/internals.cpp", [*compiler, *flags, *here])]
         module = build.link("internals.so", [*compiler, "-shared", "-pthread"], objects)

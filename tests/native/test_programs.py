@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cmoe_kernels import native
-from tests.builds import compile_program, emulated_tiers, run_program, runtime_of
+from tests.builds import compile_program, emulated_tiers, run_program, runtime_of, tiers_of_products, tiers_with_emulation
 from tests.sampling import FULL
 
 pytestmark = [
@@ -47,7 +47,7 @@ def test_no_races(race, tier):
     assert run.stdout.endswith("0 results differ\n")
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", tiers_with_emulation(TIERS))
 def test_sizes_beyond_int32(sizes, tier):
     run = run_program(sizes, CMOE_CPU_ISA=tier)
     if run.returncode == 77:
@@ -56,13 +56,15 @@ def test_sizes_beyond_int32(sizes, tier):
     assert f"instruction set {tier}: 0 wrong" in run.stdout
 
 
-# That with most paths, and the best one of this machine.
-PRODUCTS = [*TIERS[:1], *HERE[:1]]
-
-
-@pytest.mark.parametrize("tier", some(PRODUCTS))
+@pytest.mark.parametrize("tier", some(tiers_of_products() or TIERS))
 def test_products_to_the_bit(tier):
     """Every way through the drivers of y = x W^T, dx = dy W and dW = dy^T x, on small integers."""
-    run = run_program(compile_program("products", "-O1", tiers=None if FULL else PRODUCTS), CMOE_CPU_ISA=tier)
+    run = run_program(compile_program("products", "-O1", tiers=tiers_of_products()), CMOE_CPU_ISA=tier)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.fullmatch(rf"instruction set {tier}: \d{{4}} products, 0 wrong\n", run.stdout)
+
+
+def test_an_instruction_set_that_is_not_there_is_one_line(sizes):
+    run = run_program(sizes, CMOE_CPU_ISA="sse9")
+    assert (run.returncode, run.stderr) == (2, "")
+    assert run.stdout.startswith("CMOE_CPU_ISA is 'sse9', must be one of ")

@@ -1,9 +1,12 @@
 // parallel.h on std::thread, for programs without torch. `threads` is what thread_count() answers.
 #pragma once
 
+#include <cstdio>
+#include <cstdlib>
 #include <thread>
 #include <vector>
 
+#include "dispatch.h"
 #include "parallel.h"
 
 inline int64_t threads = 1;
@@ -20,3 +23,10 @@ void parallel(int64_t n, void (*body)(int64_t, void*), void* context) {
 }
 
 }  // namespace cmoe::cpu
+
+// Ends the program where CMOE_CPU_ISA names what does not run, or what this program was built without.
+inline void need_instruction_set() {
+  if (cmoe::cpu::isa_error().empty()) return;
+  std::printf("%s\n", cmoe::cpu::isa_error().c_str());
+  std::exit(2);
+}
