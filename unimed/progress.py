@@ -10,13 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def bar(console: Console) -> Progress:
     """Hidden without a terminal."""
     return Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
@@ -28,7 +28,7 @@ AT_ONCE = 100
 
 def watched(items: Iterable[T], what: str) -> Iterator[T]:
     """The items, counted by a bar on a terminal while they are read."""
-    with bar(Console(stderr=True)) as progress:
+    with bar(Console(stderr=True, markup=False)) as progress:
         shown = progress.add_task(what, total=None, note="")
         count = 0
         for item in items:

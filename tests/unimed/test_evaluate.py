@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ from typer.testing import CliRunner
 from unimed.cli import app as cli
 from unimed.errors import UserError
 from unimed.evaluate import against, evaluate, intervals
-from unimed.evaluate.predictions import Predictions, fingerprint, read_predictions
+from unimed.evaluate.predictions import Predictions, read_predictions
 from unimed.evaluate.run import _details, answer_table, answered, drawn_by, evaluate_run, odd_answers
+from unimed.inference.files import fingerprint
 from unimed.inference.session import Generated, Session, load
+from unimed.records.pixels import View
 from unimed.report import report
 from unimed.tasks import RELEASED_TASKS, TASKS
-from unimed.tasks.item import Item
+from unimed.tasks.item import Item, digest
 from unimed.tasks.protocol import STANDARD
 from unimed.train import recipe as recipes
 from unimed.train.run import items
@@ -189,14 +192,41 @@ def test_an_interrupted_evaluation_goes_on(copy, calls):
 
 
 def test_another_model_begins_anew(copy):
-    before = fingerprint(copy)
+    before = fingerprint(copy / "model")
     manifest = copy / "model" / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
-    assert len({before, fingerprint(copy)}) == 2
+    assert len({before, fingerprint(copy / "model")}) == 2
     path = copy / "other.jsonl"
     Predictions(path, {"model": "a"}).add("test", "trained", [0], [item(0)], ["x"])
     assert Predictions(path, {"model": "a"}).there("test", "trained") == {0: "x"}
-    assert Predictions(path, {"model": "b"}).there("test", "trained") == {}
+    whole = path.read_bytes()
+    other = Predictions(path, {"model": "b"})
+    assert other.there("test", "trained") == {}
+    assert path.read_bytes() == whole, "answers of an earlier call stay until there is one of this"
+    other.add("test", "trained", [0], [item(0)], ["y"])
+    assert Predictions(path, {"model": "b"}).there("test", "trained") == {0: "y"}
+
+
+def test_an_item_is_another_with_another_image_or_view():
+    one = item(0)
+    view = View(Path("data/ct.nii"), "axial", 3, (0.0, 9.0))
+    others = [
+        replace(one, image=image)
+        for image in (None, Path("data/a.png"), Path("data/b.png"), view, replace(view, index=4), replace(view, plane="coronal"))
+    ]
+    others += [replace(one, image=replace(view, grey=None)), replace(one, image=view, subject="another patient")]
+    assert len({digest([other]) for other in others}) == len(others)
+    assert digest([replace(one, image=Path("data/a.png"))]) == digest([replace(one, image=Path("/moved/a.png"))])
+
+
+def test_an_item_that_is_too_long_has_an_empty_answer(session, slab, caplog):
+    """One such record ended the evaluation."""
+    items = [one for one in slab if one.task == "vqa"][:4]
+    items[1] = replace(items[1], question="which plane is shown " * 400, max_words=0)
+    found = evaluate.answers(session, items, "trained", 3, 4)
+    assert found[1] == ""
+    assert [found[0], *found[2:]] == evaluate.answers(session, [items[0], *items[2:]], "trained", 3, 4)
+    assert f"{items[1].id}: prompt 1 has" in caplog.text
 
 
 def test_a_file_of_answers_that_is_not_ours_is_one_line(copy):

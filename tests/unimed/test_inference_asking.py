@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from unimed.inference import draw
 from unimed.inference.follow import Follow
 from unimed.inference.images import open_source
 from unimed.inference.request import prepare, read_box
-from unimed.inference.rows import answer_rows, read_rows
+from unimed.inference.rows import Row, answer_rows, read_rows
 from unimed.inference.session import Session
 from unimed.records import box as boxes
 from unimed.records.box import Placement
@@ -173,7 +175,7 @@ def test_rows_go_in_and_answers_come_out(session, small_run, rows, tmp_path, mon
     for words in (
         "absent.png: no such image",
         "rows.jsonl:6: unknown field 'prompt'; valid are",
-        "b: another row",
+        "b: another row has this id",
         "rows.jsonl:8: not valid",
     ):
         assert words in bad
@@ -194,6 +196,54 @@ def test_rows_go_in_and_answers_come_out(session, small_run, rows, tmp_path, mon
     other = Session(session.model, session.processor, name="another")
     with pytest.raises(UserError, match="not by 'another'"):
         answer_rows(other, read_rows(rows, like), out)
+    again = Session(session.model, session.processor, name=session.name, weights="others")
+    with pytest.raises(UserError, match="by other weights of the model"):
+        answer_rows(again, read_rows(rows, like), out)
+
+
+def test_an_answer_to_another_view_or_length_is_another(session, picture, tmp_path):
+    out = tmp_path / "answers.jsonl"
+
+    def ask(**fields):
+        row = Row("a", picture.name, Request(picture, "which plane is shown", **{"max_new_tokens": 3, **fields}))
+        return answer_rows(session, iter([row]), out)
+
+    assert ask().answered == ask().before == 1
+    for name, value in {"plane": "coronal", "slice": 2, "window": (0, 50), "max_new_tokens": 4}.items():
+        with pytest.raises(UserError, match=f"a: its {name} was .* and is now .*; name another --out"):
+            ask(**{name: value})
+
+
+def test_a_row_that_is_too_long_is_named_and_the_others_are_answered(session, picture, tmp_path):
+    lines = [{"id": f"g{i}", "image": str(picture), "question": "which plane"} for i in range(4)]
+    lines[1]["question"] = "which plane is shown " * 400
+    lines[3]["max_new_tokens"] = 100_000
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = answer_rows(session, read_rows(tmp_path / "rows.jsonl", Request(max_new_tokens=3)), tmp_path / "out.jsonl")
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["g0", "g2"]
+    assert [text.split(":")[0] for text in done.bad] == ["g1", "g3"]
+    with pytest.raises(UserError, match="g1: prompt 0 has"):
+        answer_rows(session, read_rows(tmp_path / "rows.jsonl", Request(max_new_tokens=3)), None, strict=True)
+
+
+def test_rows_with_a_byte_order_mark_and_without_ids(picture, tmp_path):
+    lines = [{"id": None, "image": str(picture), "question": "a"}, {"id": None, "image": str(picture), "question": "b"}]
+    lines.append({"image": str(picture), "window": [-math.inf, 5]})
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\ufeff" + "".join(json.dumps(line) + "\n" for line in lines))
+    found = list(read_rows(source, Request()))
+    assert [row.id for row in found] == ["1", "2", "3"]
+    assert [row.request.question for row in found[:2]] == ["a", "b"]
+    assert "window is [-inf, 5]" in str(found[2].request)
+
+
+def test_answers_in_the_folder_that_is_asked_about_are_no_image_of_it(session, picture, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(picture, folder / "one.png")
+    for _ in range(2):
+        done = answer_rows(session, read_rows(folder, Request(max_new_tokens=3, task="caption")), folder / "answers.jsonl")
+        assert done.bad == []
 
 
 def test_predict_takes_a_folder_and_jsonl(small_run, rows, picture, tmp_path, monkeypatch):

@@ -49,6 +49,26 @@ def test_affine_that_cannot_be_inverted():
         volumes.nifti_from_bytes("v", image.to_bytes())
 
 
+@pytest.mark.parametrize(("unit", "side"), [("meter", 0.0009), ("mm", 0.0005), ("micron", 3.0), ("unknown", 1.0)])
+def test_small_voxels_are_voxels_in_every_unit(unit, side):
+    image = nib.Nifti1Image(ramp(), np.diag([side] * 3 + [1]))
+    image.header.set_xyzt_units(unit)
+    scale = {"meter": 1000, "micron": 0.001}.get(unit, 1)
+    assert np.allclose(volumes.nifti_from_bytes("v", image.to_bytes()).spacing, side * scale)
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint64"])
+def test_integers_of_64_bits_are_read(kind):
+    found = volumes.nifti_from_bytes("v", nib.Nifti1Image(ramp().astype(kind), np.eye(4), dtype=kind).to_bytes())
+    assert found.data.dtype == kind
+    assert np.array_equal(found.data, ramp())
+
+
+def test_an_unknown_unit_is_none(tmp_path):
+    image = header_of_ramp(xyzt_units=4)
+    assert volumes.nifti_from_bytes("v", image.to_bytes()).spacing == (1, 1, 1)
+
+
 def header_of_ramp(**fields):
     image = nib.Nifti1Image(ramp(), np.eye(4))
     for name, value in fields.items():

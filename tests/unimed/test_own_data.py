@@ -67,6 +67,21 @@ def walked(tmp_path_factory):
     return folder, shown
 
 
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path):
+    """rich took them for styles: text was gone, or the command ended in a traceback."""
+    root = tmp_path / "a [old] [b"
+    record = {"id": "r", "dataset": "mine [v2]", "source": "ward [/b]", "split": "train", "images": [{"path": "x.png"}]}
+    record["annotations"] = [{"kind": "qa", "question": "Which plane?", "answer": "axial"}]
+    jsonl.write(root, jsonl.DatasetInfo(name="mine [v2]"), [Record.model_validate_json(json.dumps(record))])
+    picture(root / "x.png", 0)
+    for command in ("validate", "stats"):
+        result = run(f"data {command}", str(root))
+        assert result.exit_code == 0, result.output
+        assert "mine [v2]" in result.output
+        assert "a [old] [b" in " ".join(result.output.split())
+    assert "ward [/b]" in result.output
+
+
 def test_own_data_in_five_commands(walked):
     folder, shown = walked
     assert list(shown) == ["data import", "data validate", "train tiny", "evaluate mine", "predict imgs/x.png"]

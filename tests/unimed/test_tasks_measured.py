@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.unimed.conftest import SMALL
 from unimed.datasets import load_items
+from unimed.datasets.validate import check
 from unimed.errors import UserError
 from unimed.evaluate.run import evaluate_run
 from unimed.records import jsonl
@@ -50,6 +52,39 @@ def measured(tmp_path_factory):
         (root / name).parent.mkdir(exist_ok=True)
         image.save(root / name)
     return root
+
+
+@pytest.mark.parametrize(
+    ("given", "question", "answer"),
+    [
+        (
+            {"set": "xr", "present": ["nodule"], "absent": ["effusion"]},
+            "Which xrs are in the image: effusion, nodule, or no finding?",
+            "nodule",
+        ),
+        ({"set": "xr", "absent": ["effusion"]}, "Which xrs are in the image: effusion, nodule, or no finding?", "no finding"),
+        ({"present": ["b"], "absent": ["c", "a"]}, "Which findings are in the image: a, b, c, or no finding?", "b"),
+        ({"set": "xr", "present": ["pneumonia"], "absent": ["effusion"]}, None, "with a label outside its classes"),
+        ({"set": "xr", "uncertain": ["nodule"]}, None, "no finding is certain"),
+    ],
+)
+def test_findings_as_classes(tmp_path, caplog, given, question, answer):
+    """One outside the classes was no finding; without classes those that are present came first."""
+    record = {"id": "r", "dataset": "d", "split": "train", "images": [{"path": "a.png"}]}
+    record["annotations"] = [{"kind": "labels", "task": "cls", **given}]
+    info = jsonl.DatasetInfo(name="d", classes={"xr": ["effusion", "nodule"]})
+    jsonl.write(tmp_path / "set", info, [Record.model_validate_json(json.dumps(record))])
+    Image.new("L", (8, 8)).save(tmp_path / "set" / "a.png")
+    try:
+        found = [(one.question, one.answer) for one in load_items(tmp_path / "set", "train")]
+    except UserError as error:  # none is left
+        found, caplog_text = [], str(error)
+    else:
+        caplog_text = caplog.text
+    assert found == ([(question, answer)] if question else [])
+    assert question or answer in caplog_text
+    outside = any(kind == "labels outside their classes" for kind in check(tmp_path / "set").findings)
+    assert outside == ("outside" in answer)
 
 
 def test_from_masks_to_scores(measured):

@@ -1,8 +1,13 @@
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from unimed.errors import UserError
 from unimed.tasks.item import Item
 from unimed.train import recipe as recipes
 from unimed.train.collate import Collator, TrainingSet
@@ -92,3 +97,18 @@ def test_workers_change_no_batch(small_overrides, tmp_path):
     for one, two in zip(batches[0], batches[2], strict=True):
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_item_that_is_too_long_is_named_in_one_line(small_overrides, workers):
+    """Also from a process that prepares batches, whose error torch raises again with a traceback as its text."""
+    recipe = recipes.load("tiny", small_overrides)
+    found = list(items(recipe, "train"))[:2]
+    found[1] = replace(found[1], question="which plane is shown " * 400, max_words=0)
+    _, processor = build(recipe, items(recipe, "train"))
+    data = DataLoader(TrainingSet(found, Augment()), collate_fn=Collator(processor), batch_sampler=[[(0, 0), (1, 0)]], num_workers=workers)
+    with pytest.raises(UserError) as caught:
+        next(iter(data))
+    assert re.fullmatch(
+        rf"{re.escape(found[1].id)}: prompt 1 has \d+ tokens, .* allowed; shorten it, or leave it out of the data", str(caught.value)
+    )

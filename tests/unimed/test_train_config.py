@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from unimed.errors import UserError
 from unimed.train import recipe as recipes
+from unimed.train.folder import Run
 from unimed.train.schedule import rate
 
 
@@ -26,6 +27,23 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults():
     assert recipe.sampler.ratios == {"vqa": 2.0}
     assert recipe.connector.aux_losses == {"switch": 0.1}
     assert recipe.train.batch_size == recipes.load("tiny").train.batch_size
+
+
+@pytest.mark.each
+@pytest.mark.parametrize("text", ["7_0", "2026_11_30", "007", "1e3", "0x10", "on", "null", "a #b", "${x}", "[a]", "{b: 1}", "x: y", " "])
+def test_what_names_a_folder_is_taken_as_it_is_written(text):
+    """YAML reads 7_0 as 70: the data of another folder was scored."""
+    assert recipes.load("tiny", [f"data.sets.mine.root={text}"]).data.sets["mine"].root == text
+    assert recipes.load("tiny", [f"data.sets.mine.root='{text}'"]).data.sets["mine"].root == text
+    if text[0].isdigit():
+        assert recipes.load("tiny", [f"name={text}"]).name == text
+
+
+def test_a_run_that_goes_on_is_told_where_one_of_its_sets_lies(tmp_path):
+    kept = recipes.load("tiny", ["data.sets.mine.root=a", "data.sets.mine.ratio=2", "data.sets.gap.root=b"])
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(kept))
+    moved = Run(tmp_path).stored_recipe(["data.sets.mine.root=c"]).data
+    assert {name: (one.root, one.ratio) for name, one in moved.sets.items()} == {"mine": ("c", 2.0), "gap": ("b", 1.0)}
 
 
 @pytest.mark.each

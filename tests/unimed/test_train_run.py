@@ -159,6 +159,19 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(whole, recipe, small_ove
     assert (tmp_path / "precious" / "letter.txt").read_text() == "dear"
 
 
+def test_a_run_that_cannot_start_leaves_the_one_it_would_replace(whole, recipe, small_overrides, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    wrong = recipes.load("tiny", [*small_overrides, "language.vocab_size=200"])
+    for error in (UserError, KeyboardInterrupt):
+        with pytest.raises(error):
+            train(wrong, run, overwrite=True)
+        assert {path.relative_to(run) for path in run.rglob("*")} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        monkeypatch.setattr("unimed.train.run.build", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
 def test_a_run_resumes_by_what_changes_its_mathematics(whole, recipe, small_overrides, sample_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -7,7 +7,7 @@ from accelerate.data_loader import skip_first_batches
 from torch.utils.data import DataLoader
 
 from unimed.errors import UserError
-from unimed.train.sampler import TaskRatioSampler, group
+from unimed.train.sampler import TaskRatioSampler, by_set, group
 
 
 @dataclass
@@ -67,6 +67,14 @@ def test_a_source_can_be_one_dataset_of_a_task():
     members, probabilities = group(ITEMS, {"pathvqa/vqa": 3, "slake/vqa": 1})
     assert [len(m) for m in members] == [5, 10]
     assert np.allclose(probabilities, [0.75, 0.25])
+
+
+@pytest.mark.parametrize("order", [("ct", "ct-new"), ("ct-new", "ct")])
+def test_a_set_whose_name_begins_as_another_s_has_its_own_ratio(order):
+    items = [Item("vqa", name) for name in ("ct", "ct-new", "ct-new-parts")]
+    ratios = {"ct": 1.0, "ct-new": 0.0}
+    divided = by_set({"vqa": 1.0}, items, {name: ratios[name] for name in order})
+    assert divided == {"ct/vqa": 1.0, "ct-new/vqa": 0.0, "ct-new-parts/vqa": 0.0}
 
 
 def test_a_task_without_items_is_left_out_but_a_named_dataset_must_exist():

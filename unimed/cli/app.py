@@ -57,8 +57,8 @@ def command(owner: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
                 if shared.debugging:
                     raise
                 if _reports_errors():
-                    errors.print("[bold red]error:[/] ", end="")
-                    errors.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
+                    errors.print("error: ", style="bold red", end="")
+                    errors.print(" ".join(str(error).split()), highlight=False, soft_wrap=True)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 errors.print("stopped")
@@ -92,8 +92,8 @@ def _quiet_libraries() -> None:
 
 def _show_warning(message: Warning | str, *where: Any) -> None:
     if not rank():
-        errors.print("[bold yellow]warning:[/] ", end="")
-        errors.print(" ".join(str(message).split()), markup=False, highlight=False, soft_wrap=True)
+        errors.print("warning: ", style="bold yellow", end="")
+        errors.print(" ".join(str(message).split()), highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
@@ -142,13 +142,13 @@ def doctor(
     from unimed.doctor import full_size, lines
 
     for title, text in lines():
-        console.print(f"[bold]{title:<24}[/] {escape(text)}", highlight=False, soft_wrap=True)
-    console.print("\n[bold]unimed train unimed-7b-release needs[/] (no weights or data are shipped)", highlight=False)
+        console.print(f"[bold]{title:<24}[/] {escape(text)}", markup=True, highlight=False, soft_wrap=True)
+    console.print("\n[bold]unimed train unimed-7b-release needs[/] (no weights or data are shipped)", markup=True, highlight=False)
     for title, text in full_size(checkpoints, data):
-        console.print(f"[bold]{title:<24}[/] {escape(text)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{title:<24}[/] {escape(text)}", markup=True, highlight=False, soft_wrap=True)
     from cmoe_kernels.doctor import report as kernels
 
-    console.print(f"\n{kernels()}\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{kernels()}\n", highlight=False, soft_wrap=True)
     console.print(f"{NOTICE}.", style="bold red")
 
 

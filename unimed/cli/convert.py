@@ -89,7 +89,7 @@ def _done(rows: list[Row], out: Path) -> None:
     table.columns[2].justify = "right"
     for theirs, ours, count in rows:
         table.add_row(theirs, ours, f"{count:,}")
-    console.print(table, highlight=False, markup=False)
+    console.print(table, highlight=False)
     console.print(f"{sum(row.tensors for row in rows):,} entries; made: {out} · {NOTICE}", highlight=False)
 
 

@@ -18,7 +18,7 @@ HtmlFile = Annotated[Path | None, typer.Option("--html", help="write a page with
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def import_(
@@ -49,12 +49,12 @@ def import_(
     done = import_rows(form, file, images, out, name, task, patient, val, test, seed, strict)
     console = _console()
     if done.left_out:
-        console.print(done.left_out, style="yellow", markup=False)
+        console.print(done.left_out, style="yellow")
     made = ", ".join(f"{count:,} {kind}" for kind, count in done.annotations.items())
-    console.print(f"{sum(done.records.values()):,} records with {made}", markup=False)
+    console.print(f"{sum(done.records.values()):,} records with {made}")
     shares = ", ".join(f"{split} {count:,}" for split, count in done.records.items())
-    console.print(f"splits by {done.grouped_by} ({done.groups:,} groups, seed {seed}): {shares}", markup=False)
-    console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}", markup=False)
+    console.print(f"splits by {done.grouped_by} ({done.groups:,} groups, seed {seed}): {shares}")
+    console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}")
 
 
 def convert(
@@ -73,11 +73,11 @@ def convert(
     done = convert_set(layout, root, out, strict, [one.strip() for one in languages.split(",")])
     console = _console()
     for line in done.left_out:
-        console.print(line, style="yellow", markup=False)
+        console.print(line, style="yellow")
     made = ", ".join(f"{count:,} {kind}" for kind, count in done.annotations.items())
     shares = ", ".join(f"{split} {count:,}" for split, count in done.records.items())
-    console.print(f"{sum(done.records.values()):,} records with {made}: {shares}", markup=False)
-    console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}", markup=False)
+    console.print(f"{sum(done.records.values()):,} records with {made}: {shares}")
+    console.print(f"{done.out} · next: unimed data validate {done.out} · {NOTICE}")
 
 
 def validate(path: Folder, json: JsonFile = None, html: HtmlFile = None, strict: Strict = False) -> None:
@@ -89,11 +89,11 @@ def validate(path: Folder, json: JsonFile = None, html: HtmlFile = None, strict:
     console = _console()
     for kind, one in checked.findings.items():
         known = f" · known: {one.known}" if one.known else ""
-        console.print(f"{one.count:,} {kind} (first: {one.first}){known}", style="dim" if known else "yellow", markup=False)
+        console.print(f"{one.count:,} {kind} (first: {one.first}){known}", style="dim" if known else "yellow")
     if not checked.fine:
         console.print(f"{path}: {'stopped at the first finding' if checked.stopped else f'{len(checked.findings)} kinds of findings'}")
         raise typer.Exit(1)
-    console.print(f"{path}: no {'other ' if checked.findings else ''}findings · {NOTICE}", markup=False)
+    console.print(f"{path}: no {'other ' if checked.findings else ''}findings · {NOTICE}")
 
 
 def stats(
@@ -115,10 +115,10 @@ def stats(
         from unimed.report.entries import draw
 
         draw(checked.entries, checked.name, plot)
-        _console().print(f"plot: {plot}", style="dim", markup=False)
+        _console().print(f"plot: {plot}", style="dim")
     bad = {kind: one for kind, one in checked.findings.items() if kind.startswith("lines ")}
     for kind, one in bad.items():
-        _console().print(f"{one.count:,} {kind} (first: {one.first})", style="yellow", markup=False)
+        _console().print(f"{one.count:,} {kind} (first: {one.first})", style="yellow")
     if strict and bad:
         raise typer.Exit(1)
 
@@ -136,7 +136,7 @@ def _check(path: Path, strict: bool, json: Path | None, html: Path | None, image
         from unimed.datasets.page import page
 
         io.write_text(html, page(checked, path))
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=f"{checked.name}: {path}", title_justify="left")
     table.add_column("")
     for split in checked.records:
@@ -148,7 +148,7 @@ def _check(path: Path, strict: bool, json: Path | None, html: Path | None, image
         listed = ", ".join(f"{share} {words}" for share, words in shares.items())
         _console().print(f"words of each {kind}: {listed}", style="dim")
     licences = ", ".join(f"{licence} ({count:,} records)" for licence, count in checked.licences.items())
-    _console().print(f"licences: {licences or 'none'}", style="dim", markup=False)
+    _console().print(f"licences: {licences or 'none'}", style="dim")
     return checked
 
 
@@ -226,14 +226,14 @@ def build_imax(
             done = build(named, out, join, by, strict, jobs, tell, ray)
             counts, lines, conflicts, orphans = done.splits, done.lines, done.conflicts, done.orphans
     for line in lines:
-        console.print(line, style="yellow", markup=False)
+        console.print(line, style="yellow")
     for name, count in orphans.items():
-        console.print(f"{name}: {count:,} rows are about images that no source brings", style="yellow", markup=False)
+        console.print(f"{name}: {count:,} rows are about images that no source brings", style="yellow")
     for kind, count in conflicts.items():
-        console.print(f"{count:,} conflicts: {kind}", style="yellow", markup=False)
+        console.print(f"{count:,} conflicts: {kind}", style="yellow")
     shares = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    console.print(f"{sum(counts.values()):,} images: {shares}", markup=False)
-    console.print(f"{out} · next: unimed data stats {out} · {NOTICE}", markup=False)
+    console.print(f"{sum(counts.values()):,} images: {shares}")
+    console.print(f"{out} · next: unimed data stats {out} · {NOTICE}")
 
 
 def build_dmax(
@@ -253,14 +253,14 @@ def build_dmax(
     console = _console()
     for split, by_task in done.variation.items():
         shown = ", ".join(f"{task} {value:.3f}" for task, value in by_task.items())
-        console.print(f"{split}: total variation of labels: {shown}", style="dim", markup=False)
+        console.print(f"{split}: total variation of labels: {shown}", style="dim")
     leaks = ", ".join(f"{count:,} {what}" for what, count in done.leaks.items())
-    console.print(f"leakage: {leaks}", markup=False)
+    console.print(f"leakage: {leaks}")
     entries, per_image = done.counts.entries, done.counts.tasks_per_image
     console.print(
         f"{entries:,} entries of {done.images['dmax']:,} images ({done.images['imax']:,} in {imax}), {per_image:.2f} tasks an image"
     )
-    console.print(f"{out} · next: unimed data stats {out} · {NOTICE}", markup=False)
+    console.print(f"{out} · next: unimed data stats {out} · {NOTICE}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

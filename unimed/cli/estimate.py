@@ -33,7 +33,7 @@ def estimate(
 
     given = [*(overrides or []), *([f"train.batch_size={batch}"] if batch else [])]
     if as_json:
-        console.print(json.dumps(report(recipe, given, device, tokens), indent=1), highlight=False, markup=False, soft_wrap=True)
+        console.print(json.dumps(report(recipe, given, device, tokens), indent=1), highlight=False, soft_wrap=True)
     else:
         with console.status("a step on tensors without data"):
             found = report(recipe, given, device, tokens)
@@ -52,7 +52,7 @@ def _say(found: dict[str, Any]) -> None:
             table.add_column(justify=side)
         for row in rows:
             table.add_row(*row)
-        console.print(table, highlight=False, markup=False)
+        console.print(table, highlight=False)
 
     show(
         f"{found['recipe']}: batch {found['batch']}, {found['tokens']} tokens of text a sample",

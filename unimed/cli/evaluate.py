@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from json import dumps as json_text
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +53,7 @@ def evaluate(
         raise UserError(f"--protocol {protocol}: it must be {' or '.join([*PROTOCOLS, *SETS])}")
     more = protocol if protocol in SETS else None  # on whole texts, beside the standard table
     protocol = "standard" if more else protocol
-    changed = [*_data_overrides(data), *([f"evaluate.splits=[{','.join(split)}]"] if split else [])]
+    changed = [*_data_overrides(data), *([f"evaluate.splits={json_text(split)}"] if split else [])]
     changed += [*([f"data.protocol={protocol}"] if protocol else []), *(overrides or []), *["data.strict=true"] * strict]
     scorers = _scorers(clinical or [])
     folder, other = run_folder(run), run_folder(against) if against else None
@@ -139,7 +140,7 @@ def score(
         for i, text in enumerate(header):
             table.add_column(text, justify="left" if i == 0 else "right", no_wrap=True)
         for split, rows in lines.items():
-            table.add_row(f"[italic]{result['splits'][split]['name']}[/]")
+            table.add_row(result["splits"][split]["name"], style="italic")
             for row in rows:
                 table.add_row(*row, style="bold" if row[0] == TRAINED else None)
             part, metrics = result["splits"][split], result["strict" if strict else "headline"]

@@ -100,7 +100,7 @@ def _one(request: Request, save: Path | None, json: bool, model: str | None, dev
     if not json:
         size = f"{asked.opened.rgb.size[0]} x {asked.opened.rgb.size[1]} pixels shown to the " if asked.opened else ""
         notes = "".join(f"{note} · " for note in answer.notes)
-        console.print(f"{notes}{size}model {session.name} · {NOTICE}", style="dim", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{notes}{size}model {session.name} · {NOTICE}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _load(folder: Path, device: str, verify: bool) -> Session:
@@ -110,7 +110,7 @@ def _load(folder: Path, device: str, verify: bool) -> Session:
 
 
 def _show(answer: Answer, asked: Asked) -> None:
-    console.print(answer.text, highlight=False, markup=False, soft_wrap=True)
+    console.print(answer.text, highlight=False, soft_wrap=True)
     _show_box(answer, asked)
 
 
@@ -150,7 +150,7 @@ def _many(source: Path, like: Request, out: Path | None, strict: bool, json: boo
         task = progress.add_task("answers", total=total, note="")
         done = answer_rows(session, read_rows(source, like), out, strict, each=show, progress=lambda n: progress.advance(task, n))
     for text in done.bad[:NAMED]:
-        errors.print(f"left out: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"left out: {text}", style="yellow", highlight=False, soft_wrap=True)
     if len(done.bad) > NAMED:
         errors.print(f"left out: {len(done.bad) - NAMED} more", style="yellow")
     before = f", {done.before} were there" if done.before else ""
@@ -200,9 +200,7 @@ def chat(
             return None
         opened = open_source(Path(name), plane, index, grey)
         notes = "".join(f"{note} · " for note in opened.notes)
-        console.print(
-            f"{notes}{opened.rgb.size[0]} x {opened.rgb.size[1]} pixels", style="dim", highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(f"{notes}{opened.rgb.size[0]} x {opened.rgb.size[1]} pixels", style="dim", highlight=False, soft_wrap=True)
         return opened
 
     opened = open_(image)
@@ -242,7 +240,7 @@ def chat(
         except KeyboardInterrupt:
             errors.print("stopped")
         except (UserError, OSError) as error:
-            errors.print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
+            errors.print(str(error), style="bold red", highlight=False, soft_wrap=True)
 
 
 def _learned(task: str, session: Session) -> str:
@@ -260,7 +258,7 @@ def _turn(session: Session, opened: Any, question: str, task: str) -> tuple[Aske
     text = ""
     for piece in session.stream(request):
         text += piece
-        console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+        console.print(piece, end="", highlight=False, soft_wrap=True)
     console.print()
     answer = session.read(asked, text)
     _show_box(answer, asked)

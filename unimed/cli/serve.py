@@ -64,9 +64,9 @@ def serve(
 
     def ready(port: int, about: dict[str, Any]) -> None:
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        errors.print(f"{about['name']} answers at {where} on {about['device']} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"{about['name']} answers at {where} on {about['device']} · {NOTICE}", highlight=False, soft_wrap=True)
 
-    errors.print(f"loading {settings.model} ...", highlight=False, markup=False, soft_wrap=True)
+    errors.print(f"loading {settings.model} ...", highlight=False, soft_wrap=True)
     run(settings, ready)
 
 

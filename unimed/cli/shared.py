@@ -13,8 +13,8 @@ from unimed.errors import UserError
 
 RUNS = Path("runs")
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)  # a name or an answer may look like markup
+errors = Console(stderr=True, markup=False)
 debugging = False  # --debug: everything is shown
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted recipe overrides, for example train.max_steps=50", show_default=False)]
@@ -40,7 +40,7 @@ def run_folder(run: str) -> Path:
     for path in (RUNS / run, Path(run)):
         if path.is_dir():
             return path
-    known = sorted(path.parent.name for path in RUNS.glob("*/recipe.yaml"))
+    known = sorted(path.parent.name for path in RUNS.glob("[!.]*/recipe.yaml"))
     raise UserError(f"no run {run!r}: not a folder, and runs/ has {', '.join(known) or 'none'}; train one with: unimed train tiny")
 
 
@@ -52,7 +52,7 @@ def model_folder(model: str | None) -> Path:
         found = run_folder(model)
         model_in(found)  # says what is wrong before torch is imported
         return found
-    trained = sorted(RUNS.glob("*/model"), key=lambda path: path.stat().st_mtime)
+    trained = sorted(RUNS.glob("[!.]*/model"), key=lambda path: path.stat().st_mtime)
     if not trained:
         raise UserError("no trained model under runs/; train one with: unimed demo, or name one with --model")
     return trained[-1].parent

@@ -56,7 +56,7 @@ def study(
         raise UserError(f"--from {source}: only study interference reads the runs of another study")
     if clean:
         freed = run.clean(out)
-        console.print(f"deleted {freed / 1e6:,.1f} MB of {out}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"deleted {freed / 1e6:,.1f} MB of {out}", highlight=False, soft_wrap=True)
         return
     with bar(console) as progress:
         task = progress.add_task(name, total=None, note="")
@@ -65,9 +65,9 @@ def study(
             progress.update(task, completed=done, total=total or None, note=what)
 
         run.run_study(found, out, seeds, steps, jobs, [one.strip() for one in rows.split(",") if one.strip()] or None, tell)
-    console.print((out / "table.md").read_text(), highlight=False, markup=False, soft_wrap=True)
+    console.print((out / "table.md").read_text(), highlight=False, soft_wrap=True)
     size = f"{run.disk(out) / 1e6:,.1f} MB on disk (--clean keeps the results)"
-    console.print(f"{out}: {size} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{out}: {size} · {NOTICE}", highlight=False, soft_wrap=True)
 
 
 def _interference(source: Path, out: Path) -> None:
@@ -75,8 +75,8 @@ def _interference(source: Path, out: Path) -> None:
 
     study(source, out)
     place = place_of(source, out)
-    console.print((place / "table.md").read_text(), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{place} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
+    console.print((place / "table.md").read_text(), highlight=False, soft_wrap=True)
+    console.print(f"{place} · {NOTICE}", highlight=False, soft_wrap=True)
 
 
 def analyze(run: RunPath, overrides: Overrides = None, device: Device = "auto") -> None:
@@ -98,12 +98,12 @@ def analyze(run: RunPath, overrides: Overrides = None, device: Device = "auto") 
     folder = run_folder(run)
     result = analyze(folder, lambda text: console.print(f"analysis: {text}", highlight=False), device, overrides)
     _show(result)
-    console.print(f"analysis: {folder / FOLDER} · {NOTICE}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"analysis: {folder / FOLDER} · {NOTICE}", highlight=False, soft_wrap=True)
     if (folder / METRICS_FILE).is_file():
         try:
             write_report(folder)
         except UserError as error:  # the analysis is whole without it
-            console.print(f"report not written again: {error}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"report not written again: {error}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _show(result: dict) -> None:
@@ -123,7 +123,7 @@ def _show(result: dict) -> None:
         if values:
             console.print(f"silhouette by task {side} the connector: {values['all']:.3f}", highlight=False)
     for what in result["lacks"]:
-        console.print(f"lacks {what}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"lacks {what}", style="yellow", highlight=False, soft_wrap=True)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"study": study, "analyze": analyze}

@@ -44,7 +44,7 @@ from unimed.records.pixels import View
 from unimed.records.policy import Tally
 from unimed.records.source import Source
 from unimed.tasks import TASKS
-from unimed.tasks.item import Item, asks
+from unimed.tasks.item import Item, asks, shown
 from unimed.tasks.task import Task
 
 log = logging.getLogger("unimed.records")
@@ -94,15 +94,20 @@ def _row(item: Item) -> tuple[Any, ...]:
 def _item(values: Sequence[Any]) -> Item:
     texts = dict(zip(_TEXT, values, strict=False))
     answer_type, plane, image, max_words, index, width, height, x1, y1, x2, y2, low, high = values[len(_TEXT) :]
-    path = None if image is None else _path(image)
     return Item(
         **texts,
-        image=path if path is None or plane is None else View(path, plane, index, None if low is None else (low, high)),
+        image=_image(image, plane, index, low, high),
         size=None if width is None else (width, height),
         box=None if x1 is None else Box(x1, y1, x2, y2),
         answer_type=answer_type,
         max_words=max_words,
     )
+
+
+def _image(name: bytes | None, plane: str | None, index: int | None, low: float | None, high: float | None) -> Path | View | None:
+    if name is None or plane is None:
+        return None if name is None else _path(name)
+    return View(_path(name), plane, index, None if low is None or high is None else (low, high))
 
 
 @lru_cache(64)  # items of one image come one after the other
@@ -121,8 +126,14 @@ class _Form(NamedTuple):
 
 WHOLE = _Form(SCHEMA.names, _item, lambda item: item, lambda item, id: replace(item, id=id))
 ASKED = _Form(
-    ("id", "task", "question", "answer", "width", "height", "x1", "y1", "x2", "y2"),
-    lambda row: (*row[:4], None if row[4] is None else (row[4], row[5]), None if row[6] is None else Box(*row[6:])),
+    ["id", "task", "question", "answer", "width", "height", "x1", "y1", "x2", "y2", "subject", "image", "plane", "index", "low", "high"],
+    lambda row: (
+        *row[:4],
+        None if row[4] is None else (row[4], row[5]),
+        None if row[6] is None else Box(*row[6:10]),
+        row[10],
+        shown(_image(*row[11:])),
+    ),
     asks,
     lambda one, id: (id, *one[1:]),
 )

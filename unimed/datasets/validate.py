@@ -26,7 +26,7 @@ from unimed.records.files import short
 from unimed.records.image import Images
 from unimed.records.pixels import load_image
 from unimed.records.policy import BadRecord
-from unimed.records.record import QA, SPLITS, BoxOf, ImageRef, Label, Number, Record, Report
+from unimed.records.record import QA, SPLITS, BoxOf, ImageRef, Label, Labels, Number, Record, Report
 
 PERCENTILES = (50, 90, 99, 100)
 NO_LICENCE = "not given"
@@ -213,6 +213,10 @@ def _faults(record: Record, where: str, looker: Images | None, classes: dict[str
             yield "annotations with an unknown task", f"{place}: task {one.task!r} of a {one.kind}"
         if isinstance(one, Label) and one.value not in classes.get(one.set, []):
             yield "labels outside their classes", f"{place}: {one.value!r} is no class of {one.set!r}: {short(classes.get(one.set, []))}"
+        if isinstance(one, Labels) and (listed := classes.get(one.set)):
+            outside = [finding for finding in (*one.present, *one.absent, *one.uncertain) if finding not in listed]
+            if outside:
+                yield "labels outside their classes", f"{place}: {short(outside)} is no class of {one.set!r}: {short(listed)}"
         if isinstance(one, QA) and one.options and one.answer not in one.options:
             yield "answers outside their options", f"{place}: {short(one.answer)} is none of {short(list(one.options))}"
         if isinstance(one, BoxOf) and looker is not None:

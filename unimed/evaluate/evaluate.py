@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from unimed.errors import TooLong
 from unimed.tasks import TASKS, metrics
 from unimed.tasks import protocol as protocols
 from unimed.tasks.baselines import MajorityAnswers
@@ -15,6 +17,8 @@ from unimed.tasks.item import Item
 
 if TYPE_CHECKING:
     from unimed.inference.session import Session
+
+log = logging.getLogger("unimed.evaluate")
 
 
 class Store(Protocol):
@@ -93,13 +97,24 @@ def answers(
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
             part = [items[place] for place in batch]
-            texts = [one.text for one in session.generate(part, batch_size, max_new_tokens, blank)]
+            texts = _texts(session, part, batch_size, max_new_tokens, blank)
             found |= dict(zip(batch, texts, strict=True))
             if store:
                 store.add(row, batch, part, texts)
             if progress:
                 progress(row, len(batch))
     return [found.get(place) for place in range(len(items))]
+
+
+def _texts(session: Session, items: Sequence[Item], batch_size: int, max_new_tokens: int, blank: bool) -> list[str]:
+    """The answers of one batch; an item that the model cannot be asked, since its prompt is too long, has an empty one."""
+    try:
+        return [one.text for one in session.generate(items, batch_size, max_new_tokens, blank)] if items else []
+    except TooLong as error:
+        place = error.place
+        log.warning("%s: %s; its answer is empty", items[place].id, error)
+        texts = _texts(session, [*items[:place], *items[place + 1 :]], batch_size, max_new_tokens, blank)
+        return [*texts[:place], "", *texts[place:]]
 
 
 def compare(

@@ -5,7 +5,6 @@ An evaluation of the same data and model goes on with the answers that are there
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 from unimed import io
 from unimed.errors import UserError
-from unimed.inference.files import MODEL_FOLDER
 from unimed.tasks.item import Item
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -27,9 +25,9 @@ class Predictions:
         self.path = path
         about = json.loads(json.dumps({"format": FORMAT, **about}))
         lines = io.written_lines(path)
+        self._head: dict[str, Any] | None = None  # to be written with the first answer: until then the answers of an earlier call stay
         if not lines or lines[0] != about:
-            lines = [about]
-            io.write_text(path, io.json_line(about))
+            lines, self._head = [about], about
         self._there: dict[tuple[str, str], dict[int, str]] = {}
         for line in lines[1:]:
             self._there.setdefault((line["split"], line["row"]), {})[line["place"]] = line["text"]
@@ -44,6 +42,9 @@ class Predictions:
             {"split": split, "row": row, "place": place, "id": item.id, "task": item.task, "text": text}
             for place, item, text in zip(places, items, texts, strict=True)
         ]
+        if self._head is not None:
+            io.write_text(self.path, io.json_line(self._head))
+            self._head = None
         with self.path.open("ab", buffering=0) as file:
             file.write("".join(map(io.json_line, lines)).encode())
 
@@ -61,14 +62,3 @@ def read_predictions(run: Path) -> dict[str, dict[str, Any]]:
     for line in lines[1:]:
         found[line["split"]]["rows"].setdefault(line["row"], {})[line["place"]] = line["text"]
     return found
-
-
-def fingerprint(run: Path) -> str:
-    """Changes with the model of a run: by its manifest, which holds a hash of every file, or by sizes and times where there is none."""
-    folder = run / MODEL_FOLDER
-    manifest = folder / io.MANIFEST
-    if manifest.is_file():
-        return io.sha256(manifest)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()

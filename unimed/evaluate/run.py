@@ -15,8 +15,8 @@ from unimed.datasets.load import terms
 from unimed.errors import NoItems, UserError
 from unimed.evaluate import evaluate, groups, intervals
 from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
-from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions, fingerprint
-from unimed.inference.files import RECIPE_FILE, model_in, require_run
+from unimed.evaluate.predictions import PREDICTIONS_FILE, Predictions
+from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, fingerprint, model_in, require_run
 from unimed.notice import NOTICE
 from unimed.sample import about
 from unimed.tasks import TASKS
@@ -85,7 +85,7 @@ def evaluate_run(
         model, processor = before
         before = Session(model, processor, trained.device, trained.dtype)
     spec = {
-        "model": fingerprint(run),
+        "model": fingerprint(run / MODEL_FOLDER),
         "data": recipe.data.model_dump(),
         "splits": {split: {"limit": settings.limit, "sha256": digest(items)} for split, items in held_out.items()},
         "max_new_tokens": settings.max_new_tokens,

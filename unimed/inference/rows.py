@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,7 +51,7 @@ def read_rows(source: Path, like: Request) -> Iterator[Row]:
             yield Row(name, name, replace(like, image=path))
         return
     try:
-        with source.open(encoding="utf-8") as lines:
+        with source.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _row(source, number, line, like)
@@ -68,7 +69,7 @@ def _row(source: Path, number: int, line: str, like: Request) -> Row:
         return Row(str(number), "", UserError(f"{where}: not valid JSON ({error})"))
     if not isinstance(given, dict):
         return Row(str(number), "", UserError(f"{where}: not a JSON object; write {{'image': ..., 'question': ...}}"))
-    key, image = str(given.get("id", number)), given.get("image")
+    key, image = str(number if given.get("id") is None else given["id"]), given.get("image")
     wrong = _wrong(given)
     if wrong:
         return Row(key, str(image or ""), UserError(f"{where}: {wrong}"))
@@ -95,7 +96,8 @@ def _wrong(given: dict[str, Any]) -> str:
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"{name} is {value!r}; it must be {form}"
     window = given.get("window")
-    if window is not None and not (len(window) == 2 and all(type(v) in (int, float) for v in window) and window[0] < window[1]):
+    numbers = window is None or (len(window) == 2 and all(type(v) in (int, float) and math.isfinite(v) for v in window))
+    if window is not None and not (numbers and window[0] < window[1]):
         return f"window is {window!r}; it must be [lowest, highest]"
     return ""
 
@@ -113,8 +115,15 @@ def as_line(row: Row, answer: Answer, model: str) -> dict[str, Any]:
         "confidence": round(answer.confidence, 4),
         "gates": [round(value, 4) for value in answer.gates],
         "notes": list(answer.notes),
+        **_shown(row.request),
         "model": model,
     }
+
+
+def _shown(request: Request) -> dict[str, Any]:
+    """What an answer depends on beside image, question, task and model."""
+    window = list(map(float, request.window)) if request.window else None
+    return {"plane": request.plane, "slice": request.slice, "window": window, "max_new_tokens": request.max_new_tokens}
 
 
 def answer_rows(
@@ -130,18 +139,32 @@ def answer_rows(
 
     A row that cannot be used is left out and named in `Done.bad`; ``strict`` raises it.
     """
-    done, there = Done(), _there(out, session.name) if out else {}
+    done, there = Done(), _there(out, session) if out else {}
     waiting: list[tuple[Row, Any]] = []
 
-    def flush() -> None:
-        made = session.answer_prepared([asked for _, asked in waiting]) if waiting else []
-        for (row, _), answer in zip(waiting, made, strict=True):
-            line = as_line(row, answer, session.name)
+    def write(some: Sequence[tuple[Row, Any]]) -> None:
+        try:
+            made = session.answer_prepared([asked for _, asked in some]) if some else []
+        except UserError as error:
+            if len(some) > 1:  # one of them ends the batch; the others are answered
+                for one in some:
+                    write([one])
+                return
+            wrong = UserError(f"{some[0][0].id}: {error}")
+            if strict:
+                raise wrong from error
+            done.bad.append(str(wrong))
+            return
+        for (row, _), answer in zip(some, made, strict=True):
+            line = as_line(row, answer, session.name) | {"weights": session.weights}
             if out:
                 io.append_json_line(out, line)
             if each:
                 each(line)
-        done.answered += len(waiting)
+        done.answered += len(some)
+
+    def flush() -> None:
+        write(waiting)
         waiting.clear()
 
     if out:
@@ -153,19 +176,25 @@ def answer_rows(
         try:
             if isinstance(row.request, UserError):
                 raise row.request
+            if out and isinstance(row.request.image, Path) and row.request.image.resolve() == out.resolve():
+                continue  # the answers lie in the folder that is asked about
             if row.id in seen:
-                raise UserError(f"{row.id}: another row has this id")
+                raise UserError("another row has this id")
             seen.add(row.id)
             if row.id in there:
                 _same(row, row.request, there[row.id], out)
                 done.before += 1
                 continue
             waiting.append((row, prepare(row.request, session.class_questions)))
+        except _Other:
+            flush()
+            raise
         except UserError as error:
-            if strict or isinstance(error, _Other):
+            named = error if error is row.request else UserError(f"{row.id}: {error}")
+            if strict:
                 flush()
-                raise
-            done.bad.append(str(error))
+                raise named from error
+            done.bad.append(str(named))
         if len(waiting) == batch:
             flush()
     flush()
@@ -176,16 +205,19 @@ class _Other(UserError):
     """The file of answers belongs to other requests: no row of it can be used."""
 
 
-def _there(out: Path, model: str) -> dict[str, dict[str, Any]]:
+def _there(out: Path, session: Session) -> dict[str, dict[str, Any]]:
     lines = {str(line.get("id")): line for line in io.written_lines(out)}
     for line in lines.values():
-        if line.get("model") != model:
-            raise UserError(f"{out}: its answers are by the model {line.get('model')!r}, not by {model!r}; name another --out")
+        if line.get("model") != session.name:
+            raise UserError(f"{out}: its answers are by the model {line.get('model')!r}, not by {session.name!r}; name another --out")
+        if line.get("weights", session.weights) != session.weights:
+            raise UserError(f"{out}: its answers are by other weights of the model {session.name!r}; name another --out")
     return lines
 
 
 def _same(row: Row, request: Request, line: dict[str, Any], out: Path | None) -> None:
-    now = {"image": row.image, "question": request.question, "task": request.task}
+    now = {"image": row.image, "question": request.question, "task": request.task, **_shown(request)}
+    line = _shown(request) | line  # files of earlier versions do not say all
     for name, value in now.items():
         if line.get(name) != value:
             raise _Other(f"{out}: {row.id}: its {name} was {line.get(name)!r} and is now {value!r}; name another --out")

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from unimed import io
-from unimed.errors import UserError
-from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE, model_in
+from unimed.errors import TooLong, UserError
+from unimed.inference.files import MODEL_FOLDER, RECIPE_FILE, RUN_FILE, fingerprint, model_in
 from unimed.inference.follow import Follow, Generated, Rows
 from unimed.inference.request import Answer, Asked, Request, prepare
 from unimed.models.spec import DTYPES
@@ -42,11 +42,12 @@ class Session:
         dtype: torch.dtype | None = None,
         class_questions: Sequence[str] = (),
         name: str = "",
+        weights: str = "",
     ) -> None:
         self.model = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
         self.processor = processor
         self.class_questions = tuple(class_questions)
-        self.name = name
+        self.name, self.weights = name, weights
 
     @property
     def device(self) -> torch.device:
@@ -197,10 +198,10 @@ class Session:
         device = self.device
         inputs = {name: value.to(device) for name, value in batch.items()}
         positions = self.model.config.text_config.max_position_embeddings
-        for length, most in zip(inputs["attention_mask"].sum(1).tolist(), limits, strict=True):
+        for place, (length, most) in enumerate(zip(inputs["attention_mask"].sum(1).tolist(), limits, strict=True)):
             if length + most > positions:
                 what = f"a prompt of {length} tokens and an answer of up to {most}"
-                raise UserError(f"{what} do not fit the model's {positions} positions; shorten the question or max_new_tokens")
+                raise TooLong(f"{what} do not fit the model's {positions} positions; shorten the question or max_new_tokens", place)
         return inputs
 
 
@@ -245,7 +246,8 @@ def load(path: str | os.PathLike, device: str = "auto", dtype: str | torch.dtype
     precision, archive = _trained_with(home / RECIPE_FILE)
     model, processor = load_model(folder, dtype=_dtype(dtype, precision if place.type == "cuda" else None), search=archive)
     record = io.read_json(home / RUN_FILE) if (home / RUN_FILE).is_file() else {}
-    return Session(model.to(place), processor, class_questions=[str(one) for one in record.get("class_questions", [])], name=str(run))
+    classes = [str(one) for one in record.get("class_questions", [])]
+    return Session(model.to(place), processor, class_questions=classes, name=str(run), weights=fingerprint(folder)[:12])
 
 
 def _dtype(wanted: str | torch.dtype, trained: str | None) -> torch.dtype | None:

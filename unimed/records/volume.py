@@ -70,9 +70,16 @@ def _canonical(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nda
     """Data and affine on the closest RAS grid, and `Volume.stored`."""
     import nibabel as nib
 
-    stored = tuple((int(axis), int(sign)) for axis, sign in nib.io_orientation(affine))
-    image = nib.as_closest_canonical(nib.Nifti1Image(data, affine))
-    return np.ascontiguousarray(np.asarray(image.dataobj)), np.asarray(image.affine), stored
+    to_ras = nib.io_orientation(affine)
+    turned = affine @ nib.orientations.inv_ornt_aff(to_ras, data.shape[:3])
+    return np.ascontiguousarray(nib.apply_orientation(data, to_ras)), turned, tuple((int(axis), int(sign)) for axis, sign in to_ras)
+
+
+def _flat(affine: np.ndarray) -> bool:
+    """Whether an affine's axes span no volume, whatever their unit."""
+    axes = affine[:3, :3]
+    with np.errstate(all="ignore"):
+        return not np.isfinite(affine).all() or not abs(np.linalg.det(axes / np.linalg.norm(axes, axis=0))) > 1e-6
 
 
 def read_nifti(path: Path, modality: str = "") -> Volume:
@@ -102,11 +109,14 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
     ``image_data``: the voxels of a pair (.img), whose header is ``data``.
     """
     try:
-        voxels, header, affine = _nifti(_unpacked(data), None if image_data is None else _unpacked(image_data))
+        return _volume(*_nifti(_unpacked(data), None if image_data is None else _unpacked(image_data)), modality)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except Exception as error:  # nibabel lets errors of gzip, zlib and its own parsers through
         raise UserError(f"{name}: not a readable NIfTI file ({short(error)})") from error
+
+
+def _volume(voxels: np.ndarray, header: Any, affine: np.ndarray, modality: str) -> Volume:
     colour = voxels.dtype.names is not None
     if colour:
         opaque = voxels["A"] / 255 if "A" in (voxels.dtype.names or ()) else 1  # transparent is black
@@ -115,13 +125,13 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
     while len(grid) > 3 and grid[-1] == 1:
         voxels, grid = voxels[..., 0, :] if colour else voxels[..., 0], grid[:-1]
     if len(grid) != 3 or 0 in grid:
-        raise UserError(f"{name}: shape {grid}, expected a volume of three axes")
+        raise UserError(f"shape {grid}, expected a volume of three axes")
     if voxels.dtype.kind not in "iuf" or voxels.dtype.itemsize > 8:
-        raise UserError(f"{name}: voxels of type {voxels.dtype}, expected integers, floats or RGB")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(f"{name}: its affine cannot be inverted, so left and right are unknown")
+        raise UserError(f"voxels of type {voxels.dtype}, expected integers, floats or RGB")
+    if _flat(affine):
+        raise UserError("its affine cannot be inverted, so left and right are unknown")
     notes = []
-    unit = header.get_xyzt_units()[0]
+    unit = {1: "meter", 3: "micron"}.get(int(header["xyzt_units"]) & 7)
     if unit in ("meter", "micron"):
         affine = np.diag([1000.0] * 3 + [1] if unit == "meter" else [0.001] * 3 + [1]) @ affine
         notes.append(f"coordinates in {unit}s")
@@ -133,7 +143,7 @@ def nifti_from_bytes(name: str, data: bytes, modality: str = "", image_data: byt
     voxels, affine, stored = _canonical(voxels, affine)
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         if not np.isfinite(voxels).any():
-            raise UserError(f"{name}: no voxel holds a number")
+            raise UserError("no voxel holds a number")
         notes.append(f"{int((~np.isfinite(voxels)).sum())} voxels that are not numbers drawn black")
         voxels = np.where(np.isfinite(voxels), voxels, np.nan)
     low, high = float(header["cal_min"]), float(header["cal_max"])
@@ -289,7 +299,7 @@ def stack(name: str, frames: Sequence[Frame], notes: tuple[str, ...] = ()) -> Vo
     lps[:3, 2] = (positions[-1] - positions[0]) / (len(frames) - 1)
     lps[:3, 3] = positions[0]
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps  # DICOM counts to the left and posterior, NIfTI to the right and anterior
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if _flat(affine):
         raise UserError(f"{name}: its slices do not span a volume")
     data, affine, stored = _canonical(np.stack([frames[index].values.T for index in order], axis=2), affine)
     if not np.isfinite(data).any():

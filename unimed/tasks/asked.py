@@ -65,6 +65,15 @@ class Asked:
             raise BadRecord("with a label outside its classes", f"{self.where}: {what}")
         return listed
 
+    def labels(self) -> list[str]:
+        """The classes, of which every finding must be one; of a set without classes the findings that are named, by name."""
+        one, listed = self.annotation, self.classes()
+        outside = [finding for finding in (*one.present, *one.absent) if finding not in listed]
+        if listed and outside:
+            what = f"{short(outside)} is no class of {one.set!r} in dataset.json, which has {short(listed)}"
+            raise BadRecord("with a label outside its classes", f"{self.where}: {what}")
+        return listed or sorted({*one.present, *one.absent})
+
     @cached_property
     def box(self) -> tuple[Box, tuple[int, int]]:
         """The box in pixels of the image that is shown, and that image's size."""

@@ -66,8 +66,15 @@ class Item:
 
 
 def asks(item: Item) -> tuple[Any, ...]:
-    """What an item asks and expects."""
-    return item.id, item.task, item.question, item.answer, item.size, item.box
+    """What an item asks and expects, and about what: of the image its file's name, since the data may be moved, and what is shown of it."""
+    return item.id, item.task, item.question, item.answer, item.size, item.box, item.subject, shown(item.image)
+
+
+def shown(image: Path | View | np.ndarray | None) -> tuple[Any, ...] | None:
+    """The name of an image's file, then plane, index and grey values of a view; None where it is in no file."""
+    if isinstance(image, View):
+        return image.path.name, image.plane, image.index, image.grey
+    return (image.name, None, None, None) if isinstance(image, Path) else None
 
 
 def digest(items: Sequence[Item]) -> str:

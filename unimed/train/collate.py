@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from unimed.errors import TooLong, UserError
 from unimed.tasks import TASKS, prompts
 from unimed.tasks.item import Item
 from unimed.train.augment import augment
@@ -27,6 +28,7 @@ class Sample(NamedTuple):
     prompt: str
     answer: str
     image: Image.Image | None
+    id: str = ""
 
 
 class TrainingSet(Dataset[Sample]):
@@ -52,7 +54,7 @@ class TrainingSet(Dataset[Sample]):
             image, size = self._image(index)
             item, image = augment(_resized(item, size, image.size), image, self.settings, np.random.default_rng(seed))
         prompt = prompts.chat(prompts.instruction(item, random.Random(seed)))
-        return Sample(item.task, prompt, item.answer, image)
+        return Sample(item.task, prompt, item.answer, image, item.id)
 
     def _image(self, index: int) -> tuple[Image.Image, tuple[int, int]]:
         """The image as it is kept, and its size in the file."""
@@ -101,11 +103,14 @@ class Collator:
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         images = [sample.image for sample in samples if sample.image is not None]
-        batch = self.processor(
-            text=[sample.prompt for sample in samples],
-            images=images or None,
-            task=[sample.task for sample in samples],
-            answers=[sample.answer for sample in samples],
-        )
+        try:
+            batch = self.processor(
+                text=[sample.prompt for sample in samples],
+                images=images or None,
+                task=[sample.task for sample in samples],
+                answers=[sample.answer for sample in samples],
+            )
+        except TooLong as error:
+            raise UserError(f"{samples[error.place].id}: {error}, or leave it out of the data") from error
         places = list(TASKS)
         return {**batch, "sample_tasks": torch.tensor([places.index(sample.task) for sample in samples])}

@@ -54,14 +54,31 @@ class Run:
             whole = f"the checkpoint before it, {last[0].name}, is whole" if last else "there is no checkpoint before it"
             raise UserError(f"{target}: not written ({reason}); {whole}: free space or repair the folder, then --resume") from error
 
+    @property
+    def _replaced(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.replaced")
+
     def create(self, recipe: Recipe, start: dict[str, Any], overwrite: bool = False) -> None:
-        """Makes the folder; one that exists is an error, or with `overwrite` replaced if it is a run."""
+        """Makes the folder; one that exists is an error, or with `overwrite` replaced if it is a run: see `replaced` and `restore`."""
         self.require_free(overwrite)
         if self.recipe.exists():
-            shutil.rmtree(self.path)
+            if self._replaced.exists():  # an earlier start was killed before it had a model: that run is the one to keep
+                shutil.rmtree(self.path)
+            else:
+                self.path.rename(self._replaced)
         self._clear()
         io.write_json(self.start, start)
         io.write_text(self.recipe, recipes.dump(recipe))  # last: it makes the folder a run
+
+    def replaced(self) -> None:
+        """The new run can start: the one that it replaces goes."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def restore(self) -> None:
+        """The new run can't start: the one that it would have replaced comes back."""
+        if self._replaced.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._replaced.rename(self.path)
 
     def require_free(self, overwrite: bool = False) -> None:
         """The folder is not there, or may be replaced."""
@@ -125,7 +142,7 @@ class Run:
         """The recipe that the run was started with, with overrides."""
         if not self.recipe.is_file():
             raise UserError(f"{self.path}: nothing to resume: no {RECIPE_FILE} there; leave out --resume to start")
-        return recipes.load(self.recipe, overrides)
+        return recipes.load(self.recipe, overrides, stay=True)
 
     def started_with(self) -> dict[str, Any]:
         """The command, number of processes and items of the start; {} for a run of an earlier version."""

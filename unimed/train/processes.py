@@ -38,6 +38,10 @@ def on_main(body: Callable[[], T]) -> T:
     return result
 
 
+def is_main() -> bool:
+    return bool(PartialState().is_main_process)
+
+
 def main_first() -> AbstractContextManager[None]:
     """The main process goes through the block before the others do."""
     return PartialState().main_process_first()

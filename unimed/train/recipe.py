@@ -11,7 +11,7 @@ import functools
 import re
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -239,13 +239,16 @@ class Recipe(ModelSpec):
         return self
 
 
-def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe called `source` (a name in unimed/recipes, or a path to a YAML file) with dotted overrides."""
+def load(source: str | Path, overrides: list[str] | None = None, stay: bool = False) -> Recipe:
+    """The recipe called `source` (a name in unimed/recipes, or a path to a YAML file) with dotted overrides.
+
+    Data sets that overrides name take the place of the recipe's; with `stay` the others stay.
+    """
     path = find(str(source))
     raw = _read(path)
     raw.setdefault("name", path.stem)
     values = dict(_override(text) for text in overrides or [])
-    _choose_data(raw, values)
+    _choose_data(raw, values, stay)
     _take_over(raw, values)
     _choose_parts(raw, values)
     for key, given in values.items():
@@ -348,10 +351,11 @@ def _override(text: str) -> tuple[str, Any]:
     key = key.strip()
     if not equals or not key:
         raise UserError(f"override {text!r}: write it as key=value, for example train.max_steps=50")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index, call-overload]
-    except Exception as error:
-        raise UserError(f"override {text!r}: the value is not readable ({_first_line(error)})") from error
+    if _kind(key) is not str or (value[:1] in ("'", '"') and value[-1:] == value[:1]):  # else a name or a path: 007 is no number there
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index, call-overload]
+        except Exception as error:
+            raise UserError(f"override {text!r}: the value is not readable ({_first_line(error)})") from error
     for old, new in REMOVED.items():
         if key == old or key.startswith(f"{old}."):
             raise UserError(f"override: {key}={value!r} is no longer read; use {new}")
@@ -363,13 +367,28 @@ def _override(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _choose_data(raw: dict[str, Any], values: dict[str, Any]) -> None:
-    """Data that the command line names takes the place of the recipe's own."""
+def _kind(key: str) -> Any:
+    """The type of what stands under a dotted key; None where there is no such key."""
+    kind: Any = Recipe
+    for part in key.split("."):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
+        kind = next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, Section)), kind)  # of X | None
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = next((info.annotation for name, info in kind.model_fields.items() if part in (name, info.alias)), None)
+        else:
+            return None
+    return kind
+
+
+def _choose_data(raw: dict[str, Any], values: dict[str, Any], stay: bool) -> None:
+    """Data that the command line names takes the place of the recipe's own; with `stay` only that which has the same name."""
     data = raw.setdefault("data", {})
     if not isinstance(data, dict):
         return
     sets = {key.split(".")[2] for key in values if re.match(SET_KEY, key)}
-    if isinstance(data.get("sets"), dict):
+    if isinstance(data.get("sets"), dict) and not (stay and sets):
         kept = {name: one for name, one in data["sets"].items() if name in sets} if sets else {} if "data.root" in values else data["sets"]
         data["sets"] = kept
     if sets:

@@ -186,8 +186,14 @@ def train(
     }
 
     checkpoint = processes.on_main(lambda: folder.resume(recipe, start) if resume else folder.create(recipe, start, overwrite))
-    with processes.main_first():  # a language model that is converted once is kept for the others
-        model, processor = build(recipe, train_items, folder.base) if initial is None else saved(recipe, initial)
+    try:
+        with processes.main_first():  # a language model that is converted once is kept for the others
+            model, processor = build(recipe, train_items, folder.base) if initial is None else saved(recipe, initial)
+    except BaseException:
+        if processes.is_main():
+            folder.restore()
+        raise
+    processes.on_main(folder.replaced)
     cache_mb = recipe.data.cache_mb / max(recipe.data.workers, 1)
     data = TrainingSet(train_items, recipe.augment, model.config.vision_config.image_size, cache_mb)
     trainer = UniMedTrainer(recipe, model, processor, data, run, list(callbacks() if callable(callbacks) else callbacks), settings)

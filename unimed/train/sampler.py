@@ -60,8 +60,8 @@ def by_set(ratios: dict[str, float], items: Sequence, sets: dict[str, float]) ->
         return ratios
     there: dict[str, dict[str, float]] = {}
     for dataset, task in kinds(items)[0]:
-        named = (ratio for name, ratio in sets.items() if dataset == name or dataset.startswith(f"{name}-"))
-        there.setdefault(task, {})[dataset] = next(named, 1.0)
+        named = max((name for name in sets if dataset == name or dataset.startswith(f"{name}-")), key=len, default="")
+        there.setdefault(task, {})[dataset] = sets.get(named, 1.0)
     divided: dict[str, float] = {}
     for key, ratio in ratios.items():
         shares = {name: share for name, share in there.get(key, {}).items() if f"{name}/{key}" not in ratios}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from unimed.errors import UserError
+from unimed.errors import TooLong, UserError
 from unimed.literal import is_quoted, literal, split
 from unimed.models.unimed.configuration import TASKS
 from unimed.models.unimed.tokenization import IMAGE_TOKEN, token_id
@@ -163,7 +163,7 @@ class UniMedProcessor(ProcessorMixin):
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         ids = start + self._ids(text)
         if len(ids) > self.max_prompt_tokens:
-            raise UserError(f"prompt {index} has {len(ids)} tokens, at most {self.max_prompt_tokens} are allowed; shorten it")
+            raise TooLong(f"prompt {index} has {len(ids)} tokens, at most {self.max_prompt_tokens} are allowed; shorten it", index)
         return ids
 
     def _answer_ids(self, answer: str) -> list[int]:
