@@ -9,6 +9,7 @@ from dicom_samples import attempt
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from unimed.errors import UserError
+from unimed.inference.images import open_source
 from unimed.records import pixels as images
 from unimed.records import volume as volumes
 from unimed.records.pixels import image_size, load_image, open_image, read_image_file
@@ -228,6 +229,19 @@ def test_pictures_that_are_too_large_or_no_pixels(tmp_path, monkeypatch):
     (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(UserError, match="EPS"):
         read_image_file(tmp_path / "a.eps")
+
+
+@pytest.mark.parametrize("name", ["x.dcm", "x.nii", "x.nii.gz", "x.zip", "x.img", "x"])
+def test_a_picture_is_one_whatever_it_is_called(tmp_path, name):
+    for form in ("PNG", "JPEG"):
+        Image.new("RGB", (9, 7), "red").save(tmp_path / name, form)
+        assert read_image_file(tmp_path / name).size == image_size(tmp_path / name) == (9, 7)
+
+
+def test_integers_of_32_bits_keep_their_order():
+    """From 2^31 on they were negative."""
+    grey = np.asarray(open_source(np.array([[0, 2**31, 2**32 - 1]], np.uint32)).rgb)[0, :, 0]
+    assert grey[0] < grey[1] < grey[2]
 
 
 def test_pictures_handed_over_in_memory_become_rgb_the_same_way():

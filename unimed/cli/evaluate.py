@@ -183,9 +183,9 @@ def _show_groups(result: dict[str, Any], protocol: str | None) -> None:
 
     for title, names in _shown(result, protocol)[-1:]:
         for kind in ("dataset", "modality", "organ"):
-            header, lines, left = group_table(result, kind, names, GROUPS)
-            if len(lines) < 2:
+            if all(len(part["groups"][kind]) < 2 for part in result["splits"].values()):
                 continue
+            header, lines, left = group_table(result, kind, names, GROUPS)
             table = Table(title=f"{result['run']} by {kind}{title}: score (items) · {NOTICE}")
             for number, text in enumerate(header):
                 table.add_column(text, justify="right" if number > 1 else "left")

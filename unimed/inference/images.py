@@ -49,4 +49,4 @@ def _from_array(array: np.ndarray) -> Image.Image:
         return Image.fromarray(array.astype(np.uint8) * 255)
     if array.dtype == np.uint16:
         return Image.fromarray(np.ascontiguousarray(array))
-    return Image.fromarray(array.astype(np.float32 if kind == "f" or array.dtype.itemsize > 4 else np.int32))
+    return Image.fromarray(array.astype(np.int32 if np.can_cast(array.dtype, np.int32) else np.float32))

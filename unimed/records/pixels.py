@@ -36,7 +36,7 @@ _EXIF_TURNS = {
     2: (False, True, False), 3: (False, True, True), 4: (False, False, True), 5: (True, False, False), 6: (True, True, False),
     7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
-_PLAIN = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff"}  # files that are what they are called
+_PLAIN = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # PNG and JPEG, whatever they are called
 _START = 352  # bytes that tell the kind of a file
 _SILENT = (b"IDAT", b"tIME", b"tRNS")  # chunks of a PNG, behind the first pixels, without an orientation
 _EXIF_ORIENTATION, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 0x0112, 262, 339, 2  # tags of TIFF and EXIF
@@ -228,8 +228,7 @@ def kind_of(path: Path) -> str:
 def _kind_of(name: str, start: bytes) -> str:
     """The kind of a file by its name and its first bytes."""
     name = name.lower()
-    magic = _PLAIN.get(name.rpartition(".")[2])
-    if magic and start.startswith(magic) and start[128:132] != b"DICM":
+    if start.startswith(_PLAIN) and start[128:132] != b"DICM":
         return "raster"
     from unimed.records import dicom
 

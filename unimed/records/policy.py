@@ -4,6 +4,7 @@ Readers report to a Tally. Nothing else decides what becomes of a bad record.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -160,7 +161,8 @@ class Tally:
         often = sorted(counts.items(), key=lambda item: -item[1].records)
         shown = []
         for kind, count in often[:KINDS_SHOWN]:
-            first = count.first.replace(f"{self.folder}/", "").replace(f"{self.folder.resolve()}/", "")
+            inside = "|".join(re.escape(f"{folder}/") for folder in (self.folder.resolve(), self.folder))
+            first = re.sub(rf"(?<![\w./-])(?:{inside})", "", count.first)
             shown.append(f"{count.records:,} {kind}" + (f" (first: {first})" if first else ""))
         more = sum(count.records for _, count in often[KINDS_SHOWN:])
         return ", ".join(shown) + (f", {more:,} of other kinds" if more else "")
