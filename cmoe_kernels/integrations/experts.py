@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from cmoe_kernels.integrations.activations import activation_name
-from cmoe_kernels.nn.int8 import Int8Linear, int8_experts, replace
+from cmoe_kernels.nn.int8 import Int8Linear, int8_experts, refuse_saving, replace
 from cmoe_kernels.ops.activation import ACTIVATIONS
 from cmoe_kernels.ops.balance_loss import balance_loss
 from cmoe_kernels.ops.sparse_experts import sparse_experts
@@ -274,7 +274,8 @@ def use_cmoe(model: PreTrainedModel, use_fused_router: bool = False, weights: Li
             every model of that family in the process then uses ours. False puts the model's own back.
         weights: "int8" puts int8 weights with a scale per output in the place of the experts' parameters, for inference: half the memory of
             bf16, and no way back. Its state dict has them as ``weight`` [E, out, in], ``scale`` and ``bias``; it loads into a model that
-            ``use_cmoe(model, weights="int8")`` has prepared. train() raises, and so does a call that would need a gradient.
+            ``use_cmoe(model, weights="int8")`` has prepared. train() and save_pretrained() raise, and so does a call that would need a
+            gradient.
 
     Returns:
         the model.
@@ -323,7 +324,17 @@ def _make_int8(weights: str, model: PreTrainedModel, experts: dict[str, nn.Modul
                 made[module, own] = Int8Linear.of(f"{name}.{own}", w.transpose(1, 2) if module.is_transposed else w, b, parts)
     for (module, own), int8_form in made.items():
         replace(module, own, f"{own}_bias", int8_form)
+    for module in {module for module, _ in made}:
+        module.register_forward_pre_hook(_require_cmoe)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and any(_is_experts(module) for module in part.modules()):
+            part.save_pretrained = refuse_saving  # type: ignore[method-assign]
     model.eval()
+
+
+def _require_cmoe(module: nn.Module, _: Any) -> None:
+    if (chosen := module.config._experts_implementation) != "cmoe":  # type: ignore[union-attr]
+        raise RuntimeError(f"experts_implementation is {chosen!r}, must be 'cmoe': the experts' weights are int8")
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
 )
+from transformers.initialization import guard_torch_init_functions
 
 from cmoe_kernels.integrations import calls
 from cmoe_kernels.integrations.adapters import FAMILIES, WITHOUT_PROJECTOR, Adapter
@@ -38,6 +39,7 @@ from cmoe_kernels.integrations.task_calls import route_of
 from cmoe_kernels.integrations.upcycle import configure, read, upcycle
 from cmoe_kernels.nn.config import CMoEConfig
 from cmoe_kernels.nn.connector import CMoEConnector
+from cmoe_kernels.nn.int8 import refuse_saving
 
 INITS = ("upcycle", "random")
 
@@ -166,11 +168,9 @@ class CMoEProjector(nn.Module):
         look_up = calls.ambient.get if call is None else functools.partial(call.route, self, features)
         # Compiled code keeps what it recomputes by itself.
         task, group_ids = look_up() if compiling else route_of(self, look_up)
-        if features.dim() == 3 and group_ids is None:
-            out = self.connector(features, task)
-        else:
-            out = self.connector(features.flatten(0, -2), task, group_ids)
-            out = out._replace(**{name: getattr(out, name).unflatten(0, features.shape[:-1]) for name in ("embeddings", "gates")})
+        out = self.connector(features.flatten(0, -3) if features.dim() > 3 else features, task, group_ids)
+        if features.dim() > 3:
+            out = out._replace(**{name: getattr(out, name).unflatten(0, features.shape[:-2]) for name in ("embeddings", "gates")})
         if call is not None and (compiling or call.graph_task == torch._C._current_graph_task_id()):
             call.outputs.append(out)
             if self.training and out.aux_losses and features.requires_grad and not torch.is_grad_enabled():
@@ -208,11 +208,19 @@ class CMoEModel:
             _place(model, self.adapter, path, CMoEProjector(chosen))
         _keep_whole(model)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
-        # Asked for what a checkpoint lacked; the connector initialises itself when it is built elsewhere.
-        if isinstance(module, CMoEConnector) and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
-            module.reset_parameters()
+    def initialize_weights(self) -> None:
+        """What a checkpoint lacked of the connectors, then of the family's modules."""
+        # The guard leaves what was loaded as it is.
+        with torch.no_grad(), guard_torch_init_functions():
+            for projector in projectors(cast(PreTrainedModel, self)).values():
+                if not all(getattr(p, "_is_hf_initialized", False) for p in projector.parameters()):
+                    projector.connector.reset_parameters()
+        super().initialize_weights()  # type: ignore[misc]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        if any(projector.connector.int8 for projector in projectors(cast(PreTrainedModel, self)).values()):
+            refuse_saving()
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def _forward(self, inputs: dict[str, Any], task: Task | None) -> Any:
         """The family's forward on ``inputs``, recorded."""

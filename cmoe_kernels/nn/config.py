@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -48,7 +49,7 @@ class CMoEConfig:
         recompute: save x and gates alone for backward and compute hidden layers again.
 
     Raises:
-        ValueError: a value out of range or a combination that has no meaning; the message names it.
+        TypeError, ValueError: a value of the wrong type or out of range, or a combination that has no meaning; the message names it.
     """
 
     in_features: int
@@ -74,9 +75,12 @@ class CMoEConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, str) or not all(isinstance(name, str) for name in self.tasks):
+        tasks = tuple(self.tasks) if isinstance(self.tasks, Iterable) else None
+        if isinstance(self.tasks, str) or tasks is None or not all(isinstance(name, str) for name in tasks):
             raise TypeError(f"tasks is {self.tasks!r}, must be a sequence of names")
-        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not isinstance(self.aux_losses, Mapping):
+            raise TypeError(f"aux_losses is {self.aux_losses!r}, must be a dict of weights by name")
+        object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "aux_losses", dict(self.aux_losses))
         for name, value, choices in (
             ("expert", self.expert, get_args(Expert)),
@@ -89,11 +93,12 @@ class CMoEConfig:
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, must be one of {', '.join(map(str, choices))}")
-        for name in ("in_features", "out_features", "hidden_features", "num_experts", "router_features", "task_features", "resample_rate"):
+        counts = ["in_features", "out_features", "hidden_features", "num_experts", "router_features", "task_features", "resample_rate"]
+        for name in counts + ["top_k"] * (self.router == "sparse"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}, must be a positive integer")
-        if self.router == "sparse" and not 1 <= self.top_k <= self.num_experts:
+        if self.router == "sparse" and self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, must be in 1..{self.num_experts} (num_experts)")
         if len(set(self.tasks)) != len(self.tasks) or (self.needs_task and not self.tasks):
             raise ValueError(f"tasks are {self.tasks}, must be different names" + (", at least one" if not self.tasks else ""))

@@ -2,15 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cmoe_kernels.nn.config import CMoEConfig
-from cmoe_kernels.nn.int8 import Int8Linear
+from cmoe_kernels.nn.int8 import Int8Linear, holds_int8
 from cmoe_kernels.nn.layers import Experts, TaskRouter
 from cmoe_kernels.ops.arguments import require_float, require_index, require_range, require_size
 from cmoe_kernels.ops.balance_loss import balance_loss
@@ -50,6 +50,8 @@ class CMoEConnector(nn.Module):
 
     def __init__(self, config: CMoEConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if not isinstance(config, CMoEConfig):
+            raise TypeError(f"config is a {type(config).__name__}, must be a CMoEConfig")
         self.config = config
         if config.router_never_learns:
             warnings.warn(
@@ -86,17 +88,19 @@ class CMoEConnector(nn.Module):
         Raises:
             RuntimeError: the parameters are not on a CPU, or the native library is not there or not selected (not with torch.int8); the
                 weights are int8 already and another dtype is given.
-            ValueError: a weight to become int8 is not finite.
+            TypeError, ValueError: another dtype; torch.float64 where the parameters are not, or the reverse; a weight to become int8 is not
+                finite.
         """
         parts = [part for part in (self.experts, self.router) if part is not None]
         if self.int8 and dtype != torch.int8:
             raise RuntimeError("the connector's weights are int8: load the floating-point weights into a new connector, and prepack that")
         self.unpack()
         if dtype == torch.int8:
+            made = [part.quantised() for part in parts]  # raises, before anything has changed
             self.eval()
-            for part in parts:
-                part.quantise()
-            self.requires_grad_(False)
+            for part, layers in zip(parts, made, strict=True):
+                part.become_int8(*layers)
+            self._settle_int8()
             return sum(m.nbytes for m in self.modules() if isinstance(m, Int8Linear))
         router = None if self.router is None else self.router.pack(dtype)
         self.experts.packed = self.experts.pack(dtype)
@@ -126,9 +130,17 @@ class CMoEConnector(nn.Module):
         self.unpack()
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        if holds_int8(state_dict, f"{prefix}experts.", "w1"):
+            self._settle_int8()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _settle_int8(self) -> None:
+        """The parameters beside int8 weights: frozen, and a router's only layer in fp32, which takes image tokens of every dtype."""
+        self.requires_grad_(False)
+        if self.router is not None and self.router.w2 is None:
+            self.router.float()
 
     def reset_parameters(self) -> None:
         """Initialise anew, as the release does (torch.nn.Linear's initialisation; task tokens from N(0, 0.02^2))."""
@@ -149,7 +161,7 @@ class CMoEConnector(nn.Module):
             features: [B, P, C], the encoder's tokens (class token dropped, after its last norm); or packed [T, C] with resample="none".
             task: the task of all samples (a name), of each sample (names), or LongTensor [B] of places in ``config.tasks``. Not needed
                 for router_inputs="token" and router="constant".
-            group_ids: [T] int64, the task of each token, for packed features in place of ``task``.
+            group_ids: [T] int64, the task of each token, in place of ``task``: for packed features, or with resample="none" (T = B P).
             mask: [B, N] (packed: [T]) bool, False for padding: such tokens may hold anything, NaN included. They give zeros, get and give
                 no gradient, and are left out of the auxiliary losses. It counts tokens after resampling: one made of several of the
                 encoder's tokens is kept or left out whole, so padding within a token that is kept must be finite.
@@ -197,7 +209,7 @@ class CMoEConnector(nn.Module):
             features = features.reshape(batch, patches // c.resample_rate, c.features)
         elif c.resample != "none":
             side, stride = math.isqrt(patches), math.isqrt(c.resample_rate)
-            if side * side != patches or side % stride:
+            if not side or side * side != patches or side % stride:
                 raise ValueError(f"features has {patches} tokens per sample, must be a square grid whose side is a multiple of {stride}")
             pool = F.avg_pool2d if c.resample == "avgpool" else F.max_pool2d
             grid = features.transpose(1, 2).reshape(batch, width, side, side)
@@ -218,8 +230,8 @@ class CMoEConnector(nn.Module):
                 f"of {names}, a name per sample or LongTensor [B]" + (", or group_ids [T]" if packed else "")
             )
         if group_ids is not None:
-            if not packed:
-                raise ValueError("group_ids is for packed features [T, C]; give task with features [B, P, C]")
+            if not packed and self.config.resample != "none":
+                raise ValueError("group_ids is for packed features [T, C] or resample='none'; give task with features [B, P, C]")
             require_index("group_ids", group_ids, "T", features)
             require_size("group_ids", group_ids, 0, tokens, "tokens in features")
             self._check_tasks("group_ids", group_ids)
@@ -230,7 +242,8 @@ class CMoEConnector(nn.Module):
             raise ValueError("task must be one name with packed features [T, C]; give group_ids [T] for several")
         batch = features.shape[0]
         if not isinstance(task, Tensor):
-            assert task is not None
+            if not isinstance(task, Iterable):
+                raise TypeError(f"task is {task!r}, must be a name, a name per sample or LongTensor [B]")
             places = [self._task_index(name) for name in task]
             if len(places) == batch and len(set(places)) == 1:
                 return places[0], None

@@ -8,7 +8,7 @@ Ours: ``router.task_tokens`` [G, S], ``router.{w1,b1,w2,b2}``, ``experts.{w1,b1,
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -140,9 +140,20 @@ def _sort_keys(state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Tensor]], 
             raise ValueError(
                 f"expert {e} has {sorted(tensors)}, expert 0 has {sorted(first)}: must be the same layers, the first one included"
             )
+    module = "moe_layers" if named["moe_layers"] else "llm_proj"
+    _require_whole(first, {short: f"{module}.<e>.{layer}.{kind}" for (layer, kind), short in _LAYER.items()})
     if named["moe_layers"] and named["llm_proj"]:
         _check_agreement(named["moe_layers"], named["llm_proj"])
     return [experts[e] for e in range(len(experts))], router, tokens, ignored
+
+
+def _require_whole(found: Collection[str], names: Mapping[str, str]) -> None:
+    """Of two layers both have a bias, or neither has; one layer has no second bias. ``names`` are the released ones."""
+    wanted = {"w1", "w2"} if "w2" in found or "b2" in found else {"w1"}
+    if "b1" in found or "b2" in found:
+        wanted |= {w.replace("w", "b") for w in wanted}
+    if missing := sorted(wanted.difference(found)):
+        raise ValueError(f"{names[missing[0]]} is missing")
 
 
 def _check_agreement(moe_layers: dict[int, dict[str, Tensor]], llm_proj: dict[int, dict[str, Tensor]]) -> None:
@@ -184,6 +195,7 @@ def _read_config(
     missing = {"w1", "w2"} - router.keys()
     if missing:
         raise ValueError(f"router.fc1.weight and router.fc2.weight must be there with router={c.router!r}")
+    _require_whole(router.keys(), {short: long for long, short in _ROUTER.items()})
     task_width = None
     if c.uses_task_tokens:
         absent = [task for task in c.tasks if task not in tokens]

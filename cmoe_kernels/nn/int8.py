@@ -1,7 +1,7 @@
 """A module's weights in int8, in place of its floating-point ones; for inference."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -146,3 +146,8 @@ def refuse_floats(state_dict: dict[str, Any], prefix: str, name: str) -> None:
     """One line where a state dict has the floating-point form of what is int8 in the module that loads it."""
     if f"{prefix}{name}" in state_dict:
         raise RuntimeError(f"{prefix}{name} is floating-point and the module's weights are int8: load it into a new module, then prepack()")
+
+
+def refuse_saving(*_: Any, **__: Any) -> NoReturn:
+    """``save_pretrained`` of a transformers model with int8 weights, which ``from_pretrained`` cannot read."""
+    raise RuntimeError("save_pretrained() cannot write int8 weights: torch.save model.state_dict(), for a model made int8 alike")

@@ -74,18 +74,18 @@ class Experts(nn.Module):
         assert not isinstance(last, nn.Parameter)
         return int8_experts(x, weights, indices, first, last, group_ids, self.activation)
 
-    def quantise(self) -> None:
-        """Put int8 weights in the place of the parameters."""
-        if isinstance(self.w1, nn.Parameter):
-            assert not isinstance(self.w2, Int8Linear)
-            first = Int8Linear.of("experts.w1", self.w1, self.b1)
-            last = None if self.w2 is None else Int8Linear.of("experts.w2", self.w2, self.b2)
-            self._become_int8(first, last)
+    def quantised(self) -> list[Int8Linear]:
+        """The int8 form of what is floating-point."""
+        if isinstance(self.w1, Int8Linear):
+            return []
+        assert not isinstance(self.w2, Int8Linear)
+        first = Int8Linear.of("experts.w1", self.w1, self.b1)
+        return [first] if self.w2 is None else [first, Int8Linear.of("experts.w2", self.w2, self.b2)]
 
-    def _become_int8(self, first: Int8Linear, last: Int8Linear | None) -> None:
-        replace(self, "w1", "b1", first)
-        if last is not None:
-            replace(self, "w2", "b2", last)
+    def become_int8(self, *layers: Int8Linear) -> None:
+        """Put int8 weights in the place of the parameters."""
+        for name, bias, layer in zip(("w1", "w2"), ("b1", "b2"), layers, strict=False):
+            replace(self, name, bias, layer)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if isinstance(self.w1, Int8Linear):
@@ -96,8 +96,8 @@ class Experts(nn.Module):
                 return Int8Linear.empty(prefix + name, w.shape, None if b is None else b.shape, w.device)
 
             assert not isinstance(self.w2, Int8Linear)
-            first, last = empty("w1", self.w1, self.b1), None if self.w2 is None else empty("w2", self.w2, self.b2)
-            self._become_int8(first, last)
+            first = empty("w1", self.w1, self.b1)
+            self.become_int8(*([first] if self.w2 is None else [first, empty("w2", self.w2, self.b2)]))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def pack(self, dtype: torch.dtype | None) -> PackedExperts:
@@ -171,21 +171,24 @@ class TaskRouter(nn.Module):
         assert isinstance(self.w1, Tensor)  # FSDP 1 has views of its own flat parameter here
         return task_router(x, task, self.w1, self.b1, self.w2, self.b2, group_ids, self.inputs, self.activation, self.recompute)
 
-    def quantise(self) -> None:
-        """Put int8 weights in the place of the first layer's, its task columns as a bias row per task. A single layer stays as it is."""
-        if isinstance(self.w1, nn.Parameter) and self.w2 is not None:
-            w, bias = self.w1.detach(), self.w1.new_zeros(self.w1.shape[0]) if self.b1 is None else self.b1.detach()
-            if self.inputs == "task_token":
-                assert self.task_tokens is not None
-                width = self.task_tokens.shape[1]
-                bias = F.linear(self.task_tokens.detach().float(), w[:, :width].float(), bias.float())
-                w = w[:, width:]
-            self._become_int8(Int8Linear.of("router.w1", w, bias.reshape(-1, w.shape[0])))
-
-    def _become_int8(self, first: Int8Linear) -> None:
-        replace(self, "w1", "b1", first)
+    def quantised(self) -> list[Int8Linear]:
+        """The int8 form of the first of two layers, its task columns as a bias row per task. A single layer stays floating-point."""
+        if isinstance(self.w1, Int8Linear) or self.w2 is None:
+            return []
+        w, bias = self.w1.detach(), self.w1.new_zeros(self.w1.shape[0]) if self.b1 is None else self.b1.detach()
         if self.inputs == "task_token":
-            self.task_tokens = None
+            assert self.task_tokens is not None
+            width = self.task_tokens.shape[1]
+            bias = F.linear(self.task_tokens.detach().float(), w[:, :width].float(), bias.float())
+            w = w[:, width:]
+        return [Int8Linear.of("router.w1", w, bias.reshape(-1, w.shape[0]))]
+
+    def become_int8(self, *layers: Int8Linear) -> None:
+        """Put int8 weights in the place of the first layer's."""
+        for first in layers:
+            replace(self, "w1", "b1", first)
+            if self.inputs == "task_token":
+                self.task_tokens = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if isinstance(self.w1, Int8Linear):
@@ -196,7 +199,7 @@ class TaskRouter(nn.Module):
             if self.inputs == "task_token":
                 assert self.task_tokens is not None
                 groups, width = self.task_tokens.shape
-            self._become_int8(Int8Linear.empty(f"{prefix}w1", (rows, columns - width), (groups, rows), self.w1.device))
+            self.become_int8(Int8Linear.empty(f"{prefix}w1", (rows, columns - width), (groups, rows), self.w1.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def pack(self, dtype: torch.dtype | None) -> PackedRouter:

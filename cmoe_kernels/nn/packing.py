@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cmoe_kernels import backends, native
 from cmoe_kernels.ops import packed
 from cmoe_kernels.ops.activation import Activation
-from cmoe_kernels.ops.precision import accumulate_dtype, autocast_dtype
+from cmoe_kernels.ops.precision import FLOATS, accumulate_dtype, autocast_dtype
 from cmoe_kernels.ops.task_router import RouterInputs, task_router
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,11 @@ class Packed:
         _require_native(module)
         parameters = dict(module.named_parameters(recurse=False))
         self.module, self.dtype = module, dtype or next(iter(parameters.values())).dtype
+        if self.dtype not in FLOATS:
+            raise TypeError(f"dtype is {dtype}, must be torch.float32, bfloat16, float16, float64 or int8")
+        for name, p in parameters.items():
+            if (p.dtype == torch.float64) != (self.dtype == torch.float64):
+                raise ValueError(f"dtype is {self.dtype} and {name} is {p.dtype}: torch.float64 is for float64 parameters, and they for it")
         self.stamps = {name: _stamp(p) for name, p in parameters.items()}
 
     def serves(self, module: nn.Module, x: Tensor) -> bool:

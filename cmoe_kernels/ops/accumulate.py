@@ -1,18 +1,31 @@
 """Gradients of weights that are added where they are to be, without a tensor of their own."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.utils.hooks import RemovableHandle
 
 from cmoe_kernels.ops.arguments import require_choice
 from cmoe_kernels.ops.registration import Operator, needed
 
 Into = Literal["grad", "main_grad"]
-_MARK, _HOOK = "_cmoe_accumulate", "_cmoe_main_grad_hook"
+_MARK = "_cmoe_mark"
 _marked = False  # whether a parameter was ever marked: nothing else is looked at before
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Of a parameter. A copy of the parameter, pickled or not, has none."""
+
+    into: Into
+    hook: RemovableHandle | None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def accumulate_grads(parameters: Module | Iterable[Parameter], into: Into | None = "grad") -> None:
@@ -32,7 +45,8 @@ def accumulate_grads(parameters: Module | Iterable[Parameter], into: Into | None
 
     Other backends, ``torch.autograd.grad``, ``backward(inputs=...)`` without the parameter, ``create_graph=True``, ``torch.compile``, a
     weight that is computed from a parameter, and a ``p.grad`` that is not contiguous or of another dtype than the parameter get the
-    ordinary gradient. A graph that is kept (``retain_graph=True``) adds at every pass, as autograd does.
+    ordinary gradient. A graph that is kept (``retain_graph=True``) adds at every pass, as autograd does. A parameter may be frozen and
+    unfrozen. A copy of it (deepcopy, pickle, torch.save) is not marked.
 
     Raises:
         TypeError: something is no plain parameter (DTensor, as FSDP2 makes them).
@@ -57,26 +71,45 @@ def accumulate_grads(parameters: Module | Iterable[Parameter], into: Into | None
         if type(parameter) is not Parameter:
             raise TypeError(f"accumulate_grads: {type(parameter).__name__} is no plain torch.nn.Parameter: its gradient is not one tensor")
     for parameter in chosen:
-        if (hook := parameter.__dict__.pop(_HOOK, None)) is not None:
-            hook.remove()
-        parameter.__dict__.pop(_MARK, None)
+        if (mark := parameter.__dict__.pop(_MARK, None)) is not None and mark.hook is not None:
+            mark.hook.remove()
         if into is None:
             continue
-        setattr(parameter, _MARK, into)
-        _marked = True
-        if into == "main_grad":
+        hook = None
+        if into == "main_grad" and parameter.is_floating_point():
             if getattr(parameter, "main_grad", None) is None:
                 zeros = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
                 parameter.main_grad = zeros  # type: ignore[attr-defined]
-            if parameter.requires_grad:
-                setattr(parameter, _HOOK, parameter.register_post_accumulate_grad_hook(_to_main_grad))
+            hook = _hook(parameter)
+        setattr(parameter, _MARK, _Mark(into, hook))
+        _marked = True
+
+
+def _hook(parameter: Parameter) -> RemovableHandle:
+    learns = parameter.requires_grad
+    parameter.requires_grad_()  # torch refuses a hook of a frozen parameter, which may learn later
+    handle = parameter.register_post_accumulate_grad_hook(_to_main_grad)
+    parameter.requires_grad_(learns)
+    return handle
 
 
 def _to_main_grad(parameter: Tensor) -> None:
     """For a gradient that came the ordinary way. torch also calls it where an op has added one."""
     if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        _main_grad(parameter).add_(parameter.grad)
         parameter.grad = None
+
+
+def _main_grad(parameter: Tensor) -> Tensor:
+    target: Any = getattr(parameter, "main_grad", None)
+    if target is None or target.dtype != torch.float32 or target.shape != parameter.shape or not target.is_contiguous():
+        found = None if target is None else f"{target.dtype} {tuple(target.shape)}"
+        raise RuntimeError(f"{_named(parameter)} has a main_grad of {found}, must be contiguous fp32 of its own shape")
+    return target
+
+
+def _named(parameter: Tensor) -> str:
+    return f"accumulate_grads: a parameter of shape {tuple(parameter.shape)}"
 
 
 def run_backward(
@@ -101,19 +134,17 @@ def _targets(ctx: Any, weights: Sequence[Tensor | None], needs: Sequence[bool]) 
 
 
 def _target(weight: Tensor | None, leaves: Sequence[Any]) -> Tensor | None:
-    into = getattr(weight, _MARK, None)
+    mark: _Mark | None = getattr(weight, _MARK, None)
     leaf = next((node for node in leaves if node.variable is weight), None)
-    if into is None or leaf is None or weight is None or not _accumulates(leaf):
+    if mark is None or leaf is None or weight is None or not _accumulates(leaf):
         return None
-    target: Any = getattr(weight, into)
+    into, target = mark.into, weight.grad
     if into == "grad" and (target is None or target.dtype != weight.dtype or not target.is_contiguous()):
         return None
-    name = f"accumulate_grads: a parameter of shape {tuple(weight.shape)}"
     if weight._backward_hooks or (into == "main_grad" and len(weight._post_accumulate_grad_hooks or ()) > 1):
-        raise RuntimeError(f"{name} has hooks of its gradient, which would not see it: remove them, or accumulate_grads(..., into=None)")
-    if into == "main_grad" and (target.dtype != torch.float32 or target.shape != weight.shape or not target.is_contiguous()):
-        raise RuntimeError(f"{name} has a main_grad of {target.dtype} {tuple(target.shape)}, must be contiguous fp32 of its own shape")
-    return target
+        why = "has hooks of its gradient, which would not see it: remove them, or accumulate_grads(..., into=None)"
+        raise RuntimeError(f"{_named(weight)} {why}")
+    return _main_grad(weight) if into == "main_grad" else target
 
 
 def _accumulates(leaf: Any) -> bool:

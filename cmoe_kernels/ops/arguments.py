@@ -103,6 +103,16 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
 
 
+def require_integer(name: str, value: object) -> None:
+    if not isinstance(value, int | torch.SymInt) and not hasattr(value, "__index__"):  # numpy has integers of its own
+        raise TypeError(f"{name} is {value!r}, must be an integer")
+
+
+def require_experts_per_token(indices: Tensor) -> None:
+    if indices.shape[1] < 1:
+        raise ValueError(f"indices has shape {tuple(indices.shape)}, must name at least one expert per token")
+
+
 def may_read(index: Tensor) -> bool:
     """Whether a check may read the values of a tensor: on a GPU that waits for the device, and a fake tensor has none."""
     return (index.device.type == "cpu" or CHECK_ON_DEVICE) and not isinstance(index, FakeTensor)

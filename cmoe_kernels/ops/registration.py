@@ -48,6 +48,8 @@ class Operator:
                 return self._kernel(*arguments)
             if needs_grad and self._apply is not None:
                 return self._apply(*arguments)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise RuntimeError(f"{self.qualname} has no forward-mode derivative (torch.func.jvp, jacfwd): use backward()")
         try:
             return self._call(*arguments)
         except RuntimeError as error:
@@ -118,6 +120,14 @@ def eager(arguments: tuple[Any, ...]) -> bool | None:
     ):
         return None
     return grad and torch.is_grad_enabled()
+
+
+def _has_tangent(argument: Any) -> bool:
+    if not isinstance(argument, Tensor) or not argument.is_floating_point():
+        return False
+    while functorch.is_batchedtensor(argument):
+        argument = functorch.get_unwrapped(argument)
+    return forward_ad.unpack_dual(argument).tangent is not None
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_into(Tensor dy, Tenso
     grads.dy_divisor = 1;
     grads.dy = bytes_of(dy_kept);
     if (activated) {
+      require_shape("u", u, rows, op.outputs, "y");
       activation_backward<T>(op, bytes_of(dy_kept), layout.scattered(), bytes_of(u_kept), rows, du.get());
       if (identity.empty()) {
         own.resize(rows);

@@ -37,9 +37,16 @@ Experts<T> packed_experts(const Kernels<T>& kernels, const Tensor& x, const Tens
   return op;
 }
 
+// No kernel converts between fp64 and the other dtypes.
+void require_same_width(const char* name, const Tensor& w, const Tensor& x) {
+  STD_TORCH_CHECK((w.scalar_type() == ScalarType::Double) == (x.scalar_type() == ScalarType::Double), name,
+                  " must be float64 where products are, and only there");
+}
+
 }  // namespace
 
 Tensor prepack(Tensor w, Tensor like) {
+  require_same_width("w", w, like);
   return computing(like, [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_for<T>(type_of("like", like));
@@ -69,6 +76,7 @@ Tensor prepack(Tensor w, Tensor like) {
 }
 
 Tensor packed_router_bias(Tensor task, Tensor w1, std::optional<Tensor> b1) {
+  require_same_width("w1", w1, task);
   return computing(task, [&](auto zero) {
     using T = decltype(zero);
     const Tensor task_kept = contiguous(task);

@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
   RowOperand du = rows_of("dy", dy, indices_of(scatter));
   Tensor du_rows = empty_placeholder(x);
   if (act != Activation::none) {
+    require_shape("u", u, rows, w.size(1), "y");
     du_rows = empty_tensor(x, {rows, w.size(1)});
     const Tensor pre = torch::stable::contiguous(u);
     activation_gradient(type, du, pre.const_data_ptr(), rows, w.size(1), act, du_rows.mutable_data_ptr(), on.stream);

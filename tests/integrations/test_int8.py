@@ -53,7 +53,7 @@ def test_values_memory_and_state(name, families):
     assert torch.equal(logits(fresh, inputs), got)
 
 
-def test_refusals(families):
+def test_refusals(families, tmp_path):
     model = tiny_model(families["MixtralExperts"])
     with pytest.raises(ValueError, match="weights is 'int4', must be 'int8' or None"):
         experts.use_cmoe(model, weights="int4")
@@ -63,6 +63,17 @@ def test_refusals(families):
     with pytest.raises(RuntimeError, match="int8 weights cannot be trained"):
         model.train()
     with pytest.raises(RuntimeError, match="requires a gradient, which int8 weights do not give"):
+        model(**inputs)
+    for part in (copy.deepcopy(model), model.model):
+        with pytest.raises(RuntimeError, match=r"save_pretrained\(\) cannot write int8 weights: torch.save model.state_dict\(\)"):
+            part.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    with torch.no_grad():
+        for other in ("eager", "grouped_mm"):
+            model.set_experts_implementation(other)
+            with pytest.raises(RuntimeError, match=f"experts_implementation is '{other}', must be 'cmoe': the experts' weights are int8"):
+                model(**inputs)
+        model.set_experts_implementation("cmoe")
         model(**inputs)
     with pytest.raises(ValueError, match="runs on its own loop, since its gate and up rows are interleaved"):
         experts.use_cmoe(tiny_model(families["GptOssExperts"]), weights="int8")

@@ -232,6 +232,52 @@ def test_a_loaded_model_is_swapped_saved_and_loaded(family, tmp_path):
         assert half(**batch, task="photo").logits.isfinite().all()
 
 
+@pytest.mark.parametrize("lacking", ["connector", "key", "other sizes"])
+@pytest.mark.parametrize("family", ["llava", "blip_2"])
+def test_what_a_checkpoint_lacks_is_initialised(family, lacking, tmp_path):
+    model, images = tiny.build(family)
+    model.save_pretrained(tmp_path)
+    config = swapped(family)[0].config
+    saved, _ = swapped(family, init="random", num_experts=4 if lacking == "other sizes" else 3)
+    state = {} if lacking == "connector" else saved.state_dict()
+    if lacking != "connector":
+        gone = next(key for key in state if key.endswith("experts.w1"))
+        saved.save_pretrained(tmp_path, state_dict={key: value for key, value in state.items() if key != gone or lacking == "other sizes"})
+    loaded = type(saved).from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    for path, connector in connectors_of(loaded).items():
+        experts, router = connector.experts, connector.router
+        for weight in filter(torch.is_tensor, (experts.w1, experts.w2, router.w1, router.w2)):
+            spread = weight.shape[-1] ** -0.5
+            assert 0.5 * spread < weight.max() <= spread
+            assert -spread <= weight.min() < -0.5 * spread
+        for name, p in connector.named_parameters():
+            kept = state.get(f"{path}.connector.{name}")
+            if lacking == "key" and kept is not None and name != "experts.w1":
+                assert torch.equal(p, kept), name
+    with torch.no_grad():
+        assert loaded(**tiny.batch(loaded, images), task="photo").logits.isfinite().all()
+
+
+def test_int8_connectors_are_not_saved(tmp_path):
+    model, _ = swapped("llava")
+    for connector in connectors_of(model).values():
+        connector.prepack(torch.int8)
+    with pytest.raises(RuntimeError, match=r"save_pretrained\(\) cannot write int8 weights"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])
+def test_a_loss_of_samples_with_a_task_each(family):
+    model, images = swapped(family, init="random", router="sparse", aux_losses={"sample_switch": 0.1})
+    batch = tiny.batch(model, images)
+    with torch.no_grad():
+        by_name, by_sample = (model(**batch, task=task) for task in ("photo", ["photo"] * 2))
+        mixed = model(**batch, task=list(TASKS))
+    torch.testing.assert_close(by_sample.aux_loss, by_name.aux_loss)
+    assert mixed.aux_loss > 0
+    assert mixed.gates[0].shape == by_name.gates[0].shape
+
+
 def test_the_callers_configuration_stays():
     model, _ = tiny.build("llava")
     config = model.config

@@ -138,6 +138,9 @@ def test_packed_tokens(settings):
     torch.testing.assert_close(packed.embeddings, padded.embeddings.flatten(0, 1))
     torch.testing.assert_close(packed.gates, padded.gates.flatten(0, 1))
     torch.testing.assert_close(module(f.flatten(0, 1), task="cls").embeddings[:4], padded.embeddings[0])
+    by_token = module(f, group_ids=torch.tensor([4, 1, 0]).repeat_interleave(4))
+    torch.testing.assert_close(by_token.embeddings, padded.embeddings)
+    torch.testing.assert_close(by_token.gates, padded.gates)
 
 
 @pytest.mark.parametrize("aux", [{"switch": 0.1, "z": 0.01}, {"importance": 0.5}, {}], ids=str)
@@ -337,8 +340,9 @@ def test_initialisation_is_that_of_the_release():
 
 def test_config_round_trip():
     config = cmoe.CMoEConfig(
-        in_features=3, out_features=4, router="sparse", renormalize=False, tasks=("a", "b"), aux_losses={"switch": 0.1}
+        in_features=3, out_features=4, router="sparse", renormalize=False, tasks=(t for t in "ab"), aux_losses={"switch": 0.1}
     )
+    assert config.tasks == ("a", "b")
     assert cmoe.CMoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="unknown settings \\['topk'\\]; known are in_features"):
         cmoe.CMoEConfig.from_dict({"in_features": 1, "out_features": 1, "topk": 2})
@@ -350,6 +354,9 @@ def test_config_round_trip():
         ({"router": "softmax"}, "router is 'softmax', must be one of soft, sparse, hard, constant"),
         ({"num_experts": 0}, "num_experts is 0, must be a positive integer"),
         ({"router": "sparse", "top_k": 6}, "top_k is 6, must be in 1..5"),
+        ({"router": "sparse", "top_k": 1.5}, "top_k is 1.5, must be a positive integer"),
+        ({"tasks": None}, "tasks is None, must be a sequence of names"),
+        ({"aux_losses": None}, "aux_losses is None, must be a dict of weights by name"),
         ({"router": "hard", "num_experts": 4}, "num_experts is 4, must be at least 5 with router='hard'"),
         ({"tasks": ("a", "a")}, "must be different names"),
         ({"tasks": ()}, "at least one"),
@@ -361,14 +368,20 @@ def test_config_round_trip():
     ],
 )
 def test_wrong_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if None in settings.values() else ValueError, match=message):
         cmoe.CMoEConfig(in_features=C, out_features=O, **settings)
+
+
+def test_a_connector_takes_a_configuration():
+    with pytest.raises(TypeError, match="config is a dict, must be a CMoEConfig"):
+        cmoe.CMoEConnector({"in_features": C, "out_features": O})
 
 
 @pytest.mark.parametrize(
     ("settings", "arguments", "error", "message"),
     [
         ({}, {"task": "qa"}, ValueError, "task is 'qa', must be one of vqa, refer, identify, caption, cls"),
+        ({}, {"task": 5}, TypeError, "task is 5, must be a name, a name per sample or LongTensor"),
         ({}, {}, ValueError, "task is missing; this router needs one of the two: a name out of vqa"),
         ({}, {"task": ["vqa"]}, ValueError, "task has 1 .* must be 3 .samples in features"),
         ({}, {"task": torch.tensor([0, 1, 9])}, ValueError, "task holds 9, must be in 0..4 .vqa, refer"),
@@ -379,6 +392,7 @@ def test_wrong_settings(settings, message):
         ({}, {"task": "vqa", "features": torch.zeros(48, 6)}, ValueError, "features is packed .* needs resample='none'"),
         ({}, {"task": "vqa", "mask": torch.ones(3, 16, dtype=torch.bool)}, ValueError, "mask has 16 .* must be 4"),
         ({"resample": "avgpool"}, {"task": "vqa", "features": torch.zeros(3, 15, 6)}, ValueError, "must be a square grid"),
+        ({"resample": "maxpool"}, {"task": "vqa", "features": torch.zeros(3, 0, 6)}, ValueError, "0 tokens per sample, must be a square"),
         ({"resample": "none"}, {"task": ["vqa"], "features": torch.zeros(4, 6)}, ValueError, "task must be one name with packed features"),
         ({"resample": "none"}, {"group_ids": torch.tensor([0, 5]), "features": torch.zeros(2, 6)}, ValueError, "group_ids holds 5"),
     ],

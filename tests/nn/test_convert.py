@@ -80,6 +80,10 @@ def without(*keys):
     return {k: v for k, v in released().items() if k not in keys}
 
 
+def without_layer(layer, kind):
+    return {k: v for k, v in released().items() if not k.endswith(f".{layer}.{kind}")}
+
+
 @pytest.mark.parametrize(
     ("state", "settings", "error", "message"),
     [
@@ -98,6 +102,12 @@ def without(*keys):
             "experts are numbered .0, 1, 3, 4., must be 0..3",
         ),
         (lambda: without("moe_layers.1.2.bias", "llm_proj.1.2.bias"), {}, ValueError, "expert 1 has .* must be the same layers"),
+        *(
+            (lambda layer=layer, kind=kind: without_layer(layer, kind), {}, ValueError, rf"moe_layers.<e>.{layer}.{kind} is missing")
+            for layer, kind in (("0", "bias"), ("2", "bias"), ("2", "weight"))
+        ),
+        (lambda: without("router.fc1.bias"), {}, ValueError, "router.fc1.bias is missing"),
+        (lambda: without("router.fc2.bias"), {}, ValueError, "router.fc2.bias is missing"),
         (lambda: without("router.fc2.weight"), {}, ValueError, "router.fc1.weight and router.fc2.weight must be there with router='soft'"),
         (lambda: without("task_tokens.cls"), {"tasks": TASKS}, ValueError, "task_tokens.cls is missing"),
         (lambda: released() | {"task_tokens.seg": torch.ones(1, 1, 8)}, {}, ValueError, r"give tasks=\(...\) in their order"),

@@ -160,9 +160,10 @@ def test_saved_and_loaded(form):
     again = fresh.state_dict()
     assert all(torch.equal(value, again[key]) for key, value in state.items())
     x = features(torch.bfloat16)
+    assert not any(p.requires_grad for p in fresh.parameters())
+    expected = made(x, "b").embeddings
+    assert torch.equal(fresh(x, "b").embeddings, expected)
     with torch.no_grad():
-        expected = made(x, "b").embeddings
-        assert torch.equal(fresh(x, "b").embeddings, expected)
         made.load_state_dict(state)
         assert torch.equal(made(x, "b").embeddings, expected)
 
@@ -231,13 +232,29 @@ def test_what_else_is_refused():
         made.experts(torch.randn(2, 80), indices=torch.full((2, 1), 7))
 
 
-def test_weights_that_are_not_finite_leave_the_connector_as_it_was():
-    made = connector()
+@pytest.mark.parametrize("name", ["experts.w2", "router.w1"])
+def test_weights_that_are_not_finite_leave_the_connector_as_it_was(name):
+    made = connector().train()
     with torch.no_grad():
-        made.experts.w2[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"experts.w2 holds values that are not finite; int8 weights need finite ones"):
+        made.get_parameter(name)[1, -1] = torch.nan
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite; int8 weights need finite ones"):
         made.prepack(torch.int8)
-    assert isinstance(made.experts.w1, torch.nn.Parameter)
+    assert not any(isinstance(part, Int8Linear) for part in made.modules())
+    assert made.training
+    assert all(p.requires_grad for p in made.parameters())
+
+
+@pytest.mark.parametrize("inputs", ["task_token", "token", "task"])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_single_layer_router_takes_image_tokens_of_every_dtype(parameters, inputs):
+    made = quantised(parameters, router_layers=1, router_inputs=inputs)
+    loaded = connector(parameters, router_layers=1, router_inputs=inputs)
+    loaded.load_state_dict(made.state_dict())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for task in ("b", ["a", "c", "a"]):
+            out = made(features(dtype), task)
+            assert out.embeddings.dtype == dtype
+            assert torch.equal(loaded(features(dtype), task).embeddings, out.embeddings)
 
 
 def test_autocast_sets_the_dtype():

@@ -134,6 +134,28 @@ def test_compile():
         torch.testing.assert_close(compiled(features(), "a").embeddings, c(features(), "a").embeddings)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "dtype", "error", "message"),
+    [
+        (torch.float64, torch.float32, ValueError, r"dtype is torch.float32 and .* is torch.float64"),
+        (torch.float32, torch.float64, ValueError, r"dtype is torch.float64 and .* is torch.float32"),
+        (torch.float32, torch.int32, TypeError, "dtype is torch.int32, must be torch.float32, bfloat16, float16, float64 or int8"),
+    ],
+)
+@pytest.mark.parametrize("inputs", ["task_token", "task"])
+def test_dtypes_that_do_not_go_together(parameters, dtype, error, message, inputs):
+    c = connector(parameters, tasks=("a", "b"), router_inputs=inputs)
+    with pytest.raises(error, match=message):
+        c.prepack(dtype)
+    with torch.no_grad():
+        assert c(features(parameters), "a").embeddings.isfinite().all()
+    w, like = torch.randn(3, 5, 4, dtype=parameters), torch.empty(0, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"must be float64 where products are|must be float32, bfloat16"):
+        torch.ops.cmoe_native.prepack(w, like)
+    with pytest.raises(RuntimeError, match=r"must be float64 where products are|must be float32, bfloat16"):
+        torch.ops.cmoe_native.packed_router_bias(torch.zeros(2, 4, dtype=dtype), w[0], None)
+
+
 def test_without_the_native_kernels():
     with cmoe.use_backend("reference"), pytest.raises(RuntimeError, match="needs the native CPU kernels"):
         connector(tasks=("a", "b")).prepack()

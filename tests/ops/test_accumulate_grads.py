@@ -1,6 +1,8 @@
 """Gradients that are added to p.grad or p.main_grad in the product that makes them."""
 
 import copy
+import pickle
+import re
 
 import pytest
 import torch
@@ -239,17 +241,42 @@ def test_hooks_after_accumulation_see_the_sum(marked):
     assert [int(grad[0, 0, 0]) for grad in seen] == [6]
 
 
-def test_a_main_grad_that_does_not_fit_is_refused():
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    "found", [torch.zeros(4, 4), torch.zeros(1, 4, 4).half(), None, "deleted"], ids=["shape", "dtype", "None", "deleted"]
+)
+def test_a_main_grad_that_does_not_fit_is_refused(found, ours):
     p = Parameter(torch.ones(1, 4, 4))
-    p.main_grad = torch.zeros(4, 4)
     accumulate_grads([p], into="main_grad")
-    with pytest.raises(RuntimeError, match=r"main_grad of torch.float32 \(4, 4\), must be contiguous fp32"):
-        soft_experts(torch.ones(5, 4), torch.ones(5, 1), p).sum().backward()
+    p.main_grad = found
+    if isinstance(found, str):
+        del p.main_grad
+    name = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else "None"
+    loss = (soft_experts(torch.ones(5, 4), torch.ones(5, 1), p) if ours else p).sum()
+    with pytest.raises(RuntimeError, match=re.escape(f"main_grad of {name}, must be contiguous fp32 of its own shape")):
+        loss.backward()
 
 
-def test_a_gradient_that_comes_the_ordinary_way_is_added_to_main_grad():
-    p = Parameter(torch.ones(4))
+def test_a_copy_is_not_marked():
+    p = Parameter(torch.ones(1, 4, 4))
     accumulate_grads([p], into="main_grad")
+    for twin in (copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        for _ in range(2):
+            soft_experts(torch.ones(5, 4), torch.ones(5, 1), twin).sum().backward()
+        assert (twin.grad == 10).all()
+        accumulate_grads([twin], into="main_grad")
+        twin.grad = None
+        (3 * twin).sum().backward()
+        assert (twin.main_grad == 3).all()
+    assert not p.main_grad.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_that_comes_the_ordinary_way_is_added_to_main_grad(frozen):
+    p = Parameter(torch.ones(4), requires_grad=not frozen)
+    accumulate_grads([p], into="main_grad")
+    assert p.requires_grad == (not frozen)
+    p.requires_grad_()
     for _ in range(2):
         (3 * p).sum().backward()
     assert (p.main_grad == 6).all()

@@ -9,7 +9,7 @@ import cmoe_kernels as cmoe
 from cmoe_kernels import backends
 from cmoe_kernels.ops import checked, groups
 from cmoe_kernels.ops.arguments import CHECK_ON_DEVICE
-from tests.ops.cases import CASES, DEVICE, on_cpu
+from tests.ops.cases import CASES, DEVICE, backends_of, on_cpu
 
 BY_NAME = {str(case): case for case in CASES}
 
@@ -28,6 +28,7 @@ BAD = [
     ("soft_gate-logits", {"logits": t(3, 2, dtype=torch.int64)}, TypeError, "logits must be float32, .* got torch.int64"),
     ("topk_gate-selection", {"k": 6}, ValueError, r"k is 6, must be in 1..5"),
     ("topk_gate-selection", {"k": 0}, ValueError, r"k is 0, must be in 1..5"),
+    ("topk_gate-selection", {"k": 2.0}, TypeError, r"k is 2.0, must be an integer"),
     ("topk_gate-selection", {"score": "tanh"}, ValueError, "score is 'tanh', must be one of softmax, sigmoid"),
     ("topk_gate-selection", {"selection": t(11, 4)}, ValueError, "selection has 4 in dimension 1 .* must be 5"),
     ("task_router-task_token-groups", {"group_ids": None}, ValueError, "group_ids is None, must be given where task has more than one row"),
@@ -52,6 +53,7 @@ BAD = [
     ("grouped_linear-plain", {"offsets": ids(0, 3, 3, 7, 8, 12).int()}, ValueError, "end at 11 rows or before"),
     ("grouped_linear-plain", {"offsets": ids(0, 3).int()}, ValueError, "offsets has 2 .* must be 6"),
     ("grouped_linear-plain", {"k": 0}, ValueError, "k is 0, must be at least 1"),
+    ("grouped_linear-plain", {"k": 1.0}, TypeError, "k is 1.0, must be an integer"),
     ("grouped_linear-gather-scatter", {"gather_idx": torch.zeros(22, dtype=torch.int64)}, ValueError, "gather_idx must be a permutation"),
     ("grouped_linear-gather-scatter", {"scatter_idx": torch.arange(22) + 1}, ValueError, "scatter_idx must be a permutation"),
     ("grouped_linear-gather-scatter", {"scatter_idx": torch.arange(11)}, ValueError, "scatter_idx has 11 .* must be 22"),
@@ -84,6 +86,7 @@ BAD = [
     ("balance_loss-switch", {"indices": None}, ValueError, "kind='switch' needs either indices or counts"),
     ("balance_loss-switch", {"indices": torch.full((11, 2), 6)}, ValueError, "indices holds 6, must be in -1..5"),
     ("balance_loss-switch", {"indices": torch.full((11, 2), -2)}, ValueError, "indices holds -2, must be in -1..5"),
+    ("balance_loss-switch", {"indices": torch.zeros(11, 0, dtype=torch.int64)}, ValueError, "at least one expert per token"),
     ("balance_loss-switch", {"counts": t(5)}, ValueError, "kind='switch' needs either indices or counts"),
     ("balance_loss-switch", {"mask": t(11)}, TypeError, "mask must be torch.bool, got torch.float32"),
     ("balance_loss-switch", {"total": 3}, ValueError, "total is given without counts"),
@@ -104,6 +107,13 @@ def test_wrong_input(case, change, error, message):
     with cmoe.use_backend("reference"), pytest.raises(error, match=message) as raised:
         case.call(case.make(torch.float32) | change)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of("grouped_linear") if b in ("cpu", "cuda")])
+def test_a_saved_tensor_of_another_size_is_not_read(backend):
+    tensors = t(11, 6), t(11, 7), t(1, 6, 7), None, ids(0, 11).int(), None, None, t(0)
+    with pytest.raises(RuntimeError, match=r"u has shape \(0\), must be \(11, 6\) like y"):
+        torch.ops.cmoe.grouped_linear_backward(*tensors, 1, "gelu", [True, True, False], backend)
 
 
 def test_devices_must_agree():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cmoe_kernels as cmoe
@@ -147,6 +148,37 @@ def test_export(case, backend):
         assert torch.equal(program.module()(tensors), case.call(arguments))
 
 
+SAVING = [case for case in CASES if case.op in ("task_router", "grouped_linear", "soft_experts", "sparse_experts")]
+
+
+@on_backends(SAVING)
+def test_gradients_that_forward_did_not_foresee(case, backend):
+    """A program that was exported for inputs without gradients saves nothing for backward."""
+    arguments = case.make(torch.float32)
+    with cmoe.use_backend(backend):
+        y, expected = run(case, arguments)
+        with torch.no_grad(), Recorder() as recorder:
+            case.call(arguments)
+        ((op, args, _),) = recorder.calls
+        z = op(*args)[0]
+        got = grads(z, [arguments[n] for n in leaves(arguments)], output_grad(z))
+    assert torch.equal(z, y)
+    for name, ours, theirs in zip(leaves(arguments), got, expected, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("backend", backends_of("grouped_linear"))
+def test_gradients_through_vmap(backend):
+    x, w = torch.randn(3, 5, 4, requires_grad=True), torch.randn(2, 6, 4)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with cmoe.use_backend(backend):
+        got, expected = (
+            torch.autograd.grad(many(lambda x: cmoe.grouped_linear(x, w, None, offsets, activation="gelu")).square().sum(), x)[0]
+            for many in (lambda call: torch.vmap(call)(x), lambda call: torch.stack([call(sample) for sample in x]))
+        )
+    assert torch.equal(got, expected)
+
+
 @on_backends(CASES)
 def test_same_bits_again(case, backend):
     with cmoe.use_backend(backend):
@@ -254,6 +286,36 @@ def test_second_derivative_is_refused(case, backend):
         first = torch.autograd.grad(case.call(arguments).square().sum(), arguments[leaves(arguments)[0]], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=f"cmoe::{case.op}_backward has no second derivative"):
         first.sum().backward()
+
+
+FORWARD = "has no forward-mode derivative"
+
+
+@on_backends(ONE_PER_OP)
+def test_forward_mode_is_refused(case, backend):
+    arguments = case.make(torch.float32)
+    name = leaves(arguments)[0]
+    with cmoe.use_backend(backend), forward_ad.dual_level():
+        arguments[name] = forward_ad.make_dual(arguments[name].detach(), torch.ones_like(arguments[name]))
+        with pytest.raises(RuntimeError, match=f"cmoe::{case.op} {FORWARD}"):
+            case.call(arguments)
+
+
+def test_transforms_of_forward_mode_are_refused():
+    x = torch.randn(3, 4)
+    rows = torch.vmap(lambda row: cmoe.soft_gate(row[None])[0])
+    leaf = x.clone().requires_grad_()
+    y = cmoe.soft_gate(leaf)
+    for call in (cmoe.soft_gate, rows, torch.compile(cmoe.soft_gate, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=f"soft_gate {FORWARD}"):
+            torch.func.jvp(call, (x,), (x,))
+    for transform in (torch.func.jacfwd(cmoe.soft_gate), lambda x: torch.func.linearize(cmoe.soft_gate, x)):
+        with pytest.raises(RuntimeError, match=f"soft_gate {FORWARD}"):
+            transform(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"soft_gate_backward {FORWARD}"):
+        torch.autograd.grad(y, leaf, forward_ad.make_dual(x, x))
+    of_another, tangent = torch.func.jvp(lambda t: t * rows(x), (torch.tensor(2.0),), (torch.tensor(1.0),))
+    assert torch.equal(2 * tangent, of_another)
 
 
 @pytest.mark.parametrize("case", ONE_PER_OP, ids=str)

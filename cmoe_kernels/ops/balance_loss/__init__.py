@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
-from cmoe_kernels.ops.arguments import require_choice, require_device, require_float, require_index, require_size, require_tensor
+from cmoe_kernels.ops.arguments import (
+    require_choice,
+    require_device,
+    require_experts_per_token,
+    require_float,
+    require_index,
+    require_size,
+    require_tensor,
+)
 from cmoe_kernels.ops.balance_loss import reference
 from cmoe_kernels.ops.precision import accumulate_dtype
 from cmoe_kernels.ops.registration import operator, refuse_double_backward
@@ -75,6 +83,7 @@ def balance_loss(
     if indices is not None:
         require_index("indices", indices, "TK", scores)
         require_size("indices", indices, 0, tokens, "tokens in scores")
+        require_experts_per_token(indices)
     if mask is not None:
         require_index("mask", mask, "T", scores, torch.bool)
         require_size("mask", mask, 0, tokens, "tokens in scores")

@@ -9,7 +9,7 @@ from torch import Tensor
 from cmoe_kernels import backends
 from cmoe_kernels.ops.accumulate import run_backward
 from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
-from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_size, require_weight
+from cmoe_kernels.ops.arguments import require_choice, require_float, require_index, require_integer, require_size, require_weight
 from cmoe_kernels.ops.grouped_linear import reference
 from cmoe_kernels.ops.precision import autocast_dtype
 from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, operator, refuse_double_backward, wants_grad
@@ -64,6 +64,7 @@ def grouped_linear(
         require_size("b", b, 1, w.shape[1], "output width of w")
     require_index("offsets", offsets, "E", x, torch.int32)
     require_size("offsets", offsets, 0, w.shape[0] + 1, "experts in w, plus one")
+    require_integer("k", k)
     if k < 1:
         raise ValueError(f"k is {k}, must be at least 1")
     for name, index in (("gather_idx", gather_idx), ("scatter_idx", scatter_idx)):
@@ -125,7 +126,7 @@ def _(dy, x, w, b, offsets, gather_idx, scatter_idx, u, k, activation, needs, ba
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, b, offsets, gather_idx, ctx.k, scatter_idx, ctx.activation, _, ctx.backend = inputs
+    x, w, b, offsets, gather_idx, ctx.k, scatter_idx, ctx.activation, ctx.saved, ctx.backend = inputs
     _, u = output
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
@@ -136,8 +137,11 @@ def _backward(ctx, dy, _du):
     if dy is None:
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:3])
-    saved = ctx.saved_tensors
-    grads = run_backward(_grouped_linear_backward, ctx, (dy, *saved, ctx.k, ctx.activation), needs, saved[1:3])
+    *tensors, u = ctx.saved_tensors
+    x, w, b, offsets, gather_idx, _ = tensors
+    if ctx.activation is not None and not ctx.saved:  # an exported program, and vmap: gradients appeared after `save` was decided
+        u = _grouped_linear(x, w, b, offsets, gather_idx, ctx.k, None, None, False, ctx.backend)[0]
+    grads = run_backward(_grouped_linear_backward, ctx, (dy, *tensors, u, ctx.k, ctx.activation), needs, (w, b))
     return *grads, *(None,) * 7
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from cmoe_kernels import backends
 from cmoe_kernels.ops.accumulate import run_backward
 from cmoe_kernels.ops.activation import ACTIVATIONS, Activation
-from cmoe_kernels.ops.arguments import require_choice, require_expert_weights, require_float, require_gates, require_index, require_size
+from cmoe_kernels.ops.arguments import (
+    require_choice,
+    require_expert_weights,
+    require_experts_per_token,
+    require_float,
+    require_gates,
+    require_index,
+    require_size,
+)
 from cmoe_kernels.ops.precision import autocast_dtype
 from cmoe_kernels.ops.registration import empty_placeholder, fake_grads, operator, refuse_double_backward, wants_grad
 from cmoe_kernels.ops.sparse_experts import reference
@@ -67,8 +75,7 @@ def sparse_experts(
     dtype = autocast_dtype(x)
     x = x.to(dtype)
     require_index("indices", indices, "GK", x)
-    if indices.shape[1] < 1:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}, must name at least one expert per token")
+    require_experts_per_token(indices)
     if weights is not None:
         weights = require_gates("weights", weights, "GK", x)
         require_size("weights", weights, 0, indices.shape[0], "rows of indices")

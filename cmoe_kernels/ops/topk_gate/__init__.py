@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmoe_kernels import backends
-from cmoe_kernels.ops.arguments import require_choice, require_device, require_float, require_size
+from cmoe_kernels.ops.arguments import require_choice, require_device, require_float, require_integer, require_size
 from cmoe_kernels.ops.precision import accumulate_dtype
 from cmoe_kernels.ops.registration import operator, refuse_double_backward
 from cmoe_kernels.ops.topk_gate import reference
@@ -62,6 +62,7 @@ def topk_gate(
     """
     require_float("logits", logits, "TE")
     require_choice("score", score, SCORES)
+    require_integer("k", k)
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k is {k}, must be in 1..{logits.shape[1]} (the experts in logits of shape {tuple(logits.shape)})")
     if selection is not None:
