@@ -9,7 +9,6 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_samples import SYNTAXES, attempt, dicom_dataset, dicom_file, item, lut, written
-from PIL import Image
 from pydicom.data import get_testdata_file
 
 from tests.unimed.test_data_dicom import BUNDLED, RAMP, linear, palette, refused, shown
