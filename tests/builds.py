@@ -98,7 +98,7 @@ def build(tree: Path, flags: str, link_flags: str = "") -> None:
 
 
 def _tiers_that_run() -> list[str]:
-    """The instruction sets of this machine; in CI, where no test asks for another than the best, that alone."""
+    """The instruction sets of this machine; in CI only the best, since no test there uses another."""
     here = sets.available if (sets := native.instruction_sets()) else ["generic"]
     return list(here) if FULL else list(here[:1])
 
@@ -127,11 +127,16 @@ def tiers_with_emulation(known: Iterable[str]) -> list[str]:
     return [tier for tier in known if FULL or tier not in emulated or tier in ("amx", "avx512_bf16")]
 
 
+def tiers_to_run() -> tuple[list[str], list[str]]:
+    """The instruction sets that programs can run, those first that are emulated alone; and those of this machine."""
+    here = list(sets.available) if (sets := native.instruction_sets()) else []
+    return [*(tier for tier in emulated_tiers() if tier not in here), *here], here
+
+
 def tiers_of_products() -> list[str] | None:
     """Of tests/native/products.cpp, if not all: in CI the emulated one with most paths, and the best of this machine."""
-    here = list(sets.available) if (sets := native.instruction_sets()) else []
-    emulated = [tier for tier in emulated_tiers() if tier not in here]
-    return None if FULL else [*(emulated or here)[:1], *here[:1]]
+    tiers, here = tiers_to_run()
+    return None if FULL else [*tiers[:1], *here[:1]]
 
 
 def emulation_flags(source: str, tiers: list[str]) -> list[str] | None:

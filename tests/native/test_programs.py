@@ -6,15 +6,14 @@ import re
 import pytest
 
 from cmoe_kernels import native
-from tests.builds import compile_program, emulated_tiers, run_program, runtime_of, tiers_of_products, tiers_with_emulation
+from tests.builds import compile_program, run_program, runtime_of, tiers_of_products, tiers_to_run, tiers_with_emulation
 from tests.sampling import FULL
 
 pytestmark = [
     pytest.mark.skipif(native.library is None, reason=str(native.error)),
     pytest.mark.skipif(platform.system() != "Linux", reason="sanitizers and untouched memory as Linux has them"),
 ]
-HERE = list(sets.available) if (sets := native.instruction_sets()) else []
-TIERS = [*(tier for tier in emulated_tiers() if tier not in HERE), *HERE]
+TIERS, HERE = tiers_to_run()
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,7 @@ def answer_rows(
 
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
+    own = out.resolve() if out else None
     seen: set[str] = set()
     for row in rows:
         if progress:
@@ -176,7 +177,8 @@ def answer_rows(
         try:
             if isinstance(row.request, UserError):
                 raise row.request
-            if out and isinstance(row.request.image, Path) and row.request.image.resolve() == out.resolve():
+            image = row.request.image
+            if own and isinstance(image, Path) and image.name == own.name and image.resolve() == own:
                 continue  # the answers lie in the folder that is asked about
             if row.id in seen:
                 raise UserError("another row has this id")

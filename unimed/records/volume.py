@@ -27,6 +27,7 @@ from unimed.records.text import short
 
 __all__ = ["CT_WINDOW", "MR_PERCENTILE", "Region", "Volume", "window"]
 
+UNITS = {1: ("meters", 1000.0), 3: ("microns", 0.001)}  # NIfTI's codes of units but mm, in mm
 PLANES = ("axial", "coronal", "sagittal")
 AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
 MAX_FILES = 10_000
@@ -131,10 +132,10 @@ def _volume(voxels: np.ndarray, header: Any, affine: np.ndarray, modality: str) 
     if _flat(affine):
         raise UserError("its affine cannot be inverted, so left and right are unknown")
     notes = []
-    unit = {1: "meter", 3: "micron"}.get(int(header["xyzt_units"]) & 7)
-    if unit in ("meter", "micron"):
-        affine = np.diag([1000.0] * 3 + [1] if unit == "meter" else [0.001] * 3 + [1]) @ affine
-        notes.append(f"coordinates in {unit}s")
+    if unit := UNITS.get(int(header["xyzt_units"]) & 7):
+        name, mm = unit
+        affine = np.diag([mm] * 3 + [1]) @ affine
+        notes.append(f"coordinates in {name}")
     if not header["sform_code"] and not header["qform_code"]:
         notes.append("no orientation in the header (sform and qform codes are 0): left and right are a guess")
     intent = header.get_intent()[0]

@@ -59,20 +59,26 @@ class Asked:
 
     def label(self) -> list[str]:
         """The classes, of which the label must be one."""
-        one, listed = self.annotation, self.classes()
-        if one.value not in listed:
-            what = f"{one.value!r} is no class of {one.set!r} in dataset.json, which has {short(listed)}"
-            raise BadRecord("with a label outside its classes", f"{self.where}: {what}")
-        return listed
+        return self._classes_with([self.annotation.value])
+
+    def certain(self) -> list[str]:
+        """The findings that are present or absent, by name."""
+        found = sorted({*self.annotation.present, *self.annotation.absent})
+        if not found:
+            raise Unused("of kind 'labels' where no finding is certain")
+        return found
 
     def labels(self) -> list[str]:
-        """The classes, of which every finding must be one; of a set without classes the findings that are named, by name."""
-        one, listed = self.annotation, self.classes()
-        outside = [finding for finding in (*one.present, *one.absent) if finding not in listed]
-        if listed and outside:
-            what = f"{short(outside)} is no class of {one.set!r} in dataset.json, which has {short(listed)}"
+        """The classes, of which every certain finding must be one; the certain findings where the set has no classes."""
+        found = self.certain()
+        return self._classes_with(found) if self.classes() else found
+
+    def _classes_with(self, names: list[str]) -> list[str]:
+        listed = self.classes()
+        if outside := [name for name in names if name not in listed]:
+            what = f"{outside[0]!r} is no class of {self.annotation.set!r} in dataset.json, which has {short(listed)}"
             raise BadRecord("with a label outside its classes", f"{self.where}: {what}")
-        return listed or sorted({*one.present, *one.absent})
+        return listed
 
     @cached_property
     def box(self) -> tuple[Box, tuple[int, int]]:

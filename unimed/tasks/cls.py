@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from unimed.tasks import answers
-from unimed.tasks.asked import Asked, Unused
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.item import Item
 from unimed.tasks.metrics import released, standard, strictly
@@ -33,8 +33,6 @@ def ask(asked: Asked) -> Item:
 def ask_several(asked: Asked) -> Item:
     """Any number of the classes of a set."""
     one = asked.annotation
-    if not one.present and not one.absent:
-        raise Unused("of kind 'labels' where no finding is certain")
     listed = asked.labels()
     answer = joint(listed).join(name for name in listed if name in one.present) or NOTHING
     return asked.item("cls", class_question(one.set or "finding", listed, several=True), answer, f"cls/{one.set or 'finding'}")

@@ -7,7 +7,7 @@ accuracy   all of them and no other
 from collections.abc import Sequence
 
 from unimed.tasks import answers, reading
-from unimed.tasks.asked import Asked, Unused
+from unimed.tasks.asked import Asked
 from unimed.tasks.baselines import MostFrequent
 from unimed.tasks.cls import NOTHING, class_question, joint, listed
 from unimed.tasks.item import Item
@@ -25,11 +25,7 @@ def f1(item: Item, prediction: str) -> float:
 
 def ask(asked: Asked) -> Item:
     """Asks about the findings that are certain."""
-    one = asked.annotation
-    certain = sorted({*one.present, *one.absent})
-    if not certain:
-        raise Unused("of kind 'labels' where no finding is certain")
-    names, present = ([asked.text(name, "present") for name in some] for some in (certain, sorted(one.present)))
+    names, present = ([asked.text(name, "present") for name in some] for some in (asked.certain(), sorted(asked.annotation.present)))
     question, answer = class_question("finding", names, several=True), joint(names).join(present) or NOTHING
     return asked.item("findings", question, answer, "findings")
 

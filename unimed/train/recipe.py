@@ -368,7 +368,7 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _kind(key: str) -> Any:
-    """The type of what stands under a dotted key; None where there is no such key."""
+    """The type of a dotted key's value; None for an unknown key."""
     kind: Any = Recipe
     for part in key.split("."):
         if get_origin(kind) is dict:
