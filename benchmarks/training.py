@@ -165,16 +165,26 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
-def row(document: dict[str, Any], width: str = "small") -> str:
-    """README's line of what was measured."""
-    one = document["cases"][width]
-    ours, theirs = (one["sides"][name] for name in ("kernels", REFERENCE))
-    return (
-        f"A whole training step of {one['title']} ({one['samples']} images, {one['tokens']:,} tokens), by `python -m benchmarks.training`: "
-        f"{ours['images_per_second']:.0f} images/s\nand {ours['tokens_per_second']:,.0f} tokens/s; with plain PyTorch in the connector "
-        f"{theirs['images_per_second']:.0f} and {theirs['tokens_per_second']:,.0f} "
-        f"({document['machine']['cpu']}, {_threads(document['threads'])}, {one['clock']}, {one['run']['date'][:10]})."
+def row(document: dict[str, Any]) -> str:
+    """README's lines of what was measured at both widths."""
+    cases = [document["cases"][width] for width in WIDTHS]
+    images, tokens = (
+        [" / ".join(_digits(one["sides"][side][f"{what}_per_second"]) for side in ("kernels", REFERENCE)) for one in cases]
+        for what in ("images", "tokens")
     )
+    clocks = " and ".join(sorted({one["clock"] for one in cases} - {"time"}))
+    cpu = " ".join(re.sub(r"\([^)]*\)|Processor|@", " ", document["machine"]["cpu"]).split())
+    measured = [cpu, _threads(document["threads"]), clocks, cases[-1]["run"]["date"][:10]]
+    return (
+        "Whole training steps (`python -m benchmarks.training`), with our kernels / with plain PyTorch in the connector: "
+        f"{images[0]} images/s and\n{tokens[0]} tokens/s for {cases[0]['title']}; {images[1]} and {tokens[1]} for {cases[1]['title']}\n"
+        f"({', '.join(filter(None, measured))})."
+    )
+
+
+def _digits(rate: float) -> str:
+    """Two digits of what is small, no decimals of what is large."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:#.2g}"
 
 
 def arguments(name: str, doc: str | None, least: str) -> argparse.ArgumentParser:
