@@ -369,6 +369,7 @@ def test_the_demo_does_it_all_and_answers_as_the_readme_says(small_overrides, sa
         "repeats count",
     ):
         assert words in result.output
+    assert "…" not in result.output  # no figure is cut in 80 columns
 
 
 def test_the_demo_prepares_batches_beside_where_there_is_a_second_core(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from PIL import Image
@@ -59,7 +60,7 @@ def test_a_set_with_the_numbers_of_the_paper(tmp_path):
     assert sum(found["entries by task"].values()) == 373
     assert found["entries by source and task"] == {"synthetic": found["entries by task"]}
     assert found["images by number of tasks"] == {"4": 45, "5": 5}
-    assert "4.10 │         4.10" in run.output
+    assert re.search(r"tasks per image +4.10 +4.10\n", run.output)
     assert (tmp_path / "x.png").stat().st_size > 10_000
     wrong = CliRunner().invoke(cli.app, ["data", "stats", str(root), "--plot", str(tmp_path / "x.txt")])
     assert (wrong.exit_code, "must end in .png or .svg" in wrong.output) == (2, True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unimed.cli.shared import RunPath, console, run_folder
+from unimed.cli.shared import RunPath, console, new_table, run_folder
 from unimed.notice import NOTICE
 
 if TYPE_CHECKING:
@@ -83,10 +83,9 @@ def export(run: RunPath, out: Out) -> None:
 
 
 def _done(rows: list[Row], out: Path) -> None:
-    from rich.table import Table
-
-    table = Table("from", "to", "tensors", box=None, pad_edge=False, show_footer=False)
-    table.columns[2].justify = "right"
+    table = new_table()
+    for text in ("from", "to", "tensors"):
+        table.add_column(text, justify="right" if text == "tensors" else "left")
     for theirs, ours, count in rows:
         table.add_row(theirs, ours, f"{count:,}")
     console.print(table, highlight=False)

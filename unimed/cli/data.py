@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from unimed.cli.shared import new_table
 from unimed.notice import NOTICE
 
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first bad record")]
@@ -124,8 +125,6 @@ def stats(
 
 
 def _check(path: Path, strict: bool, json: Path | None, html: Path | None, images: bool) -> Any:
-    from rich.table import Table
-
     from unimed import io
     from unimed.datasets.validate import check, table_rows
 
@@ -137,7 +136,7 @@ def _check(path: Path, strict: bool, json: Path | None, html: Path | None, image
 
         io.write_text(html, page(checked, path))
     console = Console(markup=False)
-    table = Table(title=f"{checked.name}: {path}", title_justify="left")
+    table = new_table(f"{checked.name}: {path}")
     table.add_column("")
     for split in checked.records:
         table.add_column(split, justify="right")
@@ -154,11 +153,9 @@ def _check(path: Path, strict: bool, json: Path | None, html: Path | None, image
 
 def _show_entries(found: dict[str, Any]) -> None:
     """The tables of IMAX's paper: entries, images, tasks and entries an image; entries by task and source."""
-    from rich.table import Table
-
     from unimed.datasets.entries import PAPER
 
-    table = Table(title="training entries", title_justify="left")
+    table = new_table("training entries")
     for title in ("", "this set", "IMAX (paper)"):
         table.add_column(title, justify="left" if not title else "right")
     for name in ("entries", "images", "tasks", "tasks per image", "entries per image", "entries without an image"):
@@ -168,7 +165,7 @@ def _show_entries(found: dict[str, Any]) -> None:
         table.add_row(name, ours, str(shown))
     _console().print(table)
     tasks = list(found["entries by task"])
-    table = Table(title="entries by source and task", title_justify="left")
+    table = new_table("entries by source and task")
     table.add_column("")
     for task in tasks:
         table.add_column(task, justify="right")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Overrides, console
+from unimed.cli.shared import Overrides, console, new_table
 
 GB = 10**9
 
@@ -41,13 +41,11 @@ def estimate(
 
 
 def _say(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
     def gb(count: int) -> str:
         return f"{count / GB:,.2f} GB" if count >= GB else f"{count / 1e6:,.2f} MB"
 
     def show(title: str, rows: list[tuple[str, str, str]]) -> None:
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+        table = new_table(title, header=False)
         for side in ("left", "right", "left"):
             table.add_column(justify=side)
         for row in rows:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, run_folder
+from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, new_table, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -114,8 +114,6 @@ def score(
     untrained: bool = False,
     protocol: str | None = None,
 ) -> dict[str, Any]:
-    from rich.table import Table
-
     from unimed.evaluate.evaluate import TRAINED
     from unimed.evaluate.run import answer_table, drawn_by, evaluate_run, interval_cell, odd_answers
     from unimed.tasks import TASKS
@@ -136,7 +134,7 @@ def score(
     shown = [(strict, what) for strict, what in tables if protocol is None or strict == (protocol == "standard")]
     for strict, what in shown:
         header, lines = answer_table(result, strict)
-        table = Table(title=f"{result['run']}: {what} · {NOTICE}")
+        table = new_table(f"{result['run']}: {what} · {NOTICE}")
         for i, text in enumerate(header):
             table.add_column(text, justify="left" if i == 0 else "right", no_wrap=True)
         for split, rows in lines.items():
@@ -177,8 +175,6 @@ def _shown(result: dict[str, Any], protocol: str | None) -> list[tuple[str, dict
 
 def _show_groups(result: dict[str, Any], protocol: str | None) -> None:
     """The trained row by data set, modality and organ, where there are several."""
-    from rich.table import Table
-
     from unimed.evaluate.groups import group_table
 
     for title, names in _shown(result, protocol)[-1:]:
@@ -186,7 +182,7 @@ def _show_groups(result: dict[str, Any], protocol: str | None) -> None:
             if all(len(part["groups"][kind]) < 2 for part in result["splits"].values()):
                 continue
             header, lines, left = group_table(result, kind, names, GROUPS)
-            table = Table(title=f"{result['run']} by {kind}{title}: score (items) · {NOTICE}")
+            table = new_table(f"{result['run']} by {kind}{title}: score (items) · {NOTICE}")
             for number, text in enumerate(header):
                 table.add_column(text, justify="right" if number > 1 else "left")
             for line in lines:
@@ -198,14 +194,12 @@ def _show_groups(result: dict[str, Any], protocol: str | None) -> None:
 
 def _show_clinical(result: dict[str, Any]) -> None:
     """The scores of the reports, a line a score, with the interval of the trained row."""
-    from rich.table import Table
-
     from unimed.evaluate.run import clinical_table
 
     for part in result["splits"].values():
         if part["clinical"]:
             header, lines = clinical_table(part)
-            table = Table(title=f"{result['run']}, {part['name']}: clinical scores of the reports · {NOTICE}")
+            table = new_table(f"{result['run']}, {part['name']}: clinical scores of the reports · {NOTICE}")
             for text in header:
                 table.add_column(text, justify="left" if text == "score" else "right")
             for line in lines:
@@ -214,14 +208,12 @@ def _show_clinical(result: dict[str, Any]) -> None:
 
 
 def _show_difference(result: dict[str, Any], protocol: str | None) -> None:
-    from rich.table import Table
-
     from unimed.evaluate.against import span_of, strip
 
     found = result["against"]
     for title, names in _shown(result, protocol):
         span = span_of(found["splits"], names)
-        table = Table(title=f"{result['run']} less {found['run']}, on the same items{title}")
+        table = new_table(f"{result['run']} less {found['run']}, on the same items{title}")
         for text in ("split", "task", "difference", "95 % interval", f"from {-span:.2f} to {span:.2f}", "bootstrap over"):
             table.add_column(text, no_wrap=True)
         for split, tasks in found["splits"].items():
@@ -237,11 +229,9 @@ def _show_difference(result: dict[str, Any], protocol: str | None) -> None:
 
 def _show_set(result: dict[str, Any], name: str) -> None:
     """The scores of a set, a line a data set and row."""
-    from rich.table import Table
-
     from unimed.tasks.metrics.medmoe import NAMES
 
-    table = Table(title=f"{result['run']}: scores of {name} · {NOTICE}")
+    table = new_table(f"{result['run']}: scores of {name} · {NOTICE}")
     for text in ("split", "data set", "answers by", *NAMES):
         table.add_column(text.replace("_", "\n"), justify="right" if text in NAMES else "left")
     for part in result["splits"].values():
@@ -253,8 +243,6 @@ def _show_set(result: dict[str, Any], name: str) -> None:
 
 def _show_gates(run: Path) -> None:
     """The router's gates per task, as the last steps of training saw them."""
-    from rich.table import Table
-
     from unimed import io
     from unimed.train.folder import Run
 
@@ -263,7 +251,7 @@ def _show_gates(run: Path) -> None:
     if not history or len(next(iter(history[-1]["tasks"].values()))["gates"]) == 1:
         return
     last = history[-1]
-    table = Table(title=f"{run.name}: mean gate of each expert, at step {last['step']}", title_justify="left")
+    table = new_table(f"{run.name}: mean gate of each expert, at step {last['step']}")
     table.add_column("task", no_wrap=True)
     for expert in range(len(next(iter(last["tasks"].values()))["gates"])):
         table.add_column(f"expert {expert + 1}", justify="right")

@@ -36,6 +36,15 @@ def bar(where: Console = console) -> Any:
     return bar(where)
 
 
+def new_table(title: str = "", header: bool = True) -> Any:
+    """A table as all commands show it: without a frame, so that a score of each of six tasks fits into 80 columns uncut."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    spread = {"show_edge": False, "pad_edge": False, "collapse_padding": True}
+    return Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_header=header, **spread)
+
+
 def run_folder(run: str) -> Path:
     for path in (RUNS / run, Path(run)):
         if path.is_dir():

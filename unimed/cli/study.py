@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from unimed.cli.shared import Device, Overrides, RunPath, console, run_folder
+from unimed.cli.shared import Device, Overrides, RunPath, console, new_table, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -107,12 +107,10 @@ def analyze(run: RunPath, overrides: Overrides = None, device: Device = "auto") 
 
 
 def _show(result: dict) -> None:
-    from rich.table import Table
-
     if result["modules"]:
         names = list(next(iter(result["modules"].values())))
         title = f"{result['run']}: how the tasks pull, mean over {len(result['steps'])} points"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table = new_table(title)
         for text in ("module", *names):
             table.add_column(text.replace(" of ", "\nof "), justify="left" if text == "module" else "right", no_wrap=True)
         for module, found in result["modules"].items():
