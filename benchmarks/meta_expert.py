@@ -1,7 +1,6 @@
 """Med-MoE's FFN on the CPU: the layer as it runs (`MoEFFN.mix`) against other forms of it.
 
-    one_call    the meta expert as one more expert of the sparse call: the layer's own form but for one token without gradients
-    beside      a dense FFN of its own beside the sparse call: the layer's own form for that one token
+    beside      a dense FFN of its own beside the sparse call; the layer has the meta expert as one more expert of that call
     loop        a loop over experts
     einsum      products with masks of tokens, experts and places, capacity 4
     grouped_mm  torch's grouped products over rows sorted by expert, and a dense FFN
@@ -34,7 +33,7 @@ from unimed.models.medmoe.layers import FFN, MoEFFN
 WIDTHS = {"phi-2": (2560, 10240, False, "gelu_tanh", True), "stablelm-2": (2048, 5632, True, "silu", False)}
 EXPERTS = 4
 BOUND = 16  # tokens from which a call takes time by their number; below, it reads weights
-FORMS = ("one_call", "beside", "loop", "einsum", "grouped_mm")
+FORMS = ("beside", "loop", "einsum", "grouped_mm")
 
 Call = Callable[[], list[Tensor]]
 
@@ -59,11 +58,6 @@ def sides(
     indices = torch.randint(EXPERTS, (tokens, 1), generator=draw)
 
     layer = _layer(one, activation, gated)
-
-    def one_call() -> Tensor:
-        chosen = torch.cat([torch.zeros_like(indices), indices + 1], 1)
-        mixed = torch.cat([torch.ones_like(weights), weights], 1)
-        return sparse_experts(x, mixed, chosen, *one, activation=activation, gated=gated)
 
     def dense() -> Tensor:
         w1, b1, w2, b2 = meta
@@ -92,7 +86,7 @@ def sides(
         return call
 
     separate = [*experts, *meta]
-    of = {"one_call": (one_call, one), "beside": (apart, separate), "grouped_mm": (grouped, separate)}
+    of = {"beside": (apart, separate), "grouped_mm": (grouped, separate)}
     of |= {form.__name__: (lambda form=form: form(layer, x, weights, indices), one) for form in (loop, einsum)}  # type: ignore[misc]
     return step(lambda: layer.mix(x, weights, indices), one), *(step(*of[name]) for name in forms)
 

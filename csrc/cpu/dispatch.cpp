@@ -171,6 +171,9 @@ Kernels<float> kernels_for<float>(Type type) {
   return {type == Type::bf16 && isa.bf16 ? isa.bf16 : isa.f32, isa.rows, isa.convert, isa.transpose, type, l2_bytes()};
 }
 
+// Products of bf16 by instructions of their own overtake dot products sooner, and so do all where weights are converted before.
+int64_t small_m(Type type) { return type == Type::f16 || (type == Type::bf16 && choice().isa->bf16) ? most_small_m / 2 : most_small_m; }
+
 template <>
 Kernels<float> kernels_for_small_m<float>(Type type) {
   const Isa& isa = *choice().isa;

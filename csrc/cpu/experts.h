@@ -41,7 +41,7 @@ struct Bias {
 // The kernels of a forward pass: dot products where tokens are few and every weight lies along its inputs, as it is stored.
 template <class T>
 Kernels<T> forward_kernels(Type type, int64_t tokens, const Weight& first, const Weight& last) {
-  const bool few = tokens <= small_m && first.along_inputs() && last.along_inputs() && !first.packed_expert;
+  const bool few = tokens <= small_m(type) && first.along_inputs() && last.along_inputs() && !first.packed_expert;
   return few ? kernels_for_small_m<T>(type) : kernels_for<T>(type);
 }
 

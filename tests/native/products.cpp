@@ -244,8 +244,9 @@ void weighted(Type type) {
     for (const int64_t tokens : {33, 200}) run(kernels, type, {tokens, 70, 64, 1, 4096, in_rows, false, false, kernels.l2});
   }
   for (const int64_t stride : {0, 16, 32, 64}) run(kernels, type, {37, 70, 96, 1, stride, true, false, false, kernels.l2});
-  for (int64_t tokens = 1; tokens <= small_m; ++tokens)
-    for (const int64_t k : {1, 64, 1100}) run(dots, type, {tokens, 11, k, 1, k + 1, true, false, false, kernels.l2});
+  for (int64_t tokens = 1; tokens <= most_small_m; ++tokens)
+    for (const int64_t k : {1, 64, 1100, 4096 + 70}) run(dots, type, {tokens, 11, k, 1, k + 1, true, false, false, kernels.l2});
+  if (type != Type::f64) run(dots, Type::f32, {3, 11, 4096 + 70, 1, 4096 + 70, true, false, false, kernels.l2});
 }
 
 template <class T>

@@ -120,7 +120,7 @@ struct Int8 : Int8Weight {
 void run_int8(Outputs& outputs, Type type, const Sizes& s) {
   const std::vector<char> x = random(type, s.tokens * s.inputs);
   const int64_t most = s.tokens * s.k;
-  for (const int64_t float_rows : has_int8_products() ? std::vector<int64_t>{most, small_m, 0} : std::vector<int64_t>{most}) {
+  for (const int64_t float_rows : has_int8_products() ? std::vector<int64_t>{most, 4, 0} : std::vector<int64_t>{most}) {
     const std::string name = "int8 experts, float rows " + std::to_string(float_rows) + ", ";
     for (const bool gated : {false, true}) {
       const Int8 w1(s.experts, gated ? 2 * s.hidden : s.hidden, s.inputs, gated ? 2 : 1), w2(s.experts, s.outputs, s.hidden, 1);

@@ -110,7 +110,7 @@ def test_a_layer_is_its_formula_in_every_setting(top_k, scale, meta):
     layer = next(iter(moe_layers(stir(upcycle(decoder(), top_k=top_k, scale=scale, meta=meta))).values()))
     x = torch.randn(13, 32)
     torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
-    with torch.no_grad():  # one token takes another way
+    with torch.no_grad():  # one token: other kernels
         torch.testing.assert_close(layer(x[:1]).double(), expected(layer, x[:1]), rtol=1e-5, atol=1e-5)
 
 

@@ -51,8 +51,9 @@ struct Kernels {
 template <class T>
 Kernels<T> kernels_for(Type type);  // dispatch.cpp
 
-// For products y = x W^T of few tokens with weights along k, where the instruction set has such a kernel.
-constexpr int64_t small_m = 4;
+// For products y = x W^T of few tokens, at most small_m(type), with weights along k, where the instruction set has such a kernel.
+constexpr int64_t most_small_m = 8;
+int64_t small_m(Type type);
 template <class T>
 Kernels<T> kernels_for_small_m(Type type);
 
@@ -60,15 +61,20 @@ Kernels<T> kernels_for_small_m(Type type);
 Kernels<float> kernels_for_int8_weights(bool int8_activations, int64_t rows);
 bool has_int8_products();
 
-constexpr int64_t longest_chunk = 512;
+constexpr int64_t longest_packed_chunk = 512;  // of columns; of rows, a microkernel's kc
 constexpr int most_lanes = 32;
 
 // Scratch for converting values before they are packed: one panel of rows along k, or some rows of a block of lanes.
 constexpr int64_t converted_rows = 32, most_columns = 1024;
 template <class T>
+int64_t rounded_bytes(const Kernels<T>& kernels) {
+  return std::max<int64_t>(kernels.gemm->kc, most_columns) * 4;
+}
+template <class T>
 int64_t conversion_bytes(const Kernels<T>& kernels) {
-  return round_up(
-      std::max<int64_t>(most_lanes * kernels.gemm->kc, converted_rows * most_columns) * 4 + std::max(longest_chunk, most_columns) * 4, 64);
+  const Microkernel& gemm = *kernels.gemm;
+  const int64_t rows = int64_t{std::max(gemm.mr, gemm.nr)} * gemm.kc;
+  return round_up(std::max(rows, converted_rows * most_columns) * 4 + rounded_bytes(kernels), 64);
 }
 
 // Rows of an operand as the panels' type, rounded to the type of x on the way: pointers to where they are, or to their converted copies.
@@ -77,7 +83,7 @@ void converted(const Kernels<T>& kernels, const Matrix& m, int64_t row0, int64_t
                const void** pointers, char* conversion) {
   const Type panel = kernels.gemm->panel;
   const bool round = m.type != kernels.type && panel != kernels.type;  // fp32 values in a product of half-precision ones that runs as fp32
-  char* const rounded = conversion + conversion_bytes(kernels) - std::max(longest_chunk, most_columns) * 4;
+  char* const rounded = conversion + conversion_bytes(kernels) - rounded_bytes(kernels);
   for (int64_t i = 0; i < rows; ++i) {
     const void* source = m.row(row0 + i) + column0 * size_of(m.type);
     if (round || m.type != panel) {
@@ -100,7 +106,7 @@ void pack_panels(const Kernels<T>& kernels, Side side, const Operand& operand, i
                  char* panels, int64_t panel_bytes, char* conversion) {
   const Microkernel& gemm = *kernels.gemm;
   const Matrix& m = operand.matrix;
-  const void* pointers[longest_chunk];
+  const void* pointers[longest_packed_chunk];
   if (operand.lanes_are_rows) {
     const int64_t width = kernels.panel_width(side);
     for (int64_t lane = 0; lane < lanes; lane += width, panels += panel_bytes) {

@@ -38,7 +38,8 @@ static void multiply_i8(const void* a, int64_t a_stride, const void* b, void* bl
     if (used < rows) return multiply_i8<mr, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
   constexpr int b_vectors = 2;
-  fetch(prefetch);
+  constexpr bool streams = rows < mr;  // one panel of rows: each weight is read once
+  if (!streams) fetch(prefetch);
   const char *row = static_cast<const char*>(a), *column_bytes = static_cast<const char*>(b);
   char* const to = static_cast<char*>(block);
   vint sums[rows][b_vectors], offset[b_vectors] = {};
@@ -47,6 +48,8 @@ static void multiply_i8(const void* a, int64_t a_stride, const void* b, void* bl
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? load<vint>(to + (r * b_vectors + v) * vector_bytes) : vint{};
   for (int64_t i = 0; i < k; i += 4, row += 4 * mr, column_bytes += b_vectors * vector_bytes) {
+    if constexpr (streams)
+      for (int v = 0; v < b_vectors; ++v) __builtin_prefetch(column_bytes + v * vector_bytes + ahead_alone);
     vint column[b_vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) {

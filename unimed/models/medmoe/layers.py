@@ -195,18 +195,9 @@ class MoEFFN(nn.Module):
         parameters = self.w1, self.b1, self.w2, self.b2
         if not self.settings.meta:
             return self._sparse(x, weights, indices, *parameters)
-        if self._single(x):
-            # One token of decoding: a dense product reads the meta expert's weights faster (benchmarks/meta_expert.py).
-            w1, b1, w2, b2 = (None if p is None else p[0] for p in parameters)
-            others = (None if p is None else p[1:] for p in parameters)
-            return one.to(x.dtype) * dense(x, w1, b1, w2, b2, self.activation, self.gated) + self._sparse(x, weights, indices, *others)
         # The meta expert has place 0: E, which is no expert to topk_gate, becomes E + 1, which is none here.
         indices = torch.cat([torch.zeros_like(indices[:, :1]), indices + 1], 1)
         return self._sparse(x, torch.cat([one, weights], 1), indices, *parameters)
-
-    def _single(self, x: Tensor) -> bool:
-        plain = x.device.type == "cpu" and x.dtype == self.w1.dtype and not torch.is_autocast_enabled("cpu")
-        return plain and x.shape[0] == 1 and not torch.is_grad_enabled()
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         k, selection = self.settings.top_k, None
