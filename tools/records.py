@@ -49,7 +49,7 @@ def _sass() -> str:
         raise Unknown(f"it is of {committed['built']}, here is {built}")
     found = sass.table()
     other = sorted(s for s in found.keys() | committed["sources"].keys() if found.get(s) != committed["sources"].get(s))
-    return f"other figures: {', '.join(other)}" if other else ""
+    return f"other figures: {', '.join(other)}" if other else "" if sass.unchanged() else "other sources, with the same figures"
 
 
 def _roofline() -> str:

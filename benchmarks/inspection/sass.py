@@ -4,12 +4,15 @@
 
 Reads the object files of the library (compiled where they are missing or stale) with cuobjdump: from the CUDA toolkit, the PATH, or inside
 the triton wheel. No GPU. ``--write`` puts the table into benchmarks/results/sass.json, which tests/native/test_sass.py holds against what
-is compiled; `make docs` shows it.
+is compiled; `make docs` shows it. ``--unchanged`` says by its exit code whether the table was made from the sources that are here: CI then
+leaves nvcc out.
 """
 
 import argparse
 import functools
+import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -61,6 +64,29 @@ def cuobjdump() -> str | None:
     if spec and spec.origin:
         places.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
     return next((str(p / "cuobjdump") for p in places if (p / "cuobjdump").exists()), shutil.which("cuobjdump"))
+
+
+def digest() -> str:
+    """Of the kernels' sources with what they include, and of how nvcc is called: what the table follows from, but for nvcc's version."""
+    # By its place: nothing is installed yet in CI.
+    spec = importlib.util.spec_from_file_location("build_native", ROOT / "csrc" / "build.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    seen, left = set(), [ROOT / source for source in script.CUDA_SOURCES if source.endswith(".cu")]
+    while left:
+        if (file := left.pop()) not in seen:
+            seen.add(file)
+            included = [(file.parent / name).resolve() for name in re.findall(r'^#include "(.+)"', file.read_text(), re.M)]
+            left += [one for one in included if one.is_file()]  # the emulator's are not nvcc's, and lie elsewhere
+    found = hashlib.sha256(inspect.getsource(script._toolkit).encode())
+    for file in sorted(seen):
+        found.update(f"\n{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def unchanged() -> bool:
+    """Whether the committed table was made from the sources that are here."""
+    return json.loads(TABLE.read_text()).get("digest") == digest()
 
 
 def missing() -> str | None:
@@ -151,7 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", default="", help="comma-separated words; the sources whose name has one")
+    parser.add_argument("--unchanged", action="store_true", help="nothing but an exit code: 0 where the table is of these sources")
     options = parser.parse_args(arguments)
+    if options.unchanged:
+        return 0 if unchanged() else 1
     if reason := missing():
         print(f"sass: {reason}", file=sys.stderr)
         return 2
@@ -161,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     built = build_script().cuda_toolkit().built
     if options.write:
         before = json.loads(TABLE.read_text())["sources"] if TABLE.exists() and options.only else {}
-        TABLE.write_text(json.dumps({"built": built, "sources": before | found}, indent=1, sort_keys=True) + "\n")
+        of_all = {} if options.only else {"digest": digest()}  # a table in parts is of several states
+        TABLE.write_text(json.dumps({"built": built, **of_all, "sources": before | found}, indent=1, sort_keys=True) + "\n")
     else:
         print(page(found, built))
     return 0

@@ -3,7 +3,7 @@
     python tests/unimed/soak.py [--requests 10000] [--minutes 20] [--model RUN] [--out FILE.json]
 
 It sends fewer where the minutes are over first, and says how many. Without --model it takes an untrained model of the sizes of the tiny
-recipe. CI runs 300 requests on a smaller one.
+recipe. CI runs 120 requests on a smaller one.
 """
 
 import argparse

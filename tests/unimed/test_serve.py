@@ -231,8 +231,8 @@ def test_metrics_are_those_of_prometheus(server):
 
 
 def test_a_soak_loses_nothing_that_was_accepted(server, session):
-    """300 requests of 16 clients while the worker is killed twice; `soak.py` by itself does 10,000. Then the server is told to end."""
-    count, kills = 300, 2
+    """120 requests of 16 clients while the worker is killed twice; `soak.py` by itself does 10,000. Then the server is told to end."""
+    count, kills = 120, 2
     questions = [Question(session, seed) for seed in range(16)]
     made = Soak(server, questions, count, kills).run()
     assert made.wrong == []

@@ -41,8 +41,15 @@ def new_table(title: str = "", header: bool = True) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    spread = {"show_edge": False, "pad_edge": False, "collapse_padding": True}
-    return Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_header=header, **spread)
+    return Table(
+        title=title or None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_header=header,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def run_folder(run: str) -> Path:
