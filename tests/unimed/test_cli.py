@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from unimed.cli import app as cli
+from unimed.cli import shared
 from unimed.cli import train as train_commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -370,6 +372,15 @@ def test_the_demo_does_it_all_and_answers_as_the_readme_says(small_overrides, sa
     ):
         assert words in result.output
     assert "…" not in result.output  # no figure is cut in 80 columns
+
+
+def test_garbage_is_collected_again_after_imports():
+    with shared.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), shared.importing():
+        raise ImportError
+    assert gc.isenabled()
 
 
 def test_the_demo_prepares_batches_beside_where_there_is_a_second_core(monkeypatch, tmp_path):

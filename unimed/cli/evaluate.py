@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, new_table, run_folder
+from unimed.cli.shared import Device, Overrides, RunPath, Strict, Verify, bar, console, importing, new_table, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -114,9 +114,10 @@ def score(
     untrained: bool = False,
     protocol: str | None = None,
 ) -> dict[str, Any]:
-    from unimed.evaluate.evaluate import TRAINED
-    from unimed.evaluate.run import answer_table, drawn_by, evaluate_run, interval_cell, odd_answers
-    from unimed.tasks import TASKS
+    with importing():
+        from unimed.evaluate.evaluate import TRAINED
+        from unimed.evaluate.run import answer_table, drawn_by, evaluate_run, interval_cell, odd_answers
+        from unimed.tasks import TASKS
 
     with bar() as progress:
         tasks: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unimed.cli.shared import Device, Verify, bar, console, errors, model_folder
+from unimed.cli.shared import Device, Verify, bar, console, errors, importing, model_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -104,9 +104,10 @@ def _one(request: Request, save: Path | None, json: bool, model: str | None, dev
 
 
 def _load(folder: Path, device: str, verify: bool) -> Session:
-    from unimed.inference.session import load
+    with importing():
+        from unimed.inference.session import load
 
-    return load(folder, device=device, verify=verify)
+        return load(folder, device=device, verify=verify)
 
 
 def _show(answer: Answer, asked: Asked) -> None:

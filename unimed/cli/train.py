@@ -12,7 +12,7 @@ import typer
 
 from unimed.cli.evaluate import score, write_report
 from unimed.cli.sample import build
-from unimed.cli.shared import RUNS, Overrides, RunPath, Strict, console, rank, run_folder
+from unimed.cli.shared import RUNS, Overrides, RunPath, Strict, console, importing, rank, run_folder
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
@@ -148,7 +148,8 @@ def _may_replace(run: Path, overwrite: bool) -> None:
 
 
 def _train(recipe: Any, run: Path, resume: bool, overwrite: bool, command: str = "train") -> None:
-    from unimed.train.run import train as run_training
+    with importing():
+        from unimed.train.run import train as run_training
 
     run_training(recipe, run, resume, overwrite, _progress, command)
     from unimed.train import processes
