@@ -72,7 +72,8 @@ def digest() -> str:
     spec = importlib.util.spec_from_file_location("build_native", ROOT / "csrc" / "build.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    seen, left = set(), [ROOT / source for source in script.CUDA_SOURCES if source.endswith(".cu")]
+    root = ROOT.resolve()
+    seen, left = set(), [root / source for source in script.CUDA_SOURCES if source.endswith(".cu")]
     while left:
         if (file := left.pop()) not in seen:
             seen.add(file)
@@ -80,7 +81,7 @@ def digest() -> str:
             left += [one for one in included if one.is_file()]  # the emulator's are not nvcc's, and lie elsewhere
     found = hashlib.sha256(inspect.getsource(script._toolkit).encode())
     for file in sorted(seen):
-        found.update(f"\n{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+        found.update(f"\n{file.relative_to(root)}\n".encode() + file.read_bytes())
     return found.hexdigest()
 
 
