@@ -8,11 +8,14 @@ TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # What CI runs of a test with more cases: this many, each value of each parameter among them.
 SAMPLE := --sample 16
+# The day when all tests of the kernels passed, in CI and where nothing of them has changed since: fewer of them run (tests/passed.py).
+PASSED := $(if $(CI),$(shell $(PYTHON) -m tests.passed))
 # Interpreted and emulated kernels take many times as long.
-SAMPLE_SLOW := --sample 8
+SAMPLE_SLOW := --sample $(if $(PASSED),2,8)
 BIN := $(VENV)/bin
 # Exact versions of all else that is installed, so that every machine gets what was tested together; make lock writes them.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+PYTEST := $(if $(PASSED),CMOE_KERNELS_UNCHANGED=$(PASSED) )$(BIN)/python -m pytest -n $(JOBS)
 VERSIONS := $(BIN)/python -m tools.versions --jobs $(JOBS) --pin "$(TORCH)" --pin "$(TRITON)"
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
@@ -60,28 +63,29 @@ endif
 # make test OP=topk_gate: every test with that name in it, on every backend.
 ifdef OP
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) tests --ignore tests/triton --ignore tests/emulation -k "$(OP)"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/triton -k "triton and $(OP)"
-	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/emulation -k "(cuda or emulation) and $(OP)"
+	$(PYTEST) tests --ignore tests/triton --ignore tests/emulation -k "$(OP)"
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/triton -k "triton and $(OP)"
+	CMOE_EMULATE_CUDA=1 $(PYTEST) tests/ops tests/emulation -k "(cuda or emulation) and $(OP)"
 else
 # mypy and clang-format, on one core for a minute, run beside the first tests.
 test: install  ## what CI runs: lint and the tests, with what was skipped and why; OP=topk_gate: all tests of one op
 	$(MAKE) lint & linted=$$!; $(MAKE) sampled && wait $$linted
 
 sampled: test-triton test-cuda
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SAMPLE) --ignore tests/triton --ignore tests/emulation
+	$(PYTEST) --dist loadfile --no-loadscope-reorder $(SAMPLE) --ignore tests/triton --ignore tests/emulation
+	$(PYTHON) -m tests.passed --write
 	$(VERSIONS) latest --sample 90
 	$(BIN)/python -m tests.mutants --sample 3 --no-control --jobs $(JOBS)
 endif
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.
 test-triton: install  ## the Triton kernels without a GPU: interpreted, then compiled for sm_80 and sm_90
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE_SLOW) tests/ops tests/triton -k triton
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(SAMPLE_SLOW) tests/triton/test_capture.py tests/triton/test_aot.py
+	TRITON_INTERPRET=1 $(PYTEST) $(SAMPLE_SLOW) tests/ops tests/triton -k triton
+	$(PYTEST) --dist loadgroup $(SAMPLE_SLOW) tests/triton/test_capture.py tests/triton/test_aot.py
 
 # A process of its own here too: the emulated kernels take the place of the backend "cuda" on the CPU.
 test-cuda: install  ## the CUDA kernels without a GPU: emulated on the CPU, and what nvcc makes of them
-	CMOE_EMULATE_CUDA=1 $(BIN)/python -m pytest -n $(JOBS) $(SAMPLE_SLOW) tests/ops tests/emulation -k "cuda or emulation"
+	CMOE_EMULATE_CUDA=1 $(PYTEST) $(SAMPLE_SLOW) tests/ops tests/emulation -k "cuda or emulation"
 
 records: install  ## every generated record that is stale, anew (CHECK=1: which are; ONLY=aot,sass,roofline,verdicts: those)
 	$(BIN)/python -m tools.records --jobs $(JOBS) $(if $(CHECK),--check) $(if $(ONLY),--only $(ONLY))

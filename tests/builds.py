@@ -30,6 +30,7 @@ COPIED = (
     "tests/__init__.py",
     "tests/builds.py",
     "tests/conftest.py",
+    "tests/passed.py",
     "tests/sampling.py",
     "benchmarks/__init__.py",
     "benchmarks/compare.py",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cmoe_kernels import backends, native
-from tests import sampling
+from tests import passed, sampling
 from tests.emulation import library
 from tests.ops.cases import DEVICE
 
@@ -76,6 +76,10 @@ def pytest_collection_modifyitems(items, config):
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(skip)
+    if reason := passed.reason():
+        for item in items:
+            if "costly" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
     if (most := config.getoption("--sample")) is not None:
         cases = defaultdict(list)
         for item in items:

@@ -249,6 +249,7 @@ def blocked(tmp_path):
     return env
 
 
+@pytest.mark.costly
 def test_dry_run_with_torch_triton_and_pytest_only(tmp_path):
     """Tests, times, JSON and summary, as where nothing else is installed and no library was built."""
     env = blocked(tmp_path)

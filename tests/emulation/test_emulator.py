@@ -90,6 +90,7 @@ def sanitized():
     return {sanitizer: compile_emulated("emulator_test", sanitizer) for sanitizer in ("address", "thread")}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("sanitizer", "case"), SANITIZED)
 def test_sanitizers_see_through_the_fibers(sanitized, sanitizer, case):
     run = run_emulated(sanitized[sanitizer], case)
@@ -98,6 +99,7 @@ def test_sanitizers_see_through_the_fibers(sanitized, sanitizer, case):
     assert case in run.stderr, "the report names the kernel"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", VALUES)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing_in_right_kernels(sanitized, sanitizer, case):

@@ -86,6 +86,7 @@ def sanitized(request):
     return compile_emulated("gemm_test", request.param, KERNELS)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("scenario", "dtype"),
     [("sparse", "bf16"), ("gated_transposed", "bf16"), ("odd_gated", "f32")]

@@ -13,6 +13,7 @@ if not library.WANTED:
 from benchmarks import gpu_check
 
 
+@pytest.mark.costly
 def test_values_and_times_of_emulated_kernels(tmp_path):
     named = {step.name: step for step in gpu_check.steps("cpu")}
 

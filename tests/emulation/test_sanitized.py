@@ -28,6 +28,7 @@ SELECTED = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("sanitizer", RUNTIMES)
 def test_kernels_over_rows(sanitizer):
     for name in RUNTIMES[sanitizer][:-1]:

@@ -28,11 +28,13 @@ def sizes():
 
 
 def some(wanted):
-    """All tiers; those that CI leaves to `make test-full` are marked."""
-    return [tier if tier in wanted else pytest.param(tier, marks=pytest.mark.full) for tier in TIERS]
+    """All tiers; those that CI leaves to `make test-full` are marked, and those that are emulated."""
+    marks = {tier: [*[pytest.mark.full] * (tier not in wanted), *[pytest.mark.costly] * (tier not in HERE)] for tier in TIERS}
+    return [pytest.param(tier, marks=of) for tier, of in marks.items()]
 
 
 # A minute each, and more where the tier is emulated: CI runs the best one of this machine.
+@pytest.mark.costly
 @pytest.mark.parametrize("tier", some(HERE[:1]))
 def test_no_races(race, tier):
     """Forward and backward of every driver with several threads of std::thread under ThreadSanitizer.
@@ -46,7 +48,7 @@ def test_no_races(race, tier):
     assert run.stdout.endswith("0 results differ\n")
 
 
-@pytest.mark.parametrize("tier", tiers_with_emulation(TIERS))
+@pytest.mark.parametrize("tier", [one for one in some(TIERS) if one.values[0] in tiers_with_emulation(TIERS)])
 def test_sizes_beyond_int32(sizes, tier):
     run = run_program(sizes, CMOE_CPU_ISA=tier)
     if run.returncode == 77:

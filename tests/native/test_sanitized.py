@@ -37,6 +37,7 @@ def sanitized():
     return tree
 
 
+@pytest.mark.costly
 def test_the_ops_touch_no_memory_but_their_own(sanitized, capsys):
     run = run_sanitized(sanitized)
     assert run.returncode == 0, output_of(run, 120)

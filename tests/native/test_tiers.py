@@ -68,6 +68,7 @@ def emulation():
 EMULATED = ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("tier", ["amx", *(pytest.param(tier, marks=pytest.mark.full) for tier in EMULATED)])
 def test_emulated(emulation, tier, capsys):
     """The paths of a tier on a machine that lacks its instructions."""
