@@ -48,10 +48,10 @@ def test_the_clients_are_asked_by_name_version_and_hash(registry, tmp_path):
     commands, _ = registry
     steps = []
     paths = fetch.fetch_sample(tmp_path / "new" / "archives", progress=lambda done, total, what: steps.append((done, total)))
-    assert [path.read_bytes() for path in paths.values()] == [b"archive"] * 3
-    assert steps[0] == (0, 3)
-    assert steps[-1] == (3, 3)
-    sdist, wheel, npm = commands
+    assert [path.read_bytes() for path in paths.values()] == [b"archive"] * 4
+    assert steps[0] == (0, 4)
+    assert steps[-1] == (4, 4)
+    sdist, wheel, npm, _ = commands
     assert sdist[:4] == wheel[:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--require-hashes", "--no-binary"} <= set(sdist)
     assert {"--no-deps", "--require-hashes", "--only-binary"} <= set(wheel)
@@ -60,10 +60,10 @@ def test_the_clients_are_asked_by_name_version_and_hash(registry, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new" / "archives").iterdir()) == sorted(one.file for one in fetch.ARCHIVES.values())
 
     fetch.fetch_sample(tmp_path / "new" / "archives")
-    assert len(commands) == 3  # all there
+    assert len(commands) == 4  # all there
     paths["smollm2"].write_bytes(b"damaged")
     fetch.fetch_sample(tmp_path / "new" / "archives", ["smollm2"])
-    assert len(commands) == 4
+    assert len(commands) == 5
     assert paths["smollm2"].read_bytes() == b"archive"
 
 

@@ -16,6 +16,8 @@ from unimed.cli.shared import RUNS, Overrides, RunPath, Strict, console, importi
 from unimed.errors import UserError
 from unimed.notice import NOTICE
 
+BRAIN_RATIO = 0.3  # of its samples of a task to one of the CT and MR slices
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="tiny, smollm2, medmoe-1 to -3, unimed-7b-release, ..., or a YAML file")] = "tiny",
@@ -89,7 +91,7 @@ def demo(
         _may_replace(one, overwrite)
     build(Path(loaded.data.root))
     if model == "medmoe":
-        _train_stages([*before, run], overrides or [])
+        _train_stages([*before, run], [*_with_brain(loaded.data.root), *(overrides or [])])
     else:
         _train(loaded, run, resume=False, overwrite=True, command="demo")
     score(run, None, untrained=model != "medmoe")
@@ -99,6 +101,19 @@ def demo(
         measure(run)
     write_report(run)
     console.print(f"demo: {(time.perf_counter() - start) / 60:.1f} minutes in all", highlight=False)
+
+
+def _with_brain(root: str) -> list[str]:
+    """The overrides that add the average brain to the sample as a fourth domain, if it lies beside it."""
+    from unimed.datasets.records import made_by
+    from unimed.sample import about
+
+    place = Path(root).with_name(about.BRAIN)
+    if made_by(place) != about.BRAIN_BY:
+        console.print(f"MR brain: {place} is not there, so three domains; for a fourth: unimed sample brain", highlight=False)
+        return []
+    sets = f"data.sets.{about.BRAIN}"
+    return [f"data.root={root}", f"{sets}.root={place}", f"{sets}.ratio={BRAIN_RATIO}", f"medmoe.domains.MR brain=['{about.BRAIN}/*/*']"]
 
 
 def _train_stages(runs: list[Path], overrides: list[str]) -> None:

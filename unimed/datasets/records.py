@@ -36,6 +36,14 @@ def info(folder: Path) -> tuple[str, str, Mapping[str, str]]:
     return about.licence, about.citation, known_faults(about.made_by)
 
 
+def made_by(folder: Path) -> str:
+    """The command that dataset.json names; "" where there is none."""
+    try:
+        return jsonl.read_info(folder).made_by
+    except UserError:
+        return ""
+
+
 def known_faults(made_by: str) -> Mapping[str, str]:
     """Those of the published data set that was converted, by the kind of finding."""
     spec = DATASETS.get(made_by.removeprefix(CONVERTED).strip()) if made_by.startswith(CONVERTED) else None

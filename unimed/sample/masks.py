@@ -1,7 +1,7 @@
 """From label masks to named structures, and from structures on a slice to boxes and facts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,8 +105,16 @@ class Finding:
         return Box(float(x), float(y), float(x + width), float(y + height))
 
 
-def findings(structures: np.ndarray, pixel_mm: float, min_mm2: float, min_side_mm: float) -> list[Finding]:
-    """Structures whose largest component covers ``min_mm2`` and is ``min_side_mm`` wide and high, in the order of STRUCTURES."""
+def findings(
+    structures: np.ndarray,
+    pixel_mm: float,
+    min_mm2: float,
+    min_side_mm: float,
+    names: Sequence[str] = STRUCTURES,
+    min_share: float = 0.0,
+) -> list[Finding]:
+    """Structures whose largest component covers ``min_mm2`` and ``min_share`` of their area and is ``min_side_mm`` wide and high, in the
+    order of ``names``, which says what the values 1, 2, ... stand for."""
     found = []
     for value in np.unique(structures):
         if value == 0:
@@ -114,6 +122,7 @@ def findings(structures: np.ndarray, pixel_mm: float, min_mm2: float, min_side_m
         mask = structures == value
         part = largest_component(mask)
         box = bounding_box(part)
-        if part.sum() * pixel_mm**2 >= min_mm2 and min(box[2:]) * pixel_mm >= min_side_mm:
-            found.append(Finding(STRUCTURES[value - 1], box, float(mask.sum()) * pixel_mm**2))
+        area, whole = part.sum() * pixel_mm**2, float(mask.sum()) * pixel_mm**2
+        if area >= max(min_mm2, min_share * whole) and min(box[2:]) * pixel_mm >= min_side_mm:
+            found.append(Finding(names[value - 1], box, whole))
     return found

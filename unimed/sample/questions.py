@@ -69,7 +69,7 @@ def report(shown: Slice) -> str:
     organs = [name for name in names if name in ORGANS and not name.endswith(("kidney", "lung"))]
     sentences = [f"{shown.plane.capitalize()} {MODALITY[shown.modality]} of the abdomen."]
     if organs:
-        sentences.append(f"The {_join(organs)} {'is' if len(organs) == 1 else 'are'} visible.")
+        sentences.append(f"The {join(organs)} {'is' if len(organs) == 1 else 'are'} visible.")
     kidneys = [name for name in names if name.endswith("kidney")]
     if kidneys:
         sentences.append("Both kidneys are visible." if len(kidneys) == 2 else f"The {kidneys[0]} is visible.")
@@ -83,7 +83,7 @@ def report(shown: Slice) -> str:
     return " ".join(sentences)
 
 
-def _join(names: Sequence[str]) -> str:
+def join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

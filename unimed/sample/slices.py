@@ -30,12 +30,23 @@ GAP = 2
 
 @dataclass(frozen=True)
 class Block:
-    """Axial slices [start, stop) of one split; coronal and sagittal images are cut inside one block, from every ``step``-th slice."""
+    """Axial slices [start, stop) of one split, each ``axial``-th; coronal and sagittal images are cut inside, each ``step``-th."""
 
     split: str
     start: int
     stop: int
     step: int
+    axial: int = 1
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the labels 1, 2, ... stand for, and how large a structure must be on a slice for a box."""
+
+    structures: tuple[str, ...] = STRUCTURES
+    min_mm2: float = MIN_MM2
+    min_side_mm: float = MIN_SIDE_MM
+    min_share: float = 0.0  # of its area in one piece
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Subject:
     blocks: tuple[Block, ...]
     grey: tuple[float, float]
     trunk: tuple[tuple[int, int], tuple[int, int]]
+    named: Named = Named()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +107,19 @@ def vendored_volume(name: str) -> Volume:
     return replace(labelled, labels=to_structures(labelled.labels, _tables()["total_mr" if name == "mr" else "total"]))
 
 
-def subject(name: str, volume: Volume) -> Subject:
-    """Split, window and trunk of a vendored volume, measured on its largest training block (the whole volume when it has none)."""
-    blocks = BLOCKS[name]
+def subject(name: str, volume: Volume, blocks: tuple[Block, ...] = (), named: Named = Named()) -> Subject:
+    """Split, window and trunk of a volume, measured on its largest training block (the whole volume when it has none).
+
+    blocks: by default those of the vendored volume of that name.
+    """
+    blocks = blocks or BLOCKS[name]
     x, y, z = volume.region
     train = [(block.stop - block.start, block) for block in blocks if block.split == "train"]
     if train:
         largest = max(train, key=lambda item: item[0])[1]
         z = (largest.start, largest.stop)
     grey = volumes.window_of(volume, (x, y, z))
-    return Subject(name, volume, blocks, grey, _trunk(volume, grey, z))
+    return Subject(name, volume, blocks, grey, _trunk(volume, grey, z), named)
 
 
 def _trunk(volume: Volume, grey: tuple[float, float], z: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -130,7 +145,7 @@ def slices(source: Subject) -> Iterator[Slice]:
         region: Region = (source.trunk[0], source.trunk[1], (block.start, block.stop))
         for plane in volumes.PLANES:
             start, stop = region[volumes.AXIS[plane]]
-            step = 1 if plane == "axial" else block.step
+            step = block.axial if plane == "axial" else block.step
             for index in range(start + step // 2, stop, step):
                 made = _slice(source, block, plane, index, region)
                 if made.findings:
@@ -140,7 +155,8 @@ def slices(source: Subject) -> Iterator[Slice]:
 def _slice(source: Subject, block: Block, plane: str, index: int, region: Region) -> Slice:
     volume = source.volume
     structures = volumes.render_labels(volume, plane, index, PIXEL_MM, region)
-    found = tuple(findings(structures, PIXEL_MM, MIN_MM2, MIN_SIDE_MM))
+    named = source.named
+    found = tuple(findings(structures, PIXEL_MM, named.min_mm2, named.min_side_mm, named.structures, named.min_share))
     x, y, z = ((index, index + 1) if axis == volumes.AXIS[plane] else bounds for axis, bounds in enumerate(region))
     side = None
     if plane == "sagittal":
@@ -158,6 +174,6 @@ def _slice(source: Subject, block: Block, plane: str, index: int, region: Region
         image=volumes.render(volume, plane, index, source.grey, PIXEL_MM, region),
         mask=structures,
         findings=found,
-        present=frozenset(STRUCTURES[value - 1] for value in np.unique(structures) if value),
+        present=frozenset(named.structures[value - 1] for value in np.unique(structures) if value),
         body_side=side,
     )
