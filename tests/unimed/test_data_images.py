@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -110,6 +112,35 @@ def test_eight_bits_stay_as_they_are(tmp_path):
     palette = Image.fromarray(rgb).quantize(16)
     np.testing.assert_array_equal(np.asarray(opened(tmp_path, palette).rgb), np.asarray(palette.convert("RGB")))
     assert opened(tmp_path, Image.new("CMYK", (2, 2), (0, 0, 0, 255)), "a.jpg").rgb.getpixel((0, 0)) == (0, 0, 0)
+
+
+def deep_png_with_alpha(path, values, alpha):
+    """A PNG of grey and transparency, 16 bits each, which Pillow does not write."""
+    pairs = np.stack([values, alpha], axis=-1).astype(">u2")
+    lines = b"".join(b"\0" + row.tobytes() for row in pairs)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 4, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    return path
+
+
+def test_deep_grey_with_transparency_keeps_its_depth(tmp_path):
+    """Pillow keeps the upper byte of each: a 12-bit image was black, and took no window."""
+    values = np.array([[0, 1024, 2048, 4095, 4095]])
+    path = deep_png_with_alpha(tmp_path / "a.png", values, np.array([[65535, 65535, 65535, 65535, 0]]))
+    found = open_image(path)
+    assert np.asarray(found.rgb)[0, :, 0].tolist() == [0, 64, 128, 255, 0]
+    assert found.notes[0] == "values 0 to 4095 shown as black to white"
+    assert np.asarray(open_image(path, grey=(0, 2048)).rgb)[0, :, 0].tolist() == [0, 128, 255, 255, 0]
+    path = deep_png_with_alpha(tmp_path / "b.png", np.array([[0, 65535]]), np.array([[65535, 65535]]))
+    assert np.asarray(open_image(path).rgb)[0].tolist() == [[0] * 3, [255] * 3]
+    path = deep_png_with_alpha(tmp_path / "c.png", np.array([[0, 4095]]), np.array([[0, 0]]))
+    found = open_image(path)
+    assert np.asarray(found.rgb)[0, :, 0].tolist() == [0, 255]
+    assert "transparent everywhere: transparency ignored" in found.notes
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB", "I;16"])

@@ -68,6 +68,13 @@ def test_a_run_leaves_its_model_logs_and_settings(whole, recipe):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in stored.items())
 
 
+def test_a_run_shorter_than_the_steps_between_two_logs_logs_its_end(recipe, tmp_path):
+    settings = recipe.train.model_copy(update={"max_steps": 2, "log_every": 4})
+    train(recipe.model_copy(update={"train": settings}), tmp_path / "short")
+    assert [entry["step"] for entry in log_of(tmp_path / "short")] == [2]
+    assert [entry["step"] for entry in json.loads((tmp_path / "short" / "router.json").read_text())] == [2]
+
+
 def test_the_loss_of_the_log_is_the_mean_of_its_tasks_weighted_by_tokens(whole):
     for entry in log_of(whole):
         tasks = [value for key, value in entry.items() if key.startswith("loss/")]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from unimed.errors import UserError
 from unimed.records.box import AS_STORED, Placement, turned
@@ -333,6 +333,7 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     gamma, profile = image.info.get("gamma"), image.info.get("icc_profile")
     if profile or "srgb" in image.info or not isinstance(gamma, float) or not 0.01 < gamma < 100 or abs(gamma - 1 / 2.2) < 0.05:
         gamma = None  # a screen's own, or overruled
+    deep_alpha = _as_read(image)
     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     if _loaded(image).getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
@@ -340,7 +341,9 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     placement = turned(*image.size, *_EXIF_TURNS.get(orientation, ()))
     if image.mode == "L" and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
         image = Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
-    if image.mode in DEEP:
+    if deep_alpha:
+        image = _deep_with_alpha(image, grey, notes)
+    elif image.mode in DEEP:
         image = Image.fromarray(_deep(image, grey, inverted, notes))
     elif grey is not None:
         if image.mode not in ("L", "1"):
@@ -376,6 +379,22 @@ def _loaded(image: Image.Image) -> Image.Image:
     if image.format == "TIFF" and name:
         image.filename = name  # type: ignore[attr-defined]
     return image
+
+
+def _as_read(image: Image.Image) -> bool:
+    """Whether it is grey with transparency of 16 bits each, of which Pillow keeps 8: its four bytes will then be read as they are."""
+    if not isinstance(image, PngImagePlugin.PngImageFile) or not any(tile.args == "LA;16B" for tile in image.tile):
+        return False
+    image.tile = [tile._replace(args="RGBA") for tile in image.tile]
+    return True
+
+
+def _deep_with_alpha(image: Image.Image, grey: tuple[float, float] | None, notes: list[str]) -> Image.Image:
+    """Grey and transparency of 8 bits from the four bytes of each pixel: grey, then transparency, the upper byte first."""
+    high, low, alpha, _ = (np.asarray(image.getchannel(at)) for at in range(4))
+    values = np.where(alpha > 0, high.astype(np.uint16) << 8 | low, 0) if alpha.any() else high.astype(np.uint16) << 8 | low
+    shown = _deep(Image.fromarray(values), grey, False, notes)
+    return Image.merge("LA", [Image.fromarray(shown), Image.fromarray(alpha)])
 
 
 def _deep(image: Image.Image, grey: tuple[float, float] | None, inverted: bool, notes: list[str]) -> np.ndarray:

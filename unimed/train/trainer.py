@@ -55,7 +55,7 @@ def arguments(recipe: Recipe, run: Path) -> TrainingArguments:
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         activation_checkpointing=train.gradient_checkpointing,
-        logging_steps=train.log_every,
+        logging_steps=min(train.log_every, train.max_steps),
         logging_nan_inf_filter=False,
         save_steps=train.save_every,
         remove_unused_columns=False,
