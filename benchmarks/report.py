@@ -5,6 +5,7 @@ with every row, and two plots per machine. The same JSON gives the same bytes; a
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ HEADLINE = (
 )
 # Our own op in plain PyTorch: compared with, but no peer.
 OWN = "reference"
-# Whole models: python -m benchmarks.experts_models.
+# Whole models: python -m benchmarks.experts_models, and benchmarks.llama_cpp.
 MODELS = "experts_models"
 STEPS = {"forward": "forward", "train": "training step"}
+LLAMA_CPP = "llama_cpp"
 MODEL_PEERS = ("eager", "batched_mm", "grouped_mm")
 
 Record = dict[str, Any]
@@ -159,7 +161,7 @@ def readme(documents: list[Record], models: list[Record]) -> str:
     )
 
 
-def markdown(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> str:
+def markdown(documents: list[dict[str, Any]], models: list[Record], llama_cpp: Sequence[Record] = ()) -> str:
     """The page Benchmarks."""
     parts = [
         "# Benchmarks",
@@ -214,7 +216,7 @@ def markdown(documents: list[dict[str, Any]], models: list[dict[str, Any]]) -> s
         if reasons:
             parts.append("### Not timed")
             parts.append("\n".join(f"- {reason} ({', '.join(where)})" for reason, where in reasons.items()))
-    return "\n\n".join([*parts, *models_markdown(models)]) + "\n"
+    return "\n\n".join([*parts, *models_markdown(models), *llama_cpp_markdown(llama_cpp)]) + "\n"
 
 
 # --- whole models ------------------------------------------------------------------------------------------------------------
@@ -286,6 +288,25 @@ def models_markdown(documents: list[Record]) -> list[str]:
         if "lora" in document:
             parts.append(lora_memory(document["lora"]))
     return parts
+
+
+def llama_cpp_markdown(documents: Sequence[Record]) -> list[str]:
+    """The page's section on llama.cpp."""
+    parts = []
+    for document in documents:
+        cases = sorted(document["cases"].values(), key=lambda case: (case["weights"], case["tokens"]))
+        run = cases[0]["run"]
+        lines = ["| our weights, theirs | T | cmoe, tokens/s | llama.cpp, tokens/s | ratio |", "|---|---|---|---|---|"]
+        for case in cases:
+            rates = [f"{case['sides'][side]['tokens_per_second']:.3g}" for side in ("cmoe", LLAMA_CPP)]
+            cells = (f"{case['weights']}, {case['theirs']}", str(case["tokens"]), *rates, ratio_text(case["ratio"]))
+            lines.append(f"| {' | '.join(cells)} |")
+        parts += [
+            f"`python -m benchmarks.llama_cpp`: {cases[0]['layers']} such layers beside llama.cpp's llama-bench, in turn. "
+            f"{document['machine']['cpu']}, {document['threads']} threads, torch {run['torch']}, {run['date'][:10]}.",
+            "\n".join(lines),
+        ]
+    return ["## llama.cpp", *parts] if parts else []
 
 
 def lora_memory(found: Record) -> str:
@@ -388,7 +409,7 @@ def plot_roofline(document: dict[str, Any], path: Path) -> None:
 def write_pages(folder: Path) -> None:
     """The page and its plots."""
     documents = record.documents()
-    (folder / "benchmarks.md").write_text(markdown(documents, record.documents(suites=[MODELS])))
+    (folder / "benchmarks.md").write_text(markdown(documents, *(record.documents(suites=[name]) for name in (MODELS, LLAMA_CPP))))
     for document in documents:
         if timed(rows(document)):
             plot_ratios(document, folder / f"benchmarks-{slug(document)}-ratios.svg")
