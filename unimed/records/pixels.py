@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unimed.errors import UserError
 from unimed.records.box import AS_STORED, Placement, turned
-from unimed.records.greys import grey_range, window
+from unimed.records.greys import window
+from unimed.records.modes import DEEP, deep, deep_with_alpha, from_cmyk, is_grey, opaque, read_as_stored
 from unimed.records.text import short
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 VOLUMES = ("nifti", "series")  # kinds of files
 NIFTI = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes with more than 8 bits of grey
 MOST_SIDE = 4096  # pixels of a drawn slice
 # By EXIF orientation: the axes are swapped, then mirrored left to right, and top to bottom.
 _EXIF_TURNS = {
@@ -333,7 +333,7 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     gamma, profile = image.info.get("gamma"), image.info.get("icc_profile")
     if profile or "srgb" in image.info or not isinstance(gamma, float) or not 0.01 < gamma < 100 or abs(gamma - 1 / 2.2) < 0.05:
         gamma = None  # a screen's own, or overruled
-    deep_alpha = _as_read(image)
+    deep_alpha = read_as_stored(image)
     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     if _loaded(image).getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
@@ -342,24 +342,24 @@ def to_rgb(image: Image.Image, grey: tuple[float, float] | None = None) -> Opene
     if image.mode == "L" and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)):
         image = Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
     if deep_alpha:
-        image = _deep_with_alpha(image, grey, notes)
+        image = deep_with_alpha(image, grey, notes)
     elif image.mode in DEEP:
-        image = Image.fromarray(_deep(image, grey, inverted, notes))
+        image = Image.fromarray(deep(image, grey, inverted, notes))
     elif grey is not None:
         if image.mode not in ("L", "1"):
             raise UserError("a colour image takes no window")
         notes.append(f"window {grey[0]:g} to {grey[1]:g} as asked")
         image = Image.fromarray(window(np.asarray(image.convert("L")), *grey))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = _opaque(image, notes)
+        image = opaque(image, notes)
     elif image.mode == "CMYK" and profile:
-        image = _from_cmyk(image, profile, notes)
+        image = from_cmyk(image, profile, notes)
     rgb = image.convert("RGB")  # also where it is RGB: a copy that outlives the open file
     if gamma is not None:
         levels = np.rint(255 * (np.arange(256) / 255) ** (1 / 2.2 / gamma)).astype(np.uint8).tolist()
         rgb = rgb.point(levels * 3)
         notes.append(f"gamma {gamma:g} brought to that of a screen")
-    elif profile and image.mode != "CMYK" and not _is_grey(rgb):
+    elif profile and image.mode != "CMYK" and not is_grey(rgb):
         from unimed.records.dicom_rules import with_profile
 
         rgb = Image.fromarray(with_profile(np.array(rgb), profile, notes))
@@ -379,81 +379,3 @@ def _loaded(image: Image.Image) -> Image.Image:
     if image.format == "TIFF" and name:
         image.filename = name  # type: ignore[attr-defined]
     return image
-
-
-def _as_read(image: Image.Image) -> bool:
-    """Whether it is grey with transparency of 16 bits each, of which Pillow keeps 8: its four bytes will then be read as they are."""
-    if not isinstance(image, PngImagePlugin.PngImageFile) or not any(tile.args == "LA;16B" for tile in image.tile):
-        return False
-    image.tile = [tile._replace(args="RGBA") for tile in image.tile]
-    return True
-
-
-def _deep_with_alpha(image: Image.Image, grey: tuple[float, float] | None, notes: list[str]) -> Image.Image:
-    """Grey and transparency of 8 bits from the four bytes of each pixel: grey, then transparency, the upper byte first."""
-    high, low, alpha, _ = (np.asarray(image.getchannel(at)) for at in range(4))
-    values = np.where(alpha > 0, high.astype(np.uint16) << 8 | low, 0) if alpha.any() else high.astype(np.uint16) << 8 | low
-    shown = _deep(Image.fromarray(values), grey, False, notes)
-    return Image.merge("LA", [Image.fromarray(shown), Image.fromarray(alpha)])
-
-
-def _deep(image: Image.Image, grey: tuple[float, float] | None, inverted: bool, notes: list[str]) -> np.ndarray:
-    """Grey uint8 from 16 or 32 bits. Unsigned: black to the end of the depth in use (8, 10, 12, 14 or 16 bits). Floats in 0..1: 0 to 1."""
-    values = np.asarray(image)
-    clear = image.info.get("transparency") if values.dtype.kind in "iu" else None
-    known = values[values != clear] if isinstance(clear, int) else values
-    known = known[np.isfinite(known)] if known.dtype.kind == "f" else known
-    if not known.size:
-        raise UserError("no pixel that is opaque and a number")
-    low, high = float(known.min()), float(known.max())
-    if grey is not None:
-        low, high = grey
-    elif values.dtype.kind in "iu" and low >= 0 and high < 65536:
-        low, high = 0.0, 2.0 ** next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits) - 1
-    elif values.dtype.kind == "f" and low >= 0 and 0.5 < high <= 1:
-        low, high = 0.0, 1.0
-    elif values.dtype.kind == "f" and low >= 0 and 64 < high <= 255:
-        low, high = 0.0, 255.0
-    else:
-        low, high = grey_range(known)
-    notes.append(f"values {low:g} to {high:g} shown as black to white")
-    shown = window(values, low, high)
-    if inverted:
-        shown = 255 - shown
-        notes.append("inverted (white is zero)")
-    if isinstance(clear, int):
-        shown[values == clear] = 0
-    if values.dtype.kind == "f":
-        shown[np.isnan(values)] = 0
-    return shown
-
-
-def _opaque(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Transparency onto black; an image that is transparent everywhere is shown, since black would hide it."""
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return image if image.mode in ("L", "RGB") else rgba.convert("RGB")
-    if alpha.getextrema() == (0, 0):
-        notes.append("transparent everywhere: transparency ignored")
-        return rgba.convert("RGB")
-    notes.append("transparency onto black")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-
-
-def _from_cmyk(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    from PIL import ImageCms
-
-    try:
-        made = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
-        assert made is not None
-    except Exception as error:  # a broken profile; littleCMS raises many kinds
-        notes.append(f"ICC profile ignored ({short(error)})")
-        return image
-    notes.append("CMYK by its ICC profile")
-    return made
-
-
-def _is_grey(rgb: Image.Image) -> bool:
-    red, green, blue = rgb.split()
-    return red.tobytes() == green.tobytes() == blue.tobytes()

@@ -11,7 +11,8 @@ from PIL import Image
 
 from unimed.errors import UserError
 from unimed.records.greys import grey_range
-from unimed.records.pixels import DEEP, VOLUMES, View, kept_volume, kind_of, open_image, open_view
+from unimed.records.modes import DEEP
+from unimed.records.pixels import VOLUMES, View, kept_volume, kind_of, open_image, open_view
 
 
 @dataclass(frozen=True)

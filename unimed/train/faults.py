@@ -1,7 +1,8 @@
-"""pydantic's faults in words of ours."""
+"""pydantic's faults in words of ours, and the keys to offer for a wrong one."""
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 
@@ -30,3 +31,16 @@ def must(fault: Any) -> str:
             return f"must have {count} entries"
         case _:
             return " ".join(fault["msg"].split()).replace("Input should be", "must be")
+
+
+def nearest_keys(key: str, candidates: list[str]) -> str:
+    """Valid keys to offer for a wrong one: by the whole key, or by its last word."""
+    last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
+    tail = key.rpartition(".")[2]
+
+    def ratio(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    similar = {candidate: max(ratio(key, candidate), ratio(tail, last[candidate])) for candidate in candidates}
+    best = sorted((c for c in candidates if similar[c] >= 0.6 or tail in last[c]), key=lambda c: -similar[c])[:3]
+    return ", ".join(best or sorted({c.partition(".")[0] for c in candidates}))

@@ -6,7 +6,6 @@ A recipe file only holds what differs from the defaults here. Command-line overr
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import warnings
@@ -23,7 +22,7 @@ from unimed.inference.files import RECIPE_FILE
 from unimed.models.spec import Amount, Count, ModelSpec, Natural, Section, Share, Whole, from_scratch
 from unimed.tasks import RELEASED_TASKS, TASKS
 from unimed.tasks.protocol import ProtocolName
-from unimed.train.faults import must
+from unimed.train.faults import must, nearest_keys
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -293,19 +292,6 @@ def dotted_keys() -> list[str]:
     return list(defaults())
 
 
-def nearest(key: str, candidates: list[str]) -> str:
-    """Valid keys to offer for a wrong one: by the whole key, or by its last word."""
-    last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
-    tail = key.rpartition(".")[2]
-
-    def ratio(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
-
-    similar = {candidate: max(ratio(key, candidate), ratio(tail, last[candidate])) for candidate in candidates}
-    best = sorted((c for c in candidates if similar[c] >= 0.6 or tail in last[c]), key=lambda c: -similar[c])[:3]
-    return ", ".join(best or sorted({c.partition(".")[0] for c in candidates}))
-
-
 def harmless(key: str) -> bool:
     """Whether a run may be resumed with another value of this key."""
     section, _, name = key.rpartition(".")
@@ -443,7 +429,7 @@ def _one_line(error: ValidationError, path: Path, overridden: dict[str, Any]) ->
     if first["type"] == "extra_forbidden":
         if re.match(SET_KEY, key):
             keys += [f"{key.rpartition('.')[0]}.{name}" for name in DataSet.model_fields]
-        return f"{where}: unknown key {key!r} (value {given!r}); nearest valid keys: {nearest(key, keys)}"
+        return f"{where}: unknown key {key!r} (value {given!r}); nearest valid keys: {nearest_keys(key, keys)}"
     if inside := [known for known in keys if known.startswith(f"{key}.")]:
         return f"{where}: {key}={given!r} is a section, not a value; its keys are {', '.join(inside)}"
     default = f"; default: {defaults()[key]!r}" if key in defaults() else ""
