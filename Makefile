@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # What CI runs of a test with more cases: this many, each value of each parameter among them.
-SAMPLE := --sample 16
+SAMPLE := --sample 12
 # The day when all tests of the kernels passed, in CI and where nothing of them has changed since: fewer of them run (tests/passed.py).
 PASSED := $(if $(CI),$(shell $(PYTHON) -m tests.passed))
 # Interpreted and emulated kernels take many times as long.

@@ -52,6 +52,7 @@ def within_budget(row):
         assert (row["tma"] > 0) == (row["target"] == "sm_90" and row["descriptors"] > 0), row
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("target", [on(target) for target in aot.PROVEN])
 def test_configurations_in_bf16(target):
     launches = aot.cover(aot.bf16(target))
