@@ -73,7 +73,7 @@ test: install  ## what CI runs: lint and the tests, with what was skipped and wh
 
 sampled: test-triton test-cuda
 	$(PYTEST) --dist loadfile --no-loadscope-reorder $(SAMPLE) --ignore tests/triton --ignore tests/emulation
-	$(PYTHON) -m tests.passed --write
+	$(BIN)/python -m tests.passed --write
 	$(VERSIONS) latest --sample 90
 	$(BIN)/python -m tests.mutants --sample 3 --no-control --jobs $(JOBS)
 endif
