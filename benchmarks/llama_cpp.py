@@ -21,10 +21,10 @@ import torch
 
 from benchmarks import machine, record, timer
 from benchmarks.experts_models import CACHED, build, make_call
+from benchmarks.report import LLAMA_CPP as SUITE
 from cmoe_kernels import backends
 from cmoe_kernels.integrations.transformers import use_cmoe
 
-SUITE = "llama_cpp"
 WEIGHTS = {"bf16": "BF16", "int8": "Q8_0"}  # ours, and the nearest of llama.cpp's
 GENERATED = 16  # tokens of a run of llama-bench that decodes
 ROUNDS = 4
@@ -71,13 +71,9 @@ def write_gguf(model: Any, experts: str, path: Path) -> None:
             for name, module in {"attn_q": attention.q_proj, "attn_k": attention.k_proj, "attn_v": attention.v_proj}.items():
                 add(f"blk.{place}.{name}", module.weight)
             add(f"blk.{place}.attn_output", attention.o_proj.weight)
-            norms = {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
-            for name, module in {
-                **norms,
-                "attn_q_norm": attention.q_norm,
-                "attn_k_norm": attention.k_norm,
-                "ffn_gate_inp": mlp.gate,
-            }.items():
+            plain = {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm, "ffn_gate_inp": mlp.gate}
+            plain |= {"attn_q_norm": attention.q_norm, "attn_k_norm": attention.k_norm}
+            for name, module in plain.items():
                 add(f"blk.{place}.{name}", module.weight, "F32")
             gate, up = mlp.experts.gate_up_proj.chunk(2, dim=1)
             for name, weight in {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": mlp.experts.down_proj}.items():

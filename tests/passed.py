@@ -50,13 +50,14 @@ def reason() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.passed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="they have passed now")
-    if parser.parse_args(arguments).write:
-        if not since():
+    write, day = parser.parse_args(arguments).write, since()
+    if write:
+        if not day:
             day = datetime.datetime.now(datetime.UTC).date().isoformat()
             RECORD.write_text(json.dumps({"date": day, "digest": digest()}, indent=1) + "\n")
         return 0
-    print(since())
-    return 0 if since() else 1
+    print(day)
+    return 0 if day else 1
 
 
 if __name__ == "__main__":

@@ -30,13 +30,12 @@ GAP = 2
 
 @dataclass(frozen=True)
 class Block:
-    """Axial slices [start, stop) of one split, each ``axial``-th; coronal and sagittal images are cut inside, each ``step``-th."""
+    """Axial slices [start, stop) of one split; coronal and sagittal images are cut inside one block, from every ``step``-th slice."""
 
     split: str
     start: int
     stop: int
     step: int
-    axial: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def slices(source: Subject) -> Iterator[Slice]:
         region: Region = (source.trunk[0], source.trunk[1], (block.start, block.stop))
         for plane in volumes.PLANES:
             start, stop = region[volumes.AXIS[plane]]
-            step = block.axial if plane == "axial" else block.step
+            step = 1 if plane == "axial" else block.step
             for index in range(start + step // 2, stop, step):
                 made = _slice(source, block, plane, index, region)
                 if made.findings:
