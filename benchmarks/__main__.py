@@ -5,6 +5,7 @@
     python -m benchmarks --list                           what there is
     python -m benchmarks --only soft_connector            one case; its other results in the file stay
     python -m benchmarks --only soft_connector/released/T256/bfloat16
+    python -m benchmarks --dtype float32 --missing        on a CPU without bf16 instructions; goes on where it was stopped
     python -m benchmarks --quick                          tiny shapes: does everything run? writes nothing
     python -m benchmarks.report                           README's table from benchmarks/results/*.json; make docs has every row, and plots
 
@@ -38,14 +39,17 @@ import torch
 from benchmarks import cases, machine, peers, record
 from cmoe_kernels import backends
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(record.SUITES), default="cpu", help="where (default: cpu)")
     parser.add_argument("--backend", choices=backends.BACKENDS, help="ours by that backend only (default: on a GPU by triton and by cuda)")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose key contains one of these words (comma-separated)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="every case in this dtype (default: bfloat16, some in float32)")
     parser.add_argument("--list", action="store_true", help="print the keys of the chosen cases and stop")
-    parser.add_argument("--missing", action="store_true", help="only cases that the results file lacks, or that no time was left for")
+    parser.add_argument("--missing", action="store_true", help="only cases that lack a time of these kernels in the results file")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing after this time")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few calls; writes only with --out")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of our kernels (default: torch's)")
@@ -66,7 +70,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
         library.install()
     try:
-        options.chosen = cases.select(options.only, options.quick, options.device, ours(options.device, options.backend))
+        dtype = DTYPES.get(options.dtype)
+        options.chosen = cases.select(options.only, options.quick, options.device, ours(options.device, options.backend), dtype)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -90,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{where}; copies {run['copy_gbps']} GB/s", flush=True)
     chosen = options.chosen
     if options.missing and out is not None:
-        kept = {key: str(case) for key, case in record.load(out).get("cases", {}).items()}
-        chosen = [i for i in chosen if i.key not in kept or record.NO_TIME in kept[i.key]]
+        kept = record.load(out).get("cases", {})
+        chosen = [i for i in chosen if not record.is_current(kept.get(i.key), run)]
     if options.device == "cuda":  # minutes are few there: first what tells most
         chosen = sorted(chosen, key=lambda i: (i.dtype != torch.bfloat16, i.tokens != cases.TOKENS[-1]))
     wrong = 0

@@ -64,12 +64,15 @@ class Case:
     at: tuple[At, ...]
     memory: bool = False
 
-    def instances(self, device: str = "cpu", backend: str | None = None) -> Iterator[Instance]:
-        for at in self.at:
-            more = (GPU_TOKENS,) if device == "cuda" and TOKENS[-1] in at.tokens else ()
-            for dtype in at.dtypes:
-                for tokens in (*at.tokens, *more):
-                    yield Instance(self, SHAPES[at.shape], tokens, dtype, device, backend)
+    def instances(self, device: str = "cpu", backend: str | None = None, dtype: torch.dtype | None = None) -> Iterator[Instance]:
+        """Its rows, in ``dtype`` instead of its own dtypes where one is given."""
+        rows = (
+            Instance(self, SHAPES[at.shape], tokens, each, device, backend)
+            for at in self.at
+            for each in ((dtype,) if dtype else at.dtypes)
+            for tokens in (*at.tokens, *((GPU_TOKENS,) if device == "cuda" and TOKENS[-1] in at.tokens else ()))
+        )
+        return iter(dict.fromkeys(rows))
 
 
 def _tiny(*dtypes: torch.dtype, shapes: tuple[str, ...] = TINY[:1]) -> tuple[At, ...]:
@@ -166,10 +169,13 @@ CASES = {
 }
 
 
-def select(only: str = "", tiny: bool = False, device: str = "cpu", ours: Iterable[str | None] = (None,)) -> list[Instance]:
-    """Instances whose key contains one of the comma-separated words of ``only``; tiny shapes or the others; ``ours``: the backends."""
+def select(
+    only: str = "", tiny: bool = False, device: str = "cpu", ours: Iterable[str | None] = (None,), dtype: torch.dtype | None = None
+) -> list[Instance]:
+    """Instances whose key contains one of the comma-separated words of ``only``; tiny shapes or the others; ``ours``: the backends;
+    ``dtype``: instead of each case's own."""
     words = [w for w in only.split(",") if w]
-    every = (i for case in CASES.values() for backend in ours for i in case.instances(device, backend))
+    every = (i for case in CASES.values() for backend in ours for i in case.instances(device, backend, dtype))
     found = [i for i in every if (i.shape.name in TINY) == tiny]
     chosen = [i for i in found if not words or any(word in i.key for word in words)]
     unknown = [w for w in words if not any(w in i.key for i in found)]
@@ -180,4 +186,5 @@ def select(only: str = "", tiny: bool = False, device: str = "cpu", ours: Iterab
 
 def find(key: str) -> Instance:
     """The instance of a key."""
-    return next(i for case in CASES.values() for i in case.instances() if i.key == key)
+    dtype = getattr(torch, key.split("/")[3])
+    return next(i for case in CASES.values() for i in case.instances(dtype=dtype) if i.key == key)

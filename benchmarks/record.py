@@ -150,6 +150,11 @@ def peak_bytes(key: str, side: str, threads: int) -> int | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def is_current(case: dict[str, Any] | None, run: dict[str, Any]) -> bool:
+    """Whether a record needs no further run: every peer has had its time, beside the kernels of ``run``."""
+    return case is not None and NO_TIME not in str(case) and case["run"].get("kernels") == run["kernels"]
+
+
 def load(path: Path) -> dict[str, Any]:
     """A results file; {} where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}

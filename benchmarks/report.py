@@ -74,11 +74,11 @@ def rows(document: dict[str, Any]) -> list[Record]:
     """The records of real shapes, in the order of the table of cases."""
     from benchmarks.cases import CASES
 
-    order = [i.key for case in CASES.values() for i in case.instances("cuda")]
+    order = list(CASES)
 
-    def place(key: str) -> tuple[int, str]:
-        without_backend = "/".join(key.split("/")[:4])
-        return (order.index(without_backend) if without_backend in order else len(order), key)
+    def place(key: str) -> tuple[int, str, str, int, str]:
+        case, shape, tokens, dtype = key.split("/")[:4]
+        return order.index(case) if case in order else len(order), shape, dtype, int(tokens[1:]), key
 
     keys = sorted(document["cases"], key=place)
     return [document["cases"][k] for k in keys if document["cases"][k]["shape"] not in TINY]
@@ -118,12 +118,14 @@ def about(document: dict[str, Any]) -> str:
             gemm.setdefault(dtype, []).append(rate)
     peaks = ", ".join(f"{dtype} {_span(rates)}" for dtype, rates in sorted(gemm.items()))
     cpu = f"{m['cpu']} (family/model {m['family_model']}, {m['cores']} cores, {', '.join(m['flags'])}), {document['threads']} threads"
+    states = {run.get("kernels") for run in runs}
+    kernels = f"kernels {states.pop()}" if len(states) == 1 and None not in states else f"commit {distinct('commit')}"
     gpu = ""
     if "gpu" in m:
         gpu = f"{m['gpu']} (compute capability {m['capability']}, {m['multiprocessors']} SMs, {m['gpu_memory_gib']} GiB) beside "
     return (
         f"{gpu}{cpu}, "
-        f"torch {distinct('torch')}, commit {distinct('commit')}, {days([run['date'] for run in runs])}. "
+        f"torch {distinct('torch')}, {kernels}, {days([run['date'] for run in runs])}. "
         f"Measured in the same runs: a copy moves {_span(copy)} GB/s "
         f"(read and written bytes), {distinct('gemm_loop')} reaches {peaks} GFLOP/s. {machine.memory_of(m)}"
     )

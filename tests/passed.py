@@ -4,7 +4,8 @@
     python -m tests.passed --write    they have passed now; `make test` does it
 
 In CI, where nothing has changed, two cases of each slow test of the kernels run, and none of those marked ``costly``: they take up to a
-minute each and say little that a machine could change. It runs before anything is installed, so it imports nothing but Python.
+minute each and say little that a machine could change. The wheel is built without its library there, and one bug is planted instead of
+three. It runs before anything is installed, so it imports nothing but Python.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,14 +22,15 @@ RECORD = ROOT / "tests" / "passed.json"
 VARIABLE = "CMOE_KERNELS_UNCHANGED"  # the day when they passed
 # What the tests' results follow from: the kernels, what calls and builds them, the tests, and the versions that are installed.
 SOURCES = ("csrc", "cmoe_kernels", "benchmarks", "tests/ops", "tests/native", "tests/triton", "tests/emulation", "tests/benchmarks")
-SOURCES += ("tests/builds.py", "tests/conftest.py", "tests/sampling.py", "setup.py", "pyproject.toml", "constraints.txt", "Makefile")
-SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".toml", ".txt", "Makefile")
+SOURCES += ("tests/builds.py", "tests/conftest.py", "tests/sampling.py", "tests/test_wheel.py", "tests/every_op.py", "tools/wheel.py")
+SOURCES += ("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile")
+SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".toml", ".txt", ".in", "Makefile")
 
 
-def digest() -> str:
+def digest(sources: Sequence[str] = SOURCES) -> str:
     """Of every source by its name. Results and built files are not among them."""
     found = hashlib.sha256()
-    for name in SOURCES:
+    for name in sources:
         path = ROOT / name
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and file.name.endswith(SUFFIXES) and "__pycache__" not in file.parts:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import __main__ as driver
 from benchmarks import cases, machine, record, report, steps
+from tests import passed
 
 RUN = {
     "date": "2026-01-02 03:04 UTC",
@@ -23,6 +24,7 @@ RUN = {
     "python": "3.11.0",
     "threads": 1,
     "copy_gbps": 20.0,
+    "kernels": "0123456789ab",
 }
 
 
@@ -184,6 +186,35 @@ def test_the_driver_runs_lists_and_writes(tmp_path, monkeypatch, capsys):
     assert "ours is" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         driver.main(["--only", "nothing_of_the_kind"])
+
+
+def test_missing_are_also_times_of_other_kernels(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda *_: 20.0)
+    out = tmp_path / "results.json"
+
+    def run():
+        driver.main(["--quick", "--missing", "--dtype", "bfloat16", "--only", "topk_gate/tiny", "--threads", "1", "--out", str(out)])
+        return capsys.readouterr().out.count("ours is")
+
+    assert [run(), run()] == [2 * 2, 0]
+    document = json.loads(out.read_text())
+    assert set(document["cases"]) == {"topk_gate/tiny/T1/bfloat16", "topk_gate/tiny/T64/bfloat16"}
+    document["cases"]["topk_gate/tiny/T64/bfloat16"]["run"]["kernels"] = "of another day"
+    out.write_text(json.dumps(document))
+    assert [run(), run()] == [2, 0]
+
+
+def test_the_kernels_of_a_time_are_its_sources_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(passed, "ROOT", tmp_path)
+    states = []
+    kernels, others = ("csrc/a.cpp", "cmoe_kernels/a.py", "benchmarks/timer.py"), ("benchmarks/report.py", "benchmarks/results/a.json")
+    for name in (*kernels, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        states.append(passed.digest(machine.TIMED))
+    assert len(set(states)) == 3
+    assert len(set(states[2:])) == 1
+    assert all((machine.ROOT / name).exists() for name in machine.TIMED)
 
 
 def test_peaks_are_measured():
