@@ -75,7 +75,7 @@ sampled: test-triton test-cuda
 	$(PYTEST) --dist loadfile --no-loadscope-reorder $(SAMPLE) --ignore tests/triton --ignore tests/emulation
 	$(BIN)/python -m tests.passed --write
 	$(VERSIONS) latest --sample 90
-	$(BIN)/python -m tests.mutants --sample 3 --no-control --jobs $(JOBS)
+	$(BIN)/python -m tests.mutants --sample $(if $(PASSED),1,3) --no-control --jobs $(JOBS)
 endif
 
 # Two processes, because the first import of Triton decides: kernels interpreted on the CPU (values, bounds, races), and kernels compiled.

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from cmoe_kernels import native
+from tests import passed
 from tests.sampling import FULL
 from tools.wheel import TOOLS, audited
 
@@ -69,6 +70,7 @@ def wheel(sdist, tmp_path_factory):
     options = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", folder)
     # Its contents are tested, not its speed. The checkout's own library has the CUDA kernels.
     quick = {} if FULL else {"CMOE_CUDA": "0", "CMOE_CPU_TIERS": "generic", "CXXFLAGS": "-O0"}
+    quick |= {"CMOE_NATIVE": "0"} if passed.reason() else {}
     succeed("-m", "pip", "wheel", *options, sdist, **{"CMOE_CUDA_ARCHS": "80", **quick})
     (file,) = folder.iterdir()
     return file
@@ -113,6 +115,7 @@ def test_sdist_holds_what_a_build_needs(sdist, source):
     assert [name for name in names if name.startswith("tests/") or name.endswith((".so", ".o", ".pyc"))] == []
 
 
+@pytest.mark.costly
 @builds_native
 def test_wheel_is_one_for_all_pythons(wheel, source):
     assert re.fullmatch(r"cmoe_kernels-[^-]+-cp310-abi3-[^-]+\.whl", wheel.name)
@@ -125,6 +128,7 @@ def test_wheel_is_one_for_all_pythons(wheel, source):
         assert str(place).encode() not in library, "a path of the machine that built it"
 
 
+@pytest.mark.costly
 @builds_native
 def test_wheel_gets_the_oldest_manylinux_tag_and_nothing_of_torch(wheel, tmp_path):
     """By auditwheel; abi3audit runs there, too, and refuses what is not of the limited API."""
@@ -184,6 +188,7 @@ def test_without_extras_the_command_says_what_is_missing(wheel, tmp_path):
     assert re.fullmatch(r'error: the package \w+ is not installed; get all .*: pip install "cmoe-kernels\[unimed\]"\n', done.stderr)
 
 
+@pytest.mark.costly
 @builds_native
 def test_wheel_runs_every_op_where_no_compiler_is(wheel, fresh):
     install(fresh, wheel)

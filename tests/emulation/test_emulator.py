@@ -6,9 +6,10 @@ import pytest
 
 from tests.builds import compile_emulated, run_emulated, runtime_of
 
-pytestmark = pytest.mark.skipif(
+needs_fibers = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the emulator switches stacks on x86-64 Linux"
 )
+pytestmark = [needs_fibers, pytest.mark.costly]
 ORDERS = ("forward", "reverse", "shuffled")
 
 # case -> what is printed, with right kernels
@@ -90,7 +91,6 @@ def sanitized():
     return {sanitizer: compile_emulated("emulator_test", sanitizer) for sanitizer in ("address", "thread")}
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize(("sanitizer", "case"), SANITIZED)
 def test_sanitizers_see_through_the_fibers(sanitized, sanitizer, case):
     run = run_emulated(sanitized[sanitizer], case)
@@ -99,7 +99,6 @@ def test_sanitizers_see_through_the_fibers(sanitized, sanitizer, case):
     assert case in run.stderr, "the report names the kernel"
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("case", VALUES)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing_in_right_kernels(sanitized, sanitizer, case):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.builds import compile_emulated, run_emulated, runtime_of
-from tests.emulation.test_emulator import pytestmark  # noqa: F401
+from tests.emulation.test_emulator import needs_fibers as pytestmark  # noqa: F401
 
 KERNELS = ("grouped_gemm", "dact_gemm", "wgrad", "without_sm90")
 # By cp.async in small tiles, in large tiles, and element by element.

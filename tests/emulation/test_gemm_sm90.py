@@ -61,7 +61,6 @@ def test_no_order_of_threads_and_no_moment_of_copies_changes_a_bit(program, scen
     assert len(digests) == 1
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("scenario", ["gated_transposed", pytest.param("large", marks=pytest.mark.full)])
 def test_sanitizers_find_nothing(sanitized, scenario):
     errors, _, _ = results(sanitized, scenario, "bf16", "shuffled")

@@ -48,6 +48,7 @@ def test_no_races(race, tier):
     assert run.stdout.endswith("0 results differ\n")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("tier", [one for one in some(TIERS) if one.values[0] in tiers_with_emulation(TIERS)])
 def test_sizes_beyond_int32(sizes, tier):
     run = run_program(sizes, CMOE_CPU_ISA=tier)
@@ -65,6 +66,7 @@ def test_products_to_the_bit(tier):
     assert re.fullmatch(rf"instruction set {tier}: \d{{4}} products, 0 wrong\n", run.stdout)
 
 
+@pytest.mark.costly
 def test_an_instruction_set_that_is_not_there_is_one_line(sizes):
     run = run_program(sizes, CMOE_CPU_ISA="sse9")
     assert (run.returncode, run.stderr) == (2, "")

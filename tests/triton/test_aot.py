@@ -1,8 +1,9 @@
 """The Triton kernels, compiled for GPUs that are not here, in the launches that the table of calls makes, and held to budgets.
 
-CI compiles one bf16 launch of each kernel, for sm_80 and sm_90 by turns. It holds every row of benchmarks/results/aot.json to the same
-budgets. `make test-full` compiles all configurations, every bf16 form of the products, and all that the file has, also for sm_100 and
-gfx942, where a launch must compile and is held to no budget. TF32's rounding is seen neither here nor in the interpreter.
+Where a kernel has changed, CI compiles one bf16 launch of each, for sm_80 and sm_90 by turns. It holds every row of
+benchmarks/results/aot.json to the same budgets. `make test-full` compiles all configurations, every bf16 form of the products, and all
+that the file has, also for sm_100 and gfx942, where a launch must compile and is held to no budget. TF32's rounding is seen neither here
+nor in the interpreter.
 """
 
 import functools
@@ -68,6 +69,7 @@ def test_configurations_in_bf16(target):
 TARGETS = [on(target, *(() if target in aot.PROVEN else (pytest.mark.full,))) for target in aot.TARGETS]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_compiled(target):
     modules = [m.name for m in pkgutil.walk_packages(cmoe_kernels.ops.__path__, "cmoe_kernels.ops.")]
@@ -81,6 +83,7 @@ def committed():
     return {row["key"]: row for row in aot.read()}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_committed_launches_are_those_of_the_code(target):
     """If not: `make aot`."""
