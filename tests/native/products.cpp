@@ -1,5 +1,8 @@
 // The products of the drivers, block by block: y = x W^T, dx = dy W, dW = dy^T x. Operands are small integers, so every way through a
-// driver gives the same bits. Memory behind the scratch, and around the rows of dW, is left as it was.
+// driver gives the same bits. Memory behind the scratch, and around the rows of dW, is left as it was; behind a weight there is none.
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
@@ -31,6 +34,27 @@ std::vector<char> as(const Kernels<T>& kernels, Type type, const std::vector<int
   return bytes;
 }
 
+// A copy of n bytes, behind which a page begins that must not be read.
+class Guarded {
+ public:
+  Guarded(const char* from, int64_t n) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    mapped_ = round_up(n, page) + page;
+    first_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    at_ = first_ + mapped_ - page - n;
+    if (first_ == MAP_FAILED || mprotect(first_ + mapped_ - page, page, PROT_NONE) != 0) std::abort();
+    std::memcpy(at_, from, n);
+  }
+  ~Guarded() { munmap(first_, mapped_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  const char* data() const { return at_; }
+
+ private:
+  int64_t mapped_;
+  char *first_, *at_;
+};
+
 long long number(int64_t n) { return n; }
 
 bool is_untouched(const char* p, int64_t n) {
@@ -53,9 +77,10 @@ template <class T>
 void run(Kernels<T> kernels, Type weight_type, const Weighted& c) {
   kernels.l2 = c.l2;
   const int64_t value = size_of(kernels.type), weight_value = size_of(weight_type), outputs = c.gated ? 2 * c.outputs : c.outputs;
-  const int64_t segment = (c.in_rows ? outputs : c.k) * c.stride + (c.in_rows ? c.k : outputs);
+  const int64_t rows = c.in_rows ? outputs : c.k, segment = rows * c.stride + (c.in_rows ? c.k : outputs);
   const std::vector<int> x = integers(c.tokens * c.segments * c.k), w = integers(c.segments * segment);
-  const std::vector<char> x_bytes = as(kernels, kernels.type, x), w_bytes = as(kernels, weight_type, w);
+  const std::vector<char> x_bytes = as(kernels, kernels.type, x);
+  const Guarded w_bytes(as(kernels, weight_type, w).data(), rows ? (c.segments * segment - c.stride) * weight_value : 0);
 
   const Blocking p = blocking(kernels, c.in_rows, outputs, c.tokens, 1, c.gated ? 2 : 1);
   const PackedOperand<T> shared(kernels, p.shared, c.tokens, c.segments, c.k);
@@ -232,7 +257,7 @@ void weighted(Type type) {
   const Kernels<T> kernels = kernels_for<T>(type), dots = kernels_for_small_m<T>(type);
   const int64_t chunk = kernels.gemm->kc;
   for (const int64_t k : {int64_t{0}, int64_t{1}, int64_t{32}, int64_t{64}, chunk, 2 * chunk + 33})
-    for (const auto& [tokens, outputs] : {std::pair<int64_t, int64_t>{1, 5}, {33, 64}, {70, 131}})
+    for (const auto& [tokens, outputs] : {std::pair<int64_t, int64_t>{1, 5}, {33, 64}, {70, 149}})
       for (const int64_t l2 : {kernels.l2, small}) {
         run(kernels, type, {tokens, outputs, k, 1, k, true, false, false, l2});
         run(kernels, type, {tokens, outputs, k, 1, outputs, false, false, false, l2});

@@ -126,18 +126,37 @@ print(right(), torch.equal(*results), native.instruction_sets().used)
     assert done.stderr.count("SIGILL") == 1
 
 
-@pytest.mark.parametrize("faulthandler", [True, False])
-def test_a_trap_in_another_thread_ends_the_process(planted, faulthandler, tmp_path):
-    """While the test runs; a handler that was there before is called."""
+# A handler with SA_SIGINFO that says which address trapped.
+ADDRESS = """
+import ctypes, os
+class Action(ctypes.Structure):
+    fields = ("handler", ctypes.c_void_p), ("mask", ctypes.c_byte * 128), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)
+    _fields_ = list(fields)
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
+def handler(signal, info, context):
+    print("trap at", info[2], flush=True)
+    os._exit(7)
+ctypes.CDLL(None).sigaction(11, ctypes.byref(Action(ctypes.cast(handler, ctypes.c_void_p), flags=4)), None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "said"),
+    [("", -signal.SIGSEGV, ""), (FAULTHANDLER, -signal.SIGSEGV, "Fatal Python error: Segmentation fault"), (ADDRESS, 7, "trap at 4656")],
+    ids=["no_handler", "faulthandler", "address"],
+)
+def test_a_trap_in_another_thread_is_no_trap_of_the_test(planted, before, status, said, tmp_path):
+    """While it runs: the process ends, or a handler that was there before is called."""
     code = """
 import ctypes, os, time
 def trap():
     while not os.path.exists(os.environ["CMOE_PLANTED_REACHED"]):
         time.sleep(0.01)
-    ctypes.string_at(0)
+    ctypes.string_at(4656)
 threading.Thread(target=trap).start()
 right()
 """
-    done = run(planted, code, "long", FAULTHANDLER if faulthandler else "", CMOE_PLANTED_REACHED=str(tmp_path / "reached"))
-    assert done.returncode == -signal.SIGSEGV, done.stderr
-    assert ("Fatal Python error: Segmentation fault" in done.stderr) == faulthandler
+    done = run(planted, code, "long", before, CMOE_PLANTED_REACHED=str(tmp_path / "reached"))
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr
+    assert ("Fatal" in done.stderr) == (before == FAULTHANDLER)
