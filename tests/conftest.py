@@ -71,14 +71,11 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(trylast=True)  # after -k, so that its choice is sampled
 def pytest_collection_modifyitems(items, config):
-    if not sampling.FULL:
-        skip = pytest.mark.skip(reason="runs under `make test-full`")
-        for item in items:
-            if "full" in item.keywords:
-                item.add_marker(skip)
-    if reason := passed.reason():
-        for item in items:
-            if "costly" in item.keywords:
+    unchanged = passed.reason()
+    left = {"full": "" if sampling.FULL else "runs under `make test-full`", "costly": unchanged}
+    for item in items:
+        for mark, reason in left.items():
+            if reason and mark in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
     if (most := config.getoption("--sample")) is not None:
         cases = defaultdict(list)
@@ -87,7 +84,8 @@ def pytest_collection_modifyitems(items, config):
                 cases[item.nodeid.partition("[")[0]].append(item)
         left_out = set()
         for name, found in cases.items():
-            keep = sampling.chosen(name, [item.callspec.id.split("-") for item in found], most)
+            n = max(2, most // 3) if unchanged and name.startswith(passed.SOURCES) else most
+            keep = sampling.chosen(name, [item.callspec.id.split("-") for item in found], n)
             left_out |= set(found) - {found[i] for i in keep}
         _leave_out(items, config, left_out)
         config.stash[SAMPLED] = f"--sample {most}: {len(left_out)} further cases of tests with more are left to `make test-full`"

@@ -3,7 +3,7 @@
     python -m tests.passed            exit code 0 where nothing has changed since, and a line about it
     python -m tests.passed --write    they have passed now; `make test` does it
 
-In CI, where nothing has changed, two cases of each slow test of the kernels run, and none of those marked ``costly``: they take up to a
+In CI, where nothing has changed, a third of the cases of each of these tests run, and none of those marked ``costly``: they take up to a
 minute each and say little that a machine could change. The wheel is built without its library there, and one bug is planted instead of
 three. It runs before anything is installed, so it imports nothing but Python.
 """
@@ -21,9 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "passed.json"
 VARIABLE = "CMOE_KERNELS_UNCHANGED"  # the day when they passed
 # What the tests' results follow from: the kernels, what calls and builds them, the tests, and the versions that are installed.
-SOURCES = ("csrc", "cmoe_kernels", "benchmarks", "tests/ops", "tests/native", "tests/triton", "tests/emulation", "tests/benchmarks")
-SOURCES += ("tests/builds.py", "tests/conftest.py", "tests/sampling.py", "tests/test_wheel.py", "tests/every_op.py", "tools/wheel.py")
-SOURCES += ("setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile")
+SOURCES = (
+    *("csrc", "cmoe_kernels", "benchmarks", "tests/ops", "tests/nn", "tests/integrations", "tests/native", "tests/triton"),
+    *("tests/emulation", "tests/benchmarks", "tests/builds.py", "tests/conftest.py", "tests/sampling.py", "tests/test_wheel.py"),
+    *("tests/every_op.py", "tools/wheel.py", "setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt", "Makefile"),
+)
 SUFFIXES = (".py", ".cpp", ".cu", ".cuh", ".h", ".toml", ".txt", ".in", "Makefile")
 
 

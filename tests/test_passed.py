@@ -66,3 +66,15 @@ def test_costly_tests_are_left_out_with_the_reason(pytester, monkeypatch):
     run.stdout.fnmatch_lines(["*as on 2026-01-02, when it passed"])
     monkeypatch.delenv(passed.VARIABLE)
     pytester.runpytest("-p", "no:cacheprovider").assert_outcomes(passed=2)
+
+
+def test_a_third_of_the_cases_of_a_kernel_run(pytester, monkeypatch):
+    pytester.makeconftest("from tests.conftest import *")
+    pytester.makeini("[pytest]")
+    for folder in ("tests/ops", "tests/unimed"):
+        pytester.path.joinpath(folder).mkdir(parents=True)
+        text = "import pytest\n\n@pytest.mark.parametrize('value', range(12))\ndef test_value(value):\n    pass"
+        pytester.path.joinpath(folder, f"test_{folder[6:]}.py").write_text(text)
+    pytester.runpytest("--sample", "9", "-p", "no:cacheprovider").assert_outcomes(passed=9 + 9)
+    monkeypatch.setenv(passed.VARIABLE, "2026-01-02")
+    pytester.runpytest("--sample", "9", "-p", "no:cacheprovider").assert_outcomes(passed=3 + 9)

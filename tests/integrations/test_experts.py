@@ -95,6 +95,7 @@ def test_family(name, families, monkeypatch):
         assert_close(key, grad, exact_grads[key].double(), baseline_grads[key], slack=2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", full_unless_sampled(CLASSES, SAMPLE[:1]))
 def test_compiles_where_grouped_mm_does(name, families):
     model = tiny_model(families[name])

@@ -177,6 +177,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.costly
 def test_round_trip_in_a_fresh_process(tmp_path):
     folders, names = [], []
     for family in tiny.FAMILIES:

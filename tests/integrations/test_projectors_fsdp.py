@@ -86,6 +86,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "wrapped",
     [["qwen3_vl"], pytest.param([f for f in tiny.FAMILIES if f != "qwen3_vl"], marks=pytest.mark.full)],
