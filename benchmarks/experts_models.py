@@ -1,7 +1,8 @@
-"""A transformers model with "cmoe" under it, against eager, batched_mm and grouped_mm.
+"""A transformers model with "cmoe" under it, against eager, batched_mm, grouped_mm, and torch.compile of the model with grouped_mm.
 
     python -m benchmarks.experts_models                        layers of Qwen3-30B-A3B's width in bf16: 8 forward (10 GB), 2 in training
     python -m benchmarks.experts_models --tokens 16 --steps train
+    python -m benchmarks.experts_models --dtype float32        on a CPU without bf16 instructions: 4 layers and 1
     python -m benchmarks.experts_models --lora                 memory of LoRA on the experts
 
 One token is a decoding step behind a cache of 128; more are a prefill. A training step is forward and backward, every gradient: they are as
@@ -12,7 +13,7 @@ What is measured is kept cell by cell in benchmarks/results/; `make bench-report
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ import transformers
 
 import cmoe_kernels.integrations.transformers  # noqa: F401  registers "cmoe"
 from benchmarks import machine, memory, record, timer
+from benchmarks.report import COMPILED
 from benchmarks.report import MODEL_PEERS as PEERS
 from benchmarks.report import MODELS as SUITE
 from cmoe_kernels import backends
 
-LAYERS = {"forward": 8, "train": 2}
+LAYERS = {"forward": 8, "train": 2}  # in bf16; half of them in fp32
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CACHED = 128
 # batched_mm gathers the weights of every selection: above this it would swap, not compute.
 MOST_COPIED = 4 * 2**30
@@ -33,8 +36,10 @@ MOST_WRITTEN = 128 * 2**30
 LONG = 5.0  # seconds of a call: such a peer is timed once
 
 
-def build(layers: int, experts: int = 128, hidden: int = 2048, of_expert: int = 768) -> transformers.Qwen3MoeForCausalLM:
-    """Qwen3-30B-A3B's layers (8 experts chosen) in bf16, with a small vocabulary."""
+def build(
+    layers: int, experts: int = 128, hidden: int = 2048, of_expert: int = 768, dtype: torch.dtype = torch.bfloat16
+) -> transformers.Qwen3MoeForCausalLM:
+    """Qwen3-30B-A3B's layers (8 experts chosen), with a small vocabulary."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=1024,
@@ -49,7 +54,7 @@ def build(layers: int, experts: int = 128, hidden: int = 2048, of_expert: int = 
         norm_topk_prob=True,
     )
     with torch.device("meta"):
-        model = transformers.Qwen3MoeForCausalLM(config).bfloat16()
+        model = transformers.Qwen3MoeForCausalLM(config).to(dtype)
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for p in model.parameters():
@@ -72,6 +77,7 @@ def shorten(model: Any, layers: int) -> None:
 
 def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Callable[[], torch.Tensor]:
     """One step; the gradients of the last one are freed inside it."""
+    run = torch.compile(model) if implementation == COMPILED else model
     ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(1))
     cache = None
     if tokens == 1 and not train:
@@ -80,10 +86,10 @@ def make_call(model: Any, implementation: str, tokens: int, train: bool) -> Call
             model(torch.zeros(1, CACHED, dtype=torch.int64), cache=cache)
 
     def step() -> torch.Tensor:
-        model.config._experts_implementation = implementation
+        model.config._experts_implementation = "grouped_mm" if implementation == COMPILED else implementation
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(train):
-            logits = model(ids, cache=cache, use_cache=cache is not None).logits
+            logits = run(ids, cache=cache, use_cache=cache is not None).logits
             if cache is not None:
                 cache.crop(-tokens)
             if train:
@@ -121,7 +127,7 @@ def check(model: Any, tokens: int, train: bool) -> float:
     return worst
 
 
-def measure(model: Any, tokens: int, step: str, seconds: float) -> dict[str, Any]:
+def measure(model: Any, tokens: int, step: str, seconds: float, peers: Sequence[str] = PEERS) -> dict[str, Any]:
     """Check, then time, one cell: ours and every peer in turn."""
     train = step == "train"
     error = check(model, tokens, train)
@@ -133,16 +139,24 @@ def measure(model: Any, tokens: int, step: str, seconds: float) -> dict[str, Any
     written = used * sum(p.nbytes for p in experts.parameters())
     if train and written > MOST_WRITTEN:
         skipped["eager"] = f"its backward pass would write {written / 2**30:.0f} GiB per layer"
-    peers = [name for name in PEERS if name not in skipped]
-    mine, *theirs = timer.in_turn([make_call(model, name, tokens, train) for name in ("cmoe", *peers)], seconds, least=3, once_above=LONG)
+    calls = {name: make_call(model, name, tokens, train) for name in ("cmoe", *peers) if name not in skipped}
+    try:
+        if COMPILED in calls:
+            calls[COMPILED]()  # compiles
+    except Exception as reason:
+        skipped[COMPILED] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:200]}"
+        del calls[COMPILED]
+    mine, *theirs = timer.in_turn(list(calls.values()), seconds, least=3, once_above=LONG)
     return {
         "tokens": tokens,
         "step": step,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "layers": model.config.num_hidden_layers,
         "error": round(error, 5),
         "ours": mine.summary(),
         "peers": {
-            name: {**times.summary(), "ratio": round(timer.ratio(mine, times), 3)} for name, times in zip(peers, theirs, strict=True)
+            name: {**times.summary(), "ratio": round(timer.ratio(mine, times), 3)}
+            for name, times in zip(list(calls)[1:], theirs, strict=True)
         },
         "skipped": skipped,
     }
@@ -171,7 +185,10 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
     parser.add_argument("--steps", nargs="+", choices=list(LAYERS), default=list(LAYERS))
-    parser.add_argument("--layers", type=int, help=f"of both steps (default: {', '.join(f'{s} {n}' for s, n in LAYERS.items())})")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument(
+        "--layers", type=int, help=f"of both steps (default: {', '.join(f'{s} {n}' for s, n in LAYERS.items())}; fp32 half)"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=6, help="time for each cell, but at least three calls of each side (default: 6)")
     parser.add_argument("--keep-pages", action="store_true", help="malloc keeps the pages of freed memory (glibc): a file of its own")
@@ -181,7 +198,8 @@ def main() -> None:
         machine.keep_pages()
     threads = record.set_threads(options.threads)
     described, run = machine.describe(), machine.run_info(threads)
-    run |= {"transformers": transformers.__version__, "served_by": backends.choose("sparse_experts", "cpu", torch.bfloat16)}
+    dtype = DTYPES[options.dtype]
+    run |= {"transformers": transformers.__version__, "served_by": backends.choose("sparse_experts", "cpu", dtype)}
     out = record.RESULTS / f"experts-models-{machine.slug(described, threads)}.json"
     document: dict[str, Any] = {"suite": SUITE, "machine": described, "threads": threads, "cases": {}}
     if out.exists():
@@ -197,9 +215,9 @@ def main() -> None:
         print(json.dumps(document["lora"], indent=1))
         return
     side = machine.GEMM_SIDE["cpu"]
-    run |= {"gemm_loop": f"torch.mm {side}^3", "gemm_gflops": {"bfloat16": round(machine.gemm_rate(torch.bfloat16, "cpu", side), 1)}}
-    layers = {step: options.layers or LAYERS[step] for step in LAYERS if step in options.steps}
-    model = build(max(layers.values()))
+    run |= {"gemm_loop": f"torch.mm {side}^3", "gemm_gflops": {options.dtype: round(machine.gemm_rate(dtype, "cpu", side), 1)}}
+    layers = {step: options.layers or LAYERS[step] * 2 // dtype.itemsize for step in LAYERS if step in options.steps}
+    model = build(max(layers.values()), dtype=dtype)
     print(f"{described['cpu']}, {threads} threads; cmoe is served by {run['served_by']}; ratio: how many times faster cmoe is", flush=True)
     for step in sorted(layers, key=lambda step: -layers[step]):
         shorten(model, layers[step])
@@ -208,7 +226,8 @@ def main() -> None:
             case = measure(model, tokens, step, options.seconds)
             peers = "  ".join(f"{name} {p['ratio']:.2f}x" for name, p in case["peers"].items())
             print(f"cmoe {case['ours']['p50_ms']:9.1f} ms  {peers}  {case['skipped'] or ''}", flush=True)
-            keep("cases", {**document["cases"], f"{step}/T{tokens}": {**case, "run": run}})
+            key = f"{step}/T{tokens}" + ("" if dtype == torch.bfloat16 else f"/{options.dtype}")
+            keep("cases", {**document["cases"], key: {**case, "run": run}})
     print(f"kept in {out}")
 
 

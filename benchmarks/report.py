@@ -44,7 +44,8 @@ OWN = "reference"
 MODELS = "experts_models"
 STEPS = {"forward": "forward", "train": "training step"}
 LLAMA_CPP = "llama_cpp"
-MODEL_PEERS = ("eager", "batched_mm", "grouped_mm")
+COMPILED = "compiled grouped_mm"
+MODEL_PEERS = ("eager", "batched_mm", "grouped_mm", COMPILED)
 
 Record = dict[str, Any]
 
@@ -244,10 +245,11 @@ def about_models(document: Record) -> str:
     def distinct(name: str) -> str:
         return " and ".join(sorted({str(run[name]) for run in runs}))
 
+    dtypes = " and ".join(sorted({case.get("dtype", "bfloat16") for case in model_cells(document)}))
     layers = {case["step"]: case["layers"] for case in model_cells(document)}
     depth = " and ".join(f"{n} layers ({STEPS[step]})" for step, n in layers.items())
     return (
-        f"Qwen3-MoE in the width of its 30B-A3B (128 experts of 768, 8 chosen, model width 2048, bf16), {depth}: "
+        f"Qwen3-MoE in the width of its 30B-A3B (128 experts of 768, 8 chosen, model width 2048, {dtypes}), {depth}: "
         f"{document['machine']['cpu']}, {document['threads']} threads, torch {distinct('torch')}, transformers {distinct('transformers')}, "
         f"commit {distinct('commit')}, {days([run['date'] for run in runs])}; `cmoe` was served by the {distinct('served_by')} "
         f"backend. {machine.memory_of(document['machine'])}"
@@ -262,7 +264,8 @@ def models_markdown(documents: list[Record]) -> list[str]:
         "## MoE models of transformers",
         '`python -m benchmarks.experts_models`: `experts_implementation="cmoe"` against transformers\' own. T = 1 is a decoding step '
         "behind a cache of 128 tokens (in training one token without a cache), more are a prefill; a training step is forward and backward "
-        "with every gradient. The whole model is timed, with attention, router and head. All sides take turns; ratios as above.",
+        "with every gradient. The whole model is timed, with attention, router and head. All sides take turns; ratios as above. "
+        f"{COMPILED}: torch.compile of the model, which has had its first call before.",
     ]
     for document in documents:
         parts.append(about_models(document))
