@@ -15,14 +15,14 @@ from benchmarks.shapes import TINY
 README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: written by make bench-report -->", "<!-- /benchmarks -->"
 # README's table: cases of the machine below, and what README calls them.
-README_MACHINE = "cpu-amd-epyc-avx512-bf16-2-threads"
+README_MACHINE = "cpu-intel-xeon-avx512f-2-threads"
 README_ROWS = {
-    "soft_connector/released/T256/bfloat16": "connector, training step, bf16, 256 tokens",
-    "soft_connector/released/T1024/bfloat16": "connector, training step, bf16, 1024 tokens",
-    "soft_connector/released/T256/float32": "connector, training step, fp32, 256 tokens",
-    "soft_connector_prepacked/released/T256/bfloat16": "connector, prepacked, forward, bf16, 256 tokens",
-    "forward/T1": "Qwen3-MoE width, decode, 1 token",
-    "train/T256": "Qwen3-MoE width, training step, 256 tokens",
+    "soft_connector/released/T256/float32": "connector, training step, 256 tokens",
+    "soft_connector_prepacked/released/T256/float32": "connector, prepacked, forward, 256 tokens",
+    "soft_connector_prepacked/released/T1/float32": "connector, prepacked, forward, 1 token",
+    "sparse_experts/cumo/T256/float32": "CuMo's experts, training step, 256 tokens",
+    "forward/T1/float32": "Qwen3-MoE width, decode, 1 token",
+    "train/T256/float32": "Qwen3-MoE width, training step, 256 tokens",
 }
 # The works in the plots.
 HEADLINE = (
@@ -141,8 +141,8 @@ def readme(documents: list[Record], models: list[Record]) -> str:
     """The six rows between README's markers."""
     (suite,) = (d for d in documents if slug(d) == README_MACHINE)
     (model,) = (d for d in models if slug(d) == README_MACHINE)
-    lines = [f"| work (CPU, {suite['threads']} threads) | against the released loop | against the fastest other |", "|---|---|---|"]
-    dates = []
+    lines = [f"| work (CPU, {suite['threads']} threads, fp32) | against the plain loop | against the fastest other |", "|---|---|---|"]
+    dates, states = [], set()
     for key, title in README_ROWS.items():
         if key in suite["cases"]:
             r = suite["cases"][key]
@@ -154,12 +154,14 @@ def readme(documents: list[Record], models: list[Record]) -> str:
         name = min(others, key=lambda n: others[n]["ratio"])
         lines.append(f"| {title} | {baseline} | {ratio_text(others[name]['ratio'])} ({name}) |")
         dates.append(r["run"]["date"])
+        states.add(r["run"].get("kernels", "of another day"))
+    state = "one state of the kernels" if len(states) == 1 else "several states of the kernels"
     lost = sum(len(losses(d)) for d in documents) + sum(len(model_losses(d)) for d in models)
     measured = [*(r for d in documents for r in timed(rows(d))), *(c for d in models for c in model_cells(d))]
     compared = sum(len(r["peers"]) for r in measured)
     return (
         "\n".join(lines) + f"\n\nSpeed-up: median time of the peer / ours (**bold: ours is slower**). {suite['machine']['cpu']} with "
-        f"{suite['machine']['flags'][0].upper()}, {days(dates)}.\n"
+        f"{suite['machine']['flags'][0].upper()}, {days(dates)}; {state} ({', '.join(sorted(states))}).\n"
         f"All {compared} comparisons, with the {lost} that we lose: `make docs`, page Benchmarks (from benchmarks/results/)."
     )
 
@@ -265,7 +267,7 @@ def models_markdown(documents: list[Record]) -> list[str]:
         '`python -m benchmarks.experts_models`: `experts_implementation="cmoe"` against transformers\' own. T = 1 is a decoding step '
         "behind a cache of 128 tokens (in training one token without a cache), more are a prefill; a training step is forward and backward "
         "with every gradient. The whole model is timed, with attention, router and head. All sides take turns; ratios as above. "
-        f"{COMPILED}: torch.compile of the model, which has had its first call before.",
+        f"{COMPILED}: torch.compile of the model, which has compiled before.",
     ]
     for document in documents:
         parts.append(about_models(document))
