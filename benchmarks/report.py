@@ -160,7 +160,7 @@ def readme(documents: list[Record], models: list[Record]) -> str:
     measured = [*(r for d in documents for r in timed(rows(d))), *(c for d in models for c in model_cells(d))]
     compared = sum(len(r["peers"]) for r in measured)
     return (
-        "\n".join(lines) + f"\n\nSpeed-up: median time of the peer / ours (**bold: ours is slower**). {suite['machine']['cpu']} with "
+        "\n".join(lines) + f"\n\nSpeed-up: median time of the peer / ours (**bold: a loss**). {suite['machine']['cpu']}, "
         f"{suite['machine']['flags'][0].upper()}, {days(dates)}; {state} ({', '.join(sorted(states))}).\n"
         f"All {compared} comparisons, with the {lost} that we lose: `make docs`, page Benchmarks (from benchmarks/results/)."
     )
