@@ -155,13 +155,13 @@ def readme(documents: list[Record], models: list[Record]) -> str:
         lines.append(f"| {title} | {baseline} | {ratio_text(others[name]['ratio'])} ({name}) |")
         dates.append(r["run"]["date"])
         states.add(r["run"].get("kernels", "of another day"))
-    state = "one state of the kernels" if len(states) == 1 else "several states of the kernels"
+    kernels = states.pop() if len(states) == 1 else "of several states"
     lost = sum(len(losses(d)) for d in documents) + sum(len(model_losses(d)) for d in models)
     measured = [*(r for d in documents for r in timed(rows(d))), *(c for d in models for c in model_cells(d))]
     compared = sum(len(r["peers"]) for r in measured)
     return (
         "\n".join(lines) + f"\n\nSpeed-up: median time of the peer / ours (**bold: a loss**). {suite['machine']['cpu']}, "
-        f"{suite['machine']['flags'][0].upper()}, {days(dates)}; {state} ({', '.join(sorted(states))}).\n"
+        f"{suite['machine']['flags'][0].upper()}, {days(dates)}; kernels {kernels}.\n"
         f"All {compared} comparisons, with the {lost} that we lose: `make docs`, page Benchmarks (from benchmarks/results/)."
     )
 

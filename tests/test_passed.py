@@ -75,6 +75,7 @@ def test_a_third_of_the_cases_of_a_kernel_run(pytester, monkeypatch):
         pytester.path.joinpath(folder).mkdir(parents=True)
         text = "import pytest\n\n@pytest.mark.parametrize('value', range(12))\ndef test_value(value):\n    pass"
         pytester.path.joinpath(folder, f"test_{folder[6:]}.py").write_text(text)
+    monkeypatch.delenv(passed.VARIABLE, raising=False)
     pytester.runpytest("--sample", "9", "-p", "no:cacheprovider").assert_outcomes(passed=9 + 9)
     monkeypatch.setenv(passed.VARIABLE, "2026-01-02")
     pytester.runpytest("--sample", "9", "-p", "no:cacheprovider").assert_outcomes(passed=3 + 9)
