@@ -39,15 +39,13 @@ import torch
 from benchmarks import cases, machine, peers, record
 from cmoe_kernels import backends
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(record.SUITES), default="cpu", help="where (default: cpu)")
     parser.add_argument("--backend", choices=backends.BACKENDS, help="ours by that backend only (default: on a GPU by triton and by cuda)")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose key contains one of these words (comma-separated)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="every case in this dtype (default: bfloat16, some in float32)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="every case in this dtype (default: bfloat16, some in float32)")
     parser.add_argument("--list", action="store_true", help="print the keys of the chosen cases and stop")
     parser.add_argument("--missing", action="store_true", help="only cases that lack a time of these kernels in the results file")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing after this time")
@@ -70,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
         library.install()
     try:
-        dtype = DTYPES.get(options.dtype)
+        dtype = options.dtype and getattr(torch, options.dtype)
         options.chosen = cases.select(options.only, options.quick, options.device, ours(options.device, options.backend), dtype)
     except ValueError as error:
         parser.error(str(error))

@@ -27,7 +27,6 @@ from benchmarks.report import MODELS as SUITE
 from cmoe_kernels import backends
 
 LAYERS = {"forward": 8, "train": 2}  # in bf16; half of them in fp32
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CACHED = 128
 # batched_mm gathers the weights of every selection: above this it would swap, not compute.
 MOST_COPIED = 4 * 2**30
@@ -185,7 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
     parser.add_argument("--steps", nargs="+", choices=list(LAYERS), default=list(LAYERS))
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument(
         "--layers", type=int, help=f"of both steps (default: {', '.join(f'{s} {n}' for s, n in LAYERS.items())}; fp32 half)"
     )
@@ -198,7 +197,7 @@ def main() -> None:
         machine.keep_pages()
     threads = record.set_threads(options.threads)
     described, run = machine.describe(), machine.run_info(threads)
-    dtype = DTYPES[options.dtype]
+    dtype = getattr(torch, options.dtype)
     run |= {"transformers": transformers.__version__, "served_by": backends.choose("sparse_experts", "cpu", dtype)}
     out = record.RESULTS / f"experts-models-{machine.slug(described, threads)}.json"
     document: dict[str, Any] = {"suite": SUITE, "machine": described, "threads": threads, "cases": {}}

@@ -17,7 +17,7 @@ import torch
 from tests.passed import digest
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a time follows from: the kernels, and the part of the benchmarks that calls and times them.
+# What a time follows from: the kernels, and the part of the benchmarks that calls and times them. A run keeps a digest of it.
 TIMED = ("csrc", "cmoe_kernels", *(f"benchmarks/{name}.py" for name in ("cases", "peers", "record", "shapes", "steps", "timer", "works")))
 # The CUDA kernels on the CPU (tests/emulation), as in the tests.
 EMULATED = os.environ.get("CMOE_EMULATE_CUDA", "0") == "1"
@@ -107,19 +107,13 @@ def run_info(threads: int, device: str = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
-        "kernels": kernel_state(),
+        "kernels": digest(TIMED)[:12],
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "threads": threads,
         "copy_gbps": round(copy_bandwidth(device), 2),
     }
-
-
-@functools.cache
-def kernel_state() -> str:
-    """Twelve hexadecimal digits of the sources that a time follows from; commits with the same have the same kernels."""
-    return digest(TIMED)[:12]
 
 
 def _commit() -> str:

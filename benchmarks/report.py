@@ -67,6 +67,14 @@ def days(dates: list[str]) -> str:
     return first if first == last else f"{first} to {last}"
 
 
+def state(runs: Sequence[Record]) -> str:
+    """The state of the kernels, if all runs are of one; else their commits."""
+    found = {run.get("kernels") for run in runs}
+    if len(found) == 1 and None not in found:
+        return f"kernels {found.pop()}"
+    return f"commit {' and '.join(sorted({run['commit'] for run in runs}))}"
+
+
 def slug(document: Record) -> str:
     return machine.slug(document["machine"], document["threads"])
 
@@ -119,14 +127,12 @@ def about(document: dict[str, Any]) -> str:
             gemm.setdefault(dtype, []).append(rate)
     peaks = ", ".join(f"{dtype} {_span(rates)}" for dtype, rates in sorted(gemm.items()))
     cpu = f"{m['cpu']} (family/model {m['family_model']}, {m['cores']} cores, {', '.join(m['flags'])}), {document['threads']} threads"
-    states = {run.get("kernels") for run in runs}
-    kernels = f"kernels {states.pop()}" if len(states) == 1 and None not in states else f"commit {distinct('commit')}"
     gpu = ""
     if "gpu" in m:
         gpu = f"{m['gpu']} (compute capability {m['capability']}, {m['multiprocessors']} SMs, {m['gpu_memory_gib']} GiB) beside "
     return (
         f"{gpu}{cpu}, "
-        f"torch {distinct('torch')}, {kernels}, {days([run['date'] for run in runs])}. "
+        f"torch {distinct('torch')}, {state(runs)}, {days([run['date'] for run in runs])}. "
         f"Measured in the same runs: a copy moves {_span(copy)} GB/s "
         f"(read and written bytes), {distinct('gemm_loop')} reaches {peaks} GFLOP/s. {machine.memory_of(m)}"
     )
@@ -142,7 +148,7 @@ def readme(documents: list[Record], models: list[Record]) -> str:
     (suite,) = (d for d in documents if slug(d) == README_MACHINE)
     (model,) = (d for d in models if slug(d) == README_MACHINE)
     lines = [f"| work (CPU, {suite['threads']} threads, fp32) | against the plain loop | against the fastest other |", "|---|---|---|"]
-    dates, states = [], set()
+    runs = []
     for key, title in README_ROWS.items():
         if key in suite["cases"]:
             r = suite["cases"][key]
@@ -153,15 +159,13 @@ def readme(documents: list[Record], models: list[Record]) -> str:
             others, baseline = r["peers"], ""
         name = min(others, key=lambda n: others[n]["ratio"])
         lines.append(f"| {title} | {baseline} | {ratio_text(others[name]['ratio'])} ({name}) |")
-        dates.append(r["run"]["date"])
-        states.add(r["run"].get("kernels", "of another day"))
-    kernels = states.pop() if len(states) == 1 else "of several states"
+        runs.append(r["run"])
     lost = sum(len(losses(d)) for d in documents) + sum(len(model_losses(d)) for d in models)
     measured = [*(r for d in documents for r in timed(rows(d))), *(c for d in models for c in model_cells(d))]
     compared = sum(len(r["peers"]) for r in measured)
     return (
         "\n".join(lines) + f"\n\nSpeed-up: median time of the peer / ours (**bold: a loss**). {suite['machine']['cpu']}, "
-        f"{suite['machine']['flags'][0].upper()}, {days(dates)}; kernels {kernels}.\n"
+        f"{suite['machine']['flags'][0].upper()}, {days([run['date'] for run in runs])}; {state(runs)}.\n"
         f"All {compared} comparisons, with the {lost} that we lose: `make docs`, page Benchmarks (from benchmarks/results/)."
     )
 
@@ -253,7 +257,7 @@ def about_models(document: Record) -> str:
     return (
         f"Qwen3-MoE in the width of its 30B-A3B (128 experts of 768, 8 chosen, model width 2048, {dtypes}), {depth}: "
         f"{document['machine']['cpu']}, {document['threads']} threads, torch {distinct('torch')}, transformers {distinct('transformers')}, "
-        f"commit {distinct('commit')}, {days([run['date'] for run in runs])}; `cmoe` was served by the {distinct('served_by')} "
+        f"{state(runs)}, {days([run['date'] for run in runs])}; `cmoe` was served by the {distinct('served_by')} "
         f"backend. {machine.memory_of(document['machine'])}"
     )
 

@@ -4,11 +4,8 @@ import os
 from collections.abc import Hashable, Sequence
 from random import Random
 
-from tests import passed
-
 FULL = os.environ.get("CMOE_TEST_FULL", "0") not in ("", "0")  # `make test-full`
-# Of tests that run on another build or instruction set.
-SAMPLE = () if FULL else ("--sample", "4" if passed.reason() else "16")
+SAMPLE = () if FULL else ("--sample", "16")  # of tests that run on another build or instruction set
 
 
 def chosen(name: str, cases: Sequence[Sequence[Hashable]], n: int) -> list[int]:

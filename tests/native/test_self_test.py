@@ -130,8 +130,7 @@ print(right(), torch.equal(*results), native.instruction_sets().used)
 ADDRESS = """
 import ctypes, os
 class Action(ctypes.Structure):
-    fields = ("handler", ctypes.c_void_p), ("mask", ctypes.c_byte * 128), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)
-    _fields_ = list(fields)
+    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_byte * 128), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
 def handler(signal, info, context):
     print("trap at", info[2], flush=True)
