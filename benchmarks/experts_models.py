@@ -143,7 +143,7 @@ def measure(model: Any, tokens: int, step: str, seconds: float, peers: Sequence[
         for _ in range(3 if COMPILED in calls else 0):  # it compiles, and once more where a cropped cache has other strides
             calls[COMPILED]()
     except Exception as reason:
-        skipped[COMPILED] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:200]}"
+        skipped[COMPILED] = record.why(reason)
         del calls[COMPILED]
     mine, *theirs = timer.in_turn(list(calls.values()), seconds, least=3, once_above=LONG)
     return {

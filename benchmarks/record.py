@@ -59,7 +59,7 @@ def measure(
             try:
                 side["peak_bytes"] = peak_bytes(instance.key, name, run["threads"])
             except RuntimeError as error:
-                record["skipped"][f"peak memory of {name}"] = _reason(error)
+                record["skipped"][f"peak memory of {name}"] = why(error)
     return record
 
 
@@ -79,9 +79,9 @@ def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: fl
         ours = work.ours()
         rule.check(ours, work.slack)
     except torch.OutOfMemoryError as error:
-        return {**about, "skipped": {"ours": _reason(error)}}
+        return {**about, "skipped": {"ours": why(error)}}
     except Exception as error:
-        return {**about, "wrong": {"ours": _reason(error)}}
+        return {**about, "wrong": {"ours": why(error)}}
     peers: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     wrong: dict[str, str] = {}
@@ -100,7 +100,7 @@ def _timed(instance: Instance, copy_gbps: float, gemm_gflops: float, seconds: fl
             wrong[name] = str(error)
             continue
         except Exception as error:  # other people's code: one that fails must not end a run of hours
-            skipped[name] = f"it failed: {_reason(error)}"
+            skipped[name] = f"it failed: {why(error)}"
             continue
         mine, theirs = timer.alternate(ours, peer, seconds, least, clock=clock)
         pooled += mine.seconds
@@ -136,7 +136,7 @@ def _peak_on_gpu(step: Step, device: str) -> dict[str, int]:
     return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
-def _reason(error: Exception) -> str:
+def why(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0][:200]
     return first if isinstance(error, WrongResult) else f"{type(error).__name__}: {first}"
 

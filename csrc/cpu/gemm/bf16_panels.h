@@ -39,23 +39,26 @@ static void pack_columns_bf16(const void* const* rows, int64_t lanes, int64_t k0
 }
 
 template <int rows>
-INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int64_t pairs, bool add) {
+INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int64_t pairs, bool add, const Prefetch& prefetch) {
   __m512 sums[rows][b_vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? _mm512_loadu_ps(block + r * nr + v * 16) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < pairs; ++i, a += mr, b += nr) {
-    __m512i column[b_vectors];
+  fetch_beside(prefetch, pairs, [&](int64_t steps) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (; steps > 0; --steps, a += mr, b += nr) {
+      __m512i column[b_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) column[v] = _mm512_loadu_si512(b + v * 16);
+      for (int v = 0; v < b_vectors; ++v) column[v] = _mm512_loadu_si512(b + v * 16);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const __m512bh row = (__m512bh)_mm512_set1_epi32(a[r]);
+      for (int r = 0; r < rows; ++r) {
+        const __m512bh row = (__m512bh)_mm512_set1_epi32(a[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < b_vectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, (__m512bh)column[v]);
+        for (int v = 0; v < b_vectors; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, (__m512bh)column[v]);
+      }
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -68,8 +71,7 @@ static void multiply_bf16(const void* a, int64_t a_stride, const void* b, void* 
   if constexpr (rows > 1) {
     if (used < rows) return multiply_bf16<rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
-  fetch(prefetch);
-  multiply_pairs<rows>(static_cast<const int32_t*>(a), static_cast<const int32_t*>(b), static_cast<float*>(block), k / 2, add);
+  multiply_pairs<rows>(static_cast<const int32_t*>(a), static_cast<const int32_t*>(b), static_cast<float*>(block), k / 2, add, prefetch);
 }
 
 struct PairsOfBf16 {

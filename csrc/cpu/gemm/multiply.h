@@ -32,7 +32,7 @@ Blocking blocking(const Kernels<T>& kernels, bool in_rows, int64_t outer_lanes, 
   const int64_t ol = kernels.panel_width(p.outer), sl = kernels.panel_width(p.shared), cell = ol * sl * static_cast<int64_t>(sizeof(T));
   const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
                 all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
-  const int64_t cells = std::max<int64_t>(4, kernels.l2 / 2 / cell);
+  const int64_t cells = std::max<int64_t>(4, kernels.l2 / 3 / cell);
   p.shared_panels = std::min(all_shared, std::max<int64_t>(1, 512 / sl));
   p.outer_panels = round_up(std::min({all_outer, std::max<int64_t>(1, cells / p.shared_panels), std::max<int64_t>(1, 512 / ol)}), ranges);
   const int64_t panel = ol * gemm.kc * kernels.element();

@@ -37,13 +37,21 @@ static void pack_columns_plain(const void* const* rows, int64_t lanes, int64_t k
   }
 }
 
-INLINE void fetch(const Prefetch& prefetch) {
+// steps(n): the next n steps of k. A line is prefetched between some steps and the next: a burst of them fills the processor's line
+// buffers, and the product waits for its operands.
+template <class Steps>
+INLINE void fetch_beside(const Prefetch& prefetch, int64_t k, Steps&& steps) {
+  const int64_t lines = int64_t{prefetch.rows} * prefetch.lines, apart = lines ? k / lines : 0;
   for (int row = 0; row < prefetch.rows; ++row)
-    for (int line = 0; line < prefetch.lines; ++line) __builtin_prefetch(prefetch.data + row * prefetch.stride + line * 64, 0, 2);
+    for (int line = 0; line < prefetch.lines; ++line) {
+      __builtin_prefetch(prefetch.data + row * prefetch.stride + line * 64, 0, 2);
+      steps(apart);
+    }
+  steps(k - lines * apart);
 }
 
 template <class T, int b_vectors, int rows>
-INLINE void multiply_rows(const T* a, int mr, const T* b, T* block, int64_t k, bool add) {
+INLINE void multiply_rows(const T* a, int mr, const T* b, T* block, int64_t k, bool add, const Prefetch& prefetch) {
   using V = typename vector_of<T>::type;
   constexpr int n = vector_bytes / sizeof(T);
   V sums[rows][b_vectors];
@@ -51,15 +59,18 @@ INLINE void multiply_rows(const T* a, int mr, const T* b, T* block, int64_t k, b
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? load<V>(block + (r * b_vectors + v) * n) : V{};
-  for (int64_t i = 0; i < k; ++i, a += mr, b += b_vectors * n) {
-    V column[b_vectors];
+  fetch_beside(prefetch, k, [&](int64_t steps) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (; steps > 0; --steps, a += mr, b += b_vectors * n) {
+      V column[b_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) column[v] = load<V>(b + v * n);
+      for (int v = 0; v < b_vectors; ++v) column[v] = load<V>(b + v * n);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r)
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < b_vectors; ++v) sums[r][v] = multiply_add(a[r] - V{}, column[v], sums[r][v]);
-  }
+        for (int v = 0; v < b_vectors; ++v) sums[r][v] = multiply_add(a[r] - V{}, column[v], sums[r][v]);
+    }
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -73,8 +84,7 @@ static void multiply_plain(const void* a, int64_t a_stride, const void* b, void*
   if constexpr (rows > 1) {
     if (used < rows) return multiply_plain<T, b_vectors, mr, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
-  fetch(prefetch);
-  multiply_rows<T, b_vectors, rows>(static_cast<const T*>(a), mr, static_cast<const T*>(b), static_cast<T*>(block), k, add);
+  multiply_rows<T, b_vectors, rows>(static_cast<const T*>(a), mr, static_cast<const T*>(b), static_cast<T*>(block), k, add, prefetch);
 }
 
 // --- few tokens: dot products of rows ---------------------------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ INLINE vfloat weights_at(vint four) {
 }
 
 template <int b_vectors, int rows, bool streams>
-INLINE void multiply_rows_w8(const float* a, int mr, const char* b, float* block, int64_t k, bool add) {
+INLINE void multiply_rows_w8(const float* a, int mr, const char* b, float* block, int64_t k, bool add, const Prefetch& prefetch) {
   // Few rows hide too little of what a product takes: steps of k are summed apart.
   constexpr int sets = rows == 1 ? 4 : rows == 2 ? 2 : 1;
   vfloat sums[sets][rows][b_vectors] = {};
@@ -203,14 +213,16 @@ INLINE void multiply_rows_w8(const float* a, int mr, const char* b, float* block
       for (int r = 0; r < rows; ++r) sums[set][r][v] = multiply_add(a[decltype(at)::value * mr + r] - vfloat{}, column, sums[set][r][v]);
     }
   };
-  for (int64_t i = 0; i < k; i += 4, a += 4 * mr, b += b_vectors * vector_bytes) {
-    if constexpr (streams)
-      for (int v = 0; v < b_vectors; ++v) __builtin_prefetch(b + v * vector_bytes + ahead_alone);
-    step(Constant<0>());
-    step(Constant<1>());
-    step(Constant<2>());
-    step(Constant<3>());
-  }
+  fetch_beside(streams ? Prefetch{} : prefetch, k / 4, [&](int64_t steps) __attribute__((always_inline)) {
+    for (; steps > 0; --steps, a += 4 * mr, b += b_vectors * vector_bytes) {
+      if constexpr (streams)
+        for (int v = 0; v < b_vectors; ++v) __builtin_prefetch(b + v * vector_bytes + ahead_alone);
+      step(Constant<0>());
+      step(Constant<1>());
+      step(Constant<2>());
+      step(Constant<3>());
+    }
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -228,9 +240,8 @@ static void multiply_w8(const void* a, int64_t a_stride, const void* b, void* bl
     if (used < rows) return multiply_w8<b_vectors, mr, rows - 1>(a, a_stride, b, block, k, used, add, prefetch);
   }
   constexpr bool streams = rows < mr;  // one panel of rows: each weight is read once
-  if (!streams) fetch(prefetch);
   multiply_rows_w8<b_vectors, rows, streams>(static_cast<const float*>(a), mr, static_cast<const char*>(b), static_cast<float*>(block), k,
-                                             add);
+                                             add, prefetch);
 }
 
 template <int mr, void (*pack)(const void* const*, int, int64_t, void*)>

@@ -347,19 +347,21 @@ static void exp_row(const float* x, float* y, int64_t n) {
 }
 
 static void store_block(Type type, const float* from, int64_t from_ld, char* to, int64_t to_stride, int64_t rows, int64_t n) {
+  [[maybe_unused]] const int64_t run = to_stride == n * size_of(type) ? rows * n : n;  // what follows without a gap
   for (int64_t r = 0; r < rows; ++r, from += from_ld, to += to_stride) {
     int64_t done = 0;
 #if defined(HAS_AVX512_BF16)
-    // Long rows go past the caches, by whole lines, so that nothing is read first.
-    if (type == Type::bf16 && n >= 512 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    // Long runs go past the caches, by whole lines, so that nothing is read first.
+    if (type == Type::bf16 && run >= 512 && reinterpret_cast<uintptr_t>(to) % 64 == 0)
       for (; done + 32 <= n; done += 32)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * done),
                             (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done)));
-      _mm_sfence();
-    }
 #endif
-    convert(Type::f32, from + done, type, to + size_of(type) * done, n - done);
+    each(n - done, [&](int64_t i, int count) { store_as(type, load_part(from + done + i, count), to, done + i, count); });
   }
+#if defined(HAS_AVX512_BF16)
+  if (type == Type::bf16 && run >= 512) _mm_sfence();
+#endif
 }
 
 constexpr RowFunctions<float> row_functions = {load_row, store_row,    round_row, activate_row, activate_backward_row,

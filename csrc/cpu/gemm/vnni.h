@@ -39,7 +39,6 @@ static void multiply_i8(const void* a, int64_t a_stride, const void* b, void* bl
   }
   constexpr int b_vectors = 2;
   constexpr bool streams = rows < mr;  // one panel of rows: each weight is read once
-  if (!streams) fetch(prefetch);
   const char *row = static_cast<const char*>(a), *column_bytes = static_cast<const char*>(b);
   char* const to = static_cast<char*>(block);
   vint sums[rows][b_vectors], offset[b_vectors] = {};
@@ -47,23 +46,25 @@ static void multiply_i8(const void* a, int64_t a_stride, const void* b, void* bl
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? load<vint>(to + (r * b_vectors + v) * vector_bytes) : vint{};
-  for (int64_t i = 0; i < k; i += 4, row += 4 * mr, column_bytes += b_vectors * vector_bytes) {
-    if constexpr (streams)
-      for (int v = 0; v < b_vectors; ++v) __builtin_prefetch(column_bytes + v * vector_bytes + ahead_alone);
-    vint column[b_vectors];
+  fetch_beside(streams ? Prefetch{} : prefetch, k / 4, [&](int64_t steps) __attribute__((always_inline)) {
+    for (; steps > 0; --steps, row += 4 * mr, column_bytes += b_vectors * vector_bytes) {
+      if constexpr (streams)
+        for (int v = 0; v < b_vectors; ++v) __builtin_prefetch(column_bytes + v * vector_bytes + ahead_alone);
+      vint column[b_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) {
-      column[v] = load<vint>(column_bytes + v * vector_bytes);
-      offset[v] = add_dots(offset[v], 0x80808080u, column[v]);
-    }
+      for (int v = 0; v < b_vectors; ++v) {
+        column[v] = load<vint>(column_bytes + v * vector_bytes);
+        offset[v] = add_dots(offset[v], 0x80808080u, column[v]);
+      }
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      uint32_t four;
-      memcpy(&four, row + 4 * r, 4);
+      for (int r = 0; r < rows; ++r) {
+        uint32_t four;
+        memcpy(&four, row + 4 * r, 4);
 #pragma GCC unroll 4
-      for (int v = 0; v < b_vectors; ++v) sums[r][v] = add_dots(sums[r][v], four, column[v]);
+        for (int v = 0; v < b_vectors; ++v) sums[r][v] = add_dots(sums[r][v], four, column[v]);
+      }
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4

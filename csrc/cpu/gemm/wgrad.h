@@ -1,9 +1,10 @@
 // The product for dW = dy^T x: columns of dy, the outer lanes, against columns of x, the shared lanes; k runs over tokens.
 //
-// The panels of a block of dy are packed once, for all of k. A block of sums stays in the L2 cache until k is done, and then its rows are
-// stored. Under AMX, finished sums are stored one product late, beside the products that follow: a gradient is written once and not read
-// again here. With tokens of one or two chunks its sums are finished in one run of k: they take a row of cells in L1 (one chunk: two
-// cells), x's block takes half of the L2 cache, and the next panel of dy is prefetched from the cache behind it.
+// The panels of a block of dy are packed once, for all of k, and taken through runs of k one after the other, each with a block of x that
+// stays in the L2 cache. With tokens of one run, one or two chunks, sums are finished before the next panel's begin and share a row of cells
+// (under AMX and with one chunk, two cells); else they stay in the L2 cache until k is done.
+// Under AMX, finished sums are stored one product late, beside the products that follow, and the next panel of dy is prefetched from the
+// cache behind L2: a gradient is written once and not read again here. Elsewhere they are stored by rows of x's block.
 //
 // dW += dy^T x: what dW holds is read once, with the rows that are stored, or under AMX into the sums before they begin.
 #pragma once
@@ -26,15 +27,18 @@ Blocking wgrad_blocking(const Kernels<T>& kernels, int64_t outer_lanes, int64_t 
   const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
                 all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t depth = std::max<int64_t>(1, round_up(k, gemm.k_step)) * element;
-  const bool beside = gemm.multiply_and_store;
-  p.run = beside && k <= 2 * gemm.kc ? 2 : 1;
-  p.outer_panels = std::min(all_outer, std::max<int64_t>(1, p.run > 1 ? 2 * kernels.l2 / (ol * depth) : (beside ? 512 : 224) / ol));
-  p.shared_panels = std::min(all_shared, std::max<int64_t>(1, kernels.l2 / 2 / (p.run > 1 ? sl * depth : cell * p.outer_panels)));
+  const bool beside = gemm.multiply_and_store, one_run = k <= 2 * gemm.kc;
+  p.run = one_run || !beside ? 2 : 1;
+  p.outer_panels = std::min(all_outer, std::max<int64_t>(1, (!beside ? 448 : one_run ? 2 * kernels.l2 / depth : 512) / ol));
+  const int64_t x_panel = sl * std::min(depth, p.run * gemm.kc * element);
+  p.shared_panels = std::min(all_shared, std::max<int64_t>(1, !beside   ? kernels.l2 / 4 / x_panel
+                                                              : one_run ? kernels.l2 / 2 / x_panel
+                                                                        : kernels.l2 / 2 / (cell * p.outer_panels)));
   const int64_t packed = depth * ol * p.outer_panels;
   p.outer_bytes = round_up(packed <= most_packed ? packed : std::min(depth, p.run * gemm.kc * element) * ol * p.outer_panels, 64);
-  p.block_bytes = cell * std::max<int64_t>(2, p.shared_panels * (p.run > 1 ? 1 : p.outer_panels));
+  p.block_bytes = cell * std::max<int64_t>(2, p.shared_panels * (one_run ? 1 : p.outer_panels));
   p.row_ld = beside ? 0 : p.shared_panels * sl;
-  p.row_bytes = round_up(ol * p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
+  p.row_bytes = round_up(p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
   p.conversion = conversion_bytes(kernels);
   return p;
 }
@@ -63,7 +67,7 @@ class WgradBlock {
         if (gemm_.multiply_and_store)
           sweeps(s0, s1, c0, c1);
         else
-          chunk(s0, s1, c0);
+          run(s0, s1, c0, c1);
       }
     }
     store_finished();
@@ -93,33 +97,40 @@ class WgradBlock {
                   chunks_[c].padded * ol_ * element_, conversion);
   }
 
-  // One chunk; after the last one, rows as long as the block of shared lanes.
-  void chunk(int64_t s0, int64_t s1, int64_t c) const {
-    const Chunk& chunk = chunks_[c];
-    const auto multiply = gemm_.multiply[static_cast<int>(Side::b)];
-    const char* const first = panel(0, chunk);
-    const int64_t bytes = chunk.padded * ol_ * element_, stride = packed_stride(kernels_), next = p_.shared_panels * ol_ * sl_;
-    for (int64_t s = s0; s < s1; ++s) {
-      const char* const x = shared_.at(s, chunk);
-      T* const to = sums(0, s - s0);
-      for (int64_t o = 0; o < panels_; ++o) multiply(first + o * bytes, stride, x, to + o * next, chunk.padded, used(o), c > 0, {});
-    }
-    if (c + 1 < count_) return;
-    T* const rows = reinterpret_cast<T*>(packed_ + p_.outer_bytes + p_.block_bytes);
-    const int64_t columns = std::min(shared_.lanes(), s1 * sl_) - s0 * sl_;
+  // One run; after the last one, the rows, which are prefetched beside its products.
+  void run(int64_t s0, int64_t s1, int64_t c0, int64_t c1) const {
+    const auto multiply = gemm_.multiply[static_cast<int>(Side::a)];
+    const int64_t stride = packed_stride(kernels_), columns = std::min(shared_.lanes(), s1 * sl_) - s0 * sl_;
     for (int64_t o = 0; o < panels_; ++o) {
-      for (int r = 0; r < used(o); ++r) {
-        T* const whole = rows + r * p_.row_ld;
-        if (accumulate_) kernels_.rows->load(type_, row(o, s0) + r * stride_, whole, columns);
-        for (int64_t s = s0; s < s1; ++s) {
-          const T* const cell = sums(o, s - s0) + r * sl_;
-          if (accumulate_)
-            kernels_.rows->add(cell, whole + (s - s0) * sl_, shared_.in_panel(s));
-          else
-            std::memcpy(whole + (s - s0) * sl_, cell, sizeof(T) * sl_);
-        }
+      const int64_t at = count_ <= p_.run ? 0 : o;
+      for (int64_t c = c0; c < c1; ++c) {
+        const Chunk& chunk = chunks_[c];
+        const char* const a = panel(o, chunk);
+        const PrefetchShares rows = c + 1 == count_ && (accumulate_ || type_ == Type::f32)
+                                        ? PrefetchShares(row(o, s0), stride_, used(o), columns * size_of(type_), s1 - s0)
+                                        : PrefetchShares();
+        for (int64_t s = s0; s < s1; ++s)
+          multiply(a, stride, shared_.at(s, chunk), sums(at, s - s0), chunk.padded, used(o), c > 0, rows[s - s0]);
       }
-      kernels_.rows->store_block(type_, rows, p_.row_ld, row(o, s0), stride_, used(o), columns);
+      if (c1 == count_) store_rows(o, sums(at, 0), s0, columns);
+    }
+  }
+
+  // Rows of one panel of dy; `cells`: their sums.
+  void store_rows(int64_t o, const T* cells, int64_t s0, int64_t columns) const {
+    const int64_t cell = ol_ * sl_, whole = columns / sl_, line = sl_ * size_of(type_);
+    T* const sum = reinterpret_cast<T*>(packed_ + p_.outer_bytes + p_.block_bytes);
+    for (int r = 0; r < used(o); ++r) {
+      const T* const from = cells + r * sl_;
+      char* const to = row(o, s0) + r * stride_;
+      if (accumulate_) {
+        kernels_.rows->load(type_, to, sum, columns);
+        for (int64_t i = 0; i < columns; i += sl_) kernels_.rows->add(from + i / sl_ * cell, sum + i, std::min(sl_, columns - i));
+        kernels_.rows->store_block(type_, sum, 0, to, 0, 1, columns);
+      } else {
+        kernels_.rows->store_block(type_, from, cell, to, line, whole, sl_);
+        kernels_.rows->store_block(type_, from + whole * cell, 0, to + whole * line, 0, 1, columns - whole * sl_);
+      }
     }
   }
 
