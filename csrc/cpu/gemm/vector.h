@@ -352,7 +352,7 @@ static void store_block(Type type, const float* from, int64_t from_ld, char* to,
     int64_t done = 0;
 #if defined(HAS_AVX512_BF16)
     // Long runs go past the caches, by whole lines, so that nothing is read first.
-    if (type == Type::bf16 && run >= 512 && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    if (type == Type::bf16 && run >= 256 && reinterpret_cast<uintptr_t>(to) % 64 == 0)
       for (; done + 32 <= n; done += 32)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * done),
                             (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done)));
@@ -360,7 +360,7 @@ static void store_block(Type type, const float* from, int64_t from_ld, char* to,
     each(n - done, [&](int64_t i, int count) { store_as(type, load_part(from + done + i, count), to, done + i, count); });
   }
 #if defined(HAS_AVX512_BF16)
-  if (type == Type::bf16 && run >= 512) _mm_sfence();
+  if (type == Type::bf16 && run >= 256) _mm_sfence();
 #endif
 }
 
