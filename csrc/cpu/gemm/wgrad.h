@@ -27,17 +27,24 @@ Blocking wgrad_blocking(const Kernels<T>& kernels, int64_t outer_lanes, int64_t 
   const int64_t all_outer = std::max<int64_t>(1, (outer_lanes + ol * threads - 1) / (ol * threads)),
                 all_shared = std::max<int64_t>(1, (shared_lanes + sl - 1) / sl);
   const int64_t depth = std::max<int64_t>(1, round_up(k, gemm.k_step)) * element;
-  const bool beside = gemm.multiply_and_store, one_run = k <= 2 * gemm.kc;
-  p.run = one_run || !beside ? 2 : 1;
-  p.outer_panels = std::min(all_outer, std::max<int64_t>(1, (!beside ? 448 : one_run ? 2 * kernels.l2 / depth : 512) / ol));
+  const bool late = gemm.multiply_and_store, one_run = k <= 2 * gemm.kc;
+  p.run = late && !one_run ? 1 : 2;
   const int64_t x_panel = sl * std::min(depth, p.run * gemm.kc * element);
-  p.shared_panels = std::min(all_shared, std::max<int64_t>(1, !beside   ? kernels.l2 / 4 / x_panel
-                                                              : one_run ? kernels.l2 / 2 / x_panel
-                                                                        : kernels.l2 / 2 / (cell * p.outer_panels)));
+  const auto panels = [](int64_t fitting, int64_t all) { return std::clamp<int64_t>(fitting, 1, all); };
+  if (!late) {  // x's panels of a run, in a quarter of L2
+    p.outer_panels = panels(448 / ol, all_outer);
+    p.shared_panels = panels(kernels.l2 / 4 / x_panel, all_shared);
+  } else if (one_run) {  // all of x's panels in half of L2, those of dy in twice of it
+    p.outer_panels = panels(2 * kernels.l2 / depth / ol, all_outer);
+    p.shared_panels = panels(kernels.l2 / 2 / x_panel, all_shared);
+  } else {  // the sums of all runs, in half of L2
+    p.outer_panels = panels(512 / ol, all_outer);
+    p.shared_panels = panels(kernels.l2 / 2 / (cell * p.outer_panels), all_shared);
+  }
   const int64_t packed = depth * ol * p.outer_panels;
   p.outer_bytes = round_up(packed <= most_packed ? packed : std::min(depth, p.run * gemm.kc * element) * ol * p.outer_panels, 64);
   p.block_bytes = cell * std::max<int64_t>(2, p.shared_panels * (one_run ? 1 : p.outer_panels));
-  p.row_ld = beside ? 0 : p.shared_panels * sl;
+  p.row_ld = late ? 0 : p.shared_panels * sl;
   p.row_bytes = round_up(p.row_ld * static_cast<int64_t>(sizeof(T)), 64);
   p.conversion = conversion_bytes(kernels);
   return p;
