@@ -16,7 +16,7 @@ from tests.sampling import FULL
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=str(native.error))
 # Hundreds of random cases find one in which the baseline's largest error is small by luck; in a few numbers it may be right to the last
-# bit, and then unity is the scale.
+# bit. Then the scale is that of a sum over all tokens, which may cancel.
 LUCK, FEW = 3 if FULL else 1, 32
 some_shapes = settings(
     max_examples=300 if FULL else 14, deadline=None, derandomize=not FULL, database=None, suppress_health_check=list(HealthCheck)
@@ -77,9 +77,8 @@ def check(op, arguments, slack=1):
         assert torch.equal(got, repeated), f"{name}: other bits again"
         assert got.dtype == base.dtype
         if FULL and true.numel() < FEW:
-            torch.testing.assert_close(
-                got.double(), true, rtol=0, atol=64 * torch.finfo(dtype).eps * max([1, *true.abs().flatten().tolist()])
-            )
+            scale = max([1, len(exact[0]) ** 0.5, *true.abs().flatten().tolist()])
+            torch.testing.assert_close(got.double(), true, rtol=0, atol=64 * torch.finfo(dtype).eps * scale)
         else:
             assert_close(name, got, true, base, dtype, slack * LUCK)
 
@@ -103,7 +102,8 @@ def test_soft_experts(data):
         arguments |= {"w1": a.layer(data, E, outputs, D), "b1": a.bias(data, E, outputs)}
     if grouped:
         arguments["group_ids"] = a.ids(gate_rows, T)
-    check("soft_experts", arguments | {"activation": data.draw(activations), "recompute": data.draw(st.booleans())})
+    # An output is one running sum of E * H products, or E * D; where outputs is 1, torch sums a row in many parts.
+    check("soft_experts", arguments | {"activation": data.draw(activations), "recompute": data.draw(st.booleans())}, slack=2)
 
 
 @some_shapes
