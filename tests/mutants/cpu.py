@@ -93,6 +93,7 @@ MUTANTS = [
         "_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums))",
         "_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16))",
     ),
+    products("gemm/panels.h", "sums", "add ? load<V>(block) + sums : sums", "sums", "generic"),
     products("gemm/panels.h", "int8 order", "(four << (24 - 8 * at)) >> 24", "(four << (8 * at)) >> 24", "avx2"),
     products("gemm/panels.h", "int8 sign", "at == 3 ? four >> 24", "at == 3 ? (four >> 24) & 255", "avx2"),
     products("gemm/panels.h", "int8 sums", "for (int set = 1; set < sets; ++set)", "for (int set = 1; set < 1; ++set)", "avx2"),

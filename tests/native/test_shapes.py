@@ -53,7 +53,7 @@ class Arguments:
         return torch.randint(high, shape, generator=self.generator)
 
 
-def check(op, arguments, slack=1):
+def check(op, arguments):
     """Forward and all gradients: right, and the same bits when computed again."""
     dtype = next(v.dtype for v in arguments.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
 
@@ -81,7 +81,7 @@ def check(op, arguments, slack=1):
             scale = max([1, summed**0.5, *true.abs().flatten().tolist()])
             torch.testing.assert_close(got.double(), true, rtol=0, atol=64 * torch.finfo(dtype).eps * scale)
         else:
-            assert_close(name, got, true, base, dtype, slack * LUCK)
+            assert_close(name, got, true, base, dtype, LUCK)
 
 
 @some_shapes
@@ -103,9 +103,7 @@ def test_soft_experts(data):
         arguments |= {"w1": a.layer(data, E, outputs, D), "b1": a.bias(data, E, outputs)}
     if grouped:
         arguments["group_ids"] = a.ids(gate_rows, T)
-    # An output is one running sum of E * H products, or E * D; where outputs is 1, torch sums a row in many parts.
-    slack = 2 if FULL else 1
-    check("soft_experts", arguments | {"activation": data.draw(activations), "recompute": data.draw(st.booleans())}, slack)
+    check("soft_experts", arguments | {"activation": data.draw(activations), "recompute": data.draw(st.booleans())})
 
 
 @some_shapes
@@ -209,8 +207,7 @@ def test_many_experts(op, dtype):
         else:
             arguments["weights"] = torch.rand(9, chosen, generator=generator).requires_grad_()
             arguments["indices"] = torch.rand(9, number, generator=generator).argsort(-1)[:, :chosen].contiguous()
-        # The sum over all experts is one running sum of E * H products; the reference sums each expert's H and then adds E results.
-        check(op, arguments, slack=2 if op == "soft_experts" else 1)
+        check(op, arguments)
 
 
 @pytest.mark.parametrize("empty", ["T", "D", "H", "O"])

@@ -44,7 +44,7 @@ INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) sums[r][v] = add ? _mm512_loadu_ps(block + r * nr + v * 16) : _mm512_setzero_ps();
+    for (int v = 0; v < b_vectors; ++v) sums[r][v] = _mm512_setzero_ps();
   fetch_beside(prefetch, pairs, [&](int64_t steps) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (; steps > 0; --steps, a += mr, b += nr) {
@@ -62,7 +62,7 @@ INLINE void multiply_pairs(const int32_t* a, const int32_t* b, float* block, int
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < b_vectors; ++v) _mm512_storeu_ps(block + r * nr + v * 16, sums[r][v]);
+    for (int v = 0; v < b_vectors; ++v) store_sums(block + r * nr + v * 16, (vfloat)sums[r][v], add);
 }
 
 template <int rows = mr>

@@ -347,12 +347,14 @@ static void exp_row(const float* x, float* y, int64_t n) {
 }
 
 static void store_block(Type type, const float* from, int64_t from_ld, char* to, int64_t to_stride, int64_t rows, int64_t n) {
-  [[maybe_unused]] const int64_t run = to_stride == n * size_of(type) ? rows * n : n;  // what follows without a gap
+#if defined(HAS_AVX512_BF16)
+  // Long runs, what follows without a gap, go past the caches, by whole lines, so that nothing is read first.
+  const bool past_caches = type == Type::bf16 && (to_stride == n * size_of(type) ? rows * n : n) >= 256;
+#endif
   for (int64_t r = 0; r < rows; ++r, from += from_ld, to += to_stride) {
     int64_t done = 0;
 #if defined(HAS_AVX512_BF16)
-    // Long runs go past the caches, by whole lines, so that nothing is read first.
-    if (type == Type::bf16 && run >= 256 && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    if (past_caches && reinterpret_cast<uintptr_t>(to) % 64 == 0)
       for (; done + 32 <= n; done += 32)
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * done),
                             (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + done + 16), _mm512_loadu_ps(from + done)));
@@ -360,7 +362,7 @@ static void store_block(Type type, const float* from, int64_t from_ld, char* to,
     each(n - done, [&](int64_t i, int count) { store_as(type, load_part(from + done + i, count), to, done + i, count); });
   }
 #if defined(HAS_AVX512_BF16)
-  if (type == Type::bf16 && run >= 256) _mm_sfence();
+  if (past_caches) _mm_sfence();
 #endif
 }
 
