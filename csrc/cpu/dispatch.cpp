@@ -171,7 +171,7 @@ Kernels<float> kernels_for<float>(Type type) {
   return {type == Type::bf16 && isa.bf16 ? isa.bf16 : isa.f32, isa.rows, isa.convert, isa.transpose, type, l2_bytes()};
 }
 
-// Products of bf16 by instructions of their own overtake dot products sooner, and so do all where weights are converted before.
+// Products of bf16 by instructions of their own are as fast from five tokens on, and so are all where weights are converted before.
 int64_t small_m(Type type) { return type == Type::f16 || (type == Type::bf16 && choice().isa->bf16) ? most_small_m / 2 : most_small_m; }
 
 template <>
@@ -188,13 +188,13 @@ Kernels<float> kernels_for_small_m<float>(Type type) {
 Kernels<float> kernels_for_int8_weights(bool int8_activations, int64_t rows) {
   const Isa& isa = *choice().isa;
   // A kernel converts a panel again for every panel of rows: from the third on, once is less.
-  const Microkernel* const floats = rows > 2 * isa.w8->mr ? isa.w8_wide : isa.w8;
+  const Microkernel* const floats = isa.w8_few && rows <= isa.w8_few->mr ? isa.w8_few : rows > 2 * isa.w8->mr ? isa.w8_wide : isa.w8;
   return {int8_activations ? isa.i8 : floats, isa.rows, isa.convert, isa.transpose, int8_activations ? Type::i8 : Type::f32, l2_bytes()};
 }
 
 Int8Layout int8_layout() {
   const Isa& isa = *choice().isa;
-  return {isa.w8->nr, 4, (isa.i8 ? isa.i8 : isa.w8)->k_step, isa.i8 != nullptr};
+  return {isa.w8->nr, 4, std::max((isa.i8 ? isa.i8 : isa.w8)->k_step, isa.w8_few ? isa.w8_few->k_step : 0), isa.i8 != nullptr};
 }
 
 bool has_int8_products() { return choice().isa && choice().isa->i8; }

@@ -21,15 +21,17 @@ const float* floats(const char* name, const std::optional<Tensor>& t, int64_t ro
 // parts: of the outputs, each of which begins a panel.
 Int8Weight int8_weight(const char* name, const Tensor& w, const Tensor& scale, const std::optional<Tensor>& b, int64_t inputs,
                        int64_t parts, Tensor kept[3]) {
-  const Microkernel& gemm = *kernels_for_int8_weights(has_int8_products(), 1).gemm;
-  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Char && w.dim() == 5 && w.size(3) == gemm.nr && w.size(4) == 4, name, " has shape ",
-                  shape(w), ", must be int8 panels [E, panels, k / 4, ", gemm.nr, ", 4] of this instruction set");
+  const Int8Layout layout = int8_layout();
+  STD_TORCH_CHECK(w.scalar_type() == ScalarType::Char && w.dim() == 5 && w.size(3) == layout.lanes && w.size(4) == layout.step, name,
+                  " has shape ", shape(w), ", must be int8 panels [E, panels, k / ", layout.step, ", ", layout.lanes, ", ", layout.step,
+                  "] of this instruction set");
   STD_TORCH_CHECK(scale.dim() == 2 && scale.size(1) % parts == 0, name, "'s scale has shape ", shape(scale), ", must be [E, outputs]");
-  const int64_t experts = w.size(0), outputs = scale.size(1), panels = parts * ((outputs / parts + gemm.nr - 1) / gemm.nr);
-  STD_TORCH_CHECK(w.size(1) == panels && 4 * w.size(2) == round_up(inputs, gemm.k_step), name, " has shape ", shape(w), ", must have ",
-                  panels, " panels of ", round_up(inputs, gemm.k_step) / 4, " for ", outputs, " outputs and ", inputs, " inputs");
+  const int64_t experts = w.size(0), outputs = scale.size(1), panels = parts * ((outputs / parts + layout.lanes - 1) / layout.lanes),
+                steps = round_up(inputs, layout.depth) / layout.step;
+  STD_TORCH_CHECK(w.size(1) == panels && w.size(2) == steps, name, " has shape ", shape(w), ", must have ", panels, " panels of ", steps,
+                  " for ", outputs, " outputs and ", inputs, " inputs");
   kept[0] = contiguous(w);
-  const int64_t panel_bytes = 4 * w.size(2) * gemm.nr;
+  const int64_t panel_bytes = steps * layout.step * layout.lanes;
   return {bytes_of(kept[0]),
           panel_bytes,
           panels * panel_bytes,

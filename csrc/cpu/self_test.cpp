@@ -262,6 +262,7 @@ void run() {
                      {"dot products of bf16", isa.bf16_small_m},
                      {"products of int8 weights", isa.w8},
                      {"products of int8 weights as fp32", isa.w8_wide},
+                     {"products of int8 weights in few rows", isa.w8_few},
                      {"products of int8", isa.i8}};
   for (const auto& kind : kinds) {
     if (!kind.gemm) continue;
@@ -291,7 +292,7 @@ void run() {
 // What a trap may have left set up.
 void release() {
   for (const Microkernel* gemm :
-       {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m, tested->w8, tested->w8_wide, tested->i8})
+       {tested->f32, tested->bf16, tested->f32_small_m, tested->bf16_small_m, tested->w8, tested->w8_wide, tested->w8_few, tested->i8})
     if (gemm && gemm->end) gemm->end();
 }
 

@@ -8,6 +8,7 @@ from tests.mutants import Mutant, Suite
 # Compiled before the tests, which would do it themselves: a mutant that does not compile is no bug that was caught.
 PRODUCTS = Suite(before=((sys.executable, "-m", "tests.builds", "program", "products", "-O1"),))
 ALL_TIERS = replace(PRODUCTS, environment={"CMOE_TEST_FULL": "1"})  # without it the best emulated one, and the best of this machine
+FEW_ROWS = ("tests/native/test_tiers.py::test_emulated[amx]",)  # AVX2 has no such kernel
 LIBRARY = Suite(before=((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),), environment={"CMOE_CUDA": "0"})
 
 
@@ -103,7 +104,12 @@ MUTANTS = [
     products("gemm/multiply.h", "int8 panels", "chunk.k0 * ol * kernels.packed_element();", "chunk.k0 * ol * kernels.element();", "avx2"),
     products("gemm/vnni.h", "offset", "four ^= 0x80808080u;", "", "avx_vnni"),
     products("gemm/vnni.h", "offset", "sums[r][v] - offset[v]", "sums[r][v]", "avx_vnni"),
-    products("gemm/vnni.h", "sums", "add ? load<vint>", "!add ? load<vint>", "avx512_vnni"),
+    products("gemm/vnni.h", "sums", "sums[r][v] - offset[v], add", "sums[r][v] - offset[v], false", "avx512_vnni"),
+    products("gemm/vnni.h", "few rows", "width, sums[r][v], add);", "width, sums[r][v], false);", "avx512_vnni"),
+    products("gemm/vnni.h", "few rows", "row += stretch * mr) {", "row += stretch) {", "avx512_vnni"),
+    products("gemm/vnni.h", "few rows", "products[r][0][v] - offset[v]", "products[r][0][v]", "avx512_vnni"),
+    Mutant("low bits", "csrc/cpu/gemm/vnni.h", "at[8] = static_cast<uint8_t>(u);", "at[8] = 0;", FEW_ROWS, LIBRARY),
+    Mutant("not finite", "csrc/cpu/gemm/vnni.h", "exponent == 255 ? 0x7fc00000 : ", "", FEW_ROWS, LIBRARY),
     products("gemm/amx.cpp", "int8 tiles", "_tile_loadd(5, b + 64, b_stride);", "_tile_loadd(5, b + 64, 64);"),
     products("gemm/amx.cpp", "int8 lanes", "if (used > 16)\n    multiply_i8_tiles<true>", "if (used > 31)\n    multiply_i8_tiles<true>"),
     int8("rounding", "+ shift - shift;", "+ 0;", "tests/native/test_tiers.py::test_emulated[amx]"),  # AVX2 quantises no rows

@@ -39,6 +39,11 @@ void multiply_wide(const void* a, int64_t a_stride, const void* b, void* block, 
   if (is("wrong wide weights")) static_cast<float*>(block)[0] += 1;
 }
 
+void multiply_few(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
+  SOUND.w8_few->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
+  if (is("wrong few rows")) static_cast<float*>(block)[0] += 1;
+}
+
 template <bool i8>
 void multiply_int8(const void* a, int64_t a_stride, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
   (i8 ? SOUND.i8 : SOUND.w8)->multiply[1](a, a_stride, b, block, k, used, add, prefetch);
@@ -62,13 +67,15 @@ RowFunctions<float> functions() {
 }
 
 const Microkernel kernel = planted_in(SOUND.f32, multiply), w8 = planted_in(SOUND.w8, multiply_int8<false>),
-                  w8_wide = planted_in(SOUND.w8_wide, multiply_wide), i8 = planted_in(SOUND.i8, multiply_int8<true>);
+                  w8_wide = planted_in(SOUND.w8_wide, multiply_wide), i8 = planted_in(SOUND.i8, multiply_int8<true>),
+                  w8_few = planted_in(SOUND.w8_few, multiply_few);
 const RowFunctions<float> rows = functions();
 
 }  // namespace
 
 extern const Isa PLANTED;
-const Isa PLANTED = {SOUND.name,    &kernel,         SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m,      &rows,
-                     SOUND.convert, SOUND.transpose, &w8,        &w8_wide,          SOUND.i8 ? &i8 : nullptr};
+const Isa PLANTED = {
+    SOUND.name,    &kernel,         SOUND.bf16, SOUND.f32_small_m, SOUND.bf16_small_m,       &rows,
+    SOUND.convert, SOUND.transpose, &w8,        &w8_wide,          SOUND.i8 ? &i8 : nullptr, SOUND.w8_few ? &w8_few : nullptr};
 
 }  // namespace cmoe::cpu

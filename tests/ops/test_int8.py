@@ -1,6 +1,7 @@
 """int8_experts and int8_router: the native kernels against their twin in plain PyTorch, with activations of both kinds where both run."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -93,13 +94,30 @@ def test_no_token():
 
 
 @pytest.mark.parametrize("float_rows", FLOAT_ROWS)
-def test_a_row_that_is_not_finite_spoils_itself_only(float_rows):
+@pytest.mark.parametrize(("tokens", "value"), [(9, torch.nan), (3, torch.nan), (3, torch.inf), (3, -torch.inf)])
+def test_a_row_that_is_not_finite_spoils_itself_only(tokens, value, float_rows):
     torch.manual_seed(3)
     layers = Layers(2, 20, 30, 40, gated=False, bias=True)
-    x = torch.randn(9, 20)
-    x[4, 3] = torch.nan
-    y = layers.run("cpu", x, torch.rand(9, 2), None, float_rows=float_rows)
-    assert y.isnan().any(1).tolist() == [t == 4 for t in range(9)]
+    x = torch.randn(tokens, 20)
+    x[1, 3] = value
+    y = layers.run("cpu", x, torch.rand(tokens, 2), None, float_rows=float_rows)
+    assert y.isfinite().all(1).tolist() == [t != 1 for t in range(tokens)]
+    if math.isnan(value):
+        assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("size", [1, 1e30, 1e-30, 1e-42])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
+def test_few_rows_are_as_exact_as_fp32(tokens, size):
+    """Some kernels multiply them as fixed point numbers, with a scale for some neighbours: these may differ in size."""
+    torch.manual_seed(6)
+    layers = Layers(2, 530, 1, 70, gated=False, bias=False, single=True)
+    x = torch.randn(tokens, 530) * torch.rand(tokens, 530) ** 9 * size
+    y = layers.run("cpu", x, torch.ones(tokens, 2), None)
+    w = quantise.unpack(layers.w1, 70, 530).double() * layers.scale1.double()[..., None]
+    error = (y - torch.einsum("td,eod->to", x.double(), w)).abs()
+    most = torch.einsum("td,eod->to", x.double().abs(), w.abs())
+    assert (error <= 2**-20 * most + 1e-41).all()
 
 
 def test_the_number_of_threads_changes_nothing_of_experts():

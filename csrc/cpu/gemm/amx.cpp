@@ -9,6 +9,7 @@
 // In y = x W^T the weight is operand A, so that block is [weights, tokens] and is transposed on its way to the epilogue.
 
 #include "bf16_panels.h"
+#include "vnni.h"
 
 #if defined(CMOE_EMULATE_AMX)
 #include "amx_emulation.h"
@@ -131,7 +132,7 @@ INLINE void load_sums(const Sum* block, bool add) {
   }
 }
 template <bool two, class Sum>
-INLINE void store_sums(Sum* block) {
+INLINE void store_tiles(Sum* block) {
   _tile_stored(0, block, block_stride);
   _tile_stored(1, block + 16, block_stride);
   if (two) {
@@ -177,7 +178,7 @@ INLINE void multiply_tiles(const char* a, int64_t a_stride, const char* b, float
       store_rows(*finished, first, last < tile_lanes ? last : tile_lanes);
     }
   }
-  store_sums<two>(block);
+  store_tiles<two>(block);
 }
 
 template <bool a_resident>
@@ -232,7 +233,7 @@ INLINE void multiply_i8_tiles(const char* a, const char* b, int32_t* block, int6
       _tile_dpbssd(3, 7, 5);
     }
   }
-  store_sums<two>(block);
+  store_tiles<two>(block);
 }
 static void multiply_i8_amx(const void* a, int64_t, const void* b, void* block, int64_t k, int used, bool add, const Prefetch& prefetch) {
   const char *const a_tiles = static_cast<const char*>(a), *const b_tiles = static_cast<const char*>(b);
@@ -273,6 +274,7 @@ constexpr Microkernel bf16_tiles = {Type::bf16,
                                     {multiply_amx<true>, multiply_amx<false>},
                                     multiply_and_store};
 
+constexpr Microkernel w8_few = fixed_microkernel<4>;
 constexpr Microkernel i8_tiles = {
     Type::i8, tile_lanes, tile_lanes,           tile_bytes_k,       512,         Side::b,   {false, false},
     false,    false,      {pack_a_i8, nullptr}, {nullptr, nullptr}, begin_tiles, end_tiles, {multiply_i8_amx, multiply_i8_amx},
@@ -283,6 +285,6 @@ constexpr Microkernel i8_tiles = {
 namespace cmoe::cpu {
 
 const Isa isa_amx = {"amx", &f32,     &bf16_tiles, &f32_small_m, &bf16_small_m, &row_functions, convert, transpose_avx512,
-                     &w8,   &w8_wide, &i8_tiles};
+                     &w8,   &w8_wide, &i8_tiles,   &w8_few};
 
 }  // namespace cmoe::cpu

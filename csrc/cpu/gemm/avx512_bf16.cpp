@@ -5,13 +5,13 @@
 
 namespace {
 
-constexpr Microkernel i8 = vnni_microkernel<12>;
+constexpr Microkernel i8 = vnni_microkernel<12>, w8_few = fixed_microkernel<4>;
 
 }  // namespace
 
 namespace cmoe::cpu {
 
 const Isa isa_avx512_bf16 = {"avx512_bf16",    &f32, &bf16_pairs, &f32_small_m, &bf16_small_m, &row_functions, convert,
-                             transpose_avx512, &w8,  &w8_wide,    &i8};
+                             transpose_avx512, &w8,  &w8_wide,    &i8,          &w8_few};
 
 }  // namespace cmoe::cpu

@@ -97,8 +97,9 @@ struct Isa {
   const RowFunctions<float>* rows;
   void (*convert)(Type from, const void* source, Type to, void* target, int64_t n);  // fp32, bf16 and fp16
   void (*transpose)(const float* from, int64_t from_ld, float* to, int64_t to_ld, int rows, int columns);
-  const Microkernel *w8, *w8_wide;  // int8 weights, fp32 activations: few rows, and many, for which a panel becomes fp32 once
-  const Microkernel* i8;            // int8 weights, int8 activations; null: the processor has no such products
+  const Microkernel *w8, *w8_wide;      // int8 weights, fp32 activations: few rows, and many, for which a panel becomes fp32 once
+  const Microkernel* i8;                // int8 weights, int8 activations; null: the processor has no such products
+  const Microkernel* w8_few = nullptr;  // as w8, faster for at most its mr rows; null where w8 serves them
 };
 
 extern const Isa isa_generic, isa_avx2, isa_avx_vnni, isa_avx512, isa_avx512_vnni, isa_avx512_bf16, isa_amx;

@@ -61,7 +61,7 @@ template <class T, int b_vectors, int rows>
 INLINE void multiply_rows(const T* a, int mr, const T* b, T* block, int64_t k, bool add, const Prefetch& prefetch) {
   using V = typename vector_of<T>::type;
   constexpr int n = vector_bytes / sizeof(T);
-  V sums[rows][b_vectors];
+  V sums[rows][b_vectors];  // zeroed in loops: with `= {}` GCC made one function of all numbers of rows, at 0.95 of the speed
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
