@@ -113,7 +113,7 @@ CASES = {
             "soft_connector_int8",
             "soft connector with int8 weights, forward",
             works.connector_int8,
-            (At("released", (1, 16, 64, 256), (BF16,)), *_tiny(BF16)),
+            (At("released", (1, 16, 64, 256, 1024), (BF16,)), *_tiny(BF16)),
         ),
         *(
             Case(

@@ -15,14 +15,14 @@ from benchmarks.shapes import TINY
 README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: written by make bench-report -->", "<!-- /benchmarks -->"
 # README's table: cases of the machine below, and what README calls them.
-README_MACHINE = "cpu-intel-xeon-avx512f-2-threads"
+README_MACHINE = "cpu-amd-epyc-avx512-bf16-2-threads"
 README_ROWS = {
-    "soft_connector/released/T256/float32": "connector, training step, 256 tokens",
-    "soft_connector_prepacked/released/T256/float32": "connector, prepacked, forward, 256 tokens",
-    "soft_connector_prepacked/released/T1/float32": "connector, prepacked, forward, 1 token",
-    "sparse_experts/cumo/T256/float32": "CuMo's experts, training step, 256 tokens",
-    "forward/T1/float32": "Qwen3-MoE width, decode, 1 token",
-    "train/T256/float32": "Qwen3-MoE width, training step, 256 tokens",
+    "soft_connector/released/T256/bfloat16": "connector, training step, 256 tokens",
+    "soft_connector_prepacked/released/T256/bfloat16": "connector, prepacked, forward, 256 tokens",
+    "soft_connector_prepacked/released/T1/bfloat16": "connector, prepacked, forward, 1 token",
+    "sparse_experts/cumo/T256/bfloat16": "CuMo's experts, training step, 256 tokens",
+    "forward/T1": "Qwen3-MoE width, decode, 1 token",
+    "train/T256": "Qwen3-MoE width, training step, 256 tokens",
 }
 # The works in the plots.
 HEADLINE = (
@@ -147,7 +147,7 @@ def readme(documents: list[Record], models: list[Record]) -> str:
     """The six rows between README's markers."""
     (suite,) = (d for d in documents if slug(d) == README_MACHINE)
     (model,) = (d for d in models if slug(d) == README_MACHINE)
-    lines = [f"| work (CPU, {suite['threads']} threads, fp32) | against the plain loop | against the fastest other |", "|---|---|---|"]
+    lines = [f"| work (CPU, {suite['threads']} threads, bf16) | against the plain loop | against the fastest other |", "|---|---|---|"]
     runs = []
     for key, title in README_ROWS.items():
         if key in suite["cases"]:
